@@ -1,0 +1,92 @@
+"""What the use cases are asked for: calls that are authenticated, validated and free of card data."""
+
+from dataclasses import dataclass
+
+from gateway.domain.model import CaptureMethod, Mode
+
+
+@dataclass(slots=True)
+class Command:
+    """What every money call has."""
+
+    merchant_id: str
+    mode: Mode
+    idempotency_key: str
+    fingerprint: bytes
+    """Equal for equal payloads: see `gateway.rpc.fingerprint`."""
+    request_id: str
+    deadline: float | None
+    """When the caller gives up, as a time of `time.monotonic()`; None where it waits for ever."""
+
+
+@dataclass(slots=True)
+class Authorize(Command):
+    """Authorize (amount above zero) or verify (amount zero)."""
+
+    amount_minor: int
+    currency: str
+    capture_method: CaptureMethod
+    payment_method_token: str
+    allow_partial_approval: bool
+    merchant_order_id: str
+    merchant_transaction_id: str
+    details: bytes
+    """The request in the contract's encoding, without key and merchant."""
+    used_fields: frozenset[str]
+    """The paths of the fields that a connector must support."""
+
+
+@dataclass(slots=True)
+class Capture(Command):
+    """Capture an amount, or (None) all that is left."""
+
+    payment_id: str
+    amount_minor: int | None
+    currency: str | None
+    final: bool
+    merchant_transaction_id: str = ""
+
+
+@dataclass(slots=True)
+class Void(Command):
+    """Void a payment, named by its id or by the key of its authorization."""
+
+    payment_id: str | None
+    authorize_idempotency_key: str | None
+    note: str = ""
+    merchant_transaction_id: str = ""
+
+
+@dataclass(slots=True)
+class Refund(Command):
+    """Refund an amount, or (None) all that is left; of one capture where it is named."""
+
+    payment_id: str
+    amount_minor: int | None
+    currency: str | None
+    capture_operation_id: str | None
+    note: str = ""
+    merchant_transaction_id: str = ""
+
+
+@dataclass(slots=True)
+class Increment(Command):
+    """Raise the authorized amount."""
+
+    payment_id: str
+    amount_minor: int
+    currency: str
+    merchant_transaction_id: str = ""
+
+
+@dataclass(slots=True)
+class Answer:
+    """The answer to a money call."""
+
+    response: bytes
+    """The response in the contract's encoding, without its `replay` field."""
+    replayed: bool
+    first_request_id: str
+    """With `replayed`: the id of the request that was answered first."""
+    payment_id: str
+    """For the log; empty where the answer came from Redis."""

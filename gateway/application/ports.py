@@ -1,0 +1,346 @@
+"""What the use cases need of the world: connectors, the store, claims, the contract's encoding."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+from types import MappingProxyType
+from typing import Protocol
+
+from gateway.domain.model import (
+    Aggregate,
+    ConnectorAnswer,
+    Discrepancy,
+    Mode,
+    Operation,
+    OperationKind,
+    OperationState,
+    Payment,
+    PaymentState,
+)
+
+# --- connectors -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a connector declares about its PSP. Without the means to settle a doubt, it stays one."""
+
+    mode: Mode
+    """LIVE or TEST: a credential of one mode never reaches a connector of the other."""
+    idempotent_by_reference: bool
+    """A second request with the same reference gets the first one's answer and has no effect."""
+    key_validity_s: float | None
+    """For how long the PSP remembers a reference, in seconds; None: for ever."""
+    query_by_reference: bool
+    """The PSP can be asked what became of a reference."""
+    cancel_by_reference: bool
+    """The PSP can make a reference unusable, and takes back what it had caused."""
+    answer_timeout_s: float
+    """How long to wait for an answer once the request was sent, in seconds."""
+    supported_fields: frozenset[str]
+    """The paths of the contract's request fields that the PSP can use beyond the amount, the
+    capture method and what the gateway keeps to itself; others are refused."""
+
+
+_NO_FIELDS: Mapping[str, object] = MappingProxyType({})
+
+
+@dataclass(slots=True)
+class ConnectorRequest:
+    """One attempt, as a connector sends it."""
+
+    kind: OperationKind
+    reference: str
+    """Our reference, unique for the attempt; the PSP's idempotency key where it has one."""
+    amount_minor: int
+    currency: str
+    connector_account_id: str
+    payment_id: str
+    payment_method_token: str = ""
+    """For AUTHORIZE and VERIFY."""
+    capture: bool = False
+    """For AUTHORIZE: capture at once."""
+    final: bool = False
+    """For CAPTURE: release what it leaves."""
+    target_transaction_id: str = ""
+    """For all others: the PSP's id of what they act on. The authorization's for CAPTURE, VOID,
+    INCREMENT and REVERSAL; the capture's, or the authorization's, for REFUND."""
+    target_reference: str = ""
+    """Our reference of what they act on, for a REVERSAL without the PSP's id."""
+    fields: Mapping[str, object] = field(default=_NO_FIELDS)
+    """The contract's remaining fields, in the JSON form of the contract with its field names."""
+
+
+class Connector(Protocol):
+    """A payment service provider. No method raises for what the network or the PSP does."""
+
+    @property
+    def name(self) -> str:
+        """The connector's name, as `simulator`."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the PSP can do."""
+
+    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """Send one attempt and wait at most `answer_timeout_s` for its answer.
+
+        `send_before` is a time of `time.monotonic()`; it is compared just before the request is
+        written to the socket, and past it nothing is written and the delivery is NOT_SENT. The
+        delivery of the answer is NOT_SENT only where surely nothing was written.
+        """
+
+    async def query(self, kind: OperationKind, reference: str) -> ConnectorAnswer | None:
+        """Ask what became of a reference. None: the PSP does not know it, which proves nothing
+        while a sender may be alive. Delivery MAY_HAVE_BEEN_SENT: the PSP did not answer now."""
+
+    async def cancel(self, kind: OperationKind, reference: str) -> ConnectorAnswer:
+        """Make a reference unusable. Verdict CANCELED: it had taken effect, which was taken back;
+        delivery NOT_SENT: it had no effect and never will; DECLINED or FAILED: it had been refused
+        before; delivery MAY_HAVE_BEEN_SENT: the PSP did not answer, nothing is known."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where a merchant's payments of one mode go."""
+
+    connector: Connector
+    connector_account_id: str
+
+
+class Router(Protocol):
+    """Chooses and finds connectors."""
+
+    def route(self, merchant_id: str, mode: Mode) -> Route | None:
+        """Where a new payment goes; None where no connector serves the merchant in this mode."""
+
+    def connector(self, name: str) -> Connector | None:
+        """The connector of an existing attempt."""
+
+
+# --- the store ------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Intent:
+    """A new operation, and its payment as it will be: inserted, or changed from a version."""
+
+    operation: Operation
+    payment: Payment
+    recover_after_s: float
+    """Recovery does not touch the operation before the database's now + this."""
+    expected_version: int | None = None
+    """The payment's version before; None where the payment is new."""
+
+
+class Stored(Enum):
+    """What became of an intent or a change."""
+
+    WRITTEN = 1
+    DUPLICATE_KEY = 2
+    """The merchant has another operation with this idempotency key; nothing was written."""
+    CONFLICT = 3
+    """The payment or the operation is no longer as expected; nothing was written."""
+
+
+@dataclass(slots=True)
+class IntentResult:
+    """What became of an intent, and the database's time of it."""
+
+    stored: Stored
+    at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Doubt:
+    """When recovery is to look at an operation again."""
+
+    check_after_s: float
+
+
+@dataclass(slots=True)
+class Change:
+    """A change of an operation and its payment, written whole or not at all (compare and set)."""
+
+    operation: Operation
+    payment: Payment
+    expected_epoch: int
+    expected_state: OperationState
+    expected_version: int
+    companions: list[Operation] = field(default_factory=list)
+    """Further operations that begin with this change: the capture of an automatic authorization, or
+    a reversal, which is PROCESSING and due for recovery at once (recover_after = now)."""
+    discrepancies: list[Discrepancy] = field(default_factory=list)
+    event: bytes = b""
+    """The outbox event's payload; empty for a change that is no event (a takeover)."""
+    event_type: str = ""
+    recover_after_s: float = 0.0
+    """Where the operation is PROCESSING afterwards (a new attempt): as in Intent."""
+    doubt: Doubt | None = None
+    """With it recovery looks at the operation again; without it recovery forgets the operation."""
+
+
+@dataclass(slots=True)
+class Found:
+    """An operation with its payment, as they are now."""
+
+    operation: Operation
+    payment: Payment
+
+
+@dataclass(frozen=True, slots=True)
+class ListFilter:
+    """What ListPayments looks for."""
+
+    merchant_id: str
+    mode: Mode
+    page_size: int
+    states: tuple[PaymentState, ...] = ()
+    created_from: datetime | None = None
+    created_before: datetime | None = None
+    merchant_order_id: str = ""
+    after: tuple[datetime, str] | None = None
+    """The sort key (created_at, payment_id) of the last payment of the page before."""
+
+
+@dataclass(slots=True)
+class Page:
+    """A page of payments, the newest first."""
+
+    payments: list[Payment]
+    next_after: tuple[datetime, str] | None
+    """Where the next page begins; None at the end."""
+
+
+@dataclass(slots=True)
+class Lease:
+    """An operation that recovery took over, its epoch already raised, with all of its payment."""
+
+    operation: Operation
+    aggregate: Aggregate
+    tries: int
+    """How often recovery looked at it before."""
+    evidence: ConnectorAnswer | None
+    """A definite answer that came to a sender who had been fenced out."""
+
+
+class StoreUnavailable(Exception):
+    """The store did not take or give what was asked for; whether a write happened is not known."""
+
+
+class Store(Protocol):
+    """The durable store. Every method raises StoreUnavailable where the database is away, and
+    GatewayError(OVERLOADED) where a bounded queue is full."""
+
+    async def write_intent(self, intent: Intent) -> IntentResult:
+        """Insert the operation and insert or change its payment in one transaction."""
+
+    async def write_change(self, change: Change) -> Stored:
+        """Write a change: WRITTEN also where an earlier try of this very change was committed.
+        Never refused for lack of room."""
+
+    async def find_by_key(self, merchant_id: str, idempotency_key: str) -> Found | None:
+        """The operation that has this idempotency key."""
+
+    async def find_operation(self, merchant_id: str, operation_id: str) -> Found | None:
+        """The operation with this id."""
+
+    async def load(self, merchant_id: str, payment_id: str) -> Aggregate | None:
+        """A payment with all its operations."""
+
+    async def list_payments(self, filter_: ListFilter) -> Page:
+        """A page of payments."""
+
+    async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
+        """Keep a definite answer of a fenced-out sender for recovery; False where the operation has
+        a definite outcome already."""
+
+    async def expired(self, limit: int) -> int:
+        """Put operations whose sender has died (PROCESSING past recover_after) on recovery's list;
+        returns how many."""
+
+    async def lease(self, limit: int, lease_s: float) -> Sequence[Lease]:
+        """Take over operations that are due: their epoch is raised and committed, so that whoever
+        held them before is fenced out."""
+
+    async def postpone(self, operation: Operation, check_after_s: float) -> None:
+        """Look at a leased operation again later."""
+
+    async def forget(self, operation: Operation) -> None:
+        """Take an operation that has a definite outcome off recovery's list."""
+
+
+# --- claims ---------------------------------------------------------------------------------------
+
+
+class Claimed(Enum):
+    """What Redis says about an idempotency key."""
+
+    NEW = 1
+    IN_FLIGHT = 2
+    REPLAY = 3
+    CONFLICT = 4
+    UNAVAILABLE = 5
+    """Redis is away: PostgreSQL decides."""
+
+
+class ClaimResult(Protocol):
+    """The answer to a claim."""
+
+    @property
+    def status(self) -> Claimed:
+        """What Redis says."""
+
+    @property
+    def nonce(self) -> bytes:
+        """With NEW: the owner's nonce."""
+
+    @property
+    def response(self) -> bytes:
+        """With REPLAY: the frozen answer."""
+
+    @property
+    def first_request_id(self) -> str:
+        """With REPLAY: the id of the request that was answered first."""
+
+
+class Claims(Protocol):
+    """The fast path of idempotency. Nothing here is the last word, and nothing here raises."""
+
+    async def claim(
+        self, merchant_id: str, idempotency_key: str, fingerprint: bytes
+    ) -> ClaimResult:
+        """Claim a key, or learn of a frozen answer."""
+
+    def release(self, merchant_id: str, idempotency_key: str, nonce: bytes) -> None:
+        """Give up one's own claim, later."""
+
+    def cache(
+        self,
+        merchant_id: str,
+        idempotency_key: str,
+        fingerprint: bytes,
+        first_request_id: str,
+        response: bytes,
+    ) -> None:
+        """Keep a frozen answer that is committed, later."""
+
+
+# --- the contract's encoding ----------------------------------------------------------------------
+
+
+class Encoder(Protocol):
+    """Turns values into the contract's bytes, deterministically."""
+
+    def response(self, operation: Operation, payment: Payment) -> bytes:
+        """A money response without its `replay` field."""
+
+    def event(self, event_type: str, operation: Operation, payment: Payment) -> bytes:
+        """An outbox event."""
+
+    def connector_fields(self, payment: Payment) -> tuple[str, Mapping[str, object]]:
+        """The payment method's token and the request's remaining fields for a connector."""

@@ -1,0 +1,242 @@
+"""Recovery: takes over operations whose sender died or got no answer, and makes them definite.
+
+It asks the PSP by reference, or cancels the reference; it never sends an authorization, a capture or
+a refund. "Not found" alone proves nothing, since a paused sender may still send: only a cancelled
+reference does. Voids and reversals, which release money, are repeated until the PSP confirms them.
+Any number of gateways may run it: a lease spreads the work, the operation's epoch keeps it right.
+"""
+
+import asyncio
+import logging
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.application.ports import (
+    Connector,
+    Encoder,
+    Lease,
+    Router,
+    Store,
+    StoreUnavailable,
+)
+from gateway.application.usecases import Outcomes, connector_request
+from gateway.domain import decisions, states
+from gateway.domain.errors import Reason
+from gateway.domain.model import (
+    ConnectorAnswer,
+    Delivery,
+    Operation,
+    OperationKind,
+    OperationState,
+    Verdict,
+)
+from gateway.domain.states import Event
+
+_log = logging.getLogger(__name__)
+
+K = OperationKind
+S = OperationState
+
+_NO_ANSWER = ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=Reason.RECOVERED)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The bounds of recovery."""
+
+    interval_s: float
+    """The pause between two looks, when there is nothing to do."""
+    lease_s: float
+    """For how long an operation is left to the recoverer that took it."""
+    batch_max: int
+    """How many operations are taken at once."""
+    concurrency_max: int
+    """How many PSP calls run at once."""
+    backoff_s_min: float
+    """The first pause between two looks at one operation; doubled up to the next."""
+    backoff_s_max: float
+    """The longest pause."""
+
+
+class RecoveryObserver(Protocol):
+    """Counts what recovery does, for metrics."""
+
+    def recovered(self, kind: OperationKind, state: OperationState) -> None:
+        """An operation was looked at; the state that it is in now."""
+
+    def recovery_failed(self) -> None:
+        """A look at the store or at an operation failed."""
+
+
+class Recovery:
+    """The loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        router: Router,
+        encoder: Encoder,
+        outcomes: Outcomes,
+        schedule: Schedule,
+        observer: RecoveryObserver,
+    ) -> None:
+        self._store = store
+        self._router = router
+        self._encoder = encoder
+        self._outcomes = outcomes
+        self._schedule = schedule
+        self._observer = observer
+
+    async def run(self) -> None:
+        """Look for work until cancelled."""
+        while True:
+            try:
+                worked = await self.run_once()
+            except Exception:
+                self._observer.recovery_failed()
+                _log.warning("recovery could not look for work", exc_info=True)
+                worked = 0
+            if worked < self._schedule.batch_max:
+                await asyncio.sleep(self._schedule.interval_s * random.uniform(0.8, 1.2))
+
+    async def run_once(self) -> int:
+        """Take over what is due and try to settle it; how many operations were looked at."""
+        await self._store.expired(self._schedule.batch_max)
+        leases = await self._store.lease(self._schedule.batch_max, self._schedule.lease_s)
+        room = asyncio.Semaphore(self._schedule.concurrency_max)
+
+        async def one(lease: Lease) -> None:
+            async with room:
+                await self._guarded(lease)
+
+        await asyncio.gather(*(one(lease) for lease in leases))
+        return len(leases)
+
+    async def _guarded(self, lease: Lease) -> None:
+        operation = lease.operation
+        try:
+            state = await self._resolve(lease)
+            self._observer.recovered(operation.kind, state)
+        except Exception as error:
+            # The lease runs out, and the operation is looked at again.
+            self._observer.recovery_failed()
+            _log.warning(
+                "recovery could not settle an operation",
+                exc_info=not isinstance(error, StoreUnavailable),
+                extra={
+                    "merchant_id": operation.merchant_id,
+                    "payment_id": operation.payment_id,
+                    "operation_id": operation.operation_id,
+                },
+            )
+
+    async def _resolve(self, lease: Lease) -> OperationState:
+        operation, payment = lease.operation, lease.aggregate.payment
+        if operation.state not in states.UNFINISHED:
+            await self._absorb_late(lease)
+            return operation.state
+        answer = lease.evidence
+        if answer is None or decisions.event_of(answer) is Event.DOUBTED:
+            connector = self._router.connector(operation.attempt.connector)
+            answer = None if connector is None else await self._ask(lease, connector)
+        if answer is None or not _is_news(operation, answer):
+            if operation.state is not S.PROCESSING:
+                await self._store.postpone(operation, self._backoff_s(lease.tries))
+                return operation.state
+            answer = _NO_ANSWER
+        found = await self._outcomes.write(operation, payment, answer)
+        return found.operation.state
+
+    async def _absorb_late(self, lease: Lease) -> None:
+        """An answer that came after a definite outcome: a success that must not stand is reversed."""
+        operation, evidence = lease.operation, lease.evidence
+        if evidence is not None and decisions.event_of(evidence) is Event.APPROVED:
+            if operation.state is not S.SUCCEEDED:
+                await self._outcomes.reverse(operation, operation.attempt.number, evidence)
+        await self._store.forget(operation)
+
+    async def _ask(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
+        """What the PSP says of the operation now; None where it says nothing that settles it."""
+        operation = lease.operation
+        if operation.kind is K.REVERSAL:
+            return await self._reverse(lease, connector)
+        if operation.kind is K.VOID:
+            return await self._void(lease, connector)
+        capabilities = connector.capabilities
+        wanted = not (operation.kind is K.AUTHORIZE and lease.aggregate.payment.cancel_requested)
+        if capabilities.query_by_reference and (wanted or not capabilities.cancel_by_reference):
+            answer = await connector.query(operation.kind, operation.reference)
+            if answer is not None:
+                return answer
+        if not capabilities.cancel_by_reference:
+            return None
+        if operation.state in (S.PENDING, S.REQUIRES_ACTION) and wanted:
+            # The PSP acknowledged it: it is waited for, not cancelled.
+            return None
+        return await connector.cancel(operation.kind, operation.reference)
+
+    async def _void(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
+        operation, payment = lease.operation, lease.aggregate.payment
+        authorization = next(
+            other for other in lease.aggregate.operations if other.kind is K.AUTHORIZE
+        )
+        if authorization.state in states.UNFINISHED:
+            return None
+        if authorization.state is not S.SUCCEEDED:
+            # Nothing stands that could be voided: what the caller wanted is so.
+            return ConnectorAnswer(Delivery.NOT_SENT, Verdict.APPROVED)
+        if payment.captured_minor and payment.cancel_requested and not payment.voided_minor:
+            return await self._take_back(lease, authorization, connector)
+        if connector.capabilities.query_by_reference:
+            answer = await connector.query(operation.kind, operation.reference)
+            if answer is not None and decisions.event_of(answer) is not Event.DOUBTED:
+                return answer
+        request = connector_request(self._encoder, operation, payment, lease.aggregate)
+        return await connector.send(request, send_before=float("inf"))
+
+    async def _take_back(
+        self, lease: Lease, authorization: Operation, connector: Connector
+    ) -> ConnectorAnswer | None:
+        """A cancel request that came before an automatic capture: the whole charge is taken back."""
+        if not connector.capabilities.cancel_by_reference:
+            return ConnectorAnswer(
+                Delivery.NOT_SENT, Verdict.FAILED, reason=Reason.PAYMENT_CLOSED_FOR_CAPTURE
+            )
+        answer = await connector.cancel(authorization.kind, authorization.reference)
+        if decisions.event_of(answer) is Event.DOUBTED:
+            return None
+        for capture in lease.aggregate.operations:
+            if capture.kind is K.CAPTURE and capture.state is S.SUCCEEDED:
+                await self._outcomes.bounce(capture, answer)
+        return ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED, answer.outcome)
+
+    async def _reverse(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
+        operation = lease.operation
+        target = next(
+            other
+            for other in lease.aggregate.operations
+            if other.operation_id == operation.parent_operation_id
+        )
+        if connector.capabilities.cancel_by_reference:
+            answer = await connector.cancel(target.kind, operation.note)
+            if decisions.event_of(answer) is Event.DOUBTED:
+                return None
+            # Taken back, or without effect: in both nothing stands.
+            return ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED, answer.outcome)
+        request = connector_request(
+            self._encoder, operation, lease.aggregate.payment, lease.aggregate
+        )
+        answer = await connector.send(request, send_before=float("inf"))
+        # A reversal that the PSP refuses stays open: a person has to see to it.
+        return answer if decisions.event_of(answer) is Event.APPROVED else None
+
+    def _backoff_s(self, tries: int) -> float:
+        schedule = self._schedule
+        pause_s = schedule.backoff_s_min * 2 ** min(tries, 30)
+        return min(pause_s, schedule.backoff_s_max) * random.uniform(0.8, 1.2)
+
+
+def _is_news(operation: Operation, answer: ConnectorAnswer) -> bool:
+    after = states.next_state(operation.kind, operation.state, decisions.event_of(answer))
+    return after is not None and after is not operation.state

@@ -1,0 +1,817 @@
+"""The money calls: claim the key, write the intent, ask the PSP, write the outcome, answer.
+
+What has begun is detached from its caller: a cancellation or a deadline ends the waiting, never the
+work, and every outcome is written. Nothing is held while a PSP is asked; what keeps two senders
+apart is the operation's epoch in the database.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, Protocol, TypeVar
+
+from gateway.application.commands import (
+    Answer,
+    Authorize,
+    Capture,
+    Command,
+    Increment,
+    Refund,
+    Void,
+)
+from gateway.application.ports import (
+    Change,
+    Claimed,
+    Claims,
+    Connector,
+    ConnectorRequest,
+    Doubt,
+    Encoder,
+    Found,
+    Intent,
+    ListFilter,
+    Page,
+    Router,
+    Store,
+    Stored,
+    StoreUnavailable,
+)
+from gateway.domain import decisions, ids, states
+from gateway.domain.decisions import Begun, Origin, Settled
+from gateway.domain.errors import GatewayError, Reason, Violation, refuse
+from gateway.domain.model import (
+    Aggregate,
+    ConnectorAnswer,
+    Delivery,
+    Mode,
+    Operation,
+    OperationKind,
+    OperationState,
+    Payment,
+)
+from gateway.domain.states import Event
+
+
+_T = TypeVar("_T")
+
+FollowUp = Capture | Void | Refund | Increment
+"""The calls that act on an existing payment."""
+
+_CONTENTION_PAUSE_S = 0.001
+"""The step of the random pause before a follow-up begins anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The bounds of the use cases; times in seconds."""
+
+    send_window_s: float
+    """How long after its intent a request may still be sent to the PSP."""
+    recover_margin_s: float
+    """What recovery adds to the send window and the answer time-out before it takes over."""
+    min_send_budget_s: float
+    """No request is sent to the PSP when the caller's deadline is nearer than this."""
+    wait_s_max: float
+    """How long a duplicate waits for the first call's answer."""
+    wait_margin_s: float
+    """How long before its deadline a waiting duplicate is answered."""
+    wait_poll_s_min: float
+    """The first pause between two looks at the first call's operation; doubled up to the next."""
+    wait_poll_s_max: float
+    """The longest pause between two looks."""
+    waiters_per_key_max: int
+    """How many duplicates of one key may wait at once, in one process."""
+    contention_tries_max: int
+    """How often a follow-up begins anew because its payment changed meanwhile."""
+    first_check_s: float
+    """How soon recovery looks at an operation in doubt or pending."""
+    operations_per_payment_max: int
+    """How many operations a payment may have."""
+
+
+class Observer(Protocol):
+    """Counts what happens, for metrics."""
+
+    def claimed(self, status: Claimed) -> None:
+        """A claim was answered."""
+
+    def replayed(self, source: str) -> None:
+        """A frozen answer was repeated, from `redis` or `postgres`."""
+
+    def connector_called(
+        self, connector: str, kind: OperationKind, answer: ConnectorAnswer, seconds: float
+    ) -> None:
+        """A connector's `send` ended."""
+
+    def outcome_lost(self, operation: Operation) -> None:
+        """An outcome could not be written; recovery settles the operation."""
+
+
+class DatabaseClock:
+    """The database's time, carried on by the local monotonic clock from the latest time it told."""
+
+    __slots__ = ("_at", "_monotonic")
+
+    def __init__(self) -> None:
+        self._at = datetime.now(UTC)
+        self._monotonic = time.monotonic()
+
+    def observe(self, at: datetime) -> None:
+        """Take over a time that the database has just told."""
+        self._at = at
+        self._monotonic = time.monotonic()
+
+    def after(self, at: datetime | None) -> datetime:
+        """The database's time now as far as it can be told without asking, and not before `at`."""
+        now = self._at + timedelta(seconds=time.monotonic() - self._monotonic)
+        return now if at is None or now > at else at
+
+
+class Payments:
+    """The use cases of PaymentService."""
+
+    def __init__(
+        self,
+        store: Store,
+        claims: Claims,
+        router: Router,
+        encoder: Encoder,
+        limits: Limits,
+        observer: Observer,
+    ) -> None:
+        self._store = store
+        self._claims = claims
+        self._router = router
+        self._encoder = encoder
+        self._limits = limits
+        self._observer = observer
+        self._waiting: dict[tuple[str, str], int] = {}
+        self._detached: set[asyncio.Task[Any]] = set()
+        self._clock = DatabaseClock()
+        self._outcomes = Outcomes(store, claims, encoder, self._clock, limits.first_check_s)
+
+    @property
+    def outcomes(self) -> "Outcomes":
+        """The writer of outcomes, which recovery shares."""
+        return self._outcomes
+
+    @property
+    def in_flight(self) -> int:
+        """How many calls have begun and not ended, those without a caller included."""
+        return len(self._detached)
+
+    async def drain(self) -> None:
+        """Wait until every call that has begun has ended, those without a caller included."""
+        while self._detached:
+            await asyncio.wait(self._detached)
+
+    # --- money calls ---
+
+    async def authorize(self, command: Authorize) -> Answer:
+        """Authorize or verify. Raises GatewayError where the call is refused."""
+        return await self._idempotent(command, lambda: self._new_authorization(command))
+
+    async def capture(self, command: Capture) -> Answer:
+        """Capture. Raises GatewayError where the call is refused."""
+        return await self._idempotent(command, lambda: self._new_follow_up(command))
+
+    async def void(self, command: Void) -> Answer:
+        """Void. Raises GatewayError where the call is refused."""
+        return await self._idempotent(command, lambda: self._new_follow_up(command))
+
+    async def refund(self, command: Refund) -> Answer:
+        """Refund. Raises GatewayError where the call is refused."""
+        return await self._idempotent(command, lambda: self._new_follow_up(command))
+
+    async def increment(self, command: Increment) -> Answer:
+        """Raise the authorized amount. Raises GatewayError where the call is refused."""
+        return await self._idempotent(command, lambda: self._new_follow_up(command))
+
+    # --- reads ---
+
+    async def get_payment(self, merchant_id: str, mode: Mode, payment_id: str) -> Aggregate:
+        """A payment with its operations. Raises GatewayError(PAYMENT_NOT_FOUND)."""
+        aggregate = await self._reading(self._store.load(merchant_id, payment_id))
+        if aggregate is None or aggregate.payment.mode is not mode:
+            raise refuse(Reason.PAYMENT_NOT_FOUND, "The merchant has no such payment.")
+        return aggregate
+
+    async def get_operation(
+        self,
+        merchant_id: str,
+        mode: Mode,
+        *,
+        operation_id: str | None = None,
+        idempotency_key: str | None = None,
+    ) -> Found:
+        """An operation with its payment. Raises GatewayError(OPERATION_NOT_FOUND)."""
+        if operation_id is not None:
+            found = await self._reading(self._store.find_operation(merchant_id, operation_id))
+        else:
+            key = idempotency_key or ""
+            found = await self._reading(self._store.find_by_key(merchant_id, key))
+        if found is None or found.payment.mode is not mode:
+            raise refuse(Reason.OPERATION_NOT_FOUND, "The merchant has no such operation.")
+        return found
+
+    async def list_payments(self, filter_: ListFilter) -> Page:
+        """A page of payments."""
+        return await self._reading(self._store.list_payments(filter_))
+
+    # --- idempotency ---
+
+    async def _idempotent(
+        self, command: Command, start: Callable[[], Coroutine[Any, Any, Answer]]
+    ) -> Answer:
+        """Answer from the key's operation where there is one, else start a new one, detached."""
+        claim = await self._claims.claim(
+            command.merchant_id, command.idempotency_key, command.fingerprint
+        )
+        self._observer.claimed(claim.status)
+        if claim.status is Claimed.REPLAY:
+            self._observer.replayed("redis")
+            return Answer(claim.response, True, claim.first_request_id, "")
+        if claim.status is Claimed.CONFLICT:
+            raise _key_reused()
+        if claim.status is Claimed.IN_FLIGHT:
+            # The claim alone proves nothing: its owner may have died before the intent.
+            found = await self._find_by_key(command)
+            if found is not None:
+                return await self._answer_existing(command, found)
+        task = asyncio.get_running_loop().create_task(
+            self._guarded(command, start, claim.nonce if claim.status is Claimed.NEW else None)
+        )
+        return await self._shielded(task)
+
+    async def _shielded(self, task: "asyncio.Task[Answer]") -> Answer:
+        self._detached.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
+    def _forget(self, task: "asyncio.Task[Answer]") -> None:
+        self._detached.discard(task)
+        if not task.cancelled():
+            # The caller may have gone: what it would have been told is not an error of the program.
+            task.exception()
+
+    async def _guarded(
+        self,
+        command: Command,
+        start: Callable[[], Coroutine[Any, Any, Answer]],
+        nonce: bytes | None,
+    ) -> Answer:
+        try:
+            return await start()
+        except StoreUnavailable as error:
+            raise _store_unavailable() from error
+        except GatewayError as refusal:
+            if refusal.reason in _NOT_BY_STATE:
+                raise
+            # The state may refuse just because an earlier call with this key took effect.
+            found = await self._find_by_key(command)
+            if found is not None and _same_call(command, found.operation):
+                if found.operation.state is not OperationState.NOT_SENT:
+                    return await self._answer_existing(command, found)
+                raise refusal
+            if found is not None:
+                raise _key_reused() from refusal
+            if nonce is not None:
+                self._claims.release(command.merchant_id, command.idempotency_key, nonce)
+            raise refusal
+
+    async def _find_by_key(self, command: Command) -> Found | None:
+        return await self._reading(
+            self._store.find_by_key(command.merchant_id, command.idempotency_key)
+        )
+
+    async def _reading(self, read: Coroutine[Any, Any, _T]) -> _T:
+        try:
+            return await read
+        except StoreUnavailable as error:
+            raise _store_unavailable() from error
+
+    async def _answer_existing(self, command: Command, found: Found) -> Answer:
+        """The answer to a repeat: the frozen one, the present state, or a new attempt."""
+        operation = found.operation
+        if not _same_call(command, operation):
+            raise _key_reused()
+        if operation.state is OperationState.PROCESSING:
+            operation, payment = await self._wait(command)
+            found = Found(operation, payment)
+        if operation.response is not None:
+            self._observer.replayed("postgres")
+            self._cache(operation)
+            return Answer(operation.response, True, operation.request_id, operation.payment_id)
+        if operation.state is OperationState.NOT_SENT:
+            task = asyncio.get_running_loop().create_task(self._restart(command, found))
+            return await self._shielded(task)
+        return Answer(
+            self._encoder.response(operation, found.payment),
+            True,
+            operation.request_id,
+            operation.payment_id,
+        )
+
+    async def _wait(self, command: Command) -> tuple[Operation, Payment]:
+        """Wait for the first call's outcome, by PostgreSQL. Raises GatewayError(IN_FLIGHT)."""
+        limits = self._limits
+        key = (command.merchant_id, command.idempotency_key)
+        waiting = self._waiting.get(key, 0)
+        if waiting >= limits.waiters_per_key_max:
+            raise _in_flight()
+        until = time.monotonic() + limits.wait_s_max
+        if command.deadline is not None:
+            until = min(until, command.deadline - limits.wait_margin_s)
+        self._waiting[key] = waiting + 1
+        pause_s = limits.wait_poll_s_min
+        try:
+            while True:
+                found = await self._find_by_key(command)
+                if found is not None and found.operation.state is not OperationState.PROCESSING:
+                    return found.operation, found.payment
+                if time.monotonic() + pause_s >= until:
+                    raise _in_flight()
+                await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
+                pause_s = min(2 * pause_s, limits.wait_poll_s_max)
+        finally:
+            left = self._waiting[key] - 1
+            if left:
+                self._waiting[key] = left
+            else:
+                del self._waiting[key]
+
+    def _cache(self, operation: Operation) -> None:
+        if operation.response is not None and operation.idempotency_key is not None:
+            self._claims.cache(
+                operation.merchant_id,
+                operation.idempotency_key,
+                operation.fingerprint or b"",
+                operation.request_id,
+                operation.response,
+            )
+
+    # --- beginnings ---
+
+    async def _new_authorization(self, command: Authorize) -> Answer:
+        route = self._router.route(command.merchant_id, command.mode)
+        if route is None:
+            raise refuse(
+                Reason.CONNECTOR_UNAVAILABLE,
+                f"No connector serves the merchant in mode {command.mode.name}.",
+                mode=command.mode.name,
+            )
+        unsupported = command.used_fields - route.connector.capabilities.supported_fields
+        if unsupported:
+            raise GatewayError(
+                Reason.FIELD_NOT_SUPPORTED,
+                f"The connector {route.connector.name} cannot use a field of the request.",
+                metadata={"connector": route.connector.name},
+                violations=[
+                    Violation(path, "not supported by the connector")
+                    for path in sorted(unsupported)
+                ],
+            )
+        begun = decisions.begin_authorization(
+            Origin(
+                ids.new_operation_id(),
+                command.idempotency_key,
+                command.fingerprint,
+                command.request_id,
+                command.merchant_transaction_id,
+            ),
+            merchant_id=command.merchant_id,
+            payment_id=ids.new_payment_id(),
+            mode=command.mode,
+            amount_minor=command.amount_minor,
+            currency=command.currency,
+            capture_method=command.capture_method,
+            connector=route.connector.name,
+            connector_account_id=route.connector_account_id,
+            merchant_order_id=command.merchant_order_id,
+            allow_partial_approval=command.allow_partial_approval,
+            details=command.details,
+        )
+        started = time.monotonic()
+        if await self._write_intent(begun, route.connector, None) is Stored.WRITTEN:
+            return await self._perform(command, begun, None, started)
+        return await self._duplicate(command)
+
+    async def _new_follow_up(self, command: FollowUp, again: Operation | None = None) -> Answer:
+        """Begin a follow-up by the payment as it is now, anew as often as it changes meanwhile.
+
+        `again` is the operation of this call that was NOT_SENT, where there is one."""
+        payment_id = await self._payment_id(command)
+        origin = Origin(
+            ids.new_operation_id(),
+            command.idempotency_key,
+            command.fingerprint,
+            command.request_id,
+            command.merchant_transaction_id,
+        )
+        for tries in range(self._limits.contention_tries_max):
+            aggregate = await self.get_payment(command.merchant_id, command.mode, payment_id)
+            connector = self._connector(aggregate.payment.connector)
+            begun = _begin(command, aggregate, origin)
+            started = time.monotonic()
+            if again is not None:
+                begun = decisions.begin_again(again, begun, command.request_id)
+                stored = await self._write_again(again, begun, connector)
+            elif len(aggregate.operations) >= self._limits.operations_per_payment_max:
+                raise refuse(Reason.TOO_MANY_OPERATIONS, "The payment has too many operations.")
+            else:
+                stored = await self._write_intent(begun, connector, aggregate.payment.version)
+            if stored is Stored.WRITTEN:
+                return await self._perform(command, begun, aggregate, started)
+            if stored is Stored.DUPLICATE_KEY:
+                return await self._duplicate(command)
+            if again is not None:
+                found = await self._find_by_key(command)
+                if found is None or found.operation.epoch != again.epoch:
+                    return await self._duplicate(command)
+            await asyncio.sleep(random.uniform(0, _CONTENTION_PAUSE_S * min(tries + 1, 20)))
+        raise GatewayError(
+            Reason.CONTENTION,
+            "Too many calls change this payment at once.",
+            retry_after_s=0.1,
+        )
+
+    async def _duplicate(self, command: Command) -> Answer:
+        """Another call has this key: answer from its operation."""
+        found = await self._find_by_key(command)
+        if found is None:
+            raise _in_flight()
+        return await self._answer_existing(command, found)
+
+    async def _restart(self, command: Command, found: Found) -> Answer:
+        """A repeat of a call that had surely no effect executes, under the next epoch."""
+        try:
+            if not isinstance(command, Authorize):
+                assert isinstance(command, FollowUp)
+                return await self._new_follow_up(command, again=found.operation)
+            begun = decisions.restart(found.payment, found.operation, command.request_id)
+            connector = self._connector(found.operation.attempt.connector)
+            started = time.monotonic()
+            if await self._write_again(found.operation, begun, connector) is Stored.WRITTEN:
+                return await self._perform(command, begun, None, started)
+            return await self._duplicate(command)
+        except StoreUnavailable as error:
+            raise _store_unavailable() from error
+
+    async def _write_intent(
+        self, begun: Begun, connector: Connector, expected_version: int | None
+    ) -> Stored:
+        operation, payment = begun.operation, begun.payment
+        result = await self._store.write_intent(
+            Intent(operation, payment, self._recover_after_s(connector), expected_version)
+        )
+        if result.at is not None:
+            self._clock.observe(result.at)
+            operation.created_at = operation.updated_at = payment.updated_at = result.at
+            if payment.created_at is None:
+                payment.created_at = result.at
+        return result.stored
+
+    async def _write_again(self, before: Operation, begun: Begun, connector: Connector) -> Stored:
+        operation, payment = begun.operation, begun.payment
+        operation.updated_at = payment.updated_at = self._clock.after(payment.updated_at)
+        event_type = _event_type(operation)
+        return await self._store.write_change(
+            Change(
+                operation=operation,
+                payment=payment,
+                expected_epoch=before.epoch,
+                expected_state=before.state,
+                expected_version=payment.version - 1,
+                event=self._encoder.event(event_type, operation, payment),
+                event_type=event_type,
+                recover_after_s=self._recover_after_s(connector),
+            )
+        )
+
+    async def _payment_id(self, command: FollowUp) -> str:
+        if not isinstance(command, Void) or command.payment_id is not None:
+            return command.payment_id or ""
+        key = command.authorize_idempotency_key or ""
+        found = await self._store.find_by_key(command.merchant_id, key)
+        if found is None or found.operation.kind is not OperationKind.AUTHORIZE:
+            raise refuse(
+                Reason.PAYMENT_NOT_FOUND, "The merchant has no authorization with this key."
+            )
+        return found.payment.payment_id
+
+    def _connector(self, name: str) -> Connector:
+        connector = self._router.connector(name)
+        if connector is None:
+            raise refuse(
+                Reason.CONNECTOR_UNAVAILABLE,
+                "The payment's connector is not configured here.",
+                connector=name,
+            )
+        return connector
+
+    def _recover_after_s(self, connector: Connector) -> float:
+        return (
+            self._limits.send_window_s
+            + connector.capabilities.answer_timeout_s
+            + self._limits.recover_margin_s
+        )
+
+    # --- the PSP and the outcome ---
+
+    async def _perform(
+        self,
+        command: Command,
+        begun: Begun,
+        aggregate: Aggregate | None,
+        started: float,
+    ) -> Answer:
+        """Send the attempt (or accept a cancel request), write what came of it, and answer."""
+        operation, payment = begun.operation, begun.payment
+        if begun.cancel_request:
+            found = await self._outcomes.accept_cancel_request(operation, payment)
+        else:
+            send_before = started + self._limits.send_window_s
+            late = Reason.SEND_WINDOW_PASSED
+            if command.deadline is not None:
+                by_deadline = command.deadline - self._limits.min_send_budget_s
+                if by_deadline < send_before:
+                    send_before, late = by_deadline, Reason.DEADLINE_TOO_SHORT
+            if time.monotonic() >= send_before:
+                answer = ConnectorAnswer(Delivery.NOT_SENT, reason=late)
+            else:
+                connector = self._connector(operation.attempt.connector)
+                request = connector_request(self._encoder, operation, payment, aggregate)
+                sent = time.monotonic()
+                answer = await connector.send(request, send_before)
+                self._observer.connector_called(
+                    connector.name, operation.kind, answer, time.monotonic() - sent
+                )
+            try:
+                found = await self._outcomes.write(operation, payment, answer)
+            except StoreUnavailable:
+                self._observer.outcome_lost(operation)
+                raise
+        operation = found.operation
+        response = operation.response or self._encoder.response(operation, found.payment)
+        return Answer(response, False, "", operation.payment_id)
+
+
+class Outcomes:
+    """Writes what came of an attempt, whatever else happens to its operation and payment meanwhile."""
+
+    def __init__(
+        self,
+        store: Store,
+        claims: Claims,
+        encoder: Encoder,
+        clock: DatabaseClock,
+        first_check_s: float,
+    ) -> None:
+        self._store = store
+        self._claims = claims
+        self._encoder = encoder
+        self._clock = clock
+        self._first_check_s = first_check_s
+
+    async def write(self, operation: Operation, payment: Payment, answer: ConnectorAnswer) -> Found:
+        """Settle an operation that this caller owns (by its epoch); the operation as it is stored.
+
+        Where another owner took over meanwhile, the answer is kept as evidence, or reversed should
+        it be a success that must not stand. Raises StoreUnavailable."""
+        owned = operation
+        while True:
+            settled = decisions.settle(
+                payment,
+                operation,
+                answer,
+                self._clock.after(payment.updated_at),
+                ids.new_operation_id(),
+            )
+            if settled is None:
+                return await self._fenced_out(owned, answer)
+            if await self._commit(operation, payment, settled) is Stored.WRITTEN:
+                return Found(settled.operation, settled.payment)
+            found = await self._store.find_operation(owned.merchant_id, owned.operation_id)
+            if found is None:
+                raise StoreUnavailable("the operation's row is missing")
+            operation, payment = found.operation, found.payment
+            if (operation.epoch, operation.attempt.number) != (owned.epoch, owned.attempt.number):
+                return await self._fenced_out(owned, answer)
+
+    async def accept_cancel_request(self, operation: Operation, payment: Payment) -> Found:
+        """Make a void of an unfinished authorization PENDING. Raises StoreUnavailable."""
+        owned = operation
+        while True:
+            settled = decisions.accept_cancel_request(
+                payment, operation, self._clock.after(payment.updated_at)
+            )
+            if await self._commit(operation, payment, settled) is Stored.WRITTEN:
+                return Found(settled.operation, settled.payment)
+            found = await self._store.find_operation(owned.merchant_id, owned.operation_id)
+            if found is None:
+                raise StoreUnavailable("the operation's row is missing")
+            operation, payment = found.operation, found.payment
+            if operation.epoch != owned.epoch or operation.state is not OperationState.PROCESSING:
+                return found
+
+    async def reverse(
+        self, operation: Operation, attempt_number: int, answer: ConnectorAnswer
+    ) -> None:
+        """Begin the durable reversal of a success that must not stand, once for each attempt."""
+        while True:
+            aggregate = await self._store.load(operation.merchant_id, operation.payment_id)
+            if aggregate is None:
+                raise StoreUnavailable("the payment's row is missing")
+            reference = f"{operation.operation_id}-{attempt_number}"
+            if any(
+                other.kind is OperationKind.REVERSAL and other.note == reference
+                for other in aggregate.operations
+            ):
+                return
+            current = next(
+                other
+                for other in aggregate.operations
+                if other.operation_id == operation.operation_id
+            )
+            settled = decisions.reverse_late_success(
+                aggregate.payment,
+                current,
+                attempt_number,
+                answer,
+                self._clock.after(aggregate.payment.updated_at),
+                ids.new_operation_id(),
+            )
+            if await self._commit(current, aggregate.payment, settled) is Stored.WRITTEN:
+                return
+
+    async def bounce(self, operation: Operation, answer: ConnectorAnswer) -> None:
+        """A capture or refund that had succeeded was returned."""
+        while True:
+            found = await self._store.find_operation(operation.merchant_id, operation.operation_id)
+            if found is None:
+                raise StoreUnavailable("the operation's row is missing")
+            settled = decisions.bounce(
+                found.payment, found.operation, answer, self._clock.after(found.payment.updated_at)
+            )
+            if settled is None:
+                return
+            if await self._commit(found.operation, found.payment, settled) is Stored.WRITTEN:
+                return
+
+    async def _commit(self, before: Operation, payment: Payment, settled: Settled) -> Stored:
+        operation = settled.operation
+        if operation.response is None and operation.state in states.FROZEN:
+            operation.response = self._encoder.response(operation, settled.payment)
+        event_type = _event_type(operation)
+        stored = await self._store.write_change(
+            Change(
+                operation=operation,
+                payment=settled.payment,
+                expected_epoch=before.epoch,
+                expected_state=before.state,
+                expected_version=payment.version,
+                companions=settled.companions,
+                discrepancies=settled.discrepancies,
+                event=self._encoder.event(event_type, operation, settled.payment),
+                event_type=event_type,
+                doubt=Doubt(self._first_check_s) if operation.state in states.UNFINISHED else None,
+            )
+        )
+        if (
+            stored is Stored.WRITTEN
+            and operation.response is not None
+            and operation.idempotency_key is not None
+        ):
+            self._claims.cache(
+                operation.merchant_id,
+                operation.idempotency_key,
+                operation.fingerprint or b"",
+                operation.request_id,
+                operation.response,
+            )
+        return stored
+
+    async def _fenced_out(self, owned: Operation, answer: ConnectorAnswer) -> Found:
+        """Another owner has the operation. A definite answer is a fact, and is never dropped."""
+        event = decisions.event_of(answer)
+        while True:
+            found = await self._store.find_operation(owned.merchant_id, owned.operation_id)
+            if found is None:
+                raise StoreUnavailable("the operation's row is missing")
+            current = found.operation
+            if event is Event.DOUBTED:
+                return found
+            same_attempt = current.attempt.number == owned.attempt.number
+            if same_attempt and current.state in states.UNFINISHED:
+                if await self._store.add_evidence(current, answer):
+                    return found
+                continue
+            if event is Event.APPROVED and (not same_attempt or current.state in _WITHOUT_EFFECT):
+                await self.reverse(current, owned.attempt.number, answer)
+            return found
+
+
+_NOT_BY_STATE = frozenset(
+    {
+        Reason.IDEMPOTENCY_KEY_REUSED,
+        Reason.IDEMPOTENCY_KEY_IN_FLIGHT,
+        Reason.STORE_UNAVAILABLE,
+        Reason.CONTENTION,
+    }
+)
+"""Refusals that say nothing about the payment's state: no earlier call can be behind them."""
+
+_WITHOUT_EFFECT = frozenset(
+    {
+        OperationState.NOT_SENT,
+        OperationState.CANCELED,
+        OperationState.DECLINED,
+        OperationState.FAILED,
+        OperationState.EXPIRED,
+    }
+)
+
+
+def connector_request(
+    encoder: Encoder, operation: Operation, payment: Payment, aggregate: Aggregate | None
+) -> ConnectorRequest:
+    """An operation's present attempt, as its connector sends it."""
+    request = ConnectorRequest(
+        kind=operation.kind,
+        reference=operation.reference,
+        amount_minor=operation.amount_minor,
+        currency=operation.currency,
+        connector_account_id=operation.attempt.connector_account_id,
+        payment_id=operation.payment_id,
+        final=operation.final,
+    )
+    if operation.kind in (OperationKind.AUTHORIZE, OperationKind.VERIFY):
+        request.payment_method_token, request.fields = encoder.connector_fields(payment)
+        request.capture = payment.capture_method.name == "AUTOMATIC"
+        return request
+    request.target_transaction_id = payment.connector_transaction_id
+    if operation.kind is OperationKind.REVERSAL:
+        request.target_reference = operation.note
+        request.target_transaction_id = operation.attempt.connector_transaction_id
+    elif operation.kind is OperationKind.REFUND and len(operation.allocations) == 1 and aggregate:
+        capture_id = operation.allocations[0][0]
+        for other in aggregate.operations:
+            if other.operation_id == capture_id and other.attempt.connector_transaction_id:
+                request.target_transaction_id = other.attempt.connector_transaction_id
+    return request
+
+
+def _begin(command: FollowUp, aggregate: Aggregate, origin: Origin) -> Begun:
+    match command:
+        case Capture():
+            return decisions.begin_capture(
+                aggregate, origin, command.amount_minor, command.currency, command.final
+            )
+        case Void():
+            return decisions.begin_void(aggregate, origin, command.note)
+        case Refund():
+            return decisions.begin_refund(
+                aggregate,
+                origin,
+                command.amount_minor,
+                command.currency,
+                command.capture_operation_id,
+                command.note,
+            )
+        case Increment():
+            return decisions.begin_increment(
+                aggregate, origin, command.amount_minor, command.currency
+            )
+
+
+def _event_type(operation: Operation) -> str:
+    return f"{operation.kind.name}.{operation.state.name}".lower()
+
+
+def _same_call(command: Command, operation: Operation) -> bool:
+    return operation.fingerprint == command.fingerprint
+
+
+def _key_reused() -> GatewayError:
+    return refuse(
+        Reason.IDEMPOTENCY_KEY_REUSED, "The idempotency key was used with another payload."
+    )
+
+
+def _in_flight() -> GatewayError:
+    return GatewayError(
+        Reason.IDEMPOTENCY_KEY_IN_FLIGHT,
+        "A call with this idempotency key is in progress.",
+        retry_after_s=0.2,
+    )
+
+
+def _store_unavailable() -> GatewayError:
+    return GatewayError(
+        Reason.STORE_UNAVAILABLE,
+        "The store is away; whether the call took effect is not known: repeat it with its key.",
+        retry_after_s=1.0,
+    )

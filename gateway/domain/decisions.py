@@ -1,0 +1,760 @@
+"""What a call may do to a payment, and what an answer does to it. Pure: values in, values out.
+
+Amounts are reserved when an operation begins and settled by its outcome, so that
+`captured + capture_pending <= authorized` and `refunded + refund_pending <= captured` hold at every
+moment; a doubt keeps its reservation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from gateway.domain import states
+from gateway.domain.errors import Reason, refuse
+from gateway.domain.model import (
+    Aggregate,
+    Attempt,
+    CaptureMethod,
+    ConnectorAnswer,
+    Delivery,
+    Discrepancy,
+    Mode,
+    Operation,
+    OperationKind,
+    OperationOrigin,
+    OperationState,
+    Outcome,
+    Payment,
+    PaymentState,
+    ResponseCode,
+    Verdict,
+)
+from gateway.domain.money import AMOUNT_MINOR_MAX
+from gateway.domain.states import Beside, Event
+
+K = OperationKind
+S = OperationState
+
+
+@dataclass(slots=True)
+class Origin:
+    """Where a new operation comes from: the call's idempotency data."""
+
+    operation_id: str
+    idempotency_key: str
+    fingerprint: bytes
+    request_id: str
+    merchant_transaction_id: str = ""
+
+
+@dataclass(slots=True)
+class Begun:
+    """A new operation and its payment after it: what the intent writes."""
+
+    operation: Operation
+    payment: Payment
+    cancel_request: bool = False
+    """The operation is a void that waits for an unfinished authorization: nothing is sent yet."""
+
+
+@dataclass(slots=True)
+class Settled:
+    """What an answer makes of an operation and its payment."""
+
+    operation: Operation
+    payment: Payment
+    companions: list[Operation] = field(default_factory=list)
+    """Operations that begin with it."""
+    discrepancies: list[Discrepancy] = field(default_factory=list)
+
+
+# --- beginnings -----------------------------------------------------------------------------------
+
+
+def begin_authorization(
+    origin: Origin,
+    *,
+    merchant_id: str,
+    payment_id: str,
+    mode: Mode,
+    amount_minor: int,
+    currency: str,
+    capture_method: CaptureMethod,
+    connector: str,
+    connector_account_id: str,
+    merchant_order_id: str,
+    allow_partial_approval: bool,
+    details: bytes,
+) -> Begun:
+    """A new payment with its AUTHORIZE, or its VERIFY where the amount is zero."""
+    operation = Operation(
+        merchant_id=merchant_id,
+        operation_id=origin.operation_id,
+        payment_id=payment_id,
+        kind=K.AUTHORIZE if amount_minor else K.VERIFY,
+        origin=OperationOrigin.CLIENT,
+        state=S.PROCESSING,
+        amount_minor=amount_minor,
+        currency=currency,
+        attempt=Attempt(1, connector, connector_account_id),
+        idempotency_key=origin.idempotency_key,
+        fingerprint=origin.fingerprint,
+        request_id=origin.request_id,
+        merchant_transaction_id=origin.merchant_transaction_id,
+    )
+    payment = Payment(
+        merchant_id=merchant_id,
+        payment_id=payment_id,
+        mode=mode,
+        state=PaymentState.PROCESSING,
+        currency=currency,
+        capture_method=capture_method,
+        requested_minor=amount_minor,
+        connector=connector,
+        connector_account_id=connector_account_id,
+        merchant_order_id=merchant_order_id,
+        allow_partial_approval=allow_partial_approval,
+        details=details,
+    )
+    return Begun(operation, payment)
+
+
+def begin_capture(
+    aggregate: Aggregate,
+    origin: Origin,
+    amount_minor: int | None,
+    currency: str | None,
+    final: bool,
+) -> Begun:
+    """A capture. Raises GatewayError where the payment's state or amounts do not allow it."""
+    payment = aggregate.payment
+    _require_authorized(payment)
+    _check_matrix(K.CAPTURE, aggregate)
+    _check_currency(payment, currency)
+    if payment.capture_closed:
+        raise refuse(
+            Reason.PAYMENT_CLOSED_FOR_CAPTURE,
+            "The payment takes no further capture.",
+            capture_method=payment.capture_method.name,
+        )
+    available = payment.authorized_minor - payment.captured_minor - payment.capture_pending_minor
+    amount = available if amount_minor is None else amount_minor
+    if not 0 < amount <= available:
+        raise refuse(
+            Reason.AMOUNT_EXCEEDS_AUTHORIZED,
+            "The amount is more than what is authorized and not yet captured.",
+            available_minor=str(available),
+        )
+    # MANUAL takes one capture: it is final whatever the call says.
+    closes = final or payment.capture_method is CaptureMethod.MANUAL
+    operation = _follow_up(payment, origin, K.CAPTURE, amount)
+    operation.final = closes
+    operation.parent_operation_id = _authorization(aggregate).operation_id
+    return Begun(
+        operation,
+        payment.copy_with(
+            version=payment.version + 1,
+            capture_pending_minor=payment.capture_pending_minor + amount,
+            capture_closed=closes,
+        ),
+    )
+
+
+def begin_void(aggregate: Aggregate, origin: Origin, note: str) -> Begun:
+    """A void; of an unfinished authorization a cancel request. Raises GatewayError."""
+    payment = aggregate.payment
+    as_request = _check_matrix(K.VOID, aggregate) is Beside.AS_CANCEL_REQUEST
+    amount = payment.authorized_minor - payment.captured_minor
+    if not as_request and (amount <= 0 or payment.voided_minor or not _is_money(payment)):
+        raise refuse(
+            Reason.NOTHING_TO_VOID,
+            "Nothing is authorized that is not captured or released.",
+            state=payment.state.name,
+        )
+    authorization = _authorization(aggregate)
+    operation = _follow_up(
+        payment, origin, K.VOID, authorization.amount_minor if as_request else amount
+    )
+    operation.note = note
+    operation.parent_operation_id = authorization.operation_id
+    return Begun(
+        operation,
+        payment.copy_with(
+            version=payment.version + 1, cancel_requested=payment.cancel_requested or as_request
+        ),
+        cancel_request=as_request,
+    )
+
+
+def begin_refund(
+    aggregate: Aggregate,
+    origin: Origin,
+    amount_minor: int | None,
+    currency: str | None,
+    capture_operation_id: str | None,
+    note: str,
+) -> Begun:
+    """A refund, allocated to the named capture or to the oldest first. Raises GatewayError."""
+    payment = aggregate.payment
+    _require_authorized(payment)
+    _check_matrix(K.REFUND, aggregate)
+    _check_currency(payment, currency)
+    open_parts = refundable_captures(aggregate.operations)
+    if capture_operation_id is not None:
+        open_parts = [part for part in open_parts if part[0] == capture_operation_id]
+        if not open_parts:
+            raise refuse(
+                Reason.CAPTURE_NOT_REFUNDABLE,
+                "The payment has no such capture with an amount left to refund.",
+            )
+    # A capture's bounce or a fact reported by the PSP may leave less in total than in the parts.
+    available = min(
+        sum(part for _, part in open_parts),
+        payment.captured_minor - payment.refunded_minor - payment.refund_pending_minor,
+    )
+    amount = available if amount_minor is None else amount_minor
+    if not 0 < amount <= available:
+        raise refuse(
+            Reason.AMOUNT_EXCEEDS_CAPTURED,
+            "The amount is more than what is captured and not yet refunded.",
+            available_minor=str(available),
+        )
+    operation = _follow_up(payment, origin, K.REFUND, amount)
+    operation.note = note
+    operation.allocations = allocate(open_parts, amount)
+    operation.parent_operation_id = operation.allocations[0][0]
+    return Begun(
+        operation,
+        payment.copy_with(
+            version=payment.version + 1,
+            refund_pending_minor=payment.refund_pending_minor + amount,
+        ),
+    )
+
+
+def begin_increment(
+    aggregate: Aggregate, origin: Origin, amount_minor: int, currency: str
+) -> Begun:
+    """An increment of the authorized amount. Raises GatewayError."""
+    payment = aggregate.payment
+    _require_authorized(payment)
+    _check_matrix(K.INCREMENT, aggregate)
+    _check_currency(payment, currency)
+    captures = any(
+        operation.kind is K.CAPTURE and operation.state is S.SUCCEEDED
+        for operation in aggregate.operations
+    )
+    if (
+        payment.capture_method is CaptureMethod.AUTOMATIC
+        or captures
+        or payment.capture_closed
+        or payment.state is not PaymentState.AUTHORIZED
+    ):
+        raise refuse(
+            Reason.INCREMENT_NOT_ALLOWED,
+            "Only a payment with manual capture of which nothing is captured can be incremented.",
+            state=payment.state.name,
+            capture_method=payment.capture_method.name,
+        )
+    if payment.authorized_minor + amount_minor > AMOUNT_MINOR_MAX:
+        raise refuse(
+            Reason.INCREMENT_NOT_ALLOWED,
+            "The authorized amount would exceed the largest amount.",
+            available_minor=str(AMOUNT_MINOR_MAX - payment.authorized_minor),
+        )
+    operation = _follow_up(payment, origin, K.INCREMENT, amount_minor)
+    operation.parent_operation_id = _authorization(aggregate).operation_id
+    return Begun(
+        operation,
+        payment.copy_with(version=payment.version + 1, increment_pending_minor=amount_minor),
+    )
+
+
+def restart(payment: Payment, operation: Operation, request_id: str) -> Begun:
+    """A new attempt of an operation that was NOT_SENT, under the next epoch.
+
+    For AUTHORIZE and VERIFY only; every other kind begins anew by its own rules, see
+    `begin_again`."""
+    return Begun(
+        _next_attempt(operation, request_id),
+        payment.copy_with(version=payment.version + 1, state=PaymentState.PROCESSING),
+    )
+
+
+def begin_again(operation: Operation, begun: Begun, request_id: str) -> Begun:
+    """A new attempt of a follow-up that was NOT_SENT: the reservation is made anew (`begun`, by the
+    same rules as the first time), the operation keeps its identity."""
+    again = _next_attempt(operation, request_id)
+    again.amount_minor = begun.operation.amount_minor
+    again.final = begun.operation.final
+    again.allocations = begun.operation.allocations
+    again.parent_operation_id = begun.operation.parent_operation_id
+    return Begun(again, begun.payment, begun.cancel_request)
+
+
+def _next_attempt(operation: Operation, request_id: str) -> Operation:
+    old = operation.attempt
+    return operation.copy_with(
+        state=S.PROCESSING,
+        epoch=operation.epoch + 1,
+        attempt=Attempt(old.number + 1, old.connector, old.connector_account_id),
+        superseded_attempts=(*operation.superseded_attempts, old),
+        reason="",
+        response=None,
+        request_id=request_id,
+    )
+
+
+# --- outcomes -------------------------------------------------------------------------------------
+
+
+def event_of(answer: ConnectorAnswer) -> Event:
+    """What an answer means: what it says, and without a verdict, never sent or in doubt."""
+    if answer.verdict is Verdict.UNKNOWN and answer.delivery is Delivery.NOT_SENT:
+        return Event.NEVER_SENT
+    return states.VERDICT_EVENTS[answer.verdict]
+
+
+def settle(
+    payment: Payment,
+    operation: Operation,
+    answer: ConnectorAnswer,
+    at: datetime,
+    new_operation_id: str,
+) -> Settled | None:
+    """What an answer makes of an operation; None where the transition table does not allow it.
+
+    `at` is the time of the change; `new_operation_id` names a companion, should there be one."""
+    event = event_of(answer)
+    after = states.next_state(operation.kind, operation.state, event)
+    if after is None:
+        return None
+    changed = operation.copy_with(
+        state=after,
+        updated_at=at,
+        attempt=_answered(operation.attempt, answer),
+        reason=answer.reason,
+        next_action_url=answer.next_action_url,
+    )
+    settled = Settled(changed, payment.copy_with(version=payment.version + 1, updated_at=at))
+    if operation.kind in (K.AUTHORIZE, K.VERIFY):
+        _settle_authorization(settled, answer, event, at, new_operation_id)
+    elif operation.kind is K.CAPTURE:
+        _settle_capture(settled, event)
+    elif operation.kind is K.REFUND:
+        _settle_refund(settled, event)
+    elif operation.kind is K.VOID:
+        _settle_void(settled)
+    elif operation.kind is K.INCREMENT:
+        _settle_increment(settled)
+    return settled
+
+
+def bounce(
+    payment: Payment, operation: Operation, answer: ConnectorAnswer, at: datetime
+) -> Settled | None:
+    """A capture or refund that had succeeded was returned; None where it had not succeeded."""
+    after = states.next_state(operation.kind, operation.state, Event.BOUNCED)
+    if after is None:
+        return None
+    settled = Settled(
+        operation.copy_with(state=after, updated_at=at, reason=answer.reason),
+        payment.copy_with(version=payment.version + 1, updated_at=at),
+    )
+    if operation.kind is K.CAPTURE:
+        _settle_capture(settled, Event.BOUNCED)
+    else:
+        _settle_refund(settled, Event.BOUNCED)
+    return settled
+
+
+def accept_cancel_request(payment: Payment, operation: Operation, at: datetime) -> Settled:
+    """A void that waits for an unfinished authorization: PENDING; recovery carries it out."""
+    attempt = Attempt(
+        operation.attempt.number,
+        operation.attempt.connector,
+        operation.attempt.connector_account_id,
+        delivery=Delivery.NOT_SENT,
+    )
+    return Settled(
+        operation.copy_with(state=S.PENDING, updated_at=at, attempt=attempt),
+        payment.copy_with(version=payment.version + 1, updated_at=at),
+    )
+
+
+def reverse_late_success(
+    payment: Payment,
+    operation: Operation,
+    attempt_number: int,
+    answer: ConnectorAnswer,
+    at: datetime,
+    new_operation_id: str,
+) -> Settled:
+    """A success of an attempt that was taken for not sent or cancelled: a durable REVERSAL begins.
+
+    The operation keeps its state."""
+    reference = f"{operation.operation_id}-{attempt_number}"
+    settled = Settled(
+        operation.copy_with(updated_at=at),
+        payment.copy_with(version=payment.version + 1, updated_at=at),
+    )
+    reported = answer.outcome.amount_reported_minor if answer.outcome else None
+    amount = operation.amount_minor if reported is None else reported
+    settled.companions.append(_reversal(operation, new_operation_id, reference, amount, answer, at))
+    settled.discrepancies.append(
+        _discrepancy(
+            operation, "late_success", operation.state.name, f"{reference} took effect later"
+        )
+    )
+    return settled
+
+
+def payment_state_of_money(payment: Payment) -> PaymentState:
+    """The state of a payment whose authorization succeeded, from its amounts."""
+    if payment.refunded_minor:
+        whole = payment.refunded_minor >= payment.captured_minor
+        return PaymentState.REFUNDED if whole else PaymentState.PARTIALLY_REFUNDED
+    if payment.captured_minor:
+        whole = payment.captured_minor >= payment.authorized_minor
+        return PaymentState.CAPTURED if whole else PaymentState.PARTIALLY_CAPTURED
+    return PaymentState.VOIDED if payment.voided_minor else PaymentState.AUTHORIZED
+
+
+def refundable_captures(operations: Sequence[Operation]) -> list[tuple[str, int]]:
+    """(operation id, amount left to refund) of each succeeded capture, the oldest first."""
+    left = {
+        operation.operation_id: operation.amount_minor
+        for operation in operations
+        if operation.kind is K.CAPTURE and operation.state is S.SUCCEEDED
+    }
+    for operation in operations:
+        holds = operation.state in states.UNFINISHED or operation.state is S.SUCCEEDED
+        if operation.kind is K.REFUND and holds:
+            for capture_id, part in operation.allocations:
+                if capture_id in left:
+                    left[capture_id] -= part
+    return [(capture_id, part) for capture_id, part in left.items() if part > 0]
+
+
+def allocate(parts: Sequence[tuple[str, int]], amount_minor: int) -> tuple[tuple[str, int], ...]:
+    """Divides an amount among captures in their order."""
+    allocations = []
+    for capture_id, part in parts:
+        share = min(part, amount_minor)
+        if share:
+            allocations.append((capture_id, share))
+            amount_minor -= share
+    return tuple(allocations)
+
+
+# --- parts of the above ---------------------------------------------------------------------------
+
+
+def _follow_up(payment: Payment, origin: Origin, kind: K, amount_minor: int) -> Operation:
+    return Operation(
+        merchant_id=payment.merchant_id,
+        operation_id=origin.operation_id,
+        payment_id=payment.payment_id,
+        kind=kind,
+        origin=OperationOrigin.CLIENT,
+        state=S.PROCESSING,
+        amount_minor=amount_minor,
+        currency=payment.currency,
+        attempt=Attempt(1, payment.connector, payment.connector_account_id),
+        idempotency_key=origin.idempotency_key,
+        fingerprint=origin.fingerprint,
+        request_id=origin.request_id,
+        merchant_transaction_id=origin.merchant_transaction_id,
+    )
+
+
+def _authorization(aggregate: Aggregate) -> Operation:
+    return next(
+        operation for operation in aggregate.operations if operation.kind in (K.AUTHORIZE, K.VERIFY)
+    )
+
+
+def _is_money(payment: Payment) -> bool:
+    return payment.state in (
+        PaymentState.AUTHORIZED,
+        PaymentState.PARTIALLY_CAPTURED,
+        PaymentState.CAPTURED,
+        PaymentState.PARTIALLY_REFUNDED,
+        PaymentState.REFUNDED,
+    )
+
+
+def _require_authorized(payment: Payment) -> None:
+    if not _is_money(payment):
+        raise refuse(
+            Reason.PAYMENT_NOT_AUTHORIZED,
+            "The payment is not authorized.",
+            state=payment.state.name,
+        )
+
+
+def _check_currency(payment: Payment, currency: str | None) -> None:
+    if currency is not None and currency != payment.currency:
+        raise refuse(
+            Reason.CURRENCY_MISMATCH,
+            "The currency is not that of the payment.",
+            payment_currency=payment.currency,
+        )
+
+
+def _check_matrix(kind: K, aggregate: Aggregate) -> Beside:
+    result = Beside.ALLOWED
+    for operation in aggregate.operations:
+        if operation.state not in states.UNFINISHED:
+            continue
+        beside = states.may_start_beside(kind, operation.kind, operation.state)
+        if beside is Beside.REFUSED:
+            raise refuse(
+                Reason.OPERATION_IN_PROGRESS,
+                f"A {kind.name} cannot start beside an unfinished {operation.kind.name}.",
+                operation_id=operation.operation_id,
+                operation_kind=operation.kind.name,
+                operation_state=operation.state.name,
+            )
+        if beside is Beside.AS_CANCEL_REQUEST:
+            result = beside
+    return result
+
+
+def _answered(attempt: Attempt, answer: ConnectorAnswer) -> Attempt:
+    return Attempt(
+        attempt.number,
+        attempt.connector,
+        attempt.connector_account_id,
+        delivery=answer.delivery,
+        connector_transaction_id=(
+            answer.connector_transaction_id or attempt.connector_transaction_id
+        ),
+        outcome=answer.outcome or attempt.outcome,
+        processing_ms=(
+            attempt.processing_ms if answer.processing_ms is None else answer.processing_ms
+        ),
+    )
+
+
+_PAYMENT_STATES: dict[S, PaymentState] = {
+    S.REQUIRES_ACTION: PaymentState.REQUIRES_ACTION,
+    S.PENDING: PaymentState.PENDING,
+    S.DECLINED: PaymentState.DECLINED,
+    S.FAILED: PaymentState.FAILED,
+    S.NOT_SENT: PaymentState.NOT_SENT,
+    S.IN_DOUBT: PaymentState.IN_DOUBT,
+    S.CANCELED: PaymentState.CANCELED,
+    S.EXPIRED: PaymentState.EXPIRED,
+}
+
+
+def _settle_authorization(
+    settled: Settled, answer: ConnectorAnswer, event: Event, at: datetime, new_operation_id: str
+) -> None:
+    operation, payment = settled.operation, settled.payment
+    if event is not Event.APPROVED:
+        if event is Event.EXPIRED and payment.captured_minor:
+            # What was captured stays; only the rest has expired.
+            payment.capture_closed = True
+            return
+        payment.state = _PAYMENT_STATES[operation.state]
+        return
+    outcome = answer.outcome or Outcome()
+    payment.connector_transaction_id = operation.attempt.connector_transaction_id
+    payment.auth_code = outcome.auth_code
+    payment.network_transaction_id = outcome.network_transaction_id
+    payment.authorization_expires_at = answer.authorization_expires_at
+    if operation.kind is K.VERIFY:
+        payment.state = PaymentState.VERIFIED
+        return
+    approved = operation.amount_minor
+    reported = outcome.amount_reported_minor
+    if reported is not None and reported != approved:
+        if reported > approved:
+            payment.authorized_reported_minor = reported
+            settled.discrepancies.append(
+                _discrepancy(operation, "authorized_amount", str(approved), str(reported))
+            )
+        elif payment.allow_partial_approval and reported > 0:
+            approved = reported
+        else:
+            _refuse_partial_approval(settled, answer, reported, at, new_operation_id)
+            return
+    payment.authorized_minor = approved
+    if payment.capture_method is CaptureMethod.AUTOMATIC:
+        payment.captured_minor = approved
+        payment.capture_closed = True
+        settled.companions.append(
+            Operation(
+                merchant_id=operation.merchant_id,
+                operation_id=new_operation_id,
+                payment_id=operation.payment_id,
+                kind=K.CAPTURE,
+                origin=OperationOrigin.GATEWAY,
+                state=S.SUCCEEDED,
+                amount_minor=approved,
+                currency=operation.currency,
+                attempt=operation.attempt,
+                parent_operation_id=operation.operation_id,
+                final=True,
+                request_id=operation.request_id,
+                created_at=at,
+                updated_at=at,
+            )
+        )
+    payment.state = payment_state_of_money(payment)
+
+
+def _refuse_partial_approval(
+    settled: Settled,
+    answer: ConnectorAnswer,
+    reported_minor: int,
+    at: datetime,
+    new_operation_id: str,
+) -> None:
+    operation = settled.operation
+    operation.state = S.DECLINED
+    outcome = operation.attempt.outcome
+    if outcome is not None:
+        outcome.response_code = ResponseCode.PARTIAL_APPROVAL_REVERSED
+    settled.payment.state = PaymentState.DECLINED
+    if reported_minor > 0:
+        settled.companions.append(
+            _reversal(operation, new_operation_id, operation.reference, reported_minor, answer, at)
+        )
+
+
+def _reversal(
+    operation: Operation,
+    new_operation_id: str,
+    reference: str,
+    amount_minor: int,
+    answer: ConnectorAnswer,
+    at: datetime,
+) -> Operation:
+    return Operation(
+        merchant_id=operation.merchant_id,
+        operation_id=new_operation_id,
+        payment_id=operation.payment_id,
+        kind=K.REVERSAL,
+        origin=OperationOrigin.GATEWAY,
+        state=S.PROCESSING,
+        amount_minor=amount_minor,
+        currency=operation.currency,
+        attempt=Attempt(
+            1,
+            operation.attempt.connector,
+            operation.attempt.connector_account_id,
+            delivery=Delivery.NOT_SENT,
+            # What is reversed, until the reversal has an id of its own.
+            connector_transaction_id=answer.connector_transaction_id,
+        ),
+        parent_operation_id=operation.operation_id,
+        request_id=operation.request_id,
+        note=reference,
+        created_at=at,
+        updated_at=at,
+    )
+
+
+def _settle_capture(settled: Settled, event: Event) -> None:
+    operation, payment = settled.operation, settled.payment
+    amount = operation.amount_minor
+    if operation.state in states.UNFINISHED:
+        return
+    if event is Event.BOUNCED:
+        if payment.captured_minor - amount < payment.refunded_minor + payment.refund_pending_minor:
+            payment.captured_reported_minor = payment.captured_minor - amount
+            settled.discrepancies.append(
+                _discrepancy(
+                    operation,
+                    "captured_amount",
+                    str(payment.captured_minor),
+                    str(payment.captured_reported_minor),
+                )
+            )
+        else:
+            payment.captured_minor -= amount
+        payment.state = payment_state_of_money(payment)
+        return
+    payment.capture_pending_minor -= amount
+    if operation.state is S.SUCCEEDED:
+        payment.captured_minor += amount
+        reported = _reported(operation, amount)
+        if reported is not None:
+            payment.captured_reported_minor = payment.captured_minor - amount + reported
+            settled.discrepancies.append(
+                _discrepancy(operation, "captured_amount", str(amount), str(reported))
+            )
+        if payment.capture_closed and not payment.capture_pending_minor:
+            payment.voided_minor = payment.authorized_minor - payment.captured_minor
+    elif operation.final:
+        payment.capture_closed = False
+    payment.state = payment_state_of_money(payment)
+
+
+def _settle_refund(settled: Settled, event: Event) -> None:
+    operation, payment = settled.operation, settled.payment
+    amount = operation.amount_minor
+    if operation.state in states.UNFINISHED:
+        return
+    if event is Event.BOUNCED:
+        payment.refunded_minor -= amount
+    else:
+        payment.refund_pending_minor -= amount
+        if operation.state is S.SUCCEEDED:
+            payment.refunded_minor += amount
+            reported = _reported(operation, amount)
+            if reported is not None:
+                payment.refunded_reported_minor = payment.refunded_minor - amount + reported
+                settled.discrepancies.append(
+                    _discrepancy(operation, "refunded_amount", str(amount), str(reported))
+                )
+    payment.state = payment_state_of_money(payment)
+
+
+def _settle_void(settled: Settled) -> None:
+    operation, payment = settled.operation, settled.payment
+    if operation.state is S.SUCCEEDED and _is_money(payment):
+        payment.voided_minor = payment.authorized_minor - payment.captured_minor
+        payment.capture_closed = True
+        payment.state = payment_state_of_money(payment)
+
+
+def _settle_increment(settled: Settled) -> None:
+    operation, payment = settled.operation, settled.payment
+    if operation.state in states.UNFINISHED:
+        return
+    payment.increment_pending_minor = 0
+    if operation.state is S.SUCCEEDED:
+        payment.authorized_minor += operation.amount_minor
+        if payment.capture_closed and not payment.capture_pending_minor:
+            # Captured or voided by the old ceiling while this was in doubt: the rest is released.
+            payment.voided_minor = payment.authorized_minor - payment.captured_minor
+            settled.discrepancies.append(
+                _discrepancy(
+                    operation,
+                    "late_increment",
+                    "closed for capture",
+                    f"{operation.amount_minor} authorized in addition",
+                )
+            )
+        payment.state = payment_state_of_money(payment)
+
+
+def _reported(operation: Operation, expected_minor: int) -> int | None:
+    outcome = operation.attempt.outcome
+    reported = outcome.amount_reported_minor if outcome else None
+    return None if reported == expected_minor else reported
+
+
+def _discrepancy(operation: Operation, kind: str, expected: str, reported: str) -> Discrepancy:
+    return Discrepancy(
+        merchant_id=operation.merchant_id,
+        payment_id=operation.payment_id,
+        operation_id=operation.operation_id,
+        kind=kind,
+        expected=expected,
+        reported=reported,
+    )

@@ -1,0 +1,98 @@
+"""Why the gateway refuses a call: the reasons, and the one root of its errors."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+class Reason(StrEnum):
+    """A machine-readable reason; `docs/errors.md` says what a caller should do about each."""
+
+    # The request itself.
+    INVALID_REQUEST = "INVALID_REQUEST"
+    MESSAGE_MALFORMED = "MESSAGE_MALFORMED"
+    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
+    CARD_DATA_NOT_ALLOWED = "CARD_DATA_NOT_ALLOWED"
+    FIELD_NOT_SUPPORTED = "FIELD_NOT_SUPPORTED"
+    PAGE_TOKEN_INVALID = "PAGE_TOKEN_INVALID"
+    # Who calls.
+    CREDENTIAL_MISSING = "CREDENTIAL_MISSING"
+    CREDENTIAL_INVALID = "CREDENTIAL_INVALID"
+    SCOPE_MISSING = "SCOPE_MISSING"
+    MERCHANT_REQUIRED = "MERCHANT_REQUIRED"
+    # What it names.
+    MERCHANT_NOT_FOUND = "MERCHANT_NOT_FOUND"
+    PAYMENT_NOT_FOUND = "PAYMENT_NOT_FOUND"
+    OPERATION_NOT_FOUND = "OPERATION_NOT_FOUND"
+    METHOD_NOT_FOUND = "METHOD_NOT_FOUND"
+    # Idempotency.
+    IDEMPOTENCY_KEY_REUSED = "IDEMPOTENCY_KEY_REUSED"
+    IDEMPOTENCY_KEY_IN_FLIGHT = "IDEMPOTENCY_KEY_IN_FLIGHT"
+    # What the payment's state does not allow.
+    PAYMENT_NOT_AUTHORIZED = "PAYMENT_NOT_AUTHORIZED"
+    PAYMENT_CLOSED_FOR_CAPTURE = "PAYMENT_CLOSED_FOR_CAPTURE"
+    AMOUNT_EXCEEDS_AUTHORIZED = "AMOUNT_EXCEEDS_AUTHORIZED"
+    AMOUNT_EXCEEDS_CAPTURED = "AMOUNT_EXCEEDS_CAPTURED"
+    CURRENCY_MISMATCH = "CURRENCY_MISMATCH"
+    NOTHING_TO_VOID = "NOTHING_TO_VOID"
+    INCREMENT_NOT_ALLOWED = "INCREMENT_NOT_ALLOWED"
+    CAPTURE_NOT_REFUNDABLE = "CAPTURE_NOT_REFUNDABLE"
+    OPERATION_IN_PROGRESS = "OPERATION_IN_PROGRESS"
+    TOO_MANY_OPERATIONS = "TOO_MANY_OPERATIONS"
+    CONNECTOR_UNAVAILABLE = "CONNECTOR_UNAVAILABLE"
+    # What the gateway could not do now.
+    CONTENTION = "CONTENTION"
+    OVERLOADED = "OVERLOADED"
+    DEADLINE_TOO_SHORT = "DEADLINE_TOO_SHORT"
+    STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
+    DRAINING = "DRAINING"
+    INTERNAL = "INTERNAL"
+    # Why an operation ended without an answer of the PSP (Operation.reason, never an error).
+    SEND_WINDOW_PASSED = "SEND_WINDOW_PASSED"
+    CONNECT_FAILED = "CONNECT_FAILED"
+    ANSWER_TIMED_OUT = "ANSWER_TIMED_OUT"
+    CONNECTION_LOST = "CONNECTION_LOST"
+    ANSWER_UNUSABLE = "ANSWER_UNUSABLE"
+    CONNECTOR_BUSY = "CONNECTOR_BUSY"
+    REFERENCE_CANCELED = "REFERENCE_CANCELED"
+    RECOVERED = "RECOVERED"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One broken rule of one field of a request."""
+
+    field: str
+    """The path of the field in the request, as `amount.currency_code`."""
+    description: str
+    """What is wrong; never the value."""
+
+
+class GatewayError(Exception):
+    """The gateway refuses a call. Its text is safe to show: no values of the request, no card data."""
+
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        metadata: Mapping[str, str] = _NOTHING,
+        violations: Sequence[Violation] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata = metadata
+        """Facts about the refusal, as `{"state": "VOIDED"}`."""
+        self.violations = violations
+        self.retry_after_s = retry_after_s
+        """When a repeat makes sense, in seconds from now; None where it makes none."""
+
+
+def refuse(reason: Reason, message: str, **metadata: str) -> GatewayError:
+    """The refusal of an operation that the payment's state does not allow."""
+    return GatewayError(reason, message, metadata=metadata)
