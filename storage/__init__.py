@@ -1,0 +1,1 @@
+"""Storage: everything that touches PostgreSQL and Redis."""
