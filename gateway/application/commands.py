@@ -1,4 +1,4 @@
-"""What the use cases are asked for: calls that are authenticated, validated and free of card data."""
+"""What the use cases are asked for: calls authenticated, validated and free of card data."""
 
 from dataclasses import dataclass
 
@@ -90,3 +90,5 @@ class Answer:
     """With `replayed`: the id of the request that was answered first."""
     payment_id: str
     """For the log; empty where the answer came from Redis."""
+    frozen: bool = True
+    """Whether every repeat will get these bytes."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from gateway.domain.model import (
     Aggregate,
@@ -24,7 +24,7 @@ from gateway.domain.model import (
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What a connector declares about its PSP. Without the means to settle a doubt, it stays one."""
+    """What a connector declares about its PSP. Without means to settle a doubt, it stays one."""
 
     mode: Mode
     """LIVE or TEST: a credential of one mode never reaches a connector of the other."""
@@ -93,12 +93,14 @@ class Connector(Protocol):
 
     async def query(self, kind: OperationKind, reference: str) -> ConnectorAnswer | None:
         """Ask what became of a reference. None: the PSP does not know it, which proves nothing
-        while a sender may be alive. Delivery MAY_HAVE_BEEN_SENT: the PSP did not answer now."""
+        while a sender may be alive. Delivery MAY_HAVE_BEEN_SENT: the PSP did not answer now.
+        """
 
     async def cancel(self, kind: OperationKind, reference: str) -> ConnectorAnswer:
         """Make a reference unusable. Verdict CANCELED: it had taken effect, which was taken back;
         delivery NOT_SENT: it had no effect and never will; DECLINED or FAILED: it had been refused
-        before; delivery MAY_HAVE_BEEN_SENT: the PSP did not answer, nothing is known."""
+        before; delivery MAY_HAVE_BEEN_SENT: the PSP did not answer, nothing is known.
+        """
 
     async def close(self) -> None:
         """Close the connections."""
@@ -234,14 +236,16 @@ class StoreUnavailable(Exception):
 
 class Store(Protocol):
     """The durable store. Every method raises StoreUnavailable where the database is away, and
-    GatewayError(OVERLOADED) where a bounded queue is full."""
+    GatewayError(OVERLOADED) where a bounded queue is full.
+    """
 
     async def write_intent(self, intent: Intent) -> IntentResult:
         """Insert the operation and insert or change its payment in one transaction."""
 
     async def write_change(self, change: Change) -> Stored:
         """Write a change: WRITTEN also where an earlier try of this very change was committed.
-        Never refused for lack of room."""
+        Never refused for lack of room.
+        """
 
     async def find_by_key(self, merchant_id: str, idempotency_key: str) -> Found | None:
         """The operation that has this idempotency key."""
@@ -257,15 +261,18 @@ class Store(Protocol):
 
     async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
         """Keep a definite answer of a fenced-out sender for recovery; False where the operation has
-        a definite outcome already."""
+        a definite outcome already.
+        """
 
     async def expired(self, limit: int) -> int:
         """Put operations whose sender has died (PROCESSING past recover_after) on recovery's list;
-        returns how many."""
+        returns how many.
+        """
 
     async def lease(self, limit: int, lease_s: float) -> Sequence[Lease]:
         """Take over operations that are due: their epoch is raised and committed, so that whoever
-        held them before is fenced out."""
+        held them before is fenced out.
+        """
 
     async def postpone(self, operation: Operation, check_after_s: float) -> None:
         """Look at a leased operation again later."""
@@ -277,57 +284,67 @@ class Store(Protocol):
 # --- claims ---------------------------------------------------------------------------------------
 
 
-class Claimed(Enum):
-    """What Redis says about an idempotency key."""
+class ClaimOutcome(Enum):
+    """What a claim met."""
 
-    NEW = 1
-    IN_FLIGHT = 2
-    REPLAY = 3
-    CONFLICT = 4
-    UNAVAILABLE = 5
-    """Redis is away: PostgreSQL decides."""
+    NEW = "NEW"
+    """The claim is mine: go on to the intent."""
+    IN_FLIGHT = "IN_FLIGHT"
+    """Someone else claims the key. It proves nothing: ask PostgreSQL."""
+    REPLAY = "REPLAY"
+    """A frozen response to the same request."""
+    CONFLICT = "CONFLICT"
+    """A frozen response to another request under the same key."""
+    UNAVAILABLE = "UNAVAILABLE"
+    """Redis gave no usable answer: go on, PostgreSQL decides."""
 
 
-class ClaimResult(Protocol):
+class ClaimResult(NamedTuple):
     """The answer to a claim."""
 
-    @property
-    def status(self) -> Claimed:
-        """What Redis says."""
-
-    @property
-    def nonce(self) -> bytes:
-        """With NEW: the owner's nonce."""
-
-    @property
-    def response(self) -> bytes:
-        """With REPLAY: the frozen answer."""
-
-    @property
-    def first_request_id(self) -> str:
-        """With REPLAY: the id of the request that was answered first."""
+    outcome: ClaimOutcome
+    nonce: bytes = b""
+    """NEW and UNAVAILABLE: the claim's owner, for `Claims.release`. After UNAVAILABLE the claim may
+    stand in Redis all the same. Empty when nothing can have been sent."""
+    generation: str = ""
+    """The generation that the key was claimed in, for `Claims.release` and `Claims.cache`."""
+    response: bytes = b""
+    """REPLAY: the frozen response, byte for byte."""
+    first_request_id: str = ""
+    """REPLAY and CONFLICT: the id of the request that the frozen response answered."""
 
 
 class Claims(Protocol):
     """The fast path of idempotency. Nothing here is the last word, and nothing here raises."""
+
+    @property
+    def generation(self) -> str | None:
+        """The database (its system identifier and timeline) whose commits the cache speaks of."""
 
     async def claim(
         self, merchant_id: str, idempotency_key: str, fingerprint: bytes
     ) -> ClaimResult:
         """Claim a key, or learn of a frozen answer."""
 
-    def release(self, merchant_id: str, idempotency_key: str, nonce: bytes) -> None:
+    def release(
+        self, merchant_id: str, idempotency_key: str, nonce: bytes, *, generation: str | None = None
+    ) -> None:
         """Give up one's own claim, later."""
 
     def cache(
         self,
         merchant_id: str,
         idempotency_key: str,
+        nonce: bytes | None,
         fingerprint: bytes,
         first_request_id: str,
         response: bytes,
+        *,
+        generation: str | None = None,
     ) -> None:
-        """Keep a frozen answer that is committed, later."""
+        """Keep a frozen answer that is committed, later. `generation` is the one that was present
+        before the commit or the read: an answer that a failover lost must not reach the next.
+        """
 
 
 # --- the contract's encoding ----------------------------------------------------------------------

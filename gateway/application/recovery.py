@@ -1,8 +1,8 @@
 """Recovery: takes over operations whose sender died or got no answer, and makes them definite.
 
-It asks the PSP by reference, or cancels the reference; it never sends an authorization, a capture or
-a refund. "Not found" alone proves nothing, since a paused sender may still send: only a cancelled
-reference does. Voids and reversals, which release money, are repeated until the PSP confirms them.
+It asks the PSP by reference, or cancels the reference; it never sends an authorization, a capture
+or a refund. "Not found" alone proves nothing, since a paused sender may still send: only a
+cancelled reference does. Voids and reversals, which release money, are repeated until the PSP confirms them.
 Any number of gateways may run it: a lease spreads the work, the operation's epoch keeps it right.
 """
 
@@ -93,7 +93,7 @@ class Recovery:
         while True:
             try:
                 worked = await self.run_once()
-            except Exception:
+            except Exception:  # noqa: BLE001 - the loop outlives whatever one round meets
                 self._observer.recovery_failed()
                 _log.warning("recovery could not look for work", exc_info=True)
                 worked = 0
@@ -118,7 +118,7 @@ class Recovery:
         try:
             state = await self._resolve(lease)
             self._observer.recovered(operation.kind, state)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - one operation must not stop the others
             # The lease runs out, and the operation is looked at again.
             self._observer.recovery_failed()
             _log.warning(
@@ -149,11 +149,11 @@ class Recovery:
         return found.operation.state
 
     async def _absorb_late(self, lease: Lease) -> None:
-        """An answer that came after a definite outcome: a success that must not stand is reversed."""
+        """An answer came after a definite outcome: a success that must not stand is reversed."""
         operation, evidence = lease.operation, lease.evidence
-        if evidence is not None and decisions.event_of(evidence) is Event.APPROVED:
-            if operation.state is not S.SUCCEEDED:
-                await self._outcomes.reverse(operation, operation.attempt.number, evidence)
+        late_success = evidence is not None and decisions.event_of(evidence) is Event.APPROVED
+        if evidence is not None and late_success and operation.state is not S.SUCCEEDED:
+            await self._outcomes.reverse(operation, operation.attempt.number, evidence)
         await self._store.forget(operation)
 
     async def _ask(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
@@ -198,7 +198,7 @@ class Recovery:
     async def _take_back(
         self, lease: Lease, authorization: Operation, connector: Connector
     ) -> ConnectorAnswer | None:
-        """A cancel request that came before an automatic capture: the whole charge is taken back."""
+        """A cancel request came before an automatic capture: the whole charge is taken back."""
         if not connector.capabilities.cancel_by_reference:
             return ConnectorAnswer(
                 Delivery.NOT_SENT, Verdict.FAILED, reason=Reason.PAYMENT_CLOSED_FOR_CAPTURE
@@ -233,7 +233,7 @@ class Recovery:
 
     def _backoff_s(self, tries: int) -> float:
         schedule = self._schedule
-        pause_s = schedule.backoff_s_min * 2 ** min(tries, 30)
+        pause_s: float = schedule.backoff_s_min * 2 ** min(tries, 30)
         return min(pause_s, schedule.backoff_s_max) * random.uniform(0.8, 1.2)
 
 

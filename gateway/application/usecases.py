@@ -24,7 +24,8 @@ from gateway.application.commands import (
 )
 from gateway.application.ports import (
     Change,
-    Claimed,
+    ClaimOutcome,
+    ClaimResult,
     Claims,
     Connector,
     ConnectorRequest,
@@ -53,7 +54,6 @@ from gateway.domain.model import (
     Payment,
 )
 from gateway.domain.states import Event
-
 
 _T = TypeVar("_T")
 
@@ -95,7 +95,7 @@ class Limits:
 class Observer(Protocol):
     """Counts what happens, for metrics."""
 
-    def claimed(self, status: Claimed) -> None:
+    def claimed(self, outcome: ClaimOutcome) -> None:
         """A claim was answered."""
 
     def replayed(self, source: str) -> None:
@@ -230,20 +230,18 @@ class Payments:
         claim = await self._claims.claim(
             command.merchant_id, command.idempotency_key, command.fingerprint
         )
-        self._observer.claimed(claim.status)
-        if claim.status is Claimed.REPLAY:
+        self._observer.claimed(claim.outcome)
+        if claim.outcome is ClaimOutcome.REPLAY:
             self._observer.replayed("redis")
             return Answer(claim.response, True, claim.first_request_id, "")
-        if claim.status is Claimed.CONFLICT:
+        if claim.outcome is ClaimOutcome.CONFLICT:
             raise _key_reused()
-        if claim.status is Claimed.IN_FLIGHT:
+        if claim.outcome is ClaimOutcome.IN_FLIGHT:
             # The claim alone proves nothing: its owner may have died before the intent.
             found = await self._find_by_key(command)
             if found is not None:
                 return await self._answer_existing(command, found)
-        task = asyncio.get_running_loop().create_task(
-            self._guarded(command, start, claim.nonce if claim.status is Claimed.NEW else None)
-        )
+        task = asyncio.get_running_loop().create_task(self._guarded(command, start, claim))
         return await self._shielded(task)
 
     async def _shielded(self, task: "asyncio.Task[Answer]") -> Answer:
@@ -261,31 +259,45 @@ class Payments:
         self,
         command: Command,
         start: Callable[[], Coroutine[Any, Any, Answer]],
-        nonce: bytes | None,
+        claim: ClaimResult,
     ) -> Answer:
         try:
-            return await start()
+            answer = await start()
         except StoreUnavailable as error:
             raise _store_unavailable() from error
         except GatewayError as refusal:
+            self._release(command, claim)
             if refusal.reason in _NOT_BY_STATE:
                 raise
             # The state may refuse just because an earlier call with this key took effect.
             found = await self._find_by_key(command)
-            if found is not None and _same_call(command, found.operation):
-                if found.operation.state is not OperationState.NOT_SENT:
-                    return await self._answer_existing(command, found)
-                raise refusal
-            if found is not None:
+            if found is None:
+                raise
+            if not _same_call(command, found.operation):
                 raise _key_reused() from refusal
-            if nonce is not None:
-                self._claims.release(command.merchant_id, command.idempotency_key, nonce)
-            raise refusal
+            if found.operation.state is OperationState.NOT_SENT:
+                raise
+            return await self._answer_existing(command, found)
+        if not answer.frozen:
+            self._release(command, claim)
+        return answer
+
+    def _release(self, command: Command, claim: ClaimResult) -> None:
+        self._claims.release(
+            command.merchant_id,
+            command.idempotency_key,
+            claim.nonce,
+            generation=claim.generation or None,
+        )
 
     async def _find_by_key(self, command: Command) -> Found | None:
-        return await self._reading(
+        generation = self._claims.generation
+        found = await self._reading(
             self._store.find_by_key(command.merchant_id, command.idempotency_key)
         )
+        if found is not None:
+            _cache(self._claims, found.operation, generation)
+        return found
 
     async def _reading(self, read: Coroutine[Any, Any, _T]) -> _T:
         try:
@@ -303,7 +315,6 @@ class Payments:
             found = Found(operation, payment)
         if operation.response is not None:
             self._observer.replayed("postgres")
-            self._cache(operation)
             return Answer(operation.response, True, operation.request_id, operation.payment_id)
         if operation.state is OperationState.NOT_SENT:
             task = asyncio.get_running_loop().create_task(self._restart(command, found))
@@ -342,16 +353,6 @@ class Payments:
                 self._waiting[key] = left
             else:
                 del self._waiting[key]
-
-    def _cache(self, operation: Operation) -> None:
-        if operation.response is not None and operation.idempotency_key is not None:
-            self._claims.cache(
-                operation.merchant_id,
-                operation.idempotency_key,
-                operation.fingerprint or b"",
-                operation.request_id,
-                operation.response,
-            )
 
     # --- beginnings ---
 
@@ -402,7 +403,8 @@ class Payments:
     async def _new_follow_up(self, command: FollowUp, again: Operation | None = None) -> Answer:
         """Begin a follow-up by the payment as it is now, anew as often as it changes meanwhile.
 
-        `again` is the operation of this call that was NOT_SENT, where there is one."""
+        `again` is the operation of this call that was NOT_SENT, where there is one.
+        """
         payment_id = await self._payment_id(command)
         origin = Origin(
             ids.new_operation_id(),
@@ -556,11 +558,12 @@ class Payments:
                 raise
         operation = found.operation
         response = operation.response or self._encoder.response(operation, found.payment)
-        return Answer(response, False, "", operation.payment_id)
+        frozen = operation.response is not None
+        return Answer(response, False, "", operation.payment_id, frozen)
 
 
 class Outcomes:
-    """Writes what came of an attempt, whatever else happens to its operation and payment meanwhile."""
+    """Writes what came of an attempt, whatever else happens to its payment meanwhile."""
 
     def __init__(
         self,
@@ -580,7 +583,8 @@ class Outcomes:
         """Settle an operation that this caller owns (by its epoch); the operation as it is stored.
 
         Where another owner took over meanwhile, the answer is kept as evidence, or reversed should
-        it be a success that must not stand. Raises StoreUnavailable."""
+        it be a success that must not stand. Raises StoreUnavailable.
+        """
         owned = operation
         while True:
             settled = decisions.settle(
@@ -666,6 +670,7 @@ class Outcomes:
         if operation.response is None and operation.state in states.FROZEN:
             operation.response = self._encoder.response(operation, settled.payment)
         event_type = _event_type(operation)
+        generation = self._claims.generation
         stored = await self._store.write_change(
             Change(
                 operation=operation,
@@ -680,18 +685,8 @@ class Outcomes:
                 doubt=Doubt(self._first_check_s) if operation.state in states.UNFINISHED else None,
             )
         )
-        if (
-            stored is Stored.WRITTEN
-            and operation.response is not None
-            and operation.idempotency_key is not None
-        ):
-            self._claims.cache(
-                operation.merchant_id,
-                operation.idempotency_key,
-                operation.fingerprint or b"",
-                operation.request_id,
-                operation.response,
-            )
+        if stored is Stored.WRITTEN:
+            _cache(self._claims, operation, generation)
         return stored
 
     async def _fenced_out(self, owned: Operation, answer: ConnectorAnswer) -> Found:
@@ -785,6 +780,24 @@ def _begin(command: FollowUp, aggregate: Aggregate, origin: Origin) -> Begun:
             return decisions.begin_increment(
                 aggregate, origin, command.amount_minor, command.currency
             )
+
+
+def _cache(claims: Claims, operation: Operation, generation: str | None) -> None:
+    """Cache a frozen answer that is committed; `generation` is from before the commit or read."""
+    if (
+        operation.response is not None
+        and operation.idempotency_key is not None
+        and generation is not None
+    ):
+        claims.cache(
+            operation.merchant_id,
+            operation.idempotency_key,
+            None,
+            operation.fingerprint or b"",
+            operation.request_id,
+            operation.response,
+            generation=generation,
+        )
 
 
 def _event_type(operation: Operation) -> str:

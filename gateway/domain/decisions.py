@@ -274,7 +274,8 @@ def restart(payment: Payment, operation: Operation, request_id: str) -> Begun:
     """A new attempt of an operation that was NOT_SENT, under the next epoch.
 
     For AUTHORIZE and VERIFY only; every other kind begins anew by its own rules, see
-    `begin_again`."""
+    `begin_again`.
+    """
     return Begun(
         _next_attempt(operation, request_id),
         payment.copy_with(version=payment.version + 1, state=PaymentState.PROCESSING),
@@ -283,7 +284,8 @@ def restart(payment: Payment, operation: Operation, request_id: str) -> Begun:
 
 def begin_again(operation: Operation, begun: Begun, request_id: str) -> Begun:
     """A new attempt of a follow-up that was NOT_SENT: the reservation is made anew (`begun`, by the
-    same rules as the first time), the operation keeps its identity."""
+    same rules as the first time), the operation keeps its identity.
+    """
     again = _next_attempt(operation, request_id)
     again.amount_minor = begun.operation.amount_minor
     again.final = begun.operation.final
@@ -324,7 +326,8 @@ def settle(
 ) -> Settled | None:
     """What an answer makes of an operation; None where the transition table does not allow it.
 
-    `at` is the time of the change; `new_operation_id` names a companion, should there be one."""
+    `at` is the time of the change; `new_operation_id` names a companion, should there be one.
+    """
     event = event_of(answer)
     after = states.next_state(operation.kind, operation.state, event)
     if after is None:
@@ -392,7 +395,8 @@ def reverse_late_success(
 ) -> Settled:
     """A success of an attempt that was taken for not sent or cancelled: a durable REVERSAL begins.
 
-    The operation keeps its state."""
+    The operation keeps its state.
+    """
     reference = f"{operation.operation_id}-{attempt_number}"
     settled = Settled(
         operation.copy_with(updated_at=at),

@@ -72,7 +72,7 @@ class Violation:
 
 
 class GatewayError(Exception):
-    """The gateway refuses a call. Its text is safe to show: no values of the request, no card data."""
+    """The gateway refuses a call. Its text is safe to show: no value of the request is in it."""
 
     def __init__(
         self,
