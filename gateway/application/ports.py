@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from gateway.domain.model import (
@@ -43,9 +42,6 @@ class Capabilities:
     capture method and what the gateway keeps to itself; others are refused."""
 
 
-_NO_FIELDS: Mapping[str, object] = MappingProxyType({})
-
-
 @dataclass(slots=True)
 class ConnectorRequest:
     """One attempt, as a connector sends it."""
@@ -68,7 +64,7 @@ class ConnectorRequest:
     INCREMENT and REVERSAL; the capture's, or the authorization's, for REFUND."""
     target_reference: str = ""
     """Our reference of what they act on, for a REVERSAL without the PSP's id."""
-    fields: Mapping[str, object] = field(default=_NO_FIELDS)
+    fields: Mapping[str, object] = field(default_factory=dict)
     """The contract's remaining fields, in the JSON form of the contract with its field names."""
 
 
@@ -336,10 +332,10 @@ class Claims(Protocol):
         merchant_id: str,
         idempotency_key: str,
         nonce: bytes | None,
+        *,
         fingerprint: bytes,
         first_request_id: str,
         response: bytes,
-        *,
         generation: str | None = None,
     ) -> None:
         """Keep a frozen answer that is committed, later. `generation` is the one that was present

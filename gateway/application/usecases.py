@@ -793,9 +793,9 @@ def _cache(claims: Claims, operation: Operation, generation: str | None) -> None
             operation.merchant_id,
             operation.idempotency_key,
             None,
-            operation.fingerprint or b"",
-            operation.request_id,
-            operation.response,
+            fingerprint=operation.fingerprint or b"",
+            first_request_id=operation.request_id,
+            response=operation.response,
             generation=generation,
         )
 

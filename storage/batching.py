@@ -1,0 +1,452 @@
+"""The one batching engine: rows in, shared round trips out, one answer for each row.
+
+A `Lane` collects rows that arrive one by one and hands them to a `flush` callable in batches. Redis
+claims and PostgreSQL writes both go through it, so the rules of batching live here and only here:
+
+* An idle lane sends at once what one turn of the event loop submitted; while `in_flight_max`
+  batches are out, the next ones fill.
+* A batch never mixes partitions, and never holds two rows of one exclusive key; nor are two such
+  rows in flight at the same time. Rows of one exclusive key leave in the order of submission.
+* The queue is bounded; only reserved rows pass the bound, and those are bounded at admission.
+* A caller's cancellation never reaches a batch: the row is written, only its answer is forgotten.
+
+There is no task, timer or lock for each row: a row costs a future and an append.
+"""
+
+import asyncio
+import enum
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+Row = TypeVar("Row")
+Result = TypeVar("Result")
+
+LINGER_ROWS_MIN = 4
+"""A lane lingers only when it expects at least so many more rows within `linger_ms_max`: fewer do
+not pay for the latency that the waiting rows lose."""
+
+LINGER_MS_CAP = 100.0
+"""Largest `linger_ms_max`. Lingering is for sharing round trips of a few milliseconds; beyond this
+even a lone row would count as a load (`LINGER_ROWS_MIN`, `ARRIVALS_SMOOTHING_S`)."""
+
+ARRIVALS_SMOOTHING_S = 0.05
+"""Time constant of the arrival rate: long enough to see through the gaps between bursts, short
+enough that a lane which fell idle is known to be idle."""
+
+
+class BatchingError(Exception):
+    """A row could not be batched, or its batch gave no usable answer."""
+
+
+class QueueFull(BatchingError):
+    """The lane's queue holds `queue_max` rows; the row was not taken."""
+
+
+class LaneClosed(BatchingError):
+    """The lane is closed; the row was not taken."""
+
+
+class FlushBroken(BatchingError):
+    """The flush callable broke its contract, so what became of the batch's rows is unknown."""
+
+
+class Failure(enum.Enum):
+    """What to do with the rows of a batch whose flush raised."""
+
+    RETRY = "RETRY"
+    """Send the same rows again; the flush must be idempotent."""
+    BISECT = "BISECT"
+    """Send the halves one after the other, so that a poisoned row fails alone."""
+    FAIL = "FAIL"
+    """Every row of the batch gets the exception."""
+
+
+class LaneMetrics(Protocol):
+    """What a lane tells about itself: once for each batch, never for each row."""
+
+    def batch_sent(self, lane: str, rows: int, wait_s_of_oldest: float) -> None:
+        """A batch left; its oldest row had waited for `wait_s_of_oldest` since its submission."""
+
+    def batch_failed(self, lane: str, rows: int, failure: Failure) -> None:
+        """A flush of `rows` rows raised and was treated as `failure` says."""
+
+    def queue_depth(self, lane: str, rows: int) -> None:
+        """`rows` rows are waiting, those in flight not counted."""
+
+
+class NoLaneMetrics:
+    """Discards everything."""
+
+    def batch_sent(self, lane: str, rows: int, wait_s_of_oldest: float) -> None:
+        """Discard it."""
+
+    def batch_failed(self, lane: str, rows: int, failure: Failure) -> None:
+        """Discard it."""
+
+    def queue_depth(self, lane: str, rows: int) -> None:
+        """Discard it."""
+
+
+def fail_always(_: Exception) -> Failure:
+    """The default policy: no error is known to be worth a second attempt."""
+    return Failure.FAIL
+
+
+@dataclass(slots=True)
+class _Entry(Generic[Row, Result]):
+    row: Row
+    future: asyncio.Future[Result]
+    partition: Hashable
+    exclusive: Hashable | None
+    submitted_s: float
+
+
+class Lane(Generic[Row, Result]):
+    """A bounded queue of rows that leave in batches. It belongs to the event loop it is made in.
+
+    Args:
+        name: the lane's name in metrics and errors.
+        flush: takes the rows of one batch, in order, and returns for each one, in the same order,
+            its result or the exception that its caller shall get. It is given at most
+            `in_flight_max` batches at a time, and it must come to an end by its own time-outs.
+        rows_max: most rows in a batch.
+        queue_max: most rows waiting, those in flight not counted.
+        in_flight_max: most batches in flight, e.g. one for each connection of the lane.
+        linger_ms_max: longest time that a row waits for company while there is room in flight.
+            The lane lingers only under a load that fills a batch meanwhile (`LINGER_ROWS_MIN`), so
+            a lone row never waits; 0 turns lingering off, and `LINGER_MS_CAP` is the most.
+        partition: rows of different partitions never share a batch. Partitions take turns.
+        exclusive: at most one row of a key is in flight; rows without a key (None) are free.
+        classify: decides what happens to a batch whose flush raised.
+        retries_max: most repetitions (Failure.RETRY) for a batch, its halves included; beyond
+            them the rows get the exception. A batch that backs off keeps its place in flight.
+        backoff_ms: mean pause before the first repetition; doubles with each one, fully jittered.
+        backoff_ms_max: longest pause before a repetition.
+        clock_s: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        flush: Callable[[Sequence[Row]], Awaitable[Sequence[Result | BaseException]]],
+        *,
+        rows_max: int,
+        queue_max: int,
+        in_flight_max: int = 1,
+        linger_ms_max: float = 0.0,
+        partition: Callable[[Row], Hashable] | None = None,
+        exclusive: Callable[[Row], Hashable | None] | None = None,
+        classify: Callable[[Exception], Failure] = fail_always,
+        retries_max: int = 3,
+        backoff_ms: float = 2.0,
+        backoff_ms_max: float = 50.0,
+        metrics: LaneMetrics | None = None,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if min(rows_max, queue_max, in_flight_max) < 1:
+            raise ValueError(f"lane {name}: rows_max, queue_max and in_flight_max are at least 1")
+        if min(linger_ms_max, retries_max, backoff_ms, backoff_ms_max) < 0:
+            raise ValueError(f"lane {name}: times and retries_max are not negative")
+        if linger_ms_max > LINGER_MS_CAP:
+            raise ValueError(f"lane {name}: linger_ms_max is at most {LINGER_MS_CAP}")
+        self.name = name
+        self._flush = flush
+        self._rows_max = rows_max
+        self._queue_max = queue_max
+        self._in_flight_max = in_flight_max
+        self._linger_s_max = linger_ms_max / 1000
+        self._partition = partition
+        self._exclusive = exclusive
+        self._classify = classify
+        self._retries_max = retries_max
+        self._backoff_s = backoff_ms / 1000
+        self._backoff_s_max = backoff_ms_max / 1000
+        self._metrics: LaneMetrics = metrics if metrics is not None else NoLaneMetrics()
+        self._clock_s = clock_s
+        self._loop = asyncio.get_running_loop()
+        self._task_name = f"lane-{name}"
+
+        # Rows that may leave, by partition; the order of the dict is the order of turns.
+        self._ready: dict[Hashable, deque[_Entry[Row, Result]]] = {}
+        self._ready_rows = 0
+        # Exclusive keys of ready rows and rows in flight, each with the rows parked behind it.
+        # Parked rows are kept off the queue so that no batch has to search its way past them.
+        self._held: dict[Hashable, deque[_Entry[Row, Result]] | None] = {}
+        self._parked_rows = 0
+        # The loop keeps only weak references to tasks.
+        self._sending: set[asyncio.Task[None]] = set()
+        self._in_flight = 0
+
+        self._pump_scheduled = False
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self._arrived = 0
+        self._arrivals_per_s = 0.0
+        self._measured_s = clock_s()
+
+        self._closed = False
+        self._drained = asyncio.Event()
+
+    @property
+    def depth(self) -> int:
+        """Rows waiting, those in flight not counted."""
+        return self._ready_rows + self._parked_rows
+
+    @property
+    def in_flight(self) -> int:
+        """Batches in flight, those that back off included."""
+        return self._in_flight
+
+    def submit(self, row: Row, *, reserved: bool = False) -> asyncio.Future[Result]:
+        """Take a row; the future gets its result, or the exception it failed with.
+
+        Cancelling the future forgets the answer and nothing else: the row is sent all the same.
+        Whoever may be cancelled and needs the answer later keeps the future behind
+        `asyncio.shield`.
+
+        Args:
+            row: what to send.
+            reserved: the row's place was reserved at admission (an outcome), so that it is taken
+                even when the queue is full.
+
+        Raises:
+            QueueFull: `queue_max` rows are waiting. The row was not taken.
+            LaneClosed: the lane is closed. The row was not taken.
+        """
+        if self._closed:
+            raise LaneClosed(f"lane {self.name} is closed")
+        if not reserved and self._ready_rows + self._parked_rows >= self._queue_max:
+            raise QueueFull(f"lane {self.name} has {self._queue_max} rows waiting")
+        entry: _Entry[Row, Result] = _Entry(
+            row,
+            self._loop.create_future(),
+            self._partition(row) if self._partition is not None else None,
+            self._exclusive(row) if self._exclusive is not None else None,
+            self._clock_s(),
+        )
+        self._arrived += 1
+        if entry.exclusive is not None:
+            if entry.exclusive in self._held:
+                self._park(entry)
+                return entry.future
+            self._held[entry.exclusive] = None
+        self._make_ready(entry)
+        may_leave = self._linger_timer is None or self._ready_rows >= self._rows_max
+        if may_leave and not self._pump_scheduled and self._in_flight < self._in_flight_max:
+            self._schedule_pump()
+        return entry.future
+
+    async def put(self, row: Row, *, reserved: bool = False) -> Result:
+        """Submit a row and wait for its result. Cancelling the waiter does not cancel the row.
+
+        Raises:
+            QueueFull, LaneClosed: as `submit`; the row was not taken.
+            Exception: what the row failed with.
+        """
+        return await self.submit(row, reserved=reserved)
+
+    async def close(self) -> None:
+        """Refuse new rows, reserved ones too, and return when every row taken has its answer.
+
+        Close a lane only after those who submit to it have finished. Safe to repeat.
+        """
+        self._closed = True
+        if self._is_empty():
+            self._drained.set()
+        elif not self._pump_scheduled:
+            self._schedule_pump()
+        await self._drained.wait()
+
+    def _is_empty(self) -> bool:
+        return self._in_flight == 0 and self._ready_rows == 0 and self._parked_rows == 0
+
+    def _park(self, entry: _Entry[Row, Result]) -> None:
+        parked = self._held[entry.exclusive]
+        if parked is None:
+            parked = self._held[entry.exclusive] = deque()
+        parked.append(entry)
+        self._parked_rows += 1
+
+    def _make_ready(self, entry: _Entry[Row, Result], *, first: bool = False) -> None:
+        queue = self._ready.get(entry.partition)
+        if queue is None:
+            queue = self._ready[entry.partition] = deque()
+        if first:
+            queue.appendleft(entry)
+        else:
+            queue.append(entry)
+        self._ready_rows += 1
+
+    def _schedule_pump(self) -> None:
+        # By way of the loop, so that a batch takes everything that this turn submits.
+        self._pump_scheduled = True
+        self._loop.call_soon(self._pump)
+
+    def _linger_is_over(self) -> None:
+        self._linger_timer = None
+        if not self._pump_scheduled:
+            self._pump(lingered=True)
+
+    def _pump(self, *, lingered: bool = False) -> None:
+        """Send what may leave now."""
+        self._pump_scheduled = False
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
+        now_s = self._clock_s()
+        if self._linger_s_max > 0 and not lingered and self._lingers(now_s):
+            return
+        while self._ready and self._in_flight < self._in_flight_max:
+            self._send_soon(self._take_batch(), now_s)
+        self._metrics.queue_depth(self.name, self.depth)
+
+    def _lingers(self, now_s: float) -> bool:
+        """Set the timer and return True when waiting for more rows pays."""
+        elapsed_s = now_s - self._measured_s
+        if elapsed_s > 0:
+            weight = -math.expm1(-elapsed_s / ARRIVALS_SMOOTHING_S)
+            self._arrivals_per_s += weight * (self._arrived / elapsed_s - self._arrivals_per_s)
+            self._arrived = 0
+            self._measured_s = now_s
+        if self._closed or not self._ready or self._in_flight >= self._in_flight_max:
+            return False
+        if self._ready_rows >= self._rows_max:
+            return False
+        if self._arrivals_per_s * self._linger_s_max < LINGER_ROWS_MIN:
+            return False
+        oldest = next(iter(self._ready.values()))[0]
+        rest_s = oldest.submitted_s + self._linger_s_max - now_s
+        if rest_s <= 0:
+            return False
+        self._linger_timer = self._loop.call_later(rest_s, self._linger_is_over)
+        return True
+
+    def _take_batch(self) -> list[_Entry[Row, Result]]:
+        partition, queue = next(iter(self._ready.items()))
+        del self._ready[partition]
+        if len(queue) <= self._rows_max:
+            batch = list(queue)
+        else:
+            batch = [queue.popleft() for _ in range(self._rows_max)]
+            self._ready[partition] = queue  # at the end: the other partitions come first
+        self._ready_rows -= len(batch)
+        return batch
+
+    def _send_soon(self, batch: list[_Entry[Row, Result]], now_s: float) -> None:
+        self._in_flight += 1
+        wait_s = now_s - min(entry.submitted_s for entry in batch)
+        self._metrics.batch_sent(self.name, len(batch), wait_s)
+        task = self._loop.create_task(self._send(batch), name=self._task_name)
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
+
+    async def _send(self, batch: list[_Entry[Row, Result]]) -> None:
+        try:
+            await self._flush_all(batch)
+        except asyncio.CancelledError:
+            for entry in batch:  # the loop is being torn down
+                entry.future.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever it is, its rows get an answer)
+            # The policy or the metrics are broken; that must leave nobody waiting for ever.
+            broken = FlushBroken(f"lane {self.name}: {error!r}")
+            broken.__cause__ = error
+            _fail(batch, broken)
+        finally:
+            self._in_flight -= 1
+            self._release_keys(batch)
+            if self._ready and not self._pump_scheduled:
+                # Scheduled behind the callers whose answers were just set: what they submit next
+                # travels with this batch.
+                self._schedule_pump()
+            if self._closed and self._is_empty():
+                self._drained.set()
+
+    async def _flush_all(self, batch: list[_Entry[Row, Result]]) -> None:
+        """Flush a batch, again and in halves as the policy says, until each row has its answer."""
+        parts = [batch]
+        retries = 0
+        while parts:
+            part = parts.pop()
+            try:
+                results = await self._flush_once(part)
+            except Exception as error:  # noqa: BLE001 (the policy judges it)
+                failure = self._classify(error)
+                if failure is Failure.RETRY and retries >= self._retries_max:
+                    failure = Failure.FAIL
+                if failure is Failure.BISECT and len(part) == 1:
+                    failure = Failure.FAIL
+                self._metrics.batch_failed(self.name, len(part), failure)
+                if failure is Failure.RETRY:
+                    await asyncio.sleep(self._pause_s(retries))
+                    retries += 1
+                    parts.append(part)
+                elif failure is Failure.BISECT:
+                    middle = len(part) // 2
+                    parts += (part[middle:], part[:middle])
+                else:
+                    _fail(part, error)
+            else:
+                _answer(part, results)
+
+    async def _flush_once(
+        self, part: list[_Entry[Row, Result]]
+    ) -> Sequence[Result | BaseException]:
+        try:
+            results = await self._flush([entry.row for entry in part])
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # Something inside the flush was cancelled, not the lane: an error like any other.
+            raise FlushBroken(f"lane {self.name}: the flush was cancelled from within") from error
+        if len(results) != len(part):
+            raise FlushBroken(
+                f"lane {self.name}: the flush gave {len(results)} answers to {len(part)} rows"
+            )
+        return results
+
+    def _pause_s(self, retries: int) -> float:
+        doublings = min(retries, 30)  # far beyond any backoff_ms_max, and no overflow
+        pause_s_max = min(self._backoff_s_max, 2 * self._backoff_s * 2**doublings)
+        return random.uniform(0, pause_s_max)
+
+    def _release_keys(self, batch: list[_Entry[Row, Result]]) -> None:
+        if self._exclusive is None:
+            return
+        # Backwards and to the front: rows that were parked are older than those of the queue.
+        for entry in reversed(batch):
+            if entry.exclusive is None:
+                continue
+            parked = self._held[entry.exclusive]
+            if not parked:
+                del self._held[entry.exclusive]
+                continue
+            self._parked_rows -= 1
+            self._make_ready(parked.popleft(), first=True)
+
+
+def _answer(part: list[_Entry[Row, Result]], results: Sequence[Result | BaseException]) -> None:
+    for entry, result in zip(part, results, strict=True):
+        if isinstance(result, BaseException):
+            _fail_row(entry, result)
+        elif not entry.future.done():  # done: cancelled by its caller
+            entry.future.set_result(result)
+
+
+def _fail(part: list[_Entry[Row, Result]], error: Exception) -> None:
+    for entry in part:
+        _fail_row(entry, error)
+
+
+def _fail_row(entry: _Entry[Row, Result], error: BaseException) -> None:
+    if entry.future.done():
+        return
+    entry.future.set_exception(error)
+    # Looked at, so that asyncio does not log it as never retrieved: the caller behind a shield may
+    # have been cancelled, which is no fault. Failures are counted by the lane's metrics.
+    entry.future.exception()

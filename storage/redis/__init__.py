@@ -1,0 +1,17 @@
+"""What the gateway keeps in Redis: the fast path, never the last word."""
+
+from storage.redis.claims import (
+    NONCE_BYTES,
+    ClaimMetrics,
+    Claims,
+    NoClaimMetrics,
+    open_client,
+)
+
+__all__ = [
+    "NONCE_BYTES",
+    "ClaimMetrics",
+    "Claims",
+    "NoClaimMetrics",
+    "open_client",
+]

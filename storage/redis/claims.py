@@ -1,0 +1,544 @@
+"""Idempotency claims in Redis: the fast path that stops duplicates before they reach PostgreSQL.
+
+What Redis says is advice, except in one direction: a duplicate is answered from here only out of a
+*frozen response*, written after PostgreSQL committed it. A bare claim proves nothing, since its
+owner may have died before the intent, and no answer at all (`UNAVAILABLE`) proves nothing either:
+in both cases PostgreSQL's unique key decides. Redis may therefore be flushed, killed, stopped or
+partitioned without a payment lost or doubled.
+
+A key is `{b<bucket>}:<generation>:idem:<merchant_id>:<digest of the idempotency key>`. The braces
+are Redis Cluster's hash tag: every key of a script lies in one slot. The client's text enters the
+key only as a digest, and its value not at all.
+"""
+
+import asyncio
+import hashlib
+import logging
+import os
+import random
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, NamedTuple, Protocol
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError
+from redis.maint_notifications import MaintNotificationsConfig
+
+from gateway.application.ports import ClaimOutcome, ClaimResult
+from storage.batching import Lane, LaneMetrics, NoLaneMetrics, QueueFull
+
+NONCE_BYTES = 16
+"""Size of an owner's nonce: random enough that no two claims ever share one."""
+
+KEY_DIGEST_BYTES = 16
+"""Size of an idempotency key's digest. Keys of one merchant alone compete, and a collision only
+shows as a conflict of fingerprints, never as another merchant's answer."""
+
+SENDS_MAX = 3
+"""Most times that one script is sent: after a connection found dead, after a script found unknown
+(both at once when Redis was restarted). All of them within one `timeout_ms`."""
+
+_GENERATION = re.compile(r"[0-9A-Za-z._-]{1,64}")
+
+_logger = logging.getLogger(__name__)
+
+
+class ClaimMetrics(LaneMetrics, Protocol):
+    """What the claims tell about themselves, besides their two lanes."""
+
+    def claims_answered(self, outcome: ClaimOutcome, claims: int) -> None:
+        """`claims` claims had this outcome."""
+
+    def settlements_dropped(self, reason: str, settlements: int) -> None:
+        """Releases or cache entries did not reach Redis.
+
+        Reasons: QUEUE_FULL, CLOSED, UNAVAILABLE, REFUSED (by Redis, key by key), TOO_LARGE.
+        """
+
+    def redis_available(self, available: bool) -> None:
+        """The circuit opened (False) or closed (True)."""
+
+
+class NoClaimMetrics(NoLaneMetrics):
+    """Discards everything."""
+
+    def claims_answered(self, outcome: ClaimOutcome, claims: int) -> None:
+        """Discard it."""
+
+    def settlements_dropped(self, reason: str, settlements: int) -> None:
+        """Discard it."""
+
+    def redis_available(self, available: bool) -> None:
+        """Discard it."""
+
+
+def open_client(
+    url: str, *, timeout_ms: float, connect_timeout_ms: float, connections_max: int
+) -> Redis:
+    """A client for `Claims`: it fails quickly and repeats nothing by itself.
+
+    redis-py's own defaults take seconds to give up on a closed port and tens of seconds on a
+    stopped server. Nothing is connected until the first command.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`.
+        timeout_ms: longest wait for one reply.
+        connect_timeout_ms: longest wait for one connection.
+        connections_max: most connections; at least the claims' `in_flight_max` + 2.
+    """
+    client: Redis = Redis.from_url(
+        url,
+        socket_timeout=timeout_ms / 1000,
+        socket_connect_timeout=connect_timeout_ms / 1000,
+        retry=Retry(NoBackoff(), 0),
+        max_connections=connections_max,
+        decode_responses=False,
+        # Server-sent notices that relax the time-outs above are for managed services.
+        maint_notifications_config=MaintNotificationsConfig(enabled=False),
+    )
+    return client
+
+
+@dataclass(frozen=True, slots=True)
+class _Script:
+    text: str
+    sha: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Redis itself names scripts by SHA-1; nothing rests on it.
+        sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        object.__setattr__(self, "sha", sha)
+
+
+def _read_script(name: str) -> _Script:
+    return _Script(resources.files(__package__).joinpath("lua", name).read_text("utf-8"))
+
+
+_CLAIM = _read_script("claim.lua")
+_SETTLE = _read_script("settle.lua")
+
+
+class _Claim(NamedTuple):
+    bucket: int
+    key: bytes
+    nonce: bytes
+    fingerprint: bytes
+    generation: str
+
+
+class _Settlement(NamedTuple):
+    bucket: int
+    key: bytes
+    entry: bytes
+
+
+class _Frozen(NamedTuple):
+    fingerprint: bytes
+    first_request_id: str
+    response: bytes
+
+
+class _Away(Exception):
+    """The circuit is open; nothing was sent."""
+
+
+class Claims:
+    """Claims idempotency keys, releases them, and caches frozen responses in their place.
+
+    Nothing here raises because of Redis and nothing waits longer than about twice `timeout_ms`:
+    once for batches already in flight, once for one's own. After a failure the circuit opens:
+    every claim is answered UNAVAILABLE at once, while one probe in the background asks whether
+    Redis is back, so that a dead or stopped Redis costs no request its latency.
+
+    Made inside a running event loop. It needs Redis 7 or Valkey (SET with both NX and GET).
+
+    Args:
+        client: as `open_client` makes it; it must not decode responses. It stays the caller's:
+            `close` leaves it open.
+        buckets: hash tags that merchants are spread over: 1 on one node, some 256 on a cluster.
+            All gateways of one Redis use the same number.
+        claim_life_ms: life of a bare claim whose owner never settles it.
+        cache_life_s: life of a frozen response in Redis. PostgreSQL keeps it for ever.
+        cache_bytes_max: largest frozen response that is cached, its fingerprint and the first
+            request's id included. `settle_queue_max` of these is the most that waiting costs.
+        rows_max: most keys in one script.
+        queue_max: most claims waiting; beyond it they are UNAVAILABLE at once.
+        in_flight_max: most claim scripts in flight, each on a connection.
+        linger_ms_max: see `storage.batching.Lane`; for claims.
+        settle_rows_max, settle_queue_max, settle_linger_ms_max: the same for releases and cache
+            entries, which are off the path: beyond the queue they are dropped.
+        timeout_ms: longest time for one batch, connecting and sending again included.
+        retry_after_ms: mean time between two probes while Redis is away.
+    """
+
+    def __init__(
+        self,
+        client: Redis,
+        *,
+        buckets: int,
+        claim_life_ms: int,
+        cache_life_s: int,
+        cache_bytes_max: int = 16_384,
+        rows_max: int = 256,
+        queue_max: int = 4_096,
+        in_flight_max: int = 2,
+        linger_ms_max: float = 0.0,
+        settle_rows_max: int = 128,
+        settle_queue_max: int = 2_048,
+        settle_linger_ms_max: float = 5.0,
+        timeout_ms: float = 50.0,
+        retry_after_ms: float = 250.0,
+        metrics: ClaimMetrics | None = None,
+    ) -> None:
+        if min(buckets, claim_life_ms, cache_life_s, timeout_ms, retry_after_ms) <= 0:
+            raise ValueError("claims: buckets, lives, timeout_ms and retry_after_ms are positive")
+        if client.get_connection_kwargs().get("decode_responses"):  # type: ignore[no-untyped-call]
+            raise ValueError("claims: the client must not decode responses, entries are binary")
+        self._client = client
+        self._buckets = buckets
+        self._claim_life_ms = claim_life_ms
+        self._cache_life_ms = cache_life_s * 1000
+        self._cache_bytes_max = cache_bytes_max
+        self._timeout_s = timeout_ms / 1000
+        self._retry_after_s = retry_after_ms / 1000
+        self._metrics: ClaimMetrics = metrics if metrics is not None else NoClaimMetrics()
+        self._generation: str | None = None
+        self._available = True
+        self._probe: asyncio.Task[None] | None = None
+        self._closed = False
+        self._claim_lane: Lane[_Claim, ClaimResult] = Lane(
+            "redis-claim",
+            self._flush_claims,
+            rows_max=rows_max,
+            queue_max=queue_max,
+            in_flight_max=in_flight_max,
+            linger_ms_max=linger_ms_max,
+            partition=_bucket_of_claim,
+            metrics=self._metrics,
+        )
+        self._settle_lane: Lane[_Settlement, None] = Lane(
+            "redis-settle",
+            self._flush_settlements,
+            rows_max=settle_rows_max,
+            queue_max=settle_queue_max,
+            linger_ms_max=settle_linger_ms_max,
+            partition=_bucket_of_settlement,
+            metrics=self._metrics,
+        )
+
+    @property
+    def available(self) -> bool:
+        """Whether the circuit is closed: the last that was heard of Redis was good."""
+        return self._available
+
+    @property
+    def generation(self) -> str | None:
+        """The present generation, where one has been set."""
+        return self._generation
+
+    def set_generation(self, generation: str) -> None:
+        """Name the database whose commits the cache may speak of; until then nothing is claimed.
+
+        PostgreSQL's system identifier and timeline, so that a failover or a restore, which may
+        have lost commits, empties the cache. Whoever changes the encoding of the fingerprint adds
+        its version, or old entries would look like conflicts.
+
+        Raises:
+            ValueError: not 1 to 64 letters, digits, dots, dashes and underscores.
+        """
+        if not _GENERATION.fullmatch(generation):
+            raise ValueError("a generation is 1 to 64 characters of 0-9 A-Z a-z . _ -")
+        self._generation = generation
+
+    async def start(self) -> None:
+        """Load the scripts. A Redis that is away is no error; the circuit opens."""
+        try:
+            await self._load_scripts()
+        except Exception as error:  # noqa: BLE001 (whatever it is, Redis is no use)
+            self._open_circuit(error)
+
+    async def close(self) -> None:
+        """Send what is queued (within the time-outs) and stop probing. Safe to repeat."""
+        self._closed = True
+        await self._claim_lane.close()
+        await self._settle_lane.close()
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.wait([self._probe])
+
+    async def claim(
+        self, merchant_id: str, idempotency_key: str, fingerprint: bytes
+    ) -> ClaimResult:
+        """Claim a key, or learn what stands in its place. Never raises, except if cancelled."""
+        generation = self._generation
+        if generation is None or not self._available:
+            self._metrics.claims_answered(ClaimOutcome.UNAVAILABLE, 1)
+            return ClaimResult(ClaimOutcome.UNAVAILABLE)
+        nonce = os.urandom(NONCE_BYTES)
+        try:
+            bucket, key = self._place(merchant_id, idempotency_key, generation)
+            row = _Claim(bucket, key, nonce, fingerprint, generation)
+            return await self._claim_lane.submit(row)
+        except Exception:  # noqa: BLE001 (queue full, lane closed, text that is none)
+            self._metrics.claims_answered(ClaimOutcome.UNAVAILABLE, 1)
+            return ClaimResult(ClaimOutcome.UNAVAILABLE, nonce, generation)
+
+    def release(
+        self,
+        merchant_id: str,
+        idempotency_key: str,
+        nonce: bytes,
+        *,
+        generation: str | None = None,
+    ) -> None:
+        """Give a claim back, if it is still this owner's. Returns at once and never raises.
+
+        A release that does not reach Redis costs the next caller of the key an IN_FLIGHT, until
+        `claim_life_ms` is over.
+
+        Args:
+            merchant_id: whose key it is.
+            idempotency_key: the client's.
+            nonce: `ClaimResult.nonce`; with an empty one nothing happens.
+            generation: `ClaimResult.generation`; without it, the present one.
+        """
+        if nonce:
+            self._settle(merchant_id, idempotency_key, b"C" + nonce, generation)
+
+    def cache(
+        self,
+        merchant_id: str,
+        idempotency_key: str,
+        nonce: bytes | None,
+        *,
+        fingerprint: bytes,
+        first_request_id: str,
+        response: bytes,
+        generation: str | None = None,
+    ) -> None:
+        """Put a frozen response in a claim's place, whoever's it is. Returns at once, never raises.
+
+        Call it only after PostgreSQL committed the response, and only for a frozen one. An entry
+        is immutable: a later call for the key changes nothing. One beyond `cache_bytes_max` is not
+        cached; the claim is released instead.
+
+        Args:
+            merchant_id: whose key it is.
+            idempotency_key: the client's.
+            nonce: the claim's, None when the writer holds none (recovery).
+            fingerprint: of the request, at most 255 bytes.
+            first_request_id: of the request that the response answered, at most 255 bytes.
+            response: without its replay field.
+            generation: that of the connection which committed; `ClaimResult.generation` is safe,
+                since an entry in a generation that has passed is never read. Without it, the
+                present one.
+        """
+        entry = _encode(_Frozen(fingerprint, first_request_id, response))
+        if entry is None or len(entry) > self._cache_bytes_max:
+            self._metrics.settlements_dropped("TOO_LARGE", 1)
+            self.release(merchant_id, idempotency_key, nonce or b"", generation=generation)
+            return
+        self._settle(merchant_id, idempotency_key, entry, generation)
+
+    def _settle(
+        self, merchant_id: str, idempotency_key: str, entry: bytes, generation: str | None
+    ) -> None:
+        generation = generation or self._generation
+        if generation is None or not self._available:
+            self._metrics.settlements_dropped("UNAVAILABLE", 1)
+            return
+        try:
+            bucket, key = self._place(merchant_id, idempotency_key, generation)
+            self._settle_lane.submit(_Settlement(bucket, key, entry))
+        except QueueFull:
+            self._metrics.settlements_dropped("QUEUE_FULL", 1)
+        except Exception:  # noqa: BLE001 (lane closed, text that is none)
+            self._metrics.settlements_dropped("CLOSED" if self._closed else "REFUSED", 1)
+
+    def _place(self, merchant_id: str, idempotency_key: str, generation: str) -> tuple[int, bytes]:
+        """The bucket and the Redis key. The same in every process: no `hash()`."""
+        bucket = zlib.crc32(merchant_id.encode()) % self._buckets
+        digest = hashlib.blake2b(idempotency_key.encode(), digest_size=KEY_DIGEST_BYTES)
+        key = f"{{b{bucket}}}:{generation}:idem:{merchant_id}:{digest.hexdigest()}"
+        return bucket, key.encode()
+
+    async def _flush_claims(self, rows: Sequence[_Claim]) -> Sequence[ClaimResult]:
+        try:
+            reply = await self._run(
+                _CLAIM,
+                [row.key for row in rows],
+                [self._claim_life_ms, b"".join([row.nonce for row in rows])],
+            )
+            return self._read_claims(rows, reply)
+        except Exception:  # noqa: BLE001 (whatever it is, PostgreSQL decides)
+            self._metrics.claims_answered(ClaimOutcome.UNAVAILABLE, len(rows))
+            return [
+                ClaimResult(ClaimOutcome.UNAVAILABLE, row.nonce, row.generation) for row in rows
+            ]
+
+    def _read_claims(self, rows: Sequence[_Claim], reply: list[bytes]) -> list[ClaimResult]:
+        """Results of the rows from the reply of claim.lua, counted.
+
+        Raises:
+            ValueError: the reply is none of claim.lua's.
+        """
+        letters, *entries = reply
+        if len(letters) != len(rows) or letters.count(b"R") != len(entries):
+            raise ValueError("claim.lua's reply does not fit its keys")
+        next_entry = iter(entries)
+        results: list[ClaimResult] = []
+        replays = conflicts = unknown = 0
+        for row, letter in zip(rows, letters, strict=True):
+            if letter == 0x4E:  # N
+                result = ClaimResult(ClaimOutcome.NEW, row.nonce, row.generation)
+            elif letter == 0x46:  # F
+                result = ClaimResult(ClaimOutcome.IN_FLIGHT, b"", row.generation)
+            else:
+                frozen = _decode(next(next_entry)) if letter == 0x52 else None  # R
+                if frozen is None:
+                    unknown += 1
+                    result = ClaimResult(ClaimOutcome.UNAVAILABLE, row.nonce, row.generation)
+                elif frozen.fingerprint == row.fingerprint:
+                    replays += 1
+                    result = ClaimResult(
+                        ClaimOutcome.REPLAY,
+                        b"",
+                        row.generation,
+                        frozen.response,
+                        frozen.first_request_id,
+                    )
+                else:
+                    conflicts += 1
+                    result = ClaimResult(
+                        ClaimOutcome.CONFLICT,
+                        b"",
+                        row.generation,
+                        first_request_id=frozen.first_request_id,
+                    )
+            results.append(result)
+        for outcome, claims in (
+            (ClaimOutcome.NEW, letters.count(b"N")),
+            (ClaimOutcome.IN_FLIGHT, letters.count(b"F")),
+            (ClaimOutcome.REPLAY, replays),
+            (ClaimOutcome.CONFLICT, conflicts),
+            (ClaimOutcome.UNAVAILABLE, unknown),
+        ):
+            if claims:
+                self._metrics.claims_answered(outcome, claims)
+        return results
+
+    async def _flush_settlements(self, rows: Sequence[_Settlement]) -> Sequence[None]:
+        try:
+            refused = await self._run(
+                _SETTLE,
+                [row.key for row in rows],
+                [self._cache_life_ms, *[row.entry for row in rows]],
+            )
+            if refused:
+                self._metrics.settlements_dropped("REFUSED", int(refused))
+        except Exception:  # noqa: BLE001 (whatever it is, it costs a round trip later)
+            self._metrics.settlements_dropped("UNAVAILABLE", len(rows))
+        return [None] * len(rows)
+
+    async def _run(self, script: _Script, keys: list[bytes], args: list[int | bytes]) -> Any:
+        """Run a script within `timeout_ms`; any failure opens the circuit."""
+        if not self._available:
+            raise _Away
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._send(script, keys, args)
+        except Exception as error:
+            self._open_circuit(error)
+            raise
+
+    async def _send(self, script: _Script, keys: list[bytes], args: list[int | bytes]) -> Any:
+        # Sending again is safe: a claim that meets its own nonce has won, and settling twice is
+        # settling once.
+        for _ in range(SENDS_MAX - 1):
+            try:
+                return await self._client.evalsha(script.sha, len(keys), *keys, *args)
+            except NoScriptError:
+                await self._client.script_load(script.text)
+            except RedisConnectionError:
+                pass  # most likely an idle connection that was closed meanwhile
+        return await self._client.evalsha(script.sha, len(keys), *keys, *args)
+
+    async def _load_scripts(self) -> None:
+        async with asyncio.timeout(self._timeout_s):
+            for script in (_CLAIM, _SETTLE):
+                await self._client.script_load(script.text)
+
+    def _open_circuit(self, error: Exception) -> None:
+        if not self._available:
+            return
+        _logger.warning("Redis is unavailable (%s); PostgreSQL decides alone", type(error).__name__)
+        self._available = False
+        self._metrics.redis_available(False)
+        if not self._closed:
+            loop = asyncio.get_running_loop()
+            self._probe = loop.create_task(self._probe_until_back(), name="redis-probe")
+
+    async def _probe_until_back(self) -> None:
+        while True:
+            # Spread, so that many gateways do not fall on a Redis that has just come back.
+            spread = random.uniform(0.5, 1.5)
+            await asyncio.sleep(self._retry_after_s * spread)
+            try:
+                await self._load_scripts()
+            except Exception as error:  # noqa: BLE001 (whatever it is, ask again later)
+                _logger.debug("Redis is still unavailable (%s)", type(error).__name__)
+                continue
+            _logger.info("Redis is available again")
+            self._available = True
+            self._metrics.redis_available(True)
+            return
+
+
+def _bucket_of_claim(row: _Claim) -> int:
+    return row.bucket
+
+
+def _bucket_of_settlement(row: _Settlement) -> int:
+    return row.bucket
+
+
+def _encode(frozen: _Frozen) -> bytes | None:
+    """`R`, then fingerprint and first request id, each behind its length in a byte, then the rest.
+
+    None when a part is too long for its length.
+    """
+    request_id = frozen.first_request_id.encode("utf-8", "replace")
+    if len(frozen.fingerprint) > 0xFF or len(request_id) > 0xFF:
+        return None
+    return b"".join(
+        (
+            b"R",
+            len(frozen.fingerprint).to_bytes(1, "big"),
+            frozen.fingerprint,
+            len(request_id).to_bytes(1, "big"),
+            request_id,
+            frozen.response,
+        )
+    )
+
+
+def _decode(entry: bytes) -> _Frozen | None:
+    """The parts of an entry that `_encode` made; None when it is damaged."""
+    try:
+        fingerprint_end = 2 + entry[1]
+        request_id_end = fingerprint_end + 1 + entry[fingerprint_end]
+        if len(entry) < request_id_end:
+            return None
+        return _Frozen(
+            entry[2:fingerprint_end],
+            entry[fingerprint_end + 1 : request_id_end].decode(),
+            entry[request_id_end:],
+        )
+    except (IndexError, UnicodeDecodeError):
+        return None

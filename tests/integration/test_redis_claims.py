@@ -1,0 +1,581 @@
+"""Idempotency claims against a real Redis: what it answers, and what it costs when it is away."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from gateway.application.ports import ClaimOutcome, ClaimResult
+from storage.batching import LINGER_MS_CAP, NoLaneMetrics
+from storage.redis import Claims, open_client
+from tests.servers import redis_server
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from storage.embedded import EmbeddedRedis
+
+HANG_S = 30.0
+"""A wait that takes so long hangs; no rule is tested by this time."""
+
+GENERATION = "7512345678901234567-1"
+MERCHANT = "m_1"
+KEY = "order 1"
+FINGERPRINT = b"\x01" + bytes(31)
+RESPONSE = b"\x00frozen\xff"
+
+NEW, IN_FLIGHT, REPLAY, CONFLICT, UNAVAILABLE = ClaimOutcome
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[EmbeddedRedis]:
+    with redis_server() as running:
+        yield running
+
+
+@pytest.fixture
+def mortal_server() -> Iterator[EmbeddedRedis]:
+    """A server for this test alone, to be killed and paused."""
+    with redis_server() as running:
+        yield running
+
+
+@dataclass
+class Recorder(NoLaneMetrics):
+    answered: Counter[ClaimOutcome] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+    circuit: list[bool] = field(default_factory=list)
+    batches: Counter[str] = field(default_factory=Counter)
+
+    def batch_sent(self, lane: str, rows: int, wait_s_of_oldest: float) -> None:
+        self.batches[lane] += 1
+
+    def claims_answered(self, outcome: ClaimOutcome, claims: int) -> None:
+        self.answered[outcome] += claims
+
+    def settlements_dropped(self, reason: str, settlements: int) -> None:
+        self.dropped[reason] += settlements
+
+    def redis_available(self, available: bool) -> None:
+        self.circuit.append(available)
+
+
+@dataclass
+class Rig:
+    """Claims as a gateway has them, a client that looks at Redis, and the metrics."""
+
+    claims: Claims
+    redis: Redis
+    metrics: Recorder
+
+    async def claim(
+        self, key: str = KEY, merchant_id: str = MERCHANT, fingerprint: bytes = FINGERPRINT
+    ) -> ClaimResult:
+        return await self.claims.claim(merchant_id, key, fingerprint)
+
+    def cache(self, nonce: bytes | None, response: bytes = RESPONSE, **changes: Any) -> None:
+        parts = {"fingerprint": FINGERPRINT, "first_request_id": "req_1", "response": response}
+        self.claims.cache(MERCHANT, KEY, nonce, **(parts | changes))
+
+    async def keys(self) -> list[bytes]:
+        return [key for key in await self.redis.keys() if isinstance(key, bytes)]
+
+    async def settled(self) -> None:
+        """Until everything that was to be released or cached is."""
+        lane = self.claims._settle_lane
+        await until(lambda: lane.depth == 0 and lane.in_flight == 0)
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Poll until the condition holds; it may be a coroutine function's."""
+    async with asyncio.timeout(HANG_S):
+        while True:
+            held = condition()
+            if await held if inspect.isawaitable(held) else held:
+                return
+            await asyncio.sleep(0.001)
+
+
+@asynccontextmanager
+async def rig_on(
+    server: EmbeddedRedis, *, flush: bool = True, **options: Any
+) -> AsyncIterator[Rig]:
+    """A rig. Its time-outs are so long that only a server that is away meets them."""
+    metrics = Recorder()
+    client = open_client(
+        server.url,
+        timeout_ms=10_000,
+        connect_timeout_ms=10_000,
+        connections_max=8,
+    )
+    looking = open_client(
+        server.url, timeout_ms=10_000, connect_timeout_ms=10_000, connections_max=4
+    )
+    defaults = {
+        "buckets": 1,
+        "claim_life_ms": 600_000,
+        "cache_life_s": 600,
+        "timeout_ms": 10_000,
+        "retry_after_ms": 5,
+        "settle_linger_ms_max": 0,
+    }
+    claims = Claims(client, metrics=metrics, **(defaults | options))
+    claims.set_generation(GENERATION)
+    try:
+        if flush:
+            await looking.flushall()
+        await claims.start()
+        yield Rig(claims, looking, metrics)
+    finally:
+        await claims.close()
+        await client.aclose()
+        await looking.aclose()
+
+
+async def test_first_claim_is_new_and_the_second_one_is_in_flight(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        first = await rig.claim()
+        assert first.outcome is NEW
+        assert len(first.nonce) == 16
+        assert first.generation == GENERATION
+        assert await rig.claim() == ClaimResult(IN_FLIGHT, generation=GENERATION)
+
+
+async def test_bare_claim_is_in_flight_whatever_the_payload(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        await rig.claim()
+        assert (await rig.claim(fingerprint=b"another")).outcome is IN_FLIGHT
+
+
+async def test_frozen_response_is_replayed_byte_for_byte(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        first = await rig.claim()
+        rig.cache(first.nonce)
+        await rig.settled()
+        assert await rig.claim() == ClaimResult(
+            REPLAY, generation=GENERATION, response=RESPONSE, first_request_id="req_1"
+        )
+
+
+async def test_another_payload_conflicts_with_a_frozen_response(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        rig.cache(None)
+        await rig.settled()
+        for fingerprint in (b"", FINGERPRINT[:-1], FINGERPRINT + b"\x00", b"\x02" + bytes(31)):
+            assert await rig.claim(fingerprint=fingerprint) == ClaimResult(
+                CONFLICT, generation=GENERATION, first_request_id="req_1"
+            )
+
+
+async def test_one_batch_answers_each_key_with_its_own_outcome(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        await rig.claim("taken")
+        rig.cache(None)
+        await rig.settled()
+        batches = rig.metrics.batches["redis-claim"]
+        results = await asyncio.gather(
+            rig.claim("free"),
+            rig.claim(),
+            rig.claim("taken"),
+            rig.claim(fingerprint=b"another"),
+            rig.claim("free"),
+        )
+        outcomes = [result.outcome for result in results]
+        assert outcomes == [NEW, REPLAY, IN_FLIGHT, CONFLICT, IN_FLIGHT]
+        assert rig.metrics.batches["redis-claim"] == batches + 1
+        assert rig.metrics.answered == {NEW: 2, REPLAY: 1, IN_FLIGHT: 2, CONFLICT: 1}
+
+
+async def test_merchants_never_meet_under_the_same_key(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        assert (await rig.claim(merchant_id="m_1")).outcome is NEW
+        assert (await rig.claim(merchant_id="m_2")).outcome is NEW
+
+
+async def test_claim_that_meets_its_own_nonce_has_won(
+    server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig_on(server) as rig:
+        send = rig.claims._client.evalsha
+        answers = []
+
+        async def lose_the_first_answer(*args: Any) -> Any:
+            answers.append(await send(*args))
+            if len(answers) == 1:
+                raise RedisConnectionError
+            return answers[-1]
+
+        monkeypatch.setattr(rig.claims._client, "evalsha", lose_the_first_answer)
+        assert (await rig.claim()).outcome is NEW
+        assert answers == [[b"N"], [b"N"]]
+        assert (await rig.claim()).outcome is IN_FLIGHT
+
+
+async def test_thousand_concurrent_claims_of_one_key_give_exactly_one_new(
+    server: EmbeddedRedis,
+) -> None:
+    async with (
+        rig_on(server, rows_max=64, in_flight_max=4) as one,
+        rig_on(server, flush=False, rows_max=7) as other,
+    ):
+        results = await asyncio.gather(*((one, other)[i % 2].claim() for i in range(1_000)))
+        assert Counter(result.outcome for result in results) == {NEW: 1, IN_FLIGHT: 999}
+
+
+async def test_release_frees_the_key_for_the_next_claim(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        first = await rig.claim()
+        rig.claims.release(MERCHANT, KEY, first.nonce, generation=first.generation)
+        await rig.settled()
+        second = await rig.claim()
+        assert second.outcome is NEW
+        assert second.nonce != first.nonce
+
+
+async def test_release_never_deletes_another_owners_claim(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        late = await rig.claim()
+        await rig.redis.flushall()
+        owner = await rig.claim()
+        rig.claims.release(MERCHANT, KEY, late.nonce)
+        rig.claims.release(MERCHANT, KEY, b"")
+        rig.claims.release(MERCHANT, KEY, owner.nonce[:-1])
+        await rig.settled()
+        assert (await rig.claim()).outcome is IN_FLIGHT
+
+
+async def test_release_never_deletes_a_frozen_response(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        first = await rig.claim()
+        rig.cache(None)
+        rig.claims.release(MERCHANT, KEY, first.nonce)
+        await rig.settled()
+        assert (await rig.claim()).outcome is REPLAY
+
+
+async def test_frozen_response_replaces_anyones_bare_claim(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        late = await rig.claim()
+        await rig.redis.flushall()
+        assert (await rig.claim()).outcome is NEW
+        rig.cache(late.nonce)
+        await rig.settled()
+        assert (await rig.claim()).outcome is REPLAY
+
+
+async def test_frozen_response_is_never_overwritten(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        rig.cache(None)
+        rig.cache(None, b"later")
+        rig.cache(None, b"later", fingerprint=b"another", first_request_id="req_2")
+        await rig.settled()
+        rig.cache(None, b"later still")
+        await rig.settled()
+        assert (await rig.claim()).response == RESPONSE
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"response": bytes(1_000)},
+        {"first_request_id": "r" * 256},
+        {"fingerprint": bytes(256)},
+    ],
+)
+async def test_response_beyond_a_limit_is_not_cached_and_its_claim_released(
+    server: EmbeddedRedis, changes: dict[str, Any]
+) -> None:
+    async with rig_on(server, cache_bytes_max=1_000) as rig:
+        first = await rig.claim()
+        rig.cache(first.nonce, **changes)
+        await rig.settled()
+        assert rig.metrics.dropped == {"TOO_LARGE": 1}
+        assert await rig.redis.dbsize() == 0
+        assert (await rig.claim()).outcome is NEW
+
+
+@pytest.mark.parametrize("response", [b"", bytes(range(256)) * 40])
+async def test_response_of_any_bytes_comes_back_whole(
+    server: EmbeddedRedis, response: bytes
+) -> None:
+    async with rig_on(server) as rig:
+        rig.cache(None, response, first_request_id="é" * 127)
+        await rig.settled()
+        result = await rig.claim()
+        assert (result.outcome, result.response) == (REPLAY, response)
+        assert result.first_request_id == "é" * 127
+
+
+async def test_claim_of_one_millisecond_expires_and_the_key_is_free(server: EmbeddedRedis) -> None:
+    async with rig_on(server, claim_life_ms=1) as rig:
+        first = await rig.claim()
+        assert first.outcome is NEW
+
+        async def is_gone() -> bool:
+            return int(await rig.redis.dbsize()) == 0
+
+        await until(is_gone)
+        second = await rig.claim()
+        assert second.outcome is NEW
+        rig.claims.release(MERCHANT, KEY, first.nonce)  # late, and no longer the owner
+        await rig.settled()
+
+
+async def test_every_entry_has_a_life(server: EmbeddedRedis) -> None:
+    async with rig_on(server, claim_life_ms=60_000, cache_life_s=3_600) as rig:
+        await rig.claim("claimed")
+        rig.cache(None)
+        await rig.settled()
+        lives_ms = sorted([await rig.redis.pttl(key) for key in await rig.keys()])
+        assert 0 < lives_ms[0] <= 60_000 < lives_ms[1] <= 3_600_000
+
+
+async def test_flushed_redis_gives_the_key_away_again_and_stays_available(
+    server: EmbeddedRedis,
+) -> None:
+    async with rig_on(server) as rig:
+        await rig.claim()
+        await rig.redis.flushall()
+        assert (await rig.claim()).outcome is NEW
+        assert rig.metrics.circuit == []
+
+
+async def test_forgotten_scripts_are_loaded_again_without_a_callers_notice(
+    server: EmbeddedRedis,
+) -> None:
+    async with rig_on(server) as rig:
+        await rig.redis.script_flush()
+        first = await rig.claim()
+        assert first.outcome is NEW
+        await rig.redis.script_flush()
+        rig.cache(first.nonce)
+        await rig.settled()
+        assert (await rig.claim()).outcome is REPLAY
+        assert rig.metrics.circuit == []
+
+
+async def test_new_generation_empties_the_cache(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        old = await rig.claim()
+        rig.cache(old.nonce)
+        await rig.settled()
+        rig.claims.set_generation("7512345678901234567-2")
+        assert (await rig.claim()).outcome is NEW
+        # What was committed under the old timeline speaks of the old timeline only.
+        rig.cache(old.nonce, generation=old.generation)
+        await rig.settled()
+        assert (await rig.claim()).outcome is IN_FLIGHT
+
+
+async def test_nothing_is_claimed_before_the_generation_is_known(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        rig.claims._generation = None
+        assert await rig.claim() == ClaimResult(UNAVAILABLE)
+        rig.cache(None)
+        await rig.settled()
+        assert await rig.redis.dbsize() == 0
+        for generation in ("", "a:b", "{b0}", "a b", "x" * 65):
+            with pytest.raises(ValueError, match="a generation is"):
+                rig.claims.set_generation(generation)
+
+
+async def test_keys_lie_in_their_merchants_bucket_and_hold_no_text_of_the_client(
+    server: EmbeddedRedis,
+) -> None:
+    canary = "4111111111111111 }{b9}:*"
+    async with rig_on(server, buckets=16) as rig:
+        merchants = [f"m_{number}" for number in range(50)]
+        await asyncio.gather(*(rig.claim(canary, merchant) for merchant in merchants))
+        keys = [key.decode() for key in await rig.keys()]
+        digest = hashlib.blake2b(canary.encode(), digest_size=16).hexdigest()
+        tags = {key.split(":")[3]: key.split(":")[0] for key in keys}
+        assert set(tags) == set(merchants)
+        assert len(set(tags.values())) > 1
+        for key in keys:
+            assert (
+                key == f"{tags[key.split(':')[3]]}:{GENERATION}:idem:{key.split(':')[3]}:{digest}"
+            )
+        # A batch is one script over one slot: as many batches as buckets.
+        assert rig.metrics.batches["redis-claim"] == len(set(tags.values()))
+
+
+async def test_key_that_redis_cannot_claim_spoils_no_other(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        await rig.claim()
+        (key,) = await rig.keys()
+        damaged = [b"", b"X of another time", b"R", b"R\xff", b"R\x00\xff", b"R\x00\x01\xff"]
+        for entry in damaged:
+            await rig.redis.set(key, entry)
+            results = await asyncio.gather(rig.claim("fine" + entry.hex()), rig.claim())
+            assert [result.outcome for result in results] == [NEW, UNAVAILABLE], entry
+        await rig.redis.delete(key)
+        await rig.redis.rpush(key, "a list")
+        results = await asyncio.gather(rig.claim("other"), rig.claim())
+        assert [result.outcome for result in results] == [NEW, UNAVAILABLE]
+        rig.cache(None)
+        await rig.settled()
+        assert rig.metrics.dropped == {"REFUSED": 1}
+        assert rig.metrics.circuit == []
+
+
+async def test_redis_without_memory_leaves_the_decision_to_postgresql() -> None:
+    with redis_server({"maxmemory": "1", "maxmemory-policy": "noeviction"}) as full:
+        async with rig_on(full) as rig:
+            assert (await rig.claim()).outcome is UNAVAILABLE
+            rig.cache(None)
+            await rig.settled()
+
+
+async def test_killed_redis_costs_no_claim_a_wait_and_recovers(
+    mortal_server: EmbeddedRedis,
+) -> None:
+    async with rig_on(mortal_server) as rig:
+        first = await rig.claim()
+        mortal_server.kill()
+        assert (await rig.claim()).outcome is UNAVAILABLE
+        await assert_open(rig)
+        rig.claims.release(MERCHANT, KEY, first.nonce)
+        rig.cache(first.nonce)
+        assert rig.metrics.dropped == {"UNAVAILABLE": 2}
+        mortal_server.start()
+        await until(lambda: rig.claims.available)
+        assert (await rig.claim()).outcome is NEW  # it started empty
+        assert rig.metrics.circuit == [False, True]
+
+
+async def test_stopped_redis_costs_no_claim_a_wait_and_recovers(
+    mortal_server: EmbeddedRedis,
+) -> None:
+    async with rig_on(mortal_server, timeout_ms=300) as rig:
+        await until(lambda: rig.claims.available)
+        mortal_server.pause()
+        results = await asyncio.gather(*(rig.claim(f"order {number}") for number in range(20)))
+        assert {result.outcome for result in results} == {UNAVAILABLE}
+        await assert_open(rig)
+        mortal_server.resume()
+        await until(lambda: rig.claims.available)
+        assert (await rig.claim("another")).outcome is NEW
+        # The claims whose answers were lost may stand: they can be released by their nonces.
+        for number, result in enumerate(results):
+            rig.claims.release(MERCHANT, f"order {number}", result.nonce)
+        await rig.settled()
+        assert await rig.redis.dbsize() == 1
+
+
+async def test_restart_between_two_claims_is_not_noticed(mortal_server: EmbeddedRedis) -> None:
+    async with rig_on(mortal_server) as rig:
+        await rig.claim("before")
+        mortal_server.restart()
+        assert (await rig.claim("after")).outcome is NEW
+        assert rig.metrics.circuit == []
+
+
+async def assert_open(rig: Rig) -> None:
+    """An open circuit answers within one turn of the event loop, and asks Redis nothing."""
+    assert not rig.claims.available
+    sent = rig.metrics.batches["redis-claim"]
+    waiting = rig.claims.claim(MERCHANT, KEY, FINGERPRINT)
+    with pytest.raises(StopIteration) as answer:
+        waiting.send(None)  # the first step is the last: it suspends nowhere
+    assert answer.value.value == ClaimResult(UNAVAILABLE)
+    assert rig.metrics.batches["redis-claim"] == sent
+    assert rig.metrics.circuit[-1] is False
+
+
+async def test_gateway_starts_without_redis_and_finds_it_later(
+    mortal_server: EmbeddedRedis,
+) -> None:
+    mortal_server.kill()
+    async with rig_on(mortal_server, flush=False) as rig:
+        await assert_open(rig)
+        mortal_server.start()
+        await until(lambda: rig.claims.available)
+        assert (await rig.claim()).outcome is NEW
+
+
+async def test_claims_behind_a_dead_batch_are_answered_without_asking(
+    mortal_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig_on(mortal_server, timeout_ms=300, rows_max=1, in_flight_max=1) as rig:
+        await until(lambda: rig.claims.available)
+        evalsha = rig.claims._client.evalsha
+        asked = 0
+
+        async def counting(*args: Any) -> Any:
+            nonlocal asked
+            asked += 1
+            return await evalsha(*args)
+
+        monkeypatch.setattr(rig.claims._client, "evalsha", counting)
+        mortal_server.pause()
+        results = await asyncio.gather(*(rig.claim(str(number)) for number in range(50)))
+        assert {result.outcome for result in results} == {UNAVAILABLE}
+        assert asked == 1
+        mortal_server.resume()
+
+
+async def test_full_queues_refuse_without_an_error(server: EmbeddedRedis) -> None:
+    async with rig_on(server, queue_max=10, settle_queue_max=10) as rig:
+        results = await asyncio.gather(*(rig.claim(str(number)) for number in range(25)))
+        assert Counter(result.outcome for result in results) == {NEW: 10, UNAVAILABLE: 15}
+        for number, result in enumerate(results):
+            rig.claims.release(MERCHANT, str(number), result.nonce)
+        await rig.settled()
+        assert rig.metrics.dropped == {"QUEUE_FULL": 15}
+        assert rig.claims.available
+
+
+async def test_cancelled_claim_reaches_redis_all_the_same(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        caller = asyncio.create_task(rig.claim())
+        await asyncio.sleep(0)
+        caller.cancel()
+        await asyncio.wait([caller])
+        assert caller.cancelled()
+
+        async def stands() -> bool:
+            return int(await rig.redis.dbsize()) == 1
+
+        await until(stands)
+
+
+async def test_close_sends_what_is_queued_and_refuses_the_rest_quietly(
+    server: EmbeddedRedis,
+) -> None:
+    async with rig_on(server, settle_linger_ms_max=LINGER_MS_CAP) as rig:
+        first = await rig.claim()
+        rig.cache(first.nonce)
+        await rig.claims.close()
+        await rig.claims.close()
+        (key,) = await rig.keys()
+        entry = await rig.redis.get(key)
+        assert isinstance(entry, bytes)
+        assert entry.endswith(RESPONSE)
+        assert (await rig.claim()).outcome is UNAVAILABLE
+        rig.claims.release(MERCHANT, KEY, first.nonce)
+        assert rig.metrics.dropped == {"CLOSED": 1}
+
+
+async def test_text_that_is_none_is_answered_not_raised(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        assert (await rig.claim("\ud800")).outcome is UNAVAILABLE
+        rig.claims.release(MERCHANT, "\ud800", b"nonce")
+        rig.cache(None, first_request_id="\ud800")
+        await rig.settled()
+        assert rig.metrics.dropped == {"REFUSED": 1}
+        assert rig.claims.available
+
+
+async def test_client_that_decodes_is_refused(server: EmbeddedRedis) -> None:
+    async with Redis.from_url(server.url, decode_responses=True) as client:
+        with pytest.raises(ValueError, match="decode"):
+            Claims(client, buckets=1, claim_life_ms=1, cache_life_s=1)
