@@ -1,0 +1,567 @@
+"""The gateway's settings: one frozen object, read from GATEWAY_* environment variables.
+
+`python -m gateway.settings` prints the table of docs/settings.md.
+"""
+
+import difflib
+import ipaddress
+import os
+import re
+import sys
+from typing import Any, Final, Literal, get_args, get_origin
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from gateway.telemetry.logs import redact
+
+PREFIX: Final = "GATEWAY_"
+
+# Kubernetes puts such variables into every pod of a namespace that has a Service named "gateway"
+# or "gateway-…". They are nobody's spelling mistake.
+_SERVICE_LINK = re.compile(
+    r"GATEWAY_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)"
+)
+_SERVICE_LINK_PORT = re.compile(r"GATEWAY_(?:\w+_)?PORT=(?:tcp|udp|sctp)://.*")
+
+_MASK = "********"
+_VALUE_CHARACTERS_MAX = 100
+
+
+class SettingsError(ValueError):
+    """The settings cannot be used. The text lists every problem with its variable, one a line."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("The settings cannot be used:\n" + "\n".join(f"- {p}" for p in problems))
+        self.problems = problems
+
+
+def _field(
+    default: object,
+    meaning: str,
+    *,
+    ge: float | None = None,
+    le: float | None = None,
+    gt: float | None = None,
+    unit: str = "",
+) -> Any:
+    # Each limit only where it is given: pydantic refuses bounds on text.
+    rules: dict[str, Any] = {"ge": ge, "le": le, "gt": gt}
+    rules = {name: value for name, value in rules.items() if value is not None}
+    if isinstance(default, float):
+        rules["allow_inf_nan"] = False
+    if unit:
+        rules["json_schema_extra"] = {"unit": unit}
+    return Field(default, description=meaning, **rules)
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Names end in their unit; the descriptions are the documentation.
+
+    Build it with `load_settings`, whose errors are written for the person who set the variables.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    environment: Literal["development", "production"] = _field(
+        "development",
+        "What the gateway runs for. `production` refuses the embedded PostgreSQL and Redis.",
+    )
+
+    # The door.
+    listen_address: str = _field(
+        "127.0.0.1:50051", "Where gRPC is served, as `host:port`; port 0 takes a free one."
+    )
+    transport: Literal["grpcio", "native"] = _field(
+        "grpcio",
+        "The gRPC server. `native` is faster and for trusted callers only: behind a proxy on"
+        " loopback, without TLS of its own.",
+    )
+    trusted_front: bool = _field(
+        False,
+        "Declares that a proxy on this host stands before `native`, which terminates TLS, bounds"
+        " requests, ages connections and drains. `native` does not start without it.",
+    )
+    tls_certificate_file: str = _field(
+        "", "The server's certificate chain in PEM. Empty: no TLS. grpcio only."
+    )
+    tls_key_file: str = _field("", "The private key of the certificate in PEM. grpcio only.")
+    tls_client_ca_file: str = _field(
+        "", "The CA of client certificates in PEM. Set: every client must show one (mutual TLS)."
+    )
+    metrics_address: str = _field(
+        "127.0.0.1:9464", "Where Prometheus reads metrics over HTTP, as `host:port`."
+    )
+    message_bytes_max: int = _field(
+        2 * 1024 * 1024, "The largest request accepted.", ge=16 * 1024, le=64 * 1024 * 1024
+    )
+    metadata_bytes_max: int = _field(
+        16 * 1024, "The largest metadata of one request accepted.", ge=4 * 1024, le=1024 * 1024
+    )
+    keepalive_time_s: float = _field(
+        60.0, "The pause after which a silent connection is pinged.", ge=1, le=7200
+    )
+    keepalive_timeout_s: float = _field(
+        20.0, "How long a ping may stay unanswered before the connection is closed.", ge=1, le=600
+    )
+    connection_age_max_s: float = _field(
+        0.0,
+        "The age at which a connection is asked to close, so that load spreads over new servers."
+        " 0: unlimited. grpcio only.",
+        ge=0,
+        le=86400,
+    )
+    connection_age_grace_s: float = _field(
+        30.0, "How long calls may still run on a connection that reached its age.", ge=0, le=3600
+    )
+    concurrent_streams_max: int = _field(
+        1000, "Concurrent calls on one connection.", ge=1, le=100_000, unit="calls"
+    )
+    drain_grace_s: float = _field(
+        30.0, "How long a shutdown waits for calls in flight.", ge=0, le=600
+    )
+
+    # PostgreSQL.
+    postgres_dsn: SecretStr = _field(
+        SecretStr(""), "PostgreSQL's address, `postgresql://…`. Empty: the embedded one."
+    )
+    postgres_connect_timeout_s: float = _field(
+        5.0, "How long opening a connection may take.", gt=0, le=60
+    )
+    postgres_statement_timeout_s: float = _field(
+        10.0, "How long one statement may take.", gt=0, le=300
+    )
+    outcome_retry_s_max: float = _field(
+        30.0,
+        "How long an outcome is written again and again while the database is away, before it is"
+        " left to recovery.",
+        ge=0,
+        le=600,
+    )
+    embedded_dir: str = _field(
+        ".local/embedded", "Where the embedded PostgreSQL and Redis keep their data."
+    )
+
+    # Redis.
+    redis_url: SecretStr = _field(
+        SecretStr(""), "Redis' address, `redis://…` or `rediss://…`. Empty: the embedded one."
+    )
+    redis_timeout_ms: float = _field(
+        50.0, "How long one round trip may take before PostgreSQL decides.", ge=1, le=10_000
+    )
+    redis_connect_timeout_ms: float = _field(
+        200.0, "How long opening a connection may take.", ge=1, le=10_000
+    )
+    redis_retry_after_ms: float = _field(
+        250.0, "How long Redis is left alone after it failed.", ge=1, le=60_000
+    )
+    redis_buckets: int = _field(
+        1,
+        "Hash-tag buckets that merchants are spread over: 1 on one node, some 256 on a cluster."
+        " The same on every gateway.",
+        ge=1,
+        le=16_384,
+        unit="buckets",
+    )
+    claim_life_ms: int = _field(
+        30_000, "How long the claim of an idempotency key lives.", ge=1, le=3_600_000
+    )
+    replay_cache_life_s: int = _field(
+        86_400,
+        "How long a frozen response stays cached in Redis; PostgreSQL keeps it for ever.",
+        ge=1,
+        le=2_592_000,
+    )
+    replay_cache_bytes_max: int = _field(
+        65_536, "The largest response that is cached.", ge=0, le=1024 * 1024
+    )
+
+    # Batches.
+    batch_rows_max: int = _field(
+        500, "Rows of one batch to PostgreSQL.", ge=1, le=10_000, unit="rows"
+    )
+    batch_queue_max: int = _field(
+        20_000, "Rows that may wait for a batch, in each lane.", ge=1, le=1_000_000, unit="rows"
+    )
+    batch_linger_ms_max: float = _field(
+        0.0, "How long a batch may wait for more rows. 0: it never waits.", ge=0, le=100
+    )
+    intent_connections: int = _field(
+        2, "Connections of the intents' lane.", ge=1, le=64, unit="connections"
+    )
+    outcome_connections: int = _field(
+        2, "Connections of the outcomes' lane.", ge=1, le=64, unit="connections"
+    )
+    read_connections: int = _field(
+        2, "Connections of the reads' lane.", ge=1, le=64, unit="connections"
+    )
+
+    # Calls.
+    wait_s_max: float = _field(
+        10.0, "How long a duplicate waits for the first call's answer.", ge=0, le=120
+    )
+    wait_margin_ms: float = _field(
+        50.0, "How long before its deadline a waiting duplicate is answered.", ge=0, le=10_000
+    )
+    wait_poll_ms_min: float = _field(
+        5.0, "The first pause between two looks at the first call's operation.", ge=1, le=10_000
+    )
+    wait_poll_ms_max: float = _field(
+        250.0, "The longest pause between two looks; each is twice the one before.", ge=1, le=10_000
+    )
+    waiters_per_key_max: int = _field(
+        100, "Duplicates of one key that may wait at once.", ge=1, le=10_000, unit="calls"
+    )
+    contention_tries_max: int = _field(
+        100,
+        "How often a call begins anew because its payment changed meanwhile.",
+        ge=1,
+        le=1000,
+        unit="tries",
+    )
+    min_send_budget_s: float = _field(
+        0.05, "Nothing is sent to a PSP when the caller's deadline is nearer.", ge=0, le=60
+    )
+    send_window_s: float = _field(
+        5.0, "How long after its intent a request may still be sent to a PSP.", gt=0, le=300
+    )
+    recover_margin_s: float = _field(
+        10.0,
+        "What recovery adds to the send window and the PSP's answer time-out before it takes over"
+        " an operation.",
+        gt=0,
+        le=3600,
+    )
+    operations_per_payment_max: int = _field(
+        200, "Operations that one payment may have.", ge=1, le=10_000, unit="operations"
+    )
+    batch_wait_s_max: float = _field(
+        30.0, "When a batch is answered at the latest, with what is done.", gt=0, le=300
+    )
+    stream_window_items: int = _field(
+        256,
+        "Items of one stream in flight before it is pushed back.",
+        ge=1,
+        le=10_000,
+        unit="items",
+    )
+
+    # Credentials.
+    auth_cache_life_s: float = _field(
+        5.0,
+        "How long a credential is trusted without another look; so late a revocation acts.",
+        ge=0,
+        le=300,
+    )
+    auth_cache_entries_max: int = _field(
+        10_000, "Credentials cached.", ge=1, le=1_000_000, unit="entries"
+    )
+    auth_negative_life_s: float = _field(
+        2.0, "How long an unknown credential is refused without another look.", ge=0, le=60
+    )
+
+    # Recovery.
+    recovery_enabled: bool = _field(True, "Whether this process finishes what others left.")
+    recovery_interval_ms: float = _field(
+        500.0, "The pause between two looks when there is nothing to do.", ge=1, le=60_000
+    )
+    recovery_lease_s: float = _field(
+        30.0, "For how long an operation is left to the recoverer that took it.", ge=1, le=3600
+    )
+    recovery_batch_max: int = _field(
+        100, "Operations taken at once.", ge=1, le=10_000, unit="operations"
+    )
+    recovery_first_check_s: float = _field(
+        1.0, "How soon an operation in doubt or pending is looked at.", ge=0, le=3600
+    )
+    recovery_backoff_s_min: float = _field(
+        1.0, "The first pause between two looks at one operation.", gt=0, le=3600
+    )
+    recovery_backoff_s_max: float = _field(
+        300.0, "The longest such pause; each is twice the one before.", gt=0, le=86_400
+    )
+    recovery_concurrency: int = _field(
+        16, "PSP calls of recovery at once.", ge=1, le=1000, unit="calls"
+    )
+    recovery_horizon_s: float = _field(
+        60.0,
+        "Operations older than this are looked for in the table of doubts, not by their age.",
+        ge=1,
+        le=86_400,
+    )
+
+    # The simulator.
+    simulator_url: str = _field(
+        "", "The PSP simulator's address, `http://…`. Empty: none, or the embedded run's own."
+    )
+    simulator_profile: Literal["idempotent", "non_idempotent", "key_2s", "no_query"] = _field(
+        "idempotent", "Which kind of PSP the simulator plays."
+    )
+    simulator_connect_timeout_s: float = _field(1.0, "How long connecting may take.", gt=0, le=60)
+    simulator_answer_timeout_s: float = _field(
+        10.0, "How long an answer may take before the operation is in doubt.", gt=0, le=120
+    )
+    simulator_connections_max: int = _field(
+        2000, "Connections to the simulator.", ge=1, le=100_000, unit="connections"
+    )
+
+    # Logs.
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = _field(
+        "INFO", "The lowest level that is logged."
+    )
+    log_sample_success_every: int = _field(
+        1,
+        "One of so many successful calls is logged; failures always.",
+        ge=1,
+        le=1_000_000,
+        unit="calls",
+    )
+
+    @field_validator("listen_address", "metrics_address")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @field_validator("simulator_url")
+    @classmethod
+    def _http(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^\s/@]+(?:/\S*)?", value):
+            raise ValueError("an http:// or https:// address without credentials, or empty")
+        return value
+
+    @field_validator("postgres_dsn")
+    @classmethod
+    def _postgres(cls, value: SecretStr) -> SecretStr:
+        if not re.fullmatch(r"(?:postgres(?:ql)?://\S+)?", value.get_secret_value()):
+            raise ValueError("a postgresql:// address, or empty")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: SecretStr) -> SecretStr:
+        if not re.fullmatch(r"(?:(?:rediss?|unix)://\S+)?", value.get_secret_value()):
+            raise ValueError("a redis://, rediss:// or unix:// address, or empty")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> "Settings":
+        problems = [*self._tls_problems(), *self._native_problems(), *self._order_problems()]
+        if self.environment == "production":
+            problems += [
+                f"{variable(name)}: must be set when {variable('environment')} is production"
+                for name in ("postgres_dsn", "redis_url")
+                if not getattr(self, name).get_secret_value()
+            ]
+        if problems:
+            raise SettingsConflict(problems)
+        return self
+
+    def _tls_problems(self) -> list[str]:
+        certificate, key = variable("tls_certificate_file"), variable("tls_key_file")
+        if self.tls_certificate_file and not self.tls_key_file:
+            return [f"{key}: must be set together with {certificate}"]
+        if self.tls_key_file and not self.tls_certificate_file:
+            return [f"{certificate}: must be set together with {key}"]
+        if self.tls_client_ca_file and not self.tls_certificate_file:
+            return [f"{variable('tls_client_ca_file')}: needs {certificate} and {key}"]
+        return []
+
+    def _native_problems(self) -> list[str]:
+        if self.transport != "native":
+            return []
+        native = f"{variable('transport')} is native"
+        problems = [
+            f"{variable(name)}: must be empty when {native}, which has no TLS"
+            for name in ("tls_certificate_file", "tls_key_file", "tls_client_ca_file")
+            if getattr(self, name)
+        ]
+        if self.connection_age_max_s:
+            problems.append(
+                f"{variable('connection_age_max_s')}: must be 0 when {native}, which cannot age"
+                " connections"
+            )
+        if not self.trusted_front:
+            problems.append(
+                f"{variable('trusted_front')}: must be true when {native}: it is only for trusted"
+                " callers behind a proxy on this host"
+            )
+        if not _is_loopback(split_address(self.listen_address)[0]):
+            problems.append(
+                f"{variable('listen_address')}: must be a loopback address when {native}"
+            )
+        return problems
+
+    def _order_problems(self) -> list[str]:
+        return [
+            f"{variable(low)}: must not be greater than {variable(high)}"
+            for low, high in (
+                ("recovery_backoff_s_min", "recovery_backoff_s_max"),
+                ("wait_poll_ms_min", "wait_poll_ms_max"),
+                ("batch_rows_max", "batch_queue_max"),
+                ("min_send_budget_s", "send_window_s"),
+            )
+            if getattr(self, low) > getattr(self, high)
+        ]
+
+
+class SettingsConflict(ValueError):
+    """Values that are right alone and wrong together; raised inside validation only."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def load_settings(**overrides: object) -> Settings:
+    """The settings from the process's environment; `overrides` (by field name) win over it.
+
+    Raises SettingsError with every problem at once: the variable, its value (masked where it is
+    secret) and what is expected. A GATEWAY_* variable that does not exist is a problem too.
+    """
+    problems = _unknown_variables()
+    try:
+        settings = Settings(**overrides)  # type: ignore[arg-type]  # the model checks them
+    except ValidationError as error:
+        # Not chained: pydantic's text would repeat what is masked here.
+        problems += [line for detail in error.errors() for line in _problem(detail)]
+        settings = None
+    if problems or settings is None:
+        raise SettingsError(problems)
+    return settings
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field."""
+    return PREFIX + name.upper()
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """`host:port` or `[host]:port` as host without brackets, and port; ValueError otherwise."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/@]+)):([0-9]{1,5})", address)
+    if match is None or int(match[3]) > 65_535:
+        raise ValueError("host:port with a port from 0 to 65535")
+    return match[1] or match[2], int(match[3])
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _unknown_variables() -> list[str]:
+    known = {variable(name) for name in Settings.model_fields}
+    problems = []
+    for name, value in sorted(os.environ.items()):
+        upper = name.upper()
+        if (
+            not upper.startswith(PREFIX)
+            or upper in known
+            or _SERVICE_LINK.fullmatch(upper)
+            or _SERVICE_LINK_PORT.fullmatch(f"{upper}={value}")
+        ):
+            continue
+        near = difflib.get_close_matches(upper, known, n=1)
+        problems.append(f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+    return problems
+
+
+def _problem(detail: Any) -> list[str]:
+    """One of pydantic's error details as lines for people."""
+    cause = detail.get("ctx", {}).get("error")
+    if isinstance(cause, SettingsConflict):
+        return cause.problems
+    name = str(detail["loc"][0])
+    if name not in Settings.model_fields:
+        return [f"{name}: no such setting"]
+    expected = str(cause) if isinstance(cause, ValueError) else _type_of(name)
+    return [f"{variable(name)}: expected {expected}; got {_shown(name, detail['input'])}"]
+
+
+def _shown(name: str, value: object) -> str:
+    if Settings.model_fields[name].annotation is SecretStr:
+        return _MASK
+    text = redact(str(value))
+    return repr(text if len(text) <= _VALUE_CHARACTERS_MAX else text[:_VALUE_CHARACTERS_MAX] + "…")
+
+
+def _type_of(name: str) -> str:
+    """The type and bounds of a field, for people: `integer from 1 to 500`."""
+    field = Settings.model_fields[name]
+    annotation = field.annotation
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{choice}`" for choice in get_args(annotation))
+    bounds = {type(rule).__name__: rule for rule in field.metadata}
+    text = _TYPES.get(annotation, "text")
+    if "Gt" in bounds:
+        text += f" above {_number(bounds['Gt'].gt)}"
+    if "Ge" in bounds:
+        text += f" from {_number(bounds['Ge'].ge)}"
+    if "Le" in bounds:
+        text += f" to {_number(bounds['Le'].le)}"
+    return text
+
+
+def _unit_of(name: str) -> str:
+    extra = Settings.model_fields[name].json_schema_extra
+    if isinstance(extra, dict) and "unit" in extra:
+        return str(extra["unit"])
+    words = name.split("_")
+    return next((unit for word, unit in _UNITS.items() if word in words), "")
+
+
+_TYPES: Final[dict[object, str]] = {
+    int: "integer",
+    float: "number",
+    bool: "`true` or `false`",
+    SecretStr: "text, secret",
+}
+_UNITS: Final = {"s": "seconds", "ms": "milliseconds", "bytes": "bytes"}
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _default_of(name: str) -> str:
+    default = Settings.model_fields[name].default
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
+    if isinstance(default, bool):
+        text = str(default).lower()
+    elif isinstance(default, (int, float)):
+        text = _number(default)
+    else:
+        text = default
+    return f"`{text}`" if text else "empty"
+
+
+def settings_table() -> str:
+    """The whole of docs/settings.md."""
+    lines = [
+        "# Settings",
+        "",
+        "Read once at start from the environment. A `GATEWAY_*` variable not listed is an error.",
+        "Written by `python -m gateway.settings`; do not edit.",
+        "",
+        "| Variable | Type | Default | Unit | Meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for name, field in Settings.model_fields.items():
+        cells = (
+            f"`{variable(name)}`",
+            _type_of(name),
+            _default_of(name),
+            _unit_of(name),
+            field.description or "",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(settings_table())

@@ -1,0 +1,269 @@
+"""gateway.settings."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from gateway.settings import (
+    PREFIX,
+    Settings,
+    SettingsError,
+    load_settings,
+    settings_table,
+    split_address,
+    variable,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.upper().startswith(PREFIX):
+            monkeypatch.delenv(name)
+
+
+def problems(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[str]:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    return caught.value.problems
+
+
+def test_the_defaults_are_settings_that_start() -> None:
+    settings = load_settings()
+    assert settings.transport == "grpcio"
+    assert settings.postgres_dsn.get_secret_value() == ""
+
+
+def test_a_variable_sets_its_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_BATCH_ROWS_MAX", "7")
+    monkeypatch.setenv("GATEWAY_SEND_WINDOW_S", "2.5")
+    monkeypatch.setenv("GATEWAY_RECOVERY_ENABLED", "false")
+    monkeypatch.setenv("GATEWAY_POSTGRES_DSN", "postgresql://u:p@h/d")
+    settings = load_settings()
+    assert settings.batch_rows_max == 7
+    assert settings.send_window_s == 2.5
+    assert settings.recovery_enabled is False
+    assert settings.postgres_dsn == SecretStr("postgresql://u:p@h/d")
+
+
+def test_an_override_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_LISTEN_ADDRESS", "127.0.0.1:1")
+    assert load_settings(listen_address="127.0.0.1:2").listen_address == "127.0.0.1:2"
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        load_settings().batch_rows_max = 1
+
+
+def test_every_problem_is_told_at_once_with_variable_value_and_expectation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert problems(
+        monkeypatch,
+        GATEWAY_BATCH_ROWS_MAX="lots",
+        GATEWAY_SEND_WINDOW_S="0",
+        GATEWAY_TRANSPORT="http",
+        GATEWAY_TRUSTED_FRONT="perhaps",
+        GATEWAY_LISTEN_ADDRESS="localhost",
+    ) == [
+        "GATEWAY_LISTEN_ADDRESS: expected host:port with a port from 0 to 65535; got 'localhost'",
+        "GATEWAY_TRANSPORT: expected `grpcio` or `native`; got 'http'",
+        "GATEWAY_TRUSTED_FRONT: expected `true` or `false`; got 'perhaps'",
+        "GATEWAY_BATCH_ROWS_MAX: expected integer from 1 to 10000; got 'lots'",
+        "GATEWAY_SEND_WINDOW_S: expected number above 0 to 300; got '0'",
+    ]
+
+
+def test_the_error_is_a_list_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_BATCH_ROWS_MAX", "0")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert str(caught.value) == (
+        "The settings cannot be used:\n"
+        "- GATEWAY_BATCH_ROWS_MAX: expected integer from 1 to 10000; got '0'"
+    )
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "", "1e9", "ten"])
+def test_a_number_out_of_bounds_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    (problem,) = problems(monkeypatch, GATEWAY_WAIT_S_MAX=value)
+    assert problem.startswith("GATEWAY_WAIT_S_MAX: expected number from 0 to 120")
+
+
+@pytest.mark.parametrize("name", ["GATEWAY_POSTGRES_DSN", "GATEWAY_REDIS_URL"])
+def test_the_value_of_a_secret_is_never_shown(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "mysql://user:hunter2@host/db")
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert name in str(caught.value)
+    assert "********" in str(caught.value)
+    error: BaseException | None = caught.value
+    while error is not None:
+        assert "hunter2" not in repr(error) + str(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def test_secrets_are_masked_in_the_settings_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GATEWAY_POSTGRES_DSN", "postgresql://u:hunter2@h/d")
+    monkeypatch.setenv("GATEWAY_REDIS_URL", "redis://:hunter2@h/0")
+    settings = load_settings()
+    assert "hunter2" not in repr(settings) + str(settings) + settings.model_dump_json()
+
+
+def test_a_value_that_was_put_into_the_wrong_variable_is_redacted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (problem,) = problems(monkeypatch, GATEWAY_LISTEN_ADDRESS="postgresql://u:hunter2@h/d")
+    assert "hunter2" not in problem
+
+
+def test_an_unknown_variable_is_refused_with_the_nearest_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert problems(monkeypatch, GATEWAY_BATCH_ROW_MAX="5", GATEWAY_QQ="hunter2") == [
+        "GATEWAY_BATCH_ROW_MAX: no such setting; did you mean GATEWAY_BATCH_ROWS_MAX?",
+        "GATEWAY_QQ: no such setting",
+    ]
+
+
+def test_an_unknown_override_is_refused() -> None:
+    with pytest.raises(SettingsError, match="nonsense: no such setting"):
+        load_settings(nonsense=1)
+
+
+def test_variables_that_kubernetes_adds_for_services_are_ignored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "GATEWAY_SERVICE_HOST": "10.0.0.1",
+        "GATEWAY_SERVICE_PORT": "50051",
+        "GATEWAY_SERVICE_PORT_GRPC": "50051",
+        "GATEWAY_PORT": "tcp://10.0.0.1:50051",
+        "GATEWAY_PORT_50051_TCP": "tcp://10.0.0.1:50051",
+        "GATEWAY_PORT_50051_TCP_ADDR": "10.0.0.1",
+        "GATEWAY_PRIMARY_SERVICE_HOST": "10.0.0.1",
+        "GATEWAY_PRIMARY_PORT": "tcp://10.0.0.1:50051",
+    }.items():
+        monkeypatch.setenv(name, value)
+    load_settings()
+    (problem,) = problems(monkeypatch, GATEWAY_PORT="50051")
+    assert problem.startswith("GATEWAY_PORT: no such setting")
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"tls_certificate_file": "c"}, ["tls_key_file"]),
+        ({"tls_key_file": "k"}, ["tls_certificate_file"]),
+        ({"tls_client_ca_file": "a"}, ["tls_client_ca_file"]),
+        ({"transport": "native"}, ["trusted_front"]),
+        (
+            {"transport": "native", "trusted_front": "true", "listen_address": "0.0.0.0:1"},
+            ["listen_address"],
+        ),
+        (
+            {"transport": "native", "trusted_front": "true", "listen_address": "gateway:1"},
+            ["listen_address"],
+        ),
+        (
+            {"transport": "native", "trusted_front": "true", "connection_age_max_s": "60"},
+            ["connection_age_max_s"],
+        ),
+        (
+            {
+                "transport": "native",
+                "trusted_front": "true",
+                "tls_certificate_file": "c",
+                "tls_key_file": "k",
+            },
+            ["tls_certificate_file", "tls_key_file"],
+        ),
+        (
+            {"recovery_backoff_s_min": "10", "recovery_backoff_s_max": "5"},
+            ["recovery_backoff_s_min"],
+        ),
+        ({"wait_poll_ms_min": "10", "wait_poll_ms_max": "5"}, ["wait_poll_ms_min"]),
+        ({"batch_rows_max": "10", "batch_queue_max": "5"}, ["batch_rows_max"]),
+        ({"min_send_budget_s": "10", "send_window_s": "5"}, ["min_send_budget_s"]),
+        ({"environment": "production"}, ["postgres_dsn", "redis_url"]),
+    ],
+)
+def test_values_that_are_wrong_together_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], named: list[str]
+) -> None:
+    found = problems(monkeypatch, **{variable(name): value for name, value in variables.items()})
+    assert [line.split(":")[0] for line in found] == [variable(name) for name in named]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"tls_certificate_file": "c", "tls_key_file": "k", "tls_client_ca_file": "a"},
+        {"transport": "native", "trusted_front": "true"},
+        {"transport": "native", "trusted_front": "1", "listen_address": "[::1]:0"},
+        {"transport": "native", "trusted_front": "true", "listen_address": "localhost:50051"},
+        {"listen_address": "0.0.0.0:50051", "connection_age_max_s": "1800"},
+        {
+            "environment": "production",
+            "postgres_dsn": "postgresql://u:p@h/d",
+            "redis_url": "rediss://:p@h/0",
+        },
+    ],
+)
+def test_values_that_are_right_together_are_accepted(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(variable(name), value)
+    load_settings()
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("127.0.0.1:0", ("127.0.0.1", 0)),
+        ("[::]:50051", ("::", 50051)),
+        ("gateway.example:65535", ("gateway.example", 65535)),
+    ],
+)
+def test_an_address_is_host_and_port(address: str, parts: tuple[str, int]) -> None:
+    assert split_address(address) == parts
+
+
+@pytest.mark.parametrize(
+    "address", ["", ":1", "host", "host:", "host:65536", "::1:1", "h:1/x", "http://h:1", "h: 1"]
+)
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="host:port"):
+        split_address(address)
+
+
+def test_every_setting_is_documented_and_no_name_is_mistaken_for_a_service_link() -> None:
+    for name, field in Settings.model_fields.items():
+        assert (field.description or "").endswith((".", ")")), name
+        assert not name.endswith(("service_host", "service_port")), name
+
+
+def test_the_committed_table_is_the_one_of_the_code() -> None:
+    committed = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    assert committed == settings_table(), "run `python -m gateway.settings > docs/settings.md`"
+
+
+def test_the_module_prints_the_table() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "gateway.settings"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )
+    assert run.stdout.decode() == settings_table()
