@@ -1,0 +1,371 @@
+"""The command line: `python -m gateway COMMAND`."""
+
+import asyncio
+import sys
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, cast
+
+import click
+
+from gateway import __version__
+from gateway.local import LocalState, read_state
+from gateway.settings import Settings, SettingsError, load_settings
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fail(message: str) -> NoReturn:
+    """End with a message and exit status 1."""
+    raise click.ClickException(message)
+
+
+def _settings() -> Settings:
+    try:
+        return load_settings()
+    except SettingsError as error:
+        fail(str(error))
+
+
+def _state(settings: Settings) -> LocalState:
+    return read_state(Path(settings.embedded_dir))
+
+
+def _postgres_dsn(settings: Settings) -> str:
+    """The DSN of the settings, or of the embedded PostgreSQL that runs now."""
+    dsn = settings.postgres_dsn.get_secret_value()
+    if dsn:
+        return dsn
+    dsn = _state(settings).postgres_dsn
+    if not dsn:
+        fail(
+            "No database: set GATEWAY_POSTGRES_DSN, or start the embedded one with "
+            "`python -m gateway run` in another terminal."
+        )
+    return dsn
+
+
+def _async(command: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
+    """Run a command's coroutine; what the database or a server refuses becomes one clear line."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        import asyncpg
+
+        from gateway.application.ports import StoreUnavailable
+        from gateway.domain.errors import GatewayError
+
+        try:
+            return asyncio.run(command(*args, **kwargs))
+        except GatewayError as error:
+            fail(error.message)
+        except StoreUnavailable as error:
+            fail(f"{error}. See `python -m gateway doctor`.")
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            fail(f"{type(error).__name__}: {error}")
+
+    return run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="gateway")
+def main() -> None:
+    """A payment gateway: gRPC in, payment service providers out.
+
+    Everything is set by GATEWAY_* variables (docs/settings.md). Without a database of your own,
+    `run` brings one.
+    """
+
+
+# --- servers --------------------------------------------------------------------------------------
+
+
+@main.command()
+def serve() -> None:
+    """Serve the contract on your PostgreSQL and Redis.
+
+    Refuses to start where the schema is not the one that this version needs (`migrate`), or where
+    the database would not keep what it commits. SIGTERM and SIGINT drain: health says NOT_SERVING,
+    calls in flight end, everything is flushed.
+    """
+    from gateway.composition import StartError, run_server
+
+    settings = _settings()
+    if not settings.postgres_dsn.get_secret_value() or not settings.redis_url.get_secret_value():
+        fail(
+            "`serve` needs GATEWAY_POSTGRES_DSN and GATEWAY_REDIS_URL. To try the gateway out on "
+            "embedded servers: `python -m gateway run`."
+        )
+    try:
+        run_server(settings)
+    except StartError as error:
+        fail(str(error))
+
+
+@main.command()
+def run() -> None:
+    """Run everything here: embedded PostgreSQL and Redis, a PSP simulator, and the gateway.
+
+    Data last between runs, in GATEWAY_EMBEDDED_DIR. Servers that the settings name are used
+    instead of embedded ones. Prints a demo merchant's key and a command to paste.
+    """
+    from gateway.composition import StartError, run_local
+
+    try:
+        run_local(_settings())
+    except StartError as error:
+        fail(str(error))
+
+
+@main.command(add_help_option=False, context_settings={"ignore_unknown_options": True})
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def simulator(arguments: tuple[str, ...]) -> None:
+    """Run the PSP simulator as a process of its own (docs/simulator.md)."""
+    from gateway.connectors.simulator import server
+
+    sys.exit(server.main(list(arguments)))
+
+
+@main.command()
+@click.option(
+    "--phase",
+    type=click.Choice(["pre", "post", "all"]),
+    default="all",
+    show_default=True,
+    help="pre: before the new version is deployed; post: after the last old one has gone.",
+)
+@_async
+async def migrate(phase: str) -> None:
+    """Bring the schema up to this version. Safe to repeat, and from several places at once."""
+    from storage.postgres import migrate as migrations
+
+    try:
+        applied = await migrations.migrate(
+            _postgres_dsn(_settings()), cast("Literal['pre', 'post', 'all']", phase)
+        )
+    except (migrations.MigrationChanged, migrations.MigrationBusy) as error:
+        fail(str(error))
+    for name in applied:
+        click.echo(f"applied {name}")
+    if not applied:
+        click.echo("nothing to do")
+
+
+# --- accounts -------------------------------------------------------------------------------------
+
+
+@main.group()
+def organisations() -> None:
+    """Organisations: each has merchants and API keys."""
+
+
+@organisations.command("create")
+@click.option("--name", required=True, help="A name for people.")
+@_async
+async def organisations_create(name: str) -> None:
+    """Create an organisation and print its id."""
+    async with _accounts() as accounts:
+        click.echo(await accounts.create_organisation(name))
+
+
+@organisations.command("list")
+@_async
+async def organisations_list() -> None:
+    """List the organisations."""
+    async with _accounts() as accounts:
+        for row in await accounts.list_organisations():
+            click.echo(f"{row.organisation_id}  {row.name}")
+
+
+@main.group()
+def merchants() -> None:
+    """Merchants: whose payments they are."""
+
+
+@merchants.command("create")
+@click.option("--organisation", required=True, help="The organisation's id, org_….")
+@click.option("--name", required=True, help="A name for people.")
+@click.option(
+    "--card-like-order-ids",
+    is_flag=True,
+    help="Allow merchant_order_id to look like a card number; it is masked in logs.",
+)
+@_async
+async def merchants_create(organisation: str, name: str, card_like_order_ids: bool) -> None:
+    """Create a merchant and print its id."""
+    async with _accounts() as accounts:
+        click.echo(
+            await accounts.create_merchant(
+                organisation, name, pan_exempt_order_id=card_like_order_ids
+            )
+        )
+
+
+@merchants.command("list")
+@click.option("--organisation", help="Only those of this organisation.")
+@_async
+async def merchants_list(organisation: str | None) -> None:
+    """List the merchants."""
+    async with _accounts() as accounts:
+        for row in await accounts.list_merchants(organisation):
+            click.echo(f"{row.merchant_id}  {row.organisation_id}  {row.name}")
+
+
+@main.group()
+def keys() -> None:
+    """API keys: each names a principal, its scopes, its merchants and its mode."""
+
+
+@keys.command("create")
+@click.option("--organisation", required=True, help="The organisation's id, org_….")
+@click.option(
+    "--merchant",
+    "merchant_ids",
+    multiple=True,
+    help="A merchant of the key; repeat for several. Without it: all of the organisation.",
+)
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    required=True,
+    type=click.Choice(["payments:read", "payments:write", "admin"]),
+    help="What the key may do; repeat for several.",
+)
+@click.option("--mode", type=click.Choice(["test", "live"]), required=True)
+@click.option("--name", default="", help="A name for people.")
+@click.option("--expires-in-days", type=click.IntRange(1, 3650), help="Without it: never.")
+@_async
+async def keys_create(
+    organisation: str,
+    merchant_ids: tuple[str, ...],
+    scopes: tuple[str, ...],
+    mode: str,
+    name: str,
+    expires_in_days: int | None,
+) -> None:
+    """Create a key and print it. It is shown this once: only its hash is stored."""
+    async with _accounts() as accounts:
+        created = await accounts.create_key(
+            organisation,
+            scopes=scopes,
+            mode=mode,
+            merchant_ids=merchant_ids or None,
+            name=name,
+            expires_in_days=expires_in_days,
+        )
+    click.echo(created.text)
+    click.echo(f"key id {created.key_id}; keep the key above, it is not shown again", err=True)
+
+
+@keys.command("list")
+@click.option("--organisation", help="Only those of this organisation.")
+@_async
+async def keys_list(organisation: str | None) -> None:
+    """List the keys, without their secrets."""
+    async with _accounts() as accounts:
+        for row in await accounts.list_keys(organisation):
+            click.echo(
+                "  ".join(
+                    (
+                        row.key_id,
+                        row.organisation_id,
+                        row.mode.name.lower(),
+                        ",".join(sorted(row.scopes)),
+                        "revoked" if row.revoked_at else _expiry(row.expires_at),
+                        row.name,
+                    )
+                )
+            )
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+@_async
+async def keys_revoke(key_id: str) -> None:
+    """Revoke a key. Gateways refuse it once their cache has aged (GATEWAY_AUTH_CACHE_LIFE_S)."""
+    async with _accounts() as accounts:
+        if not await accounts.revoke_key(key_id):
+            fail(f"No key {key_id} that is not revoked already.")
+    click.echo(f"revoked {key_id}")
+
+
+def _expiry(at: Any) -> str:
+    return f"until {at:%Y-%m-%d}" if at else "no expiry"
+
+
+def _accounts() -> Any:
+    from storage.postgres.accounts import Accounts
+
+    return Accounts.connect(_postgres_dsn(_settings()))
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+@main.group()
+def payments() -> None:
+    """Look at payments in the database."""
+
+
+@payments.command("show")
+@click.argument("payment_id")
+@click.option("--merchant", "merchant_id", required=True, help="The merchant's id, mer_….")
+@_async
+async def payments_show(payment_id: str, merchant_id: str) -> None:
+    """Print a payment, its operations and their attempts as JSON."""
+    from google.protobuf.json_format import MessageToJson
+    from payments.v1.payment_service_pb2 import GetPaymentResponse
+
+    from gateway.rpc.conversion import encode_aggregate
+    from storage.postgres import open_reader
+
+    async with open_reader(_postgres_dsn(_settings())) as store:
+        aggregate = await store.load(merchant_id, payment_id)
+    if aggregate is None:
+        fail(f"The merchant {merchant_id} has no payment {payment_id}.")
+    shown = GetPaymentResponse.FromString(encode_aggregate(aggregate))
+    click.echo(MessageToJson(shown, preserving_proto_field_name=True))
+
+
+@main.command()
+@click.option("--markdown", is_flag=True, help="As docs/states.md has it.")
+def states(markdown: bool) -> None:
+    """Print the transition tables and what may run beside what."""
+    from gateway.domain import tables
+
+    click.echo(tables.markdown() if markdown else tables.text())
+
+
+@main.command()
+@click.option("--target", help="host:port; without it, the gateway that `run` has started.")
+@click.option("--api-key", envvar="PAYMENTS_API_KEY", help="Without it, the demo merchant's.")
+@_async
+async def demo(target: str | None, api_key: str | None) -> None:
+    """Authorize, repeat, capture, refund and decline a few payments, and show each answer."""
+    from gateway.demo import run_demo
+
+    settings = _settings()
+    state = _state(settings)
+    key = api_key or state.api_key
+    if not key:
+        fail("No API key: give --api-key, or start `python -m gateway run` first.")
+    if not await run_demo(target or state.listen_address or settings.listen_address, key):
+        fail("The demo did not go as it should; see above.")
+
+
+@main.command()
+@_async
+async def doctor() -> None:
+    """Check settings, servers, durability and clock, and say what to do about each finding."""
+    from gateway.doctor import examine
+
+    settings = _settings()
+    click.echo("ok    settings are valid")
+    findings = await examine(settings, _state(settings))
+    for finding in findings:
+        click.echo(f"{'ok   ' if finding.good else 'BAD  '} {finding.text}")
+    if not all(finding.good for finding in findings):
+        sys.exit(1)

@@ -1,0 +1,412 @@
+"""The composition root: the one place that opens connections and puts the parts together."""
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import click
+import uvloop
+
+from gateway import __version__
+from gateway.application.accounts import parse_key
+from gateway.application.ports import StoreUnavailable
+from gateway.application.recovery import Recovery, Schedule
+from gateway.application.usecases import Limits, Payments
+from gateway.connectors.http import Limits as HttpLimits
+from gateway.connectors.registry import ConnectorRegistry
+from gateway.connectors.simulator.connector import ProfileMismatch, SimulatorConnector
+from gateway.connectors.simulator.launch import SimulatorFailed
+from gateway.connectors.simulator.profiles import PROFILES
+from gateway.local import LocalServers, LocalState, write_state
+from gateway.rpc.auth import Authenticator, AuthLimits
+from gateway.rpc.conversion import ContractEncoder
+from gateway.rpc.server import GrpcServer, ServerOptions
+from gateway.rpc.service import PaymentService, RpcLimits
+from gateway.settings import Settings, load_settings, split_address
+from gateway.telemetry.http import MetricsServer
+from gateway.telemetry.logs import configure_logging, loop_exception_handler
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.observer import RpcObserver
+from storage.embedded import EmbeddedServerError
+from storage.postgres import (
+    Accounts,
+    LaneLimits,
+    NotDurable,
+    PostgresStore,
+    SchemaError,
+)
+from storage.postgres.migrate import migrate
+from storage.redis import Claims, open_client
+
+READINESS_INTERVAL_S: Final = 2.0
+"""How often readiness is looked at, and the doubts are counted."""
+FINGERPRINT_VERSION: Final = "f1"
+"""Part of the claims' generation: another encoding of fingerprints is another cache."""
+
+_log = logging.getLogger(__name__)
+
+
+class StartError(Exception):
+    """The gateway cannot start; the text says why and what to do."""
+
+
+class Gateway:
+    """Everything that one process runs, from the stores to the door."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self._stack = AsyncExitStack()
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Open the stores, check them, and open the door. Raises StartError."""
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+
+    async def _start(self) -> None:
+        settings, stack = self.settings, self._stack
+        redis = open_client(
+            settings.redis_url.get_secret_value(),
+            timeout_ms=settings.redis_timeout_ms,
+            connect_timeout_ms=settings.redis_connect_timeout_ms,
+            connections_max=8,
+        )
+        stack.push_async_callback(redis.aclose)
+        self.claims = Claims(
+            redis,
+            buckets=settings.redis_buckets,
+            claim_life_ms=settings.claim_life_ms,
+            cache_life_s=settings.replay_cache_life_s,
+            cache_bytes_max=settings.replay_cache_bytes_max,
+            timeout_ms=settings.redis_timeout_ms,
+            retry_after_ms=settings.redis_retry_after_ms,
+            metrics=self.metrics,
+        )
+        await self.claims.start()
+        stack.push_async_callback(self.claims.close)
+
+        self.store = await stack.enter_async_context(self._open_store())
+        await self._check_store()
+
+        self.connectors = ConnectorRegistry(await self._open_connectors())
+        stack.push_async_callback(self.connectors.close)
+        encoder = ContractEncoder()
+        self.payments = Payments(
+            self.store,
+            self.claims,
+            self.connectors,
+            encoder,
+            self._limits(),
+            self.metrics,
+        )
+        accounts = await stack.enter_async_context(
+            Accounts.connect(settings.postgres_dsn.get_secret_value())
+        )
+        self.service = PaymentService(
+            self.payments,
+            Authenticator(
+                accounts.load_key,
+                AuthLimits(
+                    life_s=settings.auth_cache_life_s,
+                    negative_life_s=settings.auth_negative_life_s,
+                    entries_max=settings.auth_cache_entries_max,
+                ),
+            ),
+            RpcObserver(self.metrics, settings.log_sample_success_every),
+            RpcLimits(
+                message_bytes_max=settings.message_bytes_max,
+                batch_wait_s_max=settings.batch_wait_s_max,
+                stream_window_items=settings.stream_window_items,
+            ),
+        )
+        self.recovery = Recovery(
+            self.store,
+            self.connectors,
+            encoder,
+            self.payments.outcomes,
+            self._schedule(),
+            self.metrics,
+        )
+        self.metrics_server = MetricsServer(self.metrics, settings.metrics_address)
+        self.server = GrpcServer(self.service, server_options(settings))
+        try:
+            await self.metrics_server.start()
+            stack.push_async_callback(self.metrics_server.stop)
+            await self.server.start()
+        except (OSError, RuntimeError) as error:
+            raise StartError(f"The gateway cannot listen: {error}") from error
+        if settings.recovery_enabled:
+            self._background.append(asyncio.create_task(self.recovery.run(), name="recovery"))
+        self._background.append(asyncio.create_task(self._watch_readiness(), name="readiness"))
+
+    @asynccontextmanager
+    async def _open_store(self) -> AsyncIterator[PostgresStore]:
+        settings = self.settings
+
+        def lane(connections: int, retry_s_max: float = 1.0) -> LaneLimits:
+            return LaneLimits(
+                connections=connections,
+                rows_max=settings.batch_rows_max,
+                queue_max=settings.batch_queue_max,
+                retry_s_max=retry_s_max,
+                linger_ms_max=settings.batch_linger_ms_max,
+            )
+
+        store = PostgresStore(
+            settings.postgres_dsn.get_secret_value(),
+            intents=lane(settings.intent_connections),
+            follow_ups=lane(1),
+            changes=lane(settings.outcome_connections, settings.outcome_retry_s_max),
+            reads=lane(settings.read_connections),
+            connect_timeout_s=settings.postgres_connect_timeout_s,
+            statement_timeout_s=settings.postgres_statement_timeout_s,
+            recovery_horizon_s=settings.recovery_horizon_s,
+            metrics=self.metrics,
+            on_generation=self._set_generation,
+        )
+        async with store:
+            yield store
+
+    def _set_generation(self, generation: str) -> None:
+        self.claims.set_generation(f"{generation}-{FINGERPRINT_VERSION}")
+
+    async def _check_store(self) -> None:
+        try:
+            await self.store.check()
+        except StoreUnavailable as error:
+            raise StartError(
+                f"PostgreSQL does not answer: {error}. See `python -m gateway doctor`."
+            ) from error
+        except (NotDurable, SchemaError) as error:
+            raise StartError(str(error)) from error
+
+    async def _open_connectors(self) -> list[SimulatorConnector]:
+        settings = self.settings
+        if not settings.simulator_url:
+            return []
+        connector = SimulatorConnector(
+            settings.simulator_url,
+            PROFILES[settings.simulator_profile],
+            answer_timeout_s=settings.simulator_answer_timeout_s,
+            limits=HttpLimits(
+                connections_max=settings.simulator_connections_max,
+                connect_timeout_s=settings.simulator_connect_timeout_s,
+            ),
+        )
+        try:
+            if not await connector.check():
+                _log.warning("the PSP simulator does not answer yet")
+        except ProfileMismatch as error:
+            raise StartError(str(error)) from error
+        return [connector]
+
+    def _limits(self) -> Limits:
+        settings = self.settings
+        return Limits(
+            send_window_s=settings.send_window_s,
+            recover_margin_s=settings.recover_margin_s,
+            min_send_budget_s=settings.min_send_budget_s,
+            wait_s_max=settings.wait_s_max,
+            wait_margin_s=settings.wait_margin_ms / 1000,
+            wait_poll_s_min=settings.wait_poll_ms_min / 1000,
+            wait_poll_s_max=settings.wait_poll_ms_max / 1000,
+            waiters_per_key_max=settings.waiters_per_key_max,
+            contention_tries_max=settings.contention_tries_max,
+            first_check_s=settings.recovery_first_check_s,
+            operations_per_payment_max=settings.operations_per_payment_max,
+        )
+
+    def _schedule(self) -> Schedule:
+        settings = self.settings
+        return Schedule(
+            interval_s=settings.recovery_interval_ms / 1000,
+            lease_s=settings.recovery_lease_s,
+            batch_max=settings.recovery_batch_max,
+            concurrency_max=settings.recovery_concurrency,
+            backoff_s_min=settings.recovery_backoff_s_min,
+            backoff_s_max=settings.recovery_backoff_s_max,
+        )
+
+    async def _watch_readiness(self) -> None:
+        """Serve only while the database can be served from; count what is in doubt."""
+        while True:
+            try:
+                await self.store.check()
+                count, _ = await self.store.count_doubts()
+                self.metrics.operations_in_doubt(count)
+                await self.server.set_serving(True)
+            except (StoreUnavailable, NotDurable, SchemaError) as error:
+                _log.warning("not ready: %s", error)
+                await self.server.set_serving(False)
+            await asyncio.sleep(READINESS_INTERVAL_S)
+
+    async def stop(self) -> None:
+        """Drain: refuse new calls, finish what has begun, flush, close. Safe to repeat."""
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        self._background.clear()
+        await self.server.drain(self.settings.drain_grace_s)
+        try:
+            async with asyncio.timeout(self.settings.drain_grace_s):
+                await self.payments.drain()
+        except TimeoutError:
+            _log.warning("%d calls were left to recovery", self.payments.in_flight)
+        await self._stack.aclose()
+
+
+def server_options(settings: Settings) -> ServerOptions:
+    """The door, as the settings say."""
+    return ServerOptions(
+        transport=settings.transport,
+        listen_address=settings.listen_address,
+        trusted_front=settings.trusted_front,
+        tls_certificate_file=settings.tls_certificate_file,
+        tls_key_file=settings.tls_key_file,
+        tls_client_ca_file=settings.tls_client_ca_file,
+        message_bytes_max=settings.message_bytes_max,
+        metadata_bytes_max=settings.metadata_bytes_max,
+        keepalive_time_s=settings.keepalive_time_s,
+        keepalive_timeout_s=settings.keepalive_timeout_s,
+        connection_age_max_s=settings.connection_age_max_s,
+        connection_age_grace_s=settings.connection_age_grace_s,
+        concurrent_streams_max=settings.concurrent_streams_max,
+    )
+
+
+async def serve(settings: Settings, announce: Callable[[Gateway], None]) -> None:
+    """Run a gateway until SIGTERM or SIGINT, then drain. Raises StartError."""
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(loop_exception_handler)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    gateway = Gateway(settings)
+    await gateway.start()
+    try:
+        announce(gateway)
+        await stop.wait()
+        _log.info("draining")
+    finally:
+        await gateway.stop()
+
+
+def run_server(
+    settings: Settings,
+    prepare: Callable[[asyncio.AbstractEventLoop], None] | None = None,
+) -> None:
+    """`gateway serve`. `prepare` may set up the event loop before anything runs on it."""
+    configure_logging(settings.log_level)
+
+    def announce(gateway: Gateway) -> None:
+        _log.info(
+            "serving",
+            extra={
+                "version": __version__,
+                "address": gateway.server.address,
+                "transport": settings.transport,
+            },
+        )
+
+    _run(settings, announce, prepare)
+
+
+def _run(
+    settings: Settings,
+    announce: Callable[[Gateway], None],
+    prepare: Callable[[asyncio.AbstractEventLoop], None] | None = None,
+) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if prepare is not None:
+            prepare(runner.get_loop())
+        runner.run(serve(settings, announce))
+
+
+def run_local(settings: Settings) -> None:
+    """`gateway run`: embedded servers where the settings name none, and a demo merchant."""
+    configure_logging(settings.log_level)
+    folder = Path(settings.embedded_dir)
+    dsn = settings.postgres_dsn.get_secret_value()
+    redis_url = settings.redis_url.get_secret_value()
+    servers = LocalServers(
+        folder,
+        postgres=not dsn,
+        redis=not redis_url,
+        simulator_profile="" if settings.simulator_url else settings.simulator_profile,
+    )
+    try:
+        state = servers.start()
+    except (EmbeddedServerError, SimulatorFailed, OSError) as error:
+        servers.stop()
+        raise StartError(str(error)) from error
+    try:
+        settings = load_settings(
+            postgres_dsn=dsn or state.postgres_dsn,
+            redis_url=redis_url or state.redis_url,
+            simulator_url=settings.simulator_url or state.simulator_url,
+        )
+        state = replace(state, listen_address=settings.listen_address)
+        state = asyncio.run(_prepare_local(settings, state))
+        write_state(folder, state)
+        _run(settings, lambda gateway: _welcome(gateway, state))
+    finally:
+        servers.stop()
+
+
+async def _prepare_local(settings: Settings, state: LocalState) -> LocalState:
+    dsn = settings.postgres_dsn.get_secret_value()
+    await migrate(dsn)
+    async with Accounts.connect(dsn) as accounts:
+        presented = parse_key(state.api_key)
+        if presented is not None and await accounts.load_key(presented.key_id) is not None:
+            return state
+        organisation_id = await accounts.create_organisation("Demo")
+        merchant_id = await accounts.create_merchant(organisation_id, "Demo shop")
+        key = await accounts.create_key(
+            organisation_id,
+            scopes=("payments:read", "payments:write"),
+            mode="test",
+            merchant_ids=(merchant_id,),
+            name="demo",
+        )
+    return replace(state, merchant_id=merchant_id, api_key=key.text)
+
+
+def _welcome(gateway: Gateway, state: LocalState) -> None:
+    settings = gateway.settings
+    host, port = split_address(settings.metrics_address)
+    click.echo(
+        f"""
+payment gateway {__version__}
+  gRPC      {gateway.server.address} ({settings.transport})
+  metrics   http://{host}:{port}/metrics
+  PSP       simulator at {settings.simulator_url}, profile {settings.simulator_profile}
+  data      {Path(settings.embedded_dir)}
+  merchant  {state.merchant_id}
+  API key   {state.api_key}
+
+Authorize a first payment, in another terminal:
+
+  {_relative(sys.executable)} -m gateway demo
+
+Stop with Ctrl-C; calls in flight are finished first.
+"""
+    )
+
+
+def _relative(program: str) -> str:
+    path = Path(program)
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,1 @@
+"""Adapters of payment service providers (PSPs) behind the port `gateway.application.ports`."""

@@ -1,0 +1,1 @@
+"""A PSP in its own process for tests, demos and load, and the connector that talks to it."""

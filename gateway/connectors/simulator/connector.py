@@ -1,0 +1,498 @@
+"""The connector to the simulator: the port's promises over the simulator's HTTP interface."""
+
+import math
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+from urllib.parse import quote
+
+import orjson
+
+from gateway.application.ports import Capabilities, ConnectorRequest
+from gateway.connectors.http import HttpClient, Limits, MaybeSent, NotSent, Response
+from gateway.connectors.simulator.profiles import FIELDS, Profile
+from gateway.domain.errors import Reason
+from gateway.domain.model import (
+    AdviceAction,
+    AvsResult,
+    ConnectorAnswer,
+    CvvResult,
+    Delivery,
+    Mode,
+    OperationKind,
+    Outcome,
+    ResponseCode,
+    Verdict,
+)
+from gateway.domain.pan import mask_pans
+
+ANSWER_TIMEOUT_S: Final = 10.0
+SUPPORTED_FIELDS: Final = FIELDS | {"payment_method.token", "metadata"}
+CODE_LENGTH_MAX: Final = 64
+MESSAGE_LENGTH_MAX: Final = 255
+TRANSACTION_ID_LENGTH_MAX: Final = 128
+URL_LENGTH_MAX: Final = 2048
+AMOUNT_ABS_MAX: Final = 2**62
+"""No amount that a PSP reports may come near the end of int64."""
+
+# Handled elsewhere in a request to the PSP, or kept by the gateway.
+_NOT_FORWARDED: Final = frozenset(
+    {
+        "merchant_id",
+        "idempotency_key",
+        "amount",
+        "capture_method",
+        "payment_method",
+        "metadata",
+    }
+)
+
+_VERDICTS: Final = {
+    "approved": Verdict.APPROVED,
+    "declined": Verdict.DECLINED,
+    "pending": Verdict.PENDING,
+    "requires_action": Verdict.REQUIRES_ACTION,
+    "rejected": Verdict.FAILED,
+    "failed": Verdict.FAILED,
+    "canceled": Verdict.CANCELED,
+    "refused": Verdict.CANCELED,
+}
+_ACCEPTED: Final = frozenset({Verdict.APPROVED, Verdict.PENDING, Verdict.REQUIRES_ACTION})
+
+ISO8583_CODES: Final[Mapping[str, ResponseCode]] = {
+    "00": ResponseCode.APPROVED,
+    "01": ResponseCode.REFER_TO_ISSUER,
+    "03": ResponseCode.INVALID_MERCHANT,
+    "04": ResponseCode.PICK_UP_CARD,
+    "05": ResponseCode.DO_NOT_HONOR,
+    "07": ResponseCode.PICK_UP_CARD,
+    "10": ResponseCode.PARTIALLY_APPROVED,
+    "12": ResponseCode.INVALID_TRANSACTION,
+    "13": ResponseCode.INVALID_AMOUNT,
+    "14": ResponseCode.INVALID_CARD_NUMBER,
+    "19": ResponseCode.REENTER_TRANSACTION,
+    "1A": ResponseCode.AUTHENTICATION_REQUIRED,
+    "41": ResponseCode.LOST_CARD,
+    "43": ResponseCode.STOLEN_CARD,
+    "51": ResponseCode.INSUFFICIENT_FUNDS,
+    "54": ResponseCode.EXPIRED_CARD,
+    "55": ResponseCode.WRONG_PIN,
+    "57": ResponseCode.NOT_PERMITTED,
+    "58": ResponseCode.NOT_PERMITTED,
+    "59": ResponseCode.SUSPECTED_FRAUD,
+    "61": ResponseCode.EXCEEDS_AMOUNT_LIMIT,
+    "62": ResponseCode.RESTRICTED_CARD,
+    "63": ResponseCode.SECURITY_VIOLATION,
+    "65": ResponseCode.EXCEEDS_FREQUENCY_LIMIT,
+    "91": ResponseCode.ISSUER_UNAVAILABLE,
+    "96": ResponseCode.SYSTEM_MALFUNCTION,
+}
+"""DE39 of the 1987 edition; "1A" is the networks' own, a soft decline for authentication."""
+
+_HOUR_S: Final = 3600
+_DAY_S: Final = 24 * _HOUR_S
+ADVICE: Final[Mapping[tuple[str, str], tuple[AdviceAction, int | None]]] = {
+    ("mastercard", "01"): (AdviceAction.RETRY_AFTER_INSTRUMENT_UPDATE, None),
+    ("mastercard", "02"): (AdviceAction.RETRY_LATER, None),
+    ("mastercard", "03"): (AdviceAction.DO_NOT_RETRY, None),
+    ("mastercard", "21"): (AdviceAction.STOP_RECURRING, None),
+    ("mastercard", "24"): (AdviceAction.RETRY_AFTER, _HOUR_S),
+    ("mastercard", "25"): (AdviceAction.RETRY_AFTER, _DAY_S),
+    ("mastercard", "26"): (AdviceAction.RETRY_AFTER, 2 * _DAY_S),
+    ("mastercard", "27"): (AdviceAction.RETRY_AFTER, 4 * _DAY_S),
+    ("mastercard", "28"): (AdviceAction.RETRY_AFTER, 6 * _DAY_S),
+    ("mastercard", "29"): (AdviceAction.RETRY_AFTER, 8 * _DAY_S),
+    ("mastercard", "30"): (AdviceAction.RETRY_AFTER, 10 * _DAY_S),
+    ("visa", "1"): (AdviceAction.DO_NOT_RETRY, None),
+}
+"""Scheme and code to the action and, for RETRY_AFTER, the seconds to wait."""
+
+AVS: Final[Mapping[str, AvsResult]] = {
+    **dict.fromkeys("YDFM", AvsResult.FULL_MATCH),
+    "X": AvsResult.FULL_MATCH_ZIP9,
+    **dict.fromkeys("AB", AvsResult.ADDRESS_ONLY),
+    **dict.fromkeys("ZP", AvsResult.POSTAL_CODE_ONLY),
+    "W": AvsResult.ZIP9_ONLY,
+    "N": AvsResult.NO_MATCH,
+    "U": AvsResult.UNAVAILABLE,
+    "R": AvsResult.RETRY,
+    "S": AvsResult.UNSUPPORTED,
+    **dict.fromkeys("GIC", AvsResult.GLOBAL_UNAVAILABLE),
+}
+CVV: Final[Mapping[str, CvvResult]] = {
+    "M": CvvResult.MATCH,
+    "N": CvvResult.NO_MATCH,
+    "P": CvvResult.NOT_PROCESSED,
+    "S": CvvResult.SHOULD_BE_PRESENT,
+    "U": CvvResult.ISSUER_NOT_PARTICIPATING,
+}
+
+
+class ProfileMismatch(Exception):
+    """The simulator runs another profile than the one that the settings declare."""
+
+
+class SimulatorConnector:
+    """Implements `gateway.application.ports.Connector`.
+
+    A request is written once, with one exception: where the PSP is idempotent, the connection is
+    lost or the status is 5xx, the same request goes out once more with the same reference, if there
+    is time left of `answer_timeout_s`, before `send_before`, and within half of the key's validity
+    (the other half is for the way there). The answer to it then counts.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        profile: Profile,
+        *,
+        name: str = "simulator",
+        mode: Mode = Mode.TEST,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+        limits: Limits | None = None,
+    ) -> None:
+        """Connects to nothing yet. Raises ValueError for a URL that is not http://host[:port]."""
+        self._http = HttpClient(url, limits)
+        self._profile = profile
+        self._name = name
+        self._capabilities = Capabilities(
+            mode=mode,
+            idempotent_by_reference=profile.idempotent_by_reference,
+            key_validity_s=profile.key_validity_s,
+            query_by_reference=profile.query_by_reference,
+            cancel_by_reference=profile.cancel_by_reference,
+            answer_timeout_s=answer_timeout_s,
+            supported_fields=SUPPORTED_FIELDS,
+        )
+
+    @property
+    def name(self) -> str:
+        """The connector's name."""
+        return self._name
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the profile can do."""
+        return self._capabilities
+
+    async def check(self) -> bool:
+        """Whether the simulator is there; raises ProfileMismatch where it is another one."""
+        try:
+            response = await self._ask("GET", "/v1/profile")
+        except (NotSent, MaybeSent):
+            return False
+        told = _object(response)
+        if response.status != 200 or told is None:
+            return False
+        if told.get("profile") != self._profile.name:
+            raise ProfileMismatch(
+                f"the simulator runs the profile {told.get('profile')!r}, "
+                f"the settings say {self._profile.name!r}"
+            )
+        return True
+
+    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """See the port."""
+        kind = request.kind.name.lower()
+        fields = {
+            name: value
+            for name, value in request.fields.items()
+            if name not in _NOT_FORWARDED and value
+        }
+        if not fields.keys() <= FIELDS:
+            return _not_sent(Reason.FIELD_NOT_SUPPORTED)
+        try:
+            body = _encode(kind, request, fields)
+        except TypeError:  # not JSON: the request cannot be sent as it is
+            return _not_sent(Reason.INVALID_REQUEST)
+        try:
+            response = await self._deliver(f"/v1/operations/{kind}", body, send_before)
+        except NotSent as error:
+            return _not_sent(error.reason)
+        except MaybeSent as error:
+            return _doubt(error.reason)
+        told = _envelope(response, kind, request.reference)
+        if told is None or told.get("currency", request.currency) != request.currency:
+            return _doubt(Reason.ANSWER_UNUSABLE)
+        return _answered(told)
+
+    async def query(self, kind: OperationKind, reference: str) -> ConnectorAnswer | None:
+        """See the port.
+
+        Where the PSP charged a reference several times, the answer is about the first charge and
+        reports the sum of them.
+        """
+        if not self._capabilities.query_by_reference:
+            return _doubt(Reason.ANSWER_UNUSABLE)
+        name = kind.name.lower()
+        try:
+            response = await self._ask("GET", f"/v1/operations/{name}/{quote(reference, safe='')}")
+        except (NotSent, MaybeSent) as error:
+            return _doubt(error.reason)
+        if response.status == 404:
+            told = _object(response)
+            known = {"result": "not_found", "reference": reference, "kind": name}
+            return None if told == known else _doubt(Reason.ANSWER_UNUSABLE)
+        told = _envelope(response, name, reference)
+        return _doubt(Reason.ANSWER_UNUSABLE) if told is None else _found(told)
+
+    async def cancel(self, kind: OperationKind, reference: str) -> ConnectorAnswer:
+        """See the port."""
+        if not self._capabilities.cancel_by_reference:
+            return _doubt(Reason.ANSWER_UNUSABLE)
+        name = kind.name.lower()
+        target = f"/v1/operations/{name}/{quote(reference, safe='')}/cancel"
+        try:
+            response = await self._ask("POST", target)
+        except (NotSent, MaybeSent) as error:
+            # That the *cancellation* was not sent says nothing about what it should cancel.
+            return _doubt(error.reason)
+        told = _envelope(response, name, reference)
+        if told is None or told.get("code") == "cancel_refused":
+            return _doubt(Reason.ANSWER_UNUSABLE)
+        return _found(told)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.close()
+
+    async def _ask(self, method: str, target: str) -> Response:
+        timeout_s = self._capabilities.answer_timeout_s
+        return await self._http.request(
+            method,
+            target,
+            send_before=time.monotonic() + timeout_s,
+            answer_timeout_s=timeout_s,
+        )
+
+    async def _deliver(self, target: str, body: bytes, send_before: float) -> Response:
+        """Send, and once more where the class says so; raises NotSent and MaybeSent."""
+        began = time.monotonic()
+        lost: MaybeSent | None = None
+        response: Response | None = None
+        try:
+            response = await self._http.request(
+                "POST",
+                target,
+                body,
+                send_before=send_before,
+                answer_timeout_s=self._capabilities.answer_timeout_s,
+            )
+        except MaybeSent as error:
+            lost = error
+        again_before = self._again_before(began, send_before)
+        failed = response.status >= 500 if response is not None else _is_lost(lost)
+        if failed and time.monotonic() < again_before:
+            try:
+                return await self._http.request(
+                    "POST",
+                    target,
+                    body,
+                    send_before=again_before,
+                    answer_timeout_s=self._capabilities.answer_timeout_s,
+                    answer_before=began + self._capabilities.answer_timeout_s,
+                )
+            except NotSent:
+                pass  # not the second time, but the first
+        if response is None:
+            raise lost or MaybeSent(Reason.ANSWER_UNUSABLE)
+        return response
+
+    def _again_before(self, began: float, send_before: float) -> float:
+        """Until when the same request may be written a second time; monotonic."""
+        if not self._capabilities.idempotent_by_reference:
+            return -math.inf
+        validity_s = self._capabilities.key_validity_s
+        return min(
+            send_before,
+            began + self._capabilities.answer_timeout_s,
+            math.inf if validity_s is None else began + validity_s / 2,
+        )
+
+
+def _is_lost(error: MaybeSent | None) -> bool:
+    return error is not None and error.reason is Reason.CONNECTION_LOST
+
+
+def _not_sent(reason: Reason) -> ConnectorAnswer:
+    return ConnectorAnswer(Delivery.NOT_SENT, reason=reason)
+
+
+def _doubt(reason: Reason) -> ConnectorAnswer:
+    return ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=reason)
+
+
+def _encode(kind: str, request: ConnectorRequest, fields: dict[str, object]) -> bytes:
+    body: dict[str, object] = {
+        "reference": request.reference,
+        "amount_minor": request.amount_minor,
+        "currency": request.currency,
+        "account": request.connector_account_id,
+        "payment_id": request.payment_id,
+    }
+    if kind in ("authorize", "verify"):
+        body |= {"token": request.payment_method_token, "capture": request.capture}
+        body["fields"] = fields
+    else:
+        body |= {
+            "final": request.final,
+            "target_transaction_id": request.target_transaction_id,
+            "target_reference": request.target_reference,
+        }
+    return orjson.dumps(body)
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+
+def _object(response: Response) -> dict[str, Any] | None:
+    try:
+        value = orjson.loads(response.body)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _envelope(response: Response, kind: str, reference: str) -> dict[str, Any] | None:
+    """The PSP's answer to this very request; None for anything else, as a proxy's error page."""
+    told = _object(response)
+    if (
+        told is None
+        or response.status != 200
+        or told.get("reference") != reference
+        or told.get("kind") != kind
+    ):
+        return None
+    result = told.get("result")
+    verdict = _VERDICTS.get(result) if isinstance(result, str) else None
+    if verdict is None:
+        return None
+    if verdict in _ACCEPTED and not (
+        _amount(told) is not None
+        and isinstance(told.get("currency"), str)
+        and _transaction_id(told)
+    ):
+        return None
+    return told
+
+
+def _found(told: dict[str, Any]) -> ConnectorAnswer:
+    """What a query or a cancellation says."""
+    if told["result"] == "canceled" and told.get("had") == "nothing":
+        return _not_sent(Reason.REFERENCE_CANCELED)
+    if told["result"] == "approved":
+        listed = told.get("transactions")
+        charges = [
+            charge
+            for charge in (listed if isinstance(listed, list) else ())
+            if isinstance(charge, dict) and charge.get("result") == "approved"
+        ]
+        amounts = [_amount(charge) for charge in charges]
+        known = [amount for amount in amounts if amount is not None]
+        if len(known) < len(amounts) or any(
+            charge.get("currency") != told["currency"] for charge in charges
+        ):
+            return _doubt(Reason.ANSWER_UNUSABLE)
+        if len(known) > 1:
+            told = {**told, "amount_minor": sum(known)}
+    return _answered(told)
+
+
+def _answered(told: dict[str, Any]) -> ConnectorAnswer:
+    return ConnectorAnswer(
+        delivery=Delivery.ANSWERED,
+        verdict=_VERDICTS[told["result"]],
+        outcome=_outcome(told),
+        connector_transaction_id=_transaction_id(told),
+        currency=_text(told, "currency", 3),
+        processing_ms=_duration(told.get("processing_ms")),
+        next_action_url=_url(told.get("next_action_url")),
+        authorization_expires_at=_time(told.get("expires_at")),
+    )
+
+
+def _outcome(told: dict[str, Any]) -> Outcome:
+    scheme, advice_code = _text(told, "advice_scheme"), _text(told, "advice_code")
+    action, retry_after_s = ADVICE.get((scheme, advice_code), (AdviceAction.UNSPECIFIED, None))
+    avs_code, cvv_code = _text(told, "avs_code"), _text(told, "cvv_code")
+    return Outcome(
+        response_code=_response_code(told),
+        connector_code=_text(told, "code"),
+        connector_message=_text(told, "message", MESSAGE_LENGTH_MAX),
+        network_code=_text(told, "network_code"),
+        network_code_scheme=_text(told, "network_code_scheme"),
+        advice_action=action,
+        advice_retry_after_s=retry_after_s,
+        advice_code=advice_code,
+        advice_scheme=scheme,
+        avs_result=AVS.get(avs_code, AvsResult.UNSPECIFIED),
+        avs_code=avs_code,
+        cvv_result=CVV.get(cvv_code, CvvResult.UNSPECIFIED),
+        cvv_code=cvv_code,
+        auth_code=_text(told, "auth_code"),
+        network_transaction_id=_text(told, "network_transaction_id"),
+        retrieval_reference_number=_text(told, "rrn"),
+        system_trace_audit_number=_text(told, "stan"),
+        acquirer_reference_number=_text(told, "arn"),
+        amount_reported_minor=_amount(told),
+    )
+
+
+def _response_code(told: dict[str, Any]) -> ResponseCode:
+    match told["result"]:
+        case "refused":
+            return ResponseCode.REFERENCE_CANCELED
+        case "rejected":
+            return ResponseCode.REJECTED_BY_CONNECTOR
+        case "pending" | "requires_action" | "canceled":
+            return ResponseCode.UNSPECIFIED
+        case _:
+            pass
+    if told.get("code") == "invalid_payment_method":
+        return ResponseCode.INVALID_PAYMENT_METHOD
+    return ISO8583_CODES.get(_text(told, "network_code"), ResponseCode.DECLINED_OTHER)
+
+
+def _amount(told: Mapping[str, Any]) -> int | None:
+    value = told.get("amount_minor")
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > AMOUNT_ABS_MAX:
+        return None
+    return value
+
+
+def _text(told: Mapping[str, Any], name: str, length_max: int = CODE_LENGTH_MAX) -> str:
+    """A text of the PSP's: bounded, printable, and without card numbers."""
+    value = told.get(name)
+    if not isinstance(value, str):
+        return ""
+    return mask_pans("".join(filter(str.isprintable, value[:length_max])))
+
+
+def _transaction_id(told: Mapping[str, Any]) -> str:
+    """The PSP's id, unchanged; empty where it has none that can be used."""
+    value = told.get("transaction_id")
+    if not isinstance(value, str) or len(value) > TRANSACTION_ID_LENGTH_MAX:
+        return ""
+    return value if value.isascii() and value.isprintable() else ""
+
+
+def _duration(value: object) -> float | None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return float(value) if math.isfinite(value) and value >= 0 else None
+
+
+def _url(value: object) -> str:
+    if not isinstance(value, str) or len(value) > URL_LENGTH_MAX:
+        return ""
+    return value if value.startswith("https://") else ""
+
+
+def _time(value: object) -> datetime | None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return datetime.fromtimestamp(value, UTC)
+    except (OverflowError, ValueError, OSError):
+        return None

@@ -1,0 +1,156 @@
+"""Starts a simulator as a child process, and steers one: for the demo and for tests."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final, Self
+
+import orjson
+
+from gateway.connectors.http import HttpClient, Limits
+from gateway.connectors.simulator.journal import Record, read_journal
+
+STOP_TIMEOUT_S: Final = 10.0
+CONTROL_TIMEOUT_S: Final = 40.0
+
+
+class SimulatorFailed(Exception):
+    """The simulator did not start, or did not do what it was told."""
+
+
+class SimulatorProcess:
+    """A running simulator. It also ends when the thread that started it does."""
+
+    def __init__(self, process: subprocess.Popen[bytes], url: str, journal: Path) -> None:
+        self._process = process
+        self.url = url
+        self.journal = journal
+
+    @classmethod
+    def start(
+        cls,
+        journal: Path,
+        profile: str = "idempotent",
+        *,
+        listen: str = "127.0.0.1:0",
+        latency: str = "0",
+        seed: int = 1,
+    ) -> Self:
+        """Start one and wait until it listens; blocks. Raises SimulatorFailed."""
+        command = [
+            *(sys.executable, "-m", "gateway.connectors.simulator", "--exit-with-parent"),
+            *("--listen", listen, "--journal", str(journal), "--profile", profile),
+            *("--latency", latency, "--seed", str(seed)),
+        ]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        process.stdout.close()
+        if not line:
+            process.kill()
+            raise SimulatorFailed(f"the simulator ended with status {process.wait()}")
+        return cls(process, orjson.loads(line)["url"], journal)
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    def records(self) -> list[Record]:
+        """The journal's records until now."""
+        return read_journal(self.journal)
+
+    def received(self, method: str = "send") -> list[Record]:
+        """The requests that were received until now."""
+        return [
+            record
+            for record in self.records()
+            if record["type"] == "received" and record["method"] == method
+        ]
+
+    def effects(self) -> list[Record]:
+        """The effects that were made until now."""
+        return [record for record in self.records() if record["type"] == "effect"]
+
+    def stop(self) -> int:
+        """SIGTERM, and wait; returns the exit status. Harmless where it has ended."""
+        self._process.terminate()
+        try:
+            return self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise SimulatorFailed("the simulator did not stop") from None
+
+    def kill(self) -> None:
+        """SIGKILL, and wait."""
+        self._process.kill()
+        self._process.wait()
+
+
+class SimulatorControl:
+    """Steers a running simulator over its control resources."""
+
+    def __init__(self, url: str) -> None:
+        self._http = HttpClient(url, Limits(connections_max=8, waiters_max=64))
+
+    async def hold(
+        self,
+        point: str = "before_effect",
+        *,
+        method: str = "send",
+        kind: str = "",
+        reference_prefix: str = "",
+    ) -> None:
+        """Stop matching requests at `before_effect` (received, nothing done) or `before_answer`."""
+        await self._do(
+            "hold", point=point, method=method, kind=kind, reference_prefix=reference_prefix
+        )
+
+    async def await_held(self, count: int = 1) -> list[dict[str, str]]:
+        """Wait until so many requests are held; raises SimulatorFailed after 30 s."""
+        held: list[dict[str, str]] = (await self._do("await_held", count=count))["held"]
+        if len(held) < count:
+            raise SimulatorFailed(f"{len(held)} requests are held, not {count}")
+        return held
+
+    async def release(self, reference: str = "") -> None:
+        """Let the held requests of a reference go on; without one all, and hold no more."""
+        await self._do("release", reference=reference)
+
+    async def latency(self, p50_ms: float, p99_ms: float) -> None:
+        """Set the latency, in milliseconds."""
+        await self._do("latency", p50_ms=p50_ms, p99_ms=p99_ms)
+
+    async def mode(self, mode: str) -> None:
+        """`up`, `down` (status 503), `hang` or `reset`; requests are journalled all the same."""
+        await self._do("mode", mode=mode)
+
+    async def advance_clock(self, seconds: int) -> None:
+        """Set the simulator's clock ahead, so that keys expire."""
+        await self._do("advance_clock", seconds=seconds)
+
+    async def close_idle(self) -> None:
+        """Close every connection on which no request is under way."""
+        await self._do("close_idle")
+
+    async def state(self) -> dict[str, Any]:
+        """`journal`, `mode`, `requests`, `in_flight`, `connections`, `held`."""
+        return await self._do("state")
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.close()
+
+    async def _do(self, action: str, **body: object) -> dict[str, Any]:
+        response = await self._http.request(
+            "POST",
+            f"/control/{action}",
+            orjson.dumps(body),
+            send_before=time.monotonic() + CONTROL_TIMEOUT_S,
+            answer_timeout_s=CONTROL_TIMEOUT_S,
+        )
+        if response.status != 200:
+            raise SimulatorFailed(f"{action}: status {response.status}, {response.body[:200]!r}")
+        state: dict[str, Any] = orjson.loads(response.body)
+        return state

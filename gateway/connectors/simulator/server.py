@@ -1,0 +1,780 @@
+"""The PSP simulator's process: HTTP in front of the ledger, the journal behind it.
+
+A lean HTTP/1.1 server of its own, so that a load test measures the gateway, and so that it can do
+what good servers never do: reset, hang and answer with garbage.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import math
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Final, cast
+from urllib.parse import unquote
+
+import orjson
+
+from gateway.connectors.simulator.journal import JOURNAL_VERSION, Journal, JournalError, Record
+from gateway.connectors.simulator.ledger import KINDS, Ledger, Send
+from gateway.connectors.simulator.outcomes import BEFORE_EFFECT, Behaviour, Fault
+from gateway.connectors.simulator.profiles import FIELDS, PROFILES, Profile, find_profile
+
+HEAD_BYTES_MAX: Final = 16 * 1024
+BODY_BYTES_MAX: Final = 256 * 1024
+CONNECTIONS_MAX: Final = 8_192
+BACKLOG: Final = 4_096
+AMOUNT_MINOR_MAX: Final = 10**12
+LATENCY_MS_MAX: Final = 60_000.0
+"""No drawn latency is longer."""
+HANG_S_MAX: Final = 300.0
+"""A request that gets no answer is let go after this, in seconds."""
+CONTROL_WAIT_S_MAX: Final = 30.0
+"""How long a control request may wait for requests to be held, in seconds."""
+HOLDS_MAX: Final = 100
+TRANSACTIONS_MAX: Final = 5_000_000
+"""The books are in memory; beyond this a request gets status 503 without effect."""
+OVERSIZED_BYTES: Final = 1024 * 1024
+
+_REFERENCE: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_CURRENCY: Final = re.compile(r"[A-Z]{3}")
+_AVS_POSTAL_CODE: Final = re.compile(r"AVS-([A-Z])")
+_PHRASES: Final = {200: "OK", 400: "Bad Request", 404: "Not Found", 409: "Conflict"}
+_LINGER_NOT: Final = struct.pack("ii", 1, 0)
+_P99: Final = NormalDist().inv_cdf(0.99)
+_PR_SET_PDEATHSIG: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """A log-normal distribution of the time that the PSP works, in milliseconds."""
+
+    p50_ms: float = 0.0
+    p99_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p50_ms <= self.p99_ms <= LATENCY_MS_MAX:
+            raise ValueError(f"latency must hold 0 <= p50 <= p99 <= {LATENCY_MS_MAX:g} ms")
+        if self.p50_ms == 0 and self.p99_ms > 0:
+            raise ValueError("a latency with a p99 needs a p50 above 0")
+
+    @classmethod
+    def parse(cls, text: str) -> "Latency":
+        """From "p50,p99" or one number for both; raises ValueError."""
+        p50, _, p99 = text.partition(",")
+        return cls(float(p50), float(p99 or p50))
+
+    def draw(self, source: random.Random) -> float:
+        """One duration in milliseconds."""
+        if self.p50_ms == 0:
+            return 0.0
+        sigma = math.log(self.p99_ms / self.p50_ms) / _P99
+        drawn = self.p50_ms if sigma == 0 else source.lognormvariate(math.log(self.p50_ms), sigma)
+        return min(drawn, LATENCY_MS_MAX)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to run a simulator."""
+
+    journal: Path
+    profile: str = "idempotent"
+    host: str = "127.0.0.1"
+    port: int = 0
+    """0: any free one, told in the line that is printed at the start."""
+    latency: Latency = field(default_factory=Latency)
+    seed: int = 1
+    exit_with_parent: bool = False
+
+
+class _BadRequest(Exception):
+    """The request makes no sense; nothing was processed."""
+
+
+@dataclass(slots=True)
+class _Reply:
+    status: int
+    body: bytes
+
+
+@dataclass(slots=True)
+class _Hold:
+    """Requests that match stop at a point until they are released."""
+
+    point: str
+    method: str
+    kind: str
+    reference_prefix: str
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    reference: str
+    kind: str
+    point: str
+    released: asyncio.Future[None]
+
+
+def _json(status: int, body: object) -> _Reply:
+    return _Reply(status, orjson.dumps(body))
+
+
+# --- HTTP -----------------------------------------------------------------------------------------
+
+
+class _Connection(asyncio.Protocol):
+    """One client's connection: its requests are handled one after the other."""
+
+    def __init__(self, simulator: "Simulator") -> None:
+        self._simulator = simulator
+        self._buffer = bytearray()
+        self.busy = False
+        self.connection_id = ""
+        self.gone = asyncio.get_running_loop().create_future()
+        """Done when the client has closed."""
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self.connection_id = self._simulator.connected(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 asyncio's signature
+        if not self.gone.done():
+            self.gone.set_result(None)
+        self._simulator.disconnected(self)
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        if len(self._buffer) > HEAD_BYTES_MAX + BODY_BYTES_MAX:
+            self.abort()
+        elif not self.busy:
+            self._next()
+
+    def _next(self) -> None:
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0:
+            if len(self._buffer) > HEAD_BYTES_MAX:
+                self.abort()
+            return
+        lines = self._buffer[:end].decode("latin-1").split("\r\n")
+        length = 0
+        for line in lines[1:]:
+            name, _, value = line.partition(":")
+            name = name.lower()
+            if name == "content-length":
+                value = value.strip()
+                length = int(value) if value.isdigit() and len(value) < 9 else BODY_BYTES_MAX + 1
+            elif name == "transfer-encoding":
+                length = BODY_BYTES_MAX + 1
+        whole = end + 4 + length
+        if length > BODY_BYTES_MAX:
+            self.abort()
+            return
+        if len(self._buffer) < whole:
+            return
+        body = bytes(self._buffer[end + 4 : whole])
+        del self._buffer[:whole]
+        method, _, rest = lines[0].partition(" ")
+        self.busy = True
+        self._simulator.spawn(self, method, rest.partition(" ")[0], body)
+
+    def reply(self, reply: _Reply) -> None:
+        """Answer, and go on with the next request."""
+        if self.transport is None or self.transport.is_closing():
+            return
+        phrase = _PHRASES.get(reply.status, "Error")
+        head = (
+            f"HTTP/1.1 {reply.status} {phrase}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(reply.body)}\r\n\r\n"
+        )
+        self.transport.write(head.encode("ascii") + reply.body)
+        self.busy = False
+        if self._buffer:
+            self._next()
+
+    def abort(self) -> None:
+        """Reset the connection (RST, where the system can)."""
+        if self.transport is not None:
+            with contextlib.suppress(OSError):
+                # Without lingering, closing sends a reset instead of an end (RFC 9293 §3.10.4).
+                self.transport.get_extra_info("socket").setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT
+                )
+            self.transport.abort()
+
+
+# --- the simulator --------------------------------------------------------------------------------
+
+
+class Simulator:
+    """Handles requests: journal, ledger, latency, faults and holds."""
+
+    def __init__(
+        self, journal: Journal, ledger: Ledger, *, latency: Latency, source: random.Random
+    ) -> None:
+        self._journal = journal
+        self._ledger = ledger
+        self._latency = latency
+        self._source = source
+        self._connections: set[_Connection] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._working: dict[str, asyncio.Future[None]] = {}
+        """References whose first request is being worked on."""
+        self._holds: list[_Hold] = []
+        self._held: list[_Held] = []
+        self._held_changed = asyncio.Event()
+        self._mode = "up"
+        self._clock_ahead_s = 0.0
+        self._connection_count = 0
+
+    # --- connections ------------------------------------------------------------------------------
+
+    def connected(self, connection: _Connection) -> str:
+        """A new connection; returns its id, unique in the journal."""
+        self._connection_count += 1
+        if len(self._connections) >= CONNECTIONS_MAX:
+            connection.abort()
+        self._connections.add(connection)
+        return f"{self._journal.run}-{self._connection_count}"
+
+    def disconnected(self, connection: _Connection) -> None:
+        """A connection is gone. What it asked for goes on, as at a real PSP."""
+        self._connections.discard(connection)
+
+    def spawn(self, connection: _Connection, method: str, target: str, body: bytes) -> None:
+        """Handle a request in a task of its own."""
+        task = asyncio.get_running_loop().create_task(self._serve(connection, method, target, body))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Drop every connection and every request under way, and close the journal."""
+        for connection in list(self._connections):
+            connection.abort()
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._journal.close()
+
+    async def _serve(self, connection: _Connection, method: str, target: str, body: bytes) -> None:
+        try:
+            reply = await self._route(connection, method, target.partition("?")[0], body)
+        except (_BadRequest, orjson.JSONDecodeError) as error:
+            reply = _json(400, {"error": "bad_request", "message": str(error)})
+        except Exception:  # noqa: BLE001 a bug here must be seen, and must not stop the others
+            sys.stderr.write(traceback.format_exc())
+            reply = _json(500, {"error": "internal"})
+        if reply is not None:
+            connection.reply(reply)
+
+    async def _route(
+        self, connection: _Connection, method: str, path: str, body: bytes
+    ) -> _Reply | None:
+        parts = [unquote(part) for part in path.split("/")[1:]]
+        match [method, *parts]:
+            case ["POST", "v1", "operations", kind] if kind in KINDS:
+                return await self._send(connection, _parse_send(kind, body))
+            case ["GET", "v1", "operations", kind, reference] if kind in KINDS:
+                return await self._query(connection, kind, _reference(reference))
+            case ["POST", "v1", "operations", kind, reference, "cancel"] if kind in KINDS:
+                return await self._cancel(connection, kind, _reference(reference))
+            case ["GET", "v1", "profile"]:
+                return _json(200, _profile_json(self._ledger.profile))
+            case ["POST", "control", action]:
+                return await self._control(action, _object(body or b"{}"))
+            case _:
+                return _json(404, {"error": "no_such_resource"})
+
+    # --- the three requests -----------------------------------------------------------------------
+
+    async def _send(self, connection: _Connection, send: Send) -> _Reply | None:
+        received_at = self._now()
+        behaviour = self._ledger.behaviour(send)
+        known = self._ledger.reference(send.reference)
+        first = known is None or known.sends == 0
+        repeated = self._ledger.duplicate_of(send.reference, received_at)
+        idempotent = self._ledger.profile.idempotent_by_reference
+        deduplicated = repeated is not None or (idempotent and send.reference in self._working)
+        request = await self._received(
+            connection, "send", send.kind, send.reference, send, deduplicated=deduplicated
+        )
+        if self._mode != "up" or self._ledger.transaction_count >= TRANSACTIONS_MAX:
+            return await self._unavailable(connection)
+        fault = behaviour.fault if first or behaviour.every_time else Fault.NONE
+        if fault in BEFORE_EFFECT:
+            return await self._fail(connection, fault)
+        delay_ms = self._latency.draw(self._source) + behaviour.extra_ms
+        while idempotent and send.reference in self._working:
+            await asyncio.wait([self._working[send.reference]])
+        working: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if idempotent:
+            self._working[send.reference] = working
+        try:
+            await self._work(connection, send, fault, delay_ms)
+            answer = await self._decide(send, behaviour, request, received_at)
+        finally:
+            if idempotent:
+                del self._working[send.reference]
+            working.set_result(None)
+        await self._hold("before_answer", "send", send.kind, send.reference)
+        answer = {**answer, "processing_ms": round(delay_ms, 3)}
+        return await self._answer(connection, fault, answer)
+
+    async def _work(
+        self, connection: _Connection, send: Send, fault: Fault, delay_ms: float
+    ) -> None:
+        """All the time until the effect."""
+        if fault is Fault.LATE:
+            await asyncio.wait([connection.gone], timeout=HANG_S_MAX)
+        if delay_ms:
+            await asyncio.sleep(delay_ms / 1000)
+        await self._hold("before_effect", "send", send.kind, send.reference)
+
+    async def _decide(
+        self, send: Send, behaviour: Behaviour, request: int, received_at: float
+    ) -> dict[str, Any]:
+        """Refuse, repeat or execute, durably. No await stands between looking and doing."""
+        now = self._now()
+        known = self._ledger.reference(send.reference)
+        record: Record | None
+        if known is not None and known.canceled is not None:
+            record, answer = self._ledger.refuse_canceled(send, request, now)
+        elif (repeated := self._ledger.duplicate_of(send.reference, received_at)) is not None:
+            record, answer = self._ledger.repeat(repeated, send, request, now)
+        else:
+            record, answer = self._ledger.execute(send, behaviour, request, received_at, now)
+        if record is not None:
+            self._journal.append(record)
+        # A repeat too waits: what it repeats may not be durable yet.
+        await self._journal.durable()
+        return answer
+
+    async def _query(self, connection: _Connection, kind: str, reference: str) -> _Reply | None:
+        if not self._ledger.profile.query_by_reference:
+            return _json(404, {"error": "no_query"})
+        request = await self._received(connection, "query", kind, reference)
+        if self._mode != "up":
+            return await self._unavailable(connection)
+        await self._hold("before_effect", "query", kind, reference)
+        known = self._ledger.reference(reference)
+        if reference in self._working and known is not None and not known.transactions:
+            body = {"result": "in_progress", "reference": reference, "kind": kind}
+            return _json(409, body)
+        records, answer = self._ledger.query(kind, reference, request, self._now())
+        for record in records:
+            self._journal.append(record)
+        await self._journal.durable()
+        await self._hold("before_answer", "query", kind, reference)
+        return _json(404 if answer["result"] == "not_found" else 200, answer)
+
+    async def _cancel(self, connection: _Connection, kind: str, reference: str) -> _Reply | None:
+        if not self._ledger.profile.cancel_by_reference:
+            return _json(404, {"error": "no_cancel"})
+        request = await self._received(connection, "cancel", kind, reference)
+        if self._mode != "up":
+            return await self._unavailable(connection)
+        await self._hold("before_effect", "cancel", kind, reference)
+        record, answer = self._ledger.cancel(kind, reference, request, self._now())
+        self._journal.append(record)
+        await self._journal.durable()
+        await self._hold("before_answer", "cancel", kind, reference)
+        return _json(200, answer)
+
+    async def _received(
+        self,
+        connection: _Connection,
+        method: str,
+        kind: str,
+        reference: str,
+        send: Send | None = None,
+        *,
+        deduplicated: bool = False,
+    ) -> int:
+        """Record a request before anything is done about it; returns its number."""
+        request = self._ledger.request_count + 1
+        known = self._ledger.reference(reference)
+        record: Record = {
+            "type": "received",
+            "t": self._now(),
+            "run": self._journal.run,
+            "request": request,
+            "method": method,
+            "kind": kind,
+            "reference": reference,
+            "connection": connection.connection_id,
+        }
+        if send is not None:
+            record |= {
+                "amount_minor": send.amount_minor,
+                "currency": send.currency,
+                "account": send.account,
+                "payment_id": send.payment_id,
+                "token": send.token,
+                "target_transaction_id": send.target_transaction_id,
+                "target_reference": send.target_reference,
+                "deduplicated": deduplicated,
+                "canceled_before": known is not None and known.canceled is not None,
+            }
+        self._ledger.apply(record)
+        self._journal.append(record)
+        await self._journal.durable()
+        return request
+
+    # --- faults -----------------------------------------------------------------------------------
+
+    async def _unavailable(self, connection: _Connection) -> _Reply | None:
+        if self._mode == "hang":
+            return await self._fail(connection, Fault.HANG_BEFORE)
+        if self._mode == "reset":
+            return await self._fail(connection, Fault.RESET_BEFORE)
+        return _json(503, {"error": "unavailable"})
+
+    async def _fail(self, connection: _Connection, fault: Fault) -> _Reply | None:
+        if fault in (Fault.ERROR_BEFORE, Fault.ERROR_AFTER):
+            return _json(500, {"error": "internal"})
+        if fault not in (Fault.RESET_BEFORE, Fault.RESET_AFTER):
+            await asyncio.wait([connection.gone], timeout=HANG_S_MAX)
+        connection.abort()
+        return None
+
+    async def _answer(
+        self, connection: _Connection, fault: Fault, answer: dict[str, Any]
+    ) -> _Reply | None:
+        match fault:
+            case Fault.NONE:
+                return _json(200, answer)
+            case Fault.GARBAGE:
+                return _Reply(200, b"<html><body>Service temporarily approved")
+            case Fault.OVERSIZED:
+                return _json(200, {**answer, "message": "x" * OVERSIZED_BYTES})
+            case Fault.WRONG_REFERENCE:
+                return _json(200, {**answer, "reference": "op_of_another_request-1"})
+            case Fault.WRONG_CURRENCY:
+                other = "JPY" if answer.get("currency") == "XAF" else "XAF"
+                return _json(200, {**answer, "currency": other})
+            case _:
+                return await self._fail(connection, fault)
+
+    # --- control ----------------------------------------------------------------------------------
+
+    async def _hold(self, point: str, method: str, kind: str, reference: str) -> None:
+        matching = any(
+            hold.point == point
+            and hold.method == method
+            and hold.kind in ("", kind)
+            and reference.startswith(hold.reference_prefix)
+            for hold in self._holds
+        )
+        if not matching:
+            return
+        held = _Held(reference, kind, point, asyncio.get_running_loop().create_future())
+        self._held.append(held)
+        self._held_changed.set()
+        try:
+            await held.released
+        finally:
+            self._held.remove(held)
+
+    async def _control(self, action: str, body: dict[str, Any]) -> _Reply:
+        actions: dict[str, Callable[[dict[str, Any]], None]] = {
+            "hold": self._add_hold,
+            "release": self._release,
+            "latency": self._set_latency,
+            "mode": self._set_mode,
+            "advance_clock": self._advance_clock,
+            "close_idle": self._close_idle,
+            "state": lambda _: None,
+        }
+        if action == "await_held":
+            await self._await_held(_integer(body, "count"))
+        elif action in actions:
+            actions[action](body)
+        else:
+            return _json(404, {"error": "no_such_control"})
+        return _json(200, self._state())
+
+    def _add_hold(self, body: dict[str, Any]) -> None:
+        hold = _Hold(
+            point=_text(body, "point") or "before_effect",
+            method=_text(body, "method") or "send",
+            kind=_text(body, "kind"),
+            reference_prefix=_text(body, "reference_prefix"),
+        )
+        if hold.point not in ("before_effect", "before_answer"):
+            raise _BadRequest("point must be before_effect or before_answer")
+        if len(self._holds) >= HOLDS_MAX:
+            raise _BadRequest("too many holds")
+        self._holds.append(hold)
+
+    async def _await_held(self, count: int) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONTROL_WAIT_S_MAX):
+                while len(self._held) < count:
+                    self._held_changed.clear()
+                    await self._held_changed.wait()
+
+    def _release(self, body: dict[str, Any]) -> None:
+        reference = _text(body, "reference")
+        if not reference:
+            self._holds.clear()
+        for held in self._held:
+            if reference in ("", held.reference) and not held.released.done():
+                held.released.set_result(None)
+
+    def _set_latency(self, body: dict[str, Any]) -> None:
+        try:
+            self._latency = Latency(float(body["p50_ms"]), float(body["p99_ms"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _BadRequest("p50_ms and p99_ms must be a latency") from error
+
+    def _set_mode(self, body: dict[str, Any]) -> None:
+        mode = _text(body, "mode")
+        if mode not in ("up", "down", "hang", "reset"):
+            raise _BadRequest("mode must be up, down, hang or reset")
+        self._mode = mode
+
+    def _advance_clock(self, body: dict[str, Any]) -> None:
+        self._clock_ahead_s += _integer(body, "seconds")
+
+    def _close_idle(self, _: dict[str, Any]) -> None:
+        for connection in list(self._connections):
+            if not connection.busy and connection.transport is not None:
+                connection.transport.close()
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "journal": str(self._journal.path),
+            "mode": self._mode,
+            "requests": self._ledger.request_count,
+            "in_flight": sum(connection.busy for connection in self._connections),
+            "connections": len(self._connections),
+            "held": [
+                {"reference": held.reference, "kind": held.kind, "point": held.point}
+                for held in self._held
+                if not held.released.done()
+            ],
+        }
+
+    def _now(self) -> float:
+        return time.time() + self._clock_ahead_s
+
+
+# --- requests -------------------------------------------------------------------------------------
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    value = orjson.loads(body)
+    if not isinstance(value, dict):
+        raise _BadRequest("the body must be a JSON object")
+    return value
+
+
+def _text(body: dict[str, Any], name: str) -> str:
+    value = body.get(name, "")
+    if not isinstance(value, str) or len(value) > 256:
+        raise _BadRequest(f"{name} must be a short text")
+    return value
+
+
+def _integer(body: dict[str, Any], name: str) -> int:
+    value = body.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= AMOUNT_MINOR_MAX:
+        raise _BadRequest(f"{name} must be an integer from 0 to {AMOUNT_MINOR_MAX}")
+    return value
+
+
+def _flag(body: dict[str, Any], name: str) -> bool:
+    value = body.get(name, False)
+    if not isinstance(value, bool):
+        raise _BadRequest(f"{name} must be true or false")
+    return value
+
+
+def _reference(text: str) -> str:
+    if _REFERENCE.fullmatch(text) is None:
+        raise _BadRequest("reference must be 1 to 128 letters, digits or _ . : -")
+    return text
+
+
+def _parse_send(kind: str, data: bytes) -> Send:
+    body = _object(data)
+    currency = _text(body, "currency")
+    if _CURRENCY.fullmatch(currency) is None:
+        raise _BadRequest("currency must be an ISO 4217 alphabetic code")
+    amount_minor = _integer(body, "amount_minor")
+    if (amount_minor == 0) != (kind == "verify") and kind not in ("void", "reversal"):
+        raise _BadRequest("amount_minor must be 0 for a verification, and above 0 otherwise")
+    fields = body.get("fields", {})
+    if not isinstance(fields, dict) or not fields.keys() <= FIELDS:
+        raise _BadRequest("fields has one that this PSP does not know")
+    address = fields.get("billing_address")
+    avs_code = ""
+    if isinstance(address, dict):
+        match = _AVS_POSTAL_CODE.fullmatch(str(address.get("postal_code", "")))
+        avs_code = match[1] if match is not None else "Y"
+    return Send(
+        kind=kind,
+        reference=_reference(_text(body, "reference")),
+        amount_minor=amount_minor,
+        currency=currency,
+        account=_text(body, "account"),
+        payment_id=_text(body, "payment_id"),
+        token=_text(body, "token"),
+        capture=_flag(body, "capture"),
+        final=_flag(body, "final"),
+        target_transaction_id=_text(body, "target_transaction_id"),
+        target_reference=_text(body, "target_reference"),
+        avs_code=avs_code,
+    )
+
+
+def _profile_json(profile: Profile) -> dict[str, Any]:
+    return {
+        "profile": profile.name,
+        "idempotent_by_reference": profile.idempotent_by_reference,
+        "key_validity_s": profile.key_validity_s,
+        "query_by_reference": profile.query_by_reference,
+        "cancel_by_reference": profile.cancel_by_reference,
+    }
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+async def serve(options: Options, announce: Callable[[str], object] | None = None) -> None:
+    """Run a simulator until SIGTERM or SIGINT.
+
+    `announce` gets one line of JSON with `url`, `profile`, `journal` and `pid` when it listens; by
+    default it is written to standard output. Raises UnknownProfile, JournalError, and OSError where
+    it cannot listen.
+    """
+    profile = find_profile(options.profile)
+    if options.exit_with_parent:
+        _exit_with_parent()
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopped.set)
+    journal, records = Journal.open(options.journal)
+    ledger = Ledger(profile, records)
+    del records
+    journal.append(
+        {
+            "type": "start",
+            "t": time.time(),
+            "journal_version": JOURNAL_VERSION,
+            "journal_id": ledger.journal_id,
+            "run": journal.run,
+            "profile": profile.name,
+            "seed": options.seed,
+        }
+    )
+    await journal.durable()
+    simulator = Simulator(
+        journal,
+        ledger,
+        latency=options.latency,
+        source=random.Random(options.seed),
+    )
+    try:
+        server = await loop.create_server(
+            lambda: _Connection(simulator), options.host, options.port, backlog=BACKLOG
+        )
+        host, port = server.sockets[0].getsockname()[:2]
+        line = {
+            "url": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+            "profile": profile.name,
+            "journal": str(journal.path),
+            "pid": os.getpid(),
+        }
+        (announce or _announce)(orjson.dumps(line).decode())
+        await stopped.wait()
+        server.close()
+    finally:
+        await simulator.close()
+
+
+def _announce(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _exit_with_parent() -> None:
+    """Have the kernel send SIGTERM when the thread that launched this process ends (Linux)."""
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if os.getppid() != parent:
+        raise SystemExit(0)  # it died before the request was in force
+
+
+def _listen_address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise argparse.ArgumentTypeError("must be HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _latency(text: str) -> Latency:
+    try:
+        return Latency.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="simulator", description="A payment service provider for tests, demos and load."
+    )
+    parser.add_argument(
+        "--listen", type=_listen_address, default=("127.0.0.1", 0), metavar="HOST:PORT"
+    )
+    parser.add_argument("--journal", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--profile", choices=sorted(PROFILES), default="idempotent")
+    parser.add_argument(
+        "--latency", type=_latency, default=Latency(), metavar="P50_MS,P99_MS", help="log-normal"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="of the latencies")
+    parser.add_argument(
+        "--exit-with-parent", action="store_true", help="stop when the launching process ends"
+    )
+    arguments = parser.parse_args(argv)
+    host, port = arguments.listen
+    options = Options(
+        journal=arguments.journal,
+        profile=arguments.profile,
+        host=host,
+        port=port,
+        latency=arguments.latency,
+        seed=arguments.seed,
+        exit_with_parent=arguments.exit_with_parent,
+    )
+    try:
+        run(options)
+    except (JournalError, OSError) as error:
+        sys.stderr.write(f"simulator: {error}\n")
+        return 1
+    return 0
+
+
+def run(options: Options, announce: Callable[[str], object] | None = None) -> None:
+    """Run `serve` on an event loop of its own; raises as it does."""
+    import uvloop  # noqa: PLC0415 only the process needs it
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(options, announce))

@@ -1,0 +1,89 @@
+"""The default set-up: embedded servers, a PSP simulator and a demo merchant, all below one folder.
+
+What lasts between runs lies in the folder: the servers' data, the simulator's journal, and
+`local.json` (readable by its owner alone) with the addresses of what runs and the demo's key.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from gateway.connectors.simulator.launch import SimulatorProcess
+from storage.embedded import EmbeddedPostgres, EmbeddedRedis
+
+STATE_FILE = "local.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalState:
+    """What runs, and the demo's credentials."""
+
+    postgres_dsn: str = ""
+    redis_url: str = ""
+    simulator_url: str = ""
+    listen_address: str = ""
+    merchant_id: str = ""
+    api_key: str = ""
+
+
+def read_state(folder: Path) -> LocalState:
+    """The state of the set-up in the folder; empty where there is none."""
+    try:
+        fields = json.loads((folder / STATE_FILE).read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return LocalState()
+    known = LocalState.__slots__
+    return LocalState(**{name: str(value) for name, value in fields.items() if name in known})
+
+
+def write_state(folder: Path, state: LocalState) -> None:
+    """Replace the state, whole or not at all."""
+    path = folder / STATE_FILE
+    temporary = path.with_suffix(".new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(asdict(state), file, indent=1)
+    temporary.replace(path)
+
+
+class LocalServers:
+    """The embedded servers and the simulator, as children of this process.
+
+    Start it in the main thread, before the event loop. The children end with this process, however
+    it ends.
+    """
+
+    def __init__(
+        self, folder: Path, *, postgres: bool, redis: bool, simulator_profile: str
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._postgres = EmbeddedPostgres(folder / "postgres") if postgres else None
+        self._redis = EmbeddedRedis(folder / "redis") if redis else None
+        self._profile = simulator_profile
+        self._simulator: SimulatorProcess | None = None
+
+    def start(self) -> LocalState:
+        """Start what is wanted. Raises EmbeddedServerError and SimulatorFailed."""
+        state = read_state(self._folder)
+        if self._postgres is not None:
+            self._postgres.start()
+            state = replace(state, postgres_dsn=self._postgres.dsn)
+        if self._redis is not None:
+            self._redis.start()
+            state = replace(state, redis_url=self._redis.url)
+        if self._profile:
+            journal = self._folder / f"simulator-{self._profile}.journal"
+            self._simulator = SimulatorProcess.start(journal, self._profile)
+            state = replace(state, simulator_url=self._simulator.url)
+        return state
+
+    def stop(self) -> None:
+        """Stop what was started."""
+        if self._simulator is not None:
+            self._simulator.stop()
+        if self._redis is not None:
+            self._redis.stop()
+        if self._postgres is not None:
+            self._postgres.stop()

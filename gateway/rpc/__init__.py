@@ -1,0 +1,1 @@
+"""The gRPC side: transports, servicers, validation, conversion and the error map."""

@@ -1,0 +1,218 @@
+"""Who calls: API keys from metadata to principals, with a cache so that this costs no round trip.
+
+A revoked key, a scope or merchant taken away is effective within `life_s` at the latest, whatever
+the database does: an entry past its life is never used. From half of its life on an entry is read
+anew in the background, so that a busy key never waits for the database, and a database that is away
+for less than half a life is not noticed.
+"""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Final, TypeVar
+
+from gateway.application.accounts import KeyRecord, MerchantInfo, Principal, Scope, parse_key
+from gateway.application.ports import StoreUnavailable
+from gateway.domain.errors import GatewayError, Reason
+
+_BEARER: Final = "bearer "
+
+_V = TypeVar("_V")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class AuthLimits:
+    """The bounds of the cache of keys; times in seconds."""
+
+    life_s: float = 30.0
+    """How long a read key is used: the longest time that a revocation takes to be effective."""
+    negative_life_s: float = 5.0
+    """How long a key that was refused is refused without being read again."""
+    entries_max: int = 10_000
+    """How many keys are remembered, and as many refused ones."""
+    loads_max: int = 64
+    """How many keys are read from the database at once; beyond it calls are refused."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    principal: Principal
+    expires_at: datetime | None
+    refresh_at: float
+    dead_at: float
+
+
+class Authenticator:
+    """Turns `authorization` metadata into principals.
+
+    `load_key(key_id)` reads a key's record, None where there is none; it may raise
+    StoreUnavailable. Keys are remembered by the SHA-256 of what was presented, never themselves.
+    """
+
+    def __init__(
+        self,
+        load_key: Callable[[str], Awaitable[KeyRecord | None]],
+        limits: AuthLimits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._load_key = load_key
+        self._limits = limits
+        self._clock = clock
+        self._entries: dict[bytes, _Entry] = {}
+        self._refused: dict[bytes, float] = {}
+        self._loads: dict[bytes, asyncio.Task[Principal]] = {}
+
+    def remembered(self, authorization: str | None) -> Principal | None:
+        """The principal of a key that is remembered, without waiting; else None."""
+        if authorization is None:
+            return None
+        digest = sha256(authorization.encode()).digest()
+        entry = self._entries.get(digest)
+        if entry is None:
+            return None
+        now = self._clock()
+        if now >= entry.dead_at or _is_past(entry.expires_at):
+            del self._entries[digest]
+            return None
+        if now >= entry.refresh_at and digest not in self._loads:
+            if len(self._loads) < self._limits.loads_max:
+                self._start_load(digest, authorization)
+            entry.refresh_at = now + self._limits.life_s / 10
+        return entry.principal
+
+    async def authenticate(self, authorization: str | None) -> Principal:
+        """The principal of the metadata's value, `Bearer <API key>`.
+
+        Raises GatewayError: CREDENTIAL_MISSING, CREDENTIAL_INVALID, STORE_UNAVAILABLE, and
+        OVERLOADED where too many keys are being read.
+        """
+        principal = self.remembered(authorization)
+        if principal is not None:
+            return principal
+        if not authorization:
+            raise GatewayError(Reason.CREDENTIAL_MISSING, "The call carries no API key.")
+        digest = sha256(authorization.encode()).digest()
+        refused_until = self._refused.get(digest)
+        if refused_until is not None:
+            if self._clock() < refused_until:
+                raise _invalid()
+            del self._refused[digest]
+        load = self._loads.get(digest)
+        if load is None:
+            if len(self._loads) >= self._limits.loads_max:
+                raise GatewayError(Reason.OVERLOADED, "Too many API keys are being read.")
+            load = self._start_load(digest, authorization)
+        # The load is for everyone who waits for it: one caller's cancellation does not end it.
+        return await asyncio.shield(load)
+
+    def _start_load(self, digest: bytes, authorization: str) -> "asyncio.Task[Principal]":
+        load = asyncio.get_running_loop().create_task(self._load(digest, authorization))
+        self._loads[digest] = load
+        load.add_done_callback(lambda _: self._end_load(digest, load))
+        return load
+
+    def _end_load(self, digest: bytes, load: "asyncio.Task[Principal]") -> None:
+        del self._loads[digest]
+        if load.cancelled():
+            return
+        error = load.exception()
+        # A reading in the background has nobody to tell.
+        if error is not None and not isinstance(error, GatewayError):
+            _log.error("an API key could not be read", exc_info=error)
+
+    async def _load(self, digest: bytes, authorization: str) -> Principal:
+        presented = None
+        if authorization[: len(_BEARER)].lower() == _BEARER:
+            presented = parse_key(authorization[len(_BEARER) :].strip())
+        record = None
+        if presented is not None:
+            try:
+                record = await self._load_key(presented.key_id)
+            except StoreUnavailable as error:
+                raise GatewayError(
+                    Reason.STORE_UNAVAILABLE, "The API key could not be read: the store is away."
+                ) from error
+        if (
+            presented is None
+            or record is None
+            or not hmac.compare_digest(record.secret_hash, presented.secret_hash)
+            or record.mode is not presented.mode
+            or record.revoked_at is not None
+            or _is_past(record.expires_at)
+        ):
+            self._entries.pop(digest, None)
+            _make_room(self._refused, self._limits.entries_max)
+            self._refused[digest] = self._clock() + self._limits.negative_life_s
+            raise _invalid()
+        principal = Principal(
+            key_id=record.key_id,
+            organisation_id=record.organisation_id,
+            scopes=record.scopes,
+            mode=record.mode,
+            merchants=record.merchants,
+        )
+        now = self._clock()
+        if digest not in self._entries:
+            _make_room(self._entries, self._limits.entries_max)
+        self._entries[digest] = _Entry(
+            principal,
+            record.expires_at,
+            refresh_at=now + self._limits.life_s / 2,
+            dead_at=now + self._limits.life_s,
+        )
+        return principal
+
+
+def _make_room(entries: dict[bytes, _V], most: int) -> None:
+    # The oldest goes first: a key in use comes back by one read.
+    while len(entries) >= most:
+        del entries[next(iter(entries))]
+
+
+def _is_past(at: datetime | None) -> bool:
+    return at is not None and datetime.now(UTC) >= at
+
+
+def _invalid() -> GatewayError:
+    # One text for unknown, wrong, expired and revoked: whoever tries keys learns nothing.
+    return GatewayError(Reason.CREDENTIAL_INVALID, "The API key is not valid.")
+
+
+def require_scope(principal: Principal, scope: Scope) -> None:
+    """Raises GatewayError(SCOPE_MISSING) where the key does not have the scope."""
+    if scope not in principal.scopes:
+        raise GatewayError(
+            Reason.SCOPE_MISSING,
+            f"The API key does not have the scope {scope.value}.",
+            metadata={"scope": scope.value},
+        )
+
+
+def resolve_merchant(principal: Principal, merchant_id: str) -> MerchantInfo:
+    """The merchant that a request is for; `merchant_id` is empty where the request names none.
+
+    Raises GatewayError: MERCHANT_NOT_FOUND for one outside the principal's set, whether or not it
+    exists, MERCHANT_REQUIRED where none is named and the principal has not exactly one.
+    """
+    merchants = principal.merchants
+    if merchant_id:
+        merchant = merchants.get(merchant_id)
+        if merchant is None:
+            raise GatewayError(
+                Reason.MERCHANT_NOT_FOUND, "The API key reaches no merchant of this id."
+            )
+        return merchant
+    if len(merchants) != 1:
+        raise GatewayError(
+            Reason.MERCHANT_REQUIRED,
+            "The request has to name its merchant: the API key reaches not exactly one.",
+        )
+    return next(iter(merchants.values()))

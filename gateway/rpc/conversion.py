@@ -1,0 +1,528 @@
+"""Between the contract's messages and the gateway's values: requests to commands, values to bytes.
+
+Answers are assembled from encoded parts, because the frozen answer of an operation must leave byte
+for byte the same through AuthorizePayment, a batch and a stream.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.status_pb2 import Status
+from payments.v1 import money_pb2, outcome_pb2, payment_pb2
+from payments.v1.payment_method_pb2 import CHANNEL_ECOMMERCE, INITIATOR_CUSTOMER
+from payments.v1.payment_method_pb2 import CaptureMethod as CaptureMethodPb
+from payments.v1.payment_service_pb2 import (
+    AuthorizePaymentRequest,
+    CapturePaymentRequest,
+    IncrementAuthorizationRequest,
+    ListPaymentsRequest,
+    RefundPaymentRequest,
+    RefundReason,
+    VoidPaymentRequest,
+)
+
+from gateway.application.commands import Answer, Authorize, Capture, Increment, Refund, Void
+from gateway.application.ports import Found, ListFilter
+from gateway.domain.model import (
+    Aggregate,
+    Attempt,
+    CaptureMethod,
+    Mode,
+    Operation,
+    OperationKind,
+    Outcome,
+    Payment,
+    PaymentState,
+)
+from gateway.rpc.fingerprint import canonical, fingerprint
+
+EVENT_VERSION: Final = 1
+"""The version of PaymentEvent that `ContractEncoder.event` writes."""
+PAGE_SIZE_DEFAULT: Final = 50
+"""What a page_size of 0 is taken as."""
+DETAILS_CACHED_MAX: Final = 1024
+"""How many payments' details are kept decoded: each is needed for the PSP, the answer and the
+events, within milliseconds."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+# --- wire format ----------------------------------------------------------------------------------
+# https://protobuf.dev/programming-guides/encoding: a length-delimited field is its number shifted
+# by three with the type 2, the length as a varint, the bytes.
+
+
+def length_delimited(field_number: int, payload: bytes) -> bytes:
+    """A length-delimited field: a string, bytes or a message. Field numbers up to 15."""
+    length = len(payload)
+    if length < 0x80:
+        return bytes((field_number << 3 | 2, length)) + payload
+    header = bytearray((field_number << 3 | 2,))
+    while length >= 0x80:
+        header.append(length & 0x7F | 0x80)
+        length >>= 7
+    header.append(length)
+    return bytes(header) + payload
+
+
+# --- requests to commands -------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Caller:
+    """Who makes a call, and until when: what every command has besides its request."""
+
+    request_id: str = ""
+    merchant_id: str = ""
+    mode: Mode = Mode.TEST
+    deadline: float | None = None
+    """A time of `time.monotonic()`."""
+
+
+_NO_FIELDS: frozenset[str] = frozenset()
+
+
+def _used_fields(request: AuthorizePaymentRequest) -> frozenset[str]:
+    """The fields of the request that a connector must support, by their paths.
+
+    Not among them: the amount, the capture method, the token, what is documented as the default,
+    and what the gateway itself keeps or acts on (the merchant's ids, metadata, partial approval).
+    """
+    used: list[str] = []
+    if request.channel not in (0, CHANNEL_ECOMMERCE):
+        used.append("channel")
+    if request.initiator not in (0, INITIATOR_CUSTOMER):
+        used.append("initiator")
+    if request.statement_descriptor:
+        used.append("statement_descriptor")
+    if request.statement_descriptor_suffix:
+        used.append("statement_descriptor_suffix")
+    if request.return_url:
+        used.append("return_url")
+    if request.HasField("stored_credential"):
+        used.append("stored_credential")
+    if request.HasField("three_ds"):
+        used.append("three_ds")
+    if request.HasField("billing_address"):
+        used.append("billing_address")
+    if request.HasField("amount_details"):
+        used.append("amount_details")
+    method = request.payment_method.WhichOneof("method")
+    if method is not None and method != "token":
+        used.append(f"payment_method.{method}")
+    return frozenset(used) if used else _NO_FIELDS
+
+
+def to_authorize(request: AuthorizePaymentRequest, caller: Caller) -> Authorize:
+    """The command of a valid request. The request is used up: see `fingerprint.canonical`."""
+    idempotency_key = request.idempotency_key
+    details = canonical(request)
+    return Authorize(
+        merchant_id=caller.merchant_id,
+        mode=caller.mode,
+        idempotency_key=idempotency_key,
+        fingerprint=fingerprint(OperationKind.AUTHORIZE, caller.mode, caller.merchant_id, details),
+        request_id=caller.request_id,
+        deadline=caller.deadline,
+        amount_minor=request.amount.amount_minor,
+        currency=request.amount.currency_code,
+        capture_method=CaptureMethod(request.capture_method),
+        payment_method_token=request.payment_method.token,
+        allow_partial_approval=request.allow_partial_approval,
+        merchant_order_id=request.merchant_order_id,
+        merchant_transaction_id=request.merchant_transaction_id,
+        details=details,
+        used_fields=_used_fields(request),
+    )
+
+
+def to_capture(request: CapturePaymentRequest, caller: Caller) -> Capture:
+    """The command of a valid request. The request is used up."""
+    idempotency_key = request.idempotency_key
+    encoding = canonical(request)
+    has_amount = request.HasField("amount")
+    return Capture(
+        merchant_id=caller.merchant_id,
+        mode=caller.mode,
+        idempotency_key=idempotency_key,
+        fingerprint=fingerprint(OperationKind.CAPTURE, caller.mode, caller.merchant_id, encoding),
+        request_id=caller.request_id,
+        deadline=caller.deadline,
+        payment_id=request.payment_id,
+        amount_minor=request.amount.amount_minor if has_amount else None,
+        currency=request.amount.currency_code if has_amount else None,
+        final=request.final,
+        merchant_transaction_id=request.merchant_transaction_id,
+    )
+
+
+def to_void(request: VoidPaymentRequest, caller: Caller) -> Void:
+    """The command of a valid request. The request is used up."""
+    idempotency_key = request.idempotency_key
+    encoding = canonical(request)
+    by_id = request.WhichOneof("target") == "payment_id"
+    return Void(
+        merchant_id=caller.merchant_id,
+        mode=caller.mode,
+        idempotency_key=idempotency_key,
+        fingerprint=fingerprint(OperationKind.VOID, caller.mode, caller.merchant_id, encoding),
+        request_id=caller.request_id,
+        deadline=caller.deadline,
+        payment_id=request.payment_id if by_id else None,
+        authorize_idempotency_key=None if by_id else request.authorize_idempotency_key,
+        note=request.reason,
+        merchant_transaction_id=request.merchant_transaction_id,
+    )
+
+
+def to_refund(request: RefundPaymentRequest, caller: Caller) -> Refund:
+    """The command of a valid request. The request is used up."""
+    idempotency_key = request.idempotency_key
+    encoding = canonical(request)
+    has_amount = request.HasField("amount")
+    reason = RefundReason.Name(request.reason).removeprefix("REFUND_REASON_")
+    return Refund(
+        merchant_id=caller.merchant_id,
+        mode=caller.mode,
+        idempotency_key=idempotency_key,
+        fingerprint=fingerprint(OperationKind.REFUND, caller.mode, caller.merchant_id, encoding),
+        request_id=caller.request_id,
+        deadline=caller.deadline,
+        payment_id=request.payment_id,
+        amount_minor=request.amount.amount_minor if has_amount else None,
+        currency=request.amount.currency_code if has_amount else None,
+        capture_operation_id=request.capture_operation_id or None,
+        note=reason if request.reason else "",
+        merchant_transaction_id=request.merchant_transaction_id,
+    )
+
+
+def to_increment(request: IncrementAuthorizationRequest, caller: Caller) -> Increment:
+    """The command of a valid request. The request is used up."""
+    idempotency_key = request.idempotency_key
+    encoding = canonical(request)
+    return Increment(
+        merchant_id=caller.merchant_id,
+        mode=caller.mode,
+        idempotency_key=idempotency_key,
+        fingerprint=fingerprint(OperationKind.INCREMENT, caller.mode, caller.merchant_id, encoding),
+        request_id=caller.request_id,
+        deadline=caller.deadline,
+        payment_id=request.payment_id,
+        amount_minor=request.additional_amount.amount_minor,
+        currency=request.additional_amount.currency_code,
+        merchant_transaction_id=request.merchant_transaction_id,
+    )
+
+
+def to_list_filter(
+    request: ListPaymentsRequest, caller: Caller, after: tuple[datetime, str] | None
+) -> ListFilter:
+    """The filter of a valid request; `after` is what its page token says."""
+    return ListFilter(
+        merchant_id=caller.merchant_id,
+        mode=caller.mode,
+        page_size=request.page_size or PAGE_SIZE_DEFAULT,
+        states=tuple(sorted(map(PaymentState, request.states))),
+        created_from=(
+            _to_datetime(request.created_from) if request.HasField("created_from") else None
+        ),
+        created_before=(
+            _to_datetime(request.created_before) if request.HasField("created_before") else None
+        ),
+        merchant_order_id=request.merchant_order_id,
+        after=after,
+    )
+
+
+def _to_datetime(timestamp: Timestamp) -> datetime:
+    # Rounded up to the database's microseconds: a row is at or past a time of finer grain exactly
+    # where it is at or past the next microsecond.
+    microseconds = timestamp.seconds * 1_000_000 + -(-timestamp.nanos // 1000)
+    return from_microseconds(microseconds)
+
+
+def from_microseconds(microseconds: int) -> datetime:
+    """The time so many microseconds after 1970; the latest one where it is past the year 9999."""
+    seconds, rest = divmod(microseconds, 1_000_000)
+    if seconds >= _SECONDS_MAX:
+        return datetime.max.replace(tzinfo=UTC)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest)
+
+
+_SECONDS_MAX = int(datetime.max.replace(tzinfo=UTC).timestamp())
+
+
+def to_microseconds(at: datetime) -> int:
+    """Microseconds after 1970."""
+    since = at - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+
+
+# --- values to messages ---------------------------------------------------------------------------
+
+
+def _timestamp(at: datetime | None) -> Timestamp | None:
+    if at is None:
+        return None
+    seconds, microseconds = divmod(to_microseconds(at), 1_000_000)
+    return Timestamp(seconds=seconds, nanos=microseconds * 1000)
+
+
+# The numbers of the domain's enums are those of the contract, which a test compares; to the type
+# checker, `ValueType` makes one the other.
+
+
+def _outcome(outcome: Outcome) -> outcome_pb2.Outcome:
+    message = outcome_pb2.Outcome(
+        response_code=outcome_pb2.ResponseCode.ValueType(outcome.response_code),
+        connector_code=outcome.connector_code,
+        connector_message=outcome.connector_message,
+        network_code=outcome.network_code,
+        network_code_scheme=outcome.network_code_scheme,
+        avs_result=outcome_pb2.AvsResult.ValueType(outcome.avs_result),
+        avs_code=outcome.avs_code,
+        cvv_result=outcome_pb2.CvvResult.ValueType(outcome.cvv_result),
+        cvv_code=outcome.cvv_code,
+        auth_code=outcome.auth_code,
+        network_transaction_id=outcome.network_transaction_id,
+        retrieval_reference_number=outcome.retrieval_reference_number,
+        system_trace_audit_number=outcome.system_trace_audit_number,
+        acquirer_reference_number=outcome.acquirer_reference_number,
+        amount_reported_minor=outcome.amount_reported_minor,
+    )
+    if outcome.advice_action or outcome.advice_code:
+        advice = message.advice
+        advice.action = outcome_pb2.AdviceAction.ValueType(outcome.advice_action)
+        advice.code = outcome.advice_code
+        advice.scheme = outcome.advice_scheme
+        if outcome.advice_retry_after_s is not None:
+            advice.retry_after.seconds = outcome.advice_retry_after_s
+    return message
+
+
+def _attempt(operation_id: str, attempt: Attempt) -> payment_pb2.Attempt:
+    processing_time: Duration | None = None
+    if attempt.processing_ms is not None:
+        processing_time = Duration()
+        processing_time.FromMicroseconds(round(attempt.processing_ms * 1000))
+    return payment_pb2.Attempt(
+        number=attempt.number,
+        connector=attempt.connector,
+        connector_account_id=attempt.connector_account_id,
+        connector_reference=f"{operation_id}-{attempt.number}",
+        delivery=payment_pb2.Delivery.ValueType(attempt.delivery),
+        connector_transaction_id=attempt.connector_transaction_id,
+        outcome=None if attempt.outcome is None else _outcome(attempt.outcome),
+        connector_processing_time=processing_time,
+    )
+
+
+def encode_operation(operation: Operation) -> bytes:
+    """An operation as the contract's Operation."""
+    attempts = [*operation.superseded_attempts, operation.attempt]
+    messages = [_attempt(operation.operation_id, attempt) for attempt in attempts]
+    answered = next((each for each in reversed(messages) if each.HasField("outcome")), None)
+    action_url = operation.next_action_url
+    return payment_pb2.Operation(
+        operation_id=operation.operation_id,
+        payment_id=operation.payment_id,
+        merchant_id=operation.merchant_id,
+        parent_operation_id=operation.parent_operation_id or "",
+        kind=payment_pb2.OperationKind.ValueType(operation.kind),
+        origin=payment_pb2.OperationOrigin.ValueType(operation.origin),
+        state=payment_pb2.OperationState.ValueType(operation.state),
+        amount=money_pb2.Money(
+            amount_minor=operation.amount_minor, currency_code=operation.currency
+        ),
+        idempotency_key=operation.idempotency_key or "",
+        epoch=operation.epoch,
+        final=operation.final,
+        outcome=None if answered is None else answered.outcome,
+        attempts=messages,
+        allocations=[
+            payment_pb2.RefundAllocation(capture_operation_id=capture_id, amount_minor=part_minor)
+            for capture_id, part_minor in operation.allocations
+        ],
+        next_action=payment_pb2.NextAction(redirect_url=action_url) if action_url else None,
+        reason=operation.reason,
+        merchant_transaction_id=operation.merchant_transaction_id,
+        created_at=_timestamp(operation.created_at),
+        updated_at=_timestamp(operation.updated_at),
+    ).SerializeToString(deterministic=True)
+
+
+def encode_payment(payment: Payment) -> bytes:
+    """A payment as the contract's Payment."""
+    # What is as in the request has the highest field numbers, so the two parts are one encoding.
+    return _encode_own_fields(payment) + _decode_details(payment.details).echo
+
+
+def _encode_own_fields(payment: Payment) -> bytes:
+    return payment_pb2.Payment(
+        payment_id=payment.payment_id,
+        merchant_id=payment.merchant_id,
+        mode=payment_pb2.Mode.ValueType(payment.mode),
+        state=payment_pb2.PaymentState.ValueType(payment.state),
+        version=payment.version,
+        amounts=money_pb2.PaymentAmounts(
+            currency_code=payment.currency,
+            requested_minor=payment.requested_minor,
+            authorized_minor=payment.authorized_minor,
+            capture_pending_minor=payment.capture_pending_minor,
+            captured_minor=payment.captured_minor,
+            refund_pending_minor=payment.refund_pending_minor,
+            refunded_minor=payment.refunded_minor,
+            voided_minor=payment.voided_minor,
+            increment_pending_minor=payment.increment_pending_minor,
+            authorized_reported_minor=payment.authorized_reported_minor,
+            captured_reported_minor=payment.captured_reported_minor,
+            refunded_reported_minor=payment.refunded_reported_minor,
+        ),
+        capture_method=CaptureMethodPb.ValueType(payment.capture_method),
+        capture_closed=payment.capture_closed,
+        cancel_requested=payment.cancel_requested,
+        authorization_expires_at=_timestamp(payment.authorization_expires_at),
+        connector=payment.connector,
+        connector_account_id=payment.connector_account_id,
+        connector_transaction_id=payment.connector_transaction_id,
+        auth_code=payment.auth_code,
+        network_transaction_id=payment.network_transaction_id,
+        created_at=_timestamp(payment.created_at),
+        updated_at=_timestamp(payment.updated_at),
+    ).SerializeToString(deterministic=True)
+
+
+# --- details: what a payment keeps of its request -------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Details:
+    echo: bytes
+    """The fields of Payment that are as in the request, encoded."""
+    payment_method_token: str
+    connector_fields: Mapping[str, object]
+
+
+_ECHOED_MESSAGES: Final = (
+    "payment_method",
+    "stored_credential",
+    "three_ds",
+    "billing_address",
+    "amount_details",
+)
+_NO_CONNECTOR_FIELDS: Mapping[str, object] = MappingProxyType({})
+
+
+@lru_cache(maxsize=DETAILS_CACHED_MAX)
+def _decode_details(details: bytes) -> _Details:
+    request = AuthorizePaymentRequest.FromString(details)
+    echo = payment_pb2.Payment(
+        customer_id=request.customer_id,
+        profile_id=request.profile_id,
+        merchant_transaction_id=request.merchant_transaction_id,
+        merchant_order_id=request.merchant_order_id,
+        channel=request.channel,
+        initiator=request.initiator,
+        statement_descriptor=request.statement_descriptor,
+        statement_descriptor_suffix=request.statement_descriptor_suffix,
+        allow_partial_approval=request.allow_partial_approval,
+        return_url=request.return_url,
+        metadata=request.metadata,
+    )
+    for name in _ECHOED_MESSAGES:
+        if request.HasField(name):
+            getattr(echo, name).CopyFrom(getattr(request, name))
+    used = _used_fields(request)
+    fields = _NO_CONNECTOR_FIELDS
+    if used:
+        names = {path.partition(".")[0] for path in used}
+        everything = MessageToDict(request, preserving_proto_field_name=True)
+        fields = MappingProxyType({name: everything[name] for name in sorted(names)})
+    return _Details(
+        echo.SerializeToString(deterministic=True), request.payment_method.token, fields
+    )
+
+
+# --- answers --------------------------------------------------------------------------------------
+
+# The five money responses have the same field numbers, and so has GetOperationResponse but for
+# `replay`: one encoding serves them all.
+_OPERATION, _PAYMENT, _REPLAY = 1, 2, 3
+
+
+def encode_found(found: Found) -> bytes:
+    """An operation with its payment: a money response without `replay`, or GetOperationResponse."""
+    return length_delimited(_OPERATION, encode_operation(found.operation)) + length_delimited(
+        _PAYMENT, encode_payment(found.payment)
+    )
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """A money response: the stored bytes, with the `replay` field appended to a repeat."""
+    if not answer.replayed:
+        return answer.response
+    replay = payment_pb2.Replay(replayed=True, first_request_id=answer.first_request_id)
+    return answer.response + length_delimited(_REPLAY, replay.SerializeToString())
+
+
+def encode_aggregate(aggregate: Aggregate) -> bytes:
+    """A GetPaymentResponse."""
+    operations = [length_delimited(2, encode_operation(each)) for each in aggregate.operations]
+    return length_delimited(1, encode_payment(aggregate.payment)) + b"".join(operations)
+
+
+def encode_page(payments: Iterable[bytes], next_page_token: str) -> bytes:
+    """A ListPaymentsResponse of encoded payments."""
+    page = b"".join([length_delimited(1, payment) for payment in payments])
+    return page + length_delimited(2, next_page_token.encode()) if next_page_token else page
+
+
+def encode_result(item_ref: str, response: bytes) -> bytes:
+    """An AuthorizePaymentResult with the bytes of a response, as one of a batch's or stream's."""
+    result = length_delimited(2, response)
+    if item_ref:
+        result = length_delimited(1, item_ref.encode()) + result
+    return length_delimited(1, result)
+
+
+def encode_error_result(item_ref: str, error: Status) -> bytes:
+    """An AuthorizePaymentResult with an error, as one of a batch's or stream's."""
+    result = length_delimited(3, error.SerializeToString())
+    if item_ref:
+        result = length_delimited(1, item_ref.encode()) + result
+    return length_delimited(1, result)
+
+
+class ContractEncoder:
+    """Implements `gateway.application.ports.Encoder`."""
+
+    def response(self, operation: Operation, payment: Payment) -> bytes:
+        """A money response without its `replay` field."""
+        return length_delimited(_OPERATION, encode_operation(operation)) + length_delimited(
+            _PAYMENT, encode_payment(payment)
+        )
+
+    def event(self, event_type: str, operation: Operation, payment: Payment) -> bytes:
+        """A PaymentEvent."""
+        head = payment_pb2.PaymentEvent(event_version=EVENT_VERSION, event_type=event_type)
+        return b"".join(
+            (
+                head.SerializeToString(),
+                length_delimited(3, encode_payment(payment)),
+                length_delimited(4, encode_operation(operation)),
+            )
+        )
+
+    def connector_fields(self, payment: Payment) -> tuple[str, Mapping[str, object]]:
+        """The payment method's token (empty for another method) and the fields of the request that
+        are the connector's, in the JSON form of the contract with its field names.
+        """
+        details = _decode_details(payment.details)
+        return details.payment_method_token, details.connector_fields

@@ -1,0 +1,288 @@
+"""The one table from the domain's reasons to gRPC statuses, with google.rpc details and trailers.
+
+`python -m gateway.rpc.error_map` prints `docs/errors.md`.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Final
+
+from google.protobuf.duration_pb2 import Duration
+from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc import StatusCode
+
+from gateway.domain.errors import GatewayError, Reason
+
+ERROR_DOMAIN: Final = "payments.v1"
+"""`ErrorInfo.domain` of every error."""
+VIOLATIONS_MAX: Final = 20
+"""How many violations a status lists: clients refuse trailers above 8 KiB."""
+DESCRIPTION_CHARACTERS_MAX: Final = 200
+"""The length at which a violation's description is cut, for the same reason."""
+INTERNAL_MESSAGE: Final = (
+    "An internal error. Whether the call took effect is not known: repeat it with the same key."
+)
+"""The text of every INTERNAL error: what went wrong inside is for the log alone."""
+
+DETAILS_TRAILER: Final = "grpc-status-details-bin"
+PUSHBACK_TRAILER: Final = "grpc-retry-pushback-ms"
+"""What stock clients obey between tries (gRFC A6): milliseconds, or negative for no retry."""
+
+Trailers = tuple[tuple[str, str | bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How a reason leaves the gateway."""
+
+    code: StatusCode
+    advice: str
+    """What the caller should do, one sentence."""
+    retry_after_s: float | None = None
+    """When the same call may be repeated, in seconds, where the refusal itself does not say; None
+    where a repeat of the same call makes no sense."""
+
+
+_C = StatusCode
+_DIFFERENTLY = "The payment's present state forbids it; read the payment with GetPayment first."
+
+RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
+    {
+        Reason.INVALID_REQUEST: Rule(
+            _C.INVALID_ARGUMENT, "Correct the fields that BadRequest names."
+        ),
+        Reason.MESSAGE_MALFORMED: Rule(
+            _C.INVALID_ARGUMENT,
+            "Send a message of the method's type; these bytes are none (or hold invalid UTF-8).",
+        ),
+        Reason.MESSAGE_TOO_LARGE: Rule(
+            _C.RESOURCE_EXHAUSTED, "Send less in one message; the same message is never accepted."
+        ),
+        Reason.CARD_DATA_NOT_ALLOWED: Rule(
+            _C.INVALID_ARGUMENT,
+            "Remove the card number or card verification value from the field that BadRequest "
+            "names; use a token.",
+        ),
+        Reason.FIELD_NOT_SUPPORTED: Rule(
+            _C.INVALID_ARGUMENT,
+            "Leave out the fields that BadRequest names; the merchant's connector cannot use them.",
+        ),
+        Reason.PAGE_TOKEN_INVALID: Rule(
+            _C.INVALID_ARGUMENT,
+            "Use the next_page_token as it was given, with the same filters, or begin anew.",
+        ),
+        Reason.CREDENTIAL_MISSING: Rule(
+            _C.UNAUTHENTICATED, "Send the metadata `authorization: Bearer <API key>`."
+        ),
+        Reason.CREDENTIAL_INVALID: Rule(
+            _C.UNAUTHENTICATED, "The API key is unknown, expired or revoked; use another."
+        ),
+        Reason.SCOPE_MISSING: Rule(
+            _C.PERMISSION_DENIED, "Use an API key with the scope that the metadata names."
+        ),
+        Reason.MERCHANT_REQUIRED: Rule(
+            _C.INVALID_ARGUMENT, "Name the merchant; the API key reaches not exactly one."
+        ),
+        Reason.MERCHANT_NOT_FOUND: Rule(
+            _C.NOT_FOUND, "The API key reaches no merchant of this id."
+        ),
+        Reason.PAYMENT_NOT_FOUND: Rule(
+            _C.NOT_FOUND, "The merchant has no payment of this id (or key) in the key's mode."
+        ),
+        Reason.OPERATION_NOT_FOUND: Rule(
+            _C.NOT_FOUND, "The merchant has no operation of this id or key in the key's mode."
+        ),
+        Reason.METHOD_NOT_FOUND: Rule(
+            _C.UNIMPLEMENTED, "The service has no method of this name; compare the versions."
+        ),
+        Reason.IDEMPOTENCY_KEY_REUSED: Rule(
+            _C.ALREADY_EXISTS,
+            "The key belongs to another payload; nothing was done. Use a new key for a new call.",
+        ),
+        Reason.IDEMPOTENCY_KEY_IN_FLIGHT: Rule(
+            _C.ABORTED,
+            "The first call with this key is still running; repeat with the same key.",
+            retry_after_s=0.2,
+        ),
+        Reason.PAYMENT_NOT_AUTHORIZED: Rule(_C.FAILED_PRECONDITION, _DIFFERENTLY),
+        Reason.PAYMENT_CLOSED_FOR_CAPTURE: Rule(
+            _C.FAILED_PRECONDITION, "The payment takes no further capture."
+        ),
+        Reason.AMOUNT_EXCEEDS_AUTHORIZED: Rule(
+            _C.FAILED_PRECONDITION,
+            "Capture at most what is authorized and neither captured nor reserved by a capture.",
+        ),
+        Reason.AMOUNT_EXCEEDS_CAPTURED: Rule(
+            _C.FAILED_PRECONDITION,
+            "Refund at most what is captured and neither refunded nor reserved by a refund.",
+        ),
+        Reason.CURRENCY_MISMATCH: Rule(_C.FAILED_PRECONDITION, "Use the currency of the payment."),
+        Reason.NOTHING_TO_VOID: Rule(
+            _C.FAILED_PRECONDITION, "Nothing of the payment is authorized and not captured."
+        ),
+        Reason.INCREMENT_NOT_ALLOWED: Rule(
+            _C.FAILED_PRECONDITION,
+            "Increment only authorized payments with manual capture of which nothing is captured.",
+        ),
+        Reason.CAPTURE_NOT_REFUNDABLE: Rule(
+            _C.FAILED_PRECONDITION, "Name a capture of this payment that succeeded, or none."
+        ),
+        Reason.OPERATION_IN_PROGRESS: Rule(
+            _C.FAILED_PRECONDITION,
+            "Repeat once the payment's unfinished operation has its outcome.",
+            retry_after_s=1.0,
+        ),
+        Reason.TOO_MANY_OPERATIONS: Rule(
+            _C.FAILED_PRECONDITION, "The payment takes no further operation."
+        ),
+        Reason.CONNECTOR_UNAVAILABLE: Rule(
+            _C.FAILED_PRECONDITION,
+            "No connector serves the merchant in this mode; have one configured.",
+        ),
+        Reason.CONTENTION: Rule(
+            _C.ABORTED,
+            "Other calls changed the payment meanwhile; repeat with the same key.",
+            retry_after_s=0.1,
+        ),
+        Reason.OVERLOADED: Rule(
+            _C.RESOURCE_EXHAUSTED,
+            "The gateway refused it at the door; repeat with the same key after the pause.",
+            retry_after_s=0.5,
+        ),
+        Reason.DEADLINE_TOO_SHORT: Rule(
+            _C.DEADLINE_EXCEEDED,
+            "Nothing was sent to the PSP; repeat with the same key and a longer deadline.",
+        ),
+        Reason.STORE_UNAVAILABLE: Rule(
+            _C.UNAVAILABLE,
+            "Whether the call took effect is not known; repeat with the same key.",
+            retry_after_s=1.0,
+        ),
+        Reason.DRAINING: Rule(
+            _C.UNAVAILABLE,
+            "This server is shutting down; repeat with the same key over a new connection.",
+            retry_after_s=0.1,
+        ),
+        Reason.INTERNAL: Rule(
+            _C.INTERNAL,
+            "Whether the call took effect is not known; repeat with the same key, and report the "
+            "`x-request-id`.",
+        ),
+    }
+)
+"""Every reason that a call can be refused for."""
+
+OPERATION_REASONS: Final[Mapping[Reason, str]] = MappingProxyType(
+    {
+        Reason.SEND_WINDOW_PASSED: "It was not sent in time, so it was not sent at all.",
+        Reason.CONNECT_FAILED: "No connection to the PSP came about; nothing was sent.",
+        Reason.ANSWER_TIMED_OUT: "It was sent, and no answer came in time.",
+        Reason.CONNECTION_LOST: "It may have been sent; the connection broke before an answer.",
+        Reason.ANSWER_UNUSABLE: "The PSP's answer could not be understood.",
+        Reason.CONNECTOR_BUSY: "No connection to the PSP was free in time; nothing was sent.",
+        Reason.REFERENCE_CANCELED: "Its reference was made unusable at the PSP.",
+        Reason.RECOVERED: "Recovery took it over after its sender had died.",
+    }
+)
+"""Reasons that stand in `Operation.reason` only, never in an error."""
+
+_NO_RETRY: Trailers = ((PUSHBACK_TRAILER, "-1"),)
+_RETRIED_CODES: Final = frozenset({_C.ABORTED, _C.RESOURCE_EXHAUSTED, _C.UNAVAILABLE})
+"""The codes that the published service config retries."""
+
+
+def status_code(reason: Reason) -> StatusCode:
+    """The gRPC status code of a refusal for this reason."""
+    rule = RULES.get(reason)
+    return StatusCode.INTERNAL if rule is None else rule.code
+
+
+def retry_after_s(error: GatewayError) -> float | None:
+    """When the call may be repeated, in seconds from now; None where that makes no sense."""
+    if error.retry_after_s is not None:
+        return error.retry_after_s
+    rule = RULES.get(error.reason)
+    return None if rule is None else rule.retry_after_s
+
+
+def to_status(error: GatewayError) -> Status:
+    """The error as google.rpc.Status: ErrorInfo, then BadRequest and RetryInfo where they apply."""
+    code = status_code(error.reason)
+    internal = code is StatusCode.INTERNAL
+    status = Status(code=code.value[0], message=INTERNAL_MESSAGE if internal else error.message)
+    reason = Reason.INTERNAL if internal else error.reason
+    info = ErrorInfo(
+        reason=reason.value, domain=ERROR_DOMAIN, metadata=None if internal else error.metadata
+    )
+    status.details.add().Pack(info)
+    if error.violations and not internal:
+        bad_request = BadRequest()
+        for violation in error.violations[:VIOLATIONS_MAX]:
+            bad_request.field_violations.add(
+                field=violation.field,
+                description=violation.description[:DESCRIPTION_CHARACTERS_MAX],
+                reason=reason.value,
+            )
+        status.details.add().Pack(bad_request)
+    pause_s = retry_after_s(error)
+    if pause_s is not None:
+        delay = Duration()
+        delay.FromMilliseconds(round(pause_s * 1000))
+        status.details.add().Pack(RetryInfo(retry_delay=delay))
+    return status
+
+
+def to_trailers(error: GatewayError, status: Status) -> Trailers:
+    """The trailers of a call that ends with the status of `to_status(error)`."""
+    details: Trailers = ((DETAILS_TRAILER, status.SerializeToString()),)
+    pause_s = retry_after_s(error)
+    if pause_s is not None:
+        return (*details, (PUSHBACK_TRAILER, str(round(pause_s * 1000))))
+    if status_code(error.reason) in _RETRIED_CODES:
+        return details + _NO_RETRY
+    return details
+
+
+_HEAD = """# Errors
+
+<!-- Printed by `python -m gateway.rpc.error_map`; a test compares. -->
+
+A refused call ends with a gRPC status whose `grpc-status-details-bin` trailer is a
+`google.rpc.Status`: an `ErrorInfo` with the reason and the domain `payments.v1`, a `BadRequest`
+with one violation for each field that is wrong, a `RetryInfo` where the same call may be repeated.
+The pause is also in the trailer `grpc-retry-pushback-ms`, which gRPC clients with a retry policy
+obey; `-1` there forbids the retry. Every call, refused or not, ends with the trailer
+`x-request-id`. No text holds values of the request, card data or the text of an exception.
+
+A decline and an unknown outcome are answers, not errors: see `operation.state`. Repeating a call
+with the same idempotency key and payload is always safe, whatever the error was.
+
+| Reason | Status | Repeat after | What to do |
+|---|---|---|---|
+"""
+_MIDDLE = """
+## Why an operation has no answer of the PSP
+
+These stand in `Operation.reason` and are never errors.
+
+| Reason | Meaning |
+|---|---|
+"""
+
+
+def render() -> str:
+    """`docs/errors.md`."""
+    rows = [
+        f"| `{reason}` | {rule.code.name} | "
+        f"{'' if rule.retry_after_s is None else f'{rule.retry_after_s:g} s'} | {rule.advice} |\n"
+        for reason, rule in RULES.items()
+    ]
+    meanings = [f"| `{reason}` | {text} |\n" for reason, text in OPERATION_REASONS.items()]
+    return _HEAD + "".join(rows) + _MIDDLE + "".join(meanings)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render())

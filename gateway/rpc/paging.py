@@ -1,0 +1,65 @@
+"""The page tokens of ListPayments: opaque, versioned, and bound to the filters they were made for.
+
+A token is no secret and proves nothing: whatever it says, the query is held to the caller's
+merchant and mode. It is written in hexadecimal, one token too long to look like a card number.
+"""
+
+from datetime import datetime
+from hashlib import sha256
+from typing import Final
+
+from payments.v1.payment_service_pb2 import ListPaymentsRequest
+
+from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.ids import is_payment_id
+from gateway.rpc.conversion import Caller, from_microseconds, to_microseconds
+
+_VERSION: Final = b"\x01"
+_FILTER_BYTES: Final = 8
+_TIME_BYTES: Final = 8
+_HEAD_BYTES: Final = len(_VERSION) + _FILTER_BYTES + _TIME_BYTES
+
+
+def filter_digest(request: ListPaymentsRequest, caller: Caller) -> bytes:
+    """What a token is bound to: the filters, the merchant and the mode; not the page's size."""
+    filters = ListPaymentsRequest()
+    filters.CopyFrom(request)
+    filters.merchant_id = caller.merchant_id
+    filters.ClearField("page_size")
+    filters.ClearField("page_token")
+    filters.DiscardUnknownFields()
+    encoding = b"%d " % caller.mode + filters.SerializeToString(deterministic=True)
+    return sha256(encoding).digest()[:_FILTER_BYTES]
+
+
+def encode_page_token(digest: bytes, after: tuple[datetime, str]) -> str:
+    """The token of the page that begins after the given sort key (created_at, payment_id)."""
+    created_at, payment_id = after
+    time = to_microseconds(created_at).to_bytes(_TIME_BYTES, signed=True)
+    return (_VERSION + digest + time + payment_id.encode()).hex()
+
+
+def decode_page_token(digest: bytes, token: str) -> tuple[datetime, str] | None:
+    """The sort key of a token; None for the first page's empty one.
+
+    Raises GatewayError(PAGE_TOKEN_INVALID) for what is no token, or another filter's.
+    """
+    if not token:
+        return None
+    try:
+        data = bytes.fromhex(token)
+        created_at = from_microseconds(
+            int.from_bytes(data[_HEAD_BYTES - _TIME_BYTES : _HEAD_BYTES], signed=True)
+        )
+        payment_id = data[_HEAD_BYTES:].decode("ascii")
+    except (ValueError, OverflowError):
+        raise _invalid() from None
+    if data[: _HEAD_BYTES - _TIME_BYTES] != _VERSION + digest or not is_payment_id(payment_id):
+        raise _invalid()
+    return created_at, payment_id
+
+
+def _invalid() -> GatewayError:
+    return GatewayError(
+        Reason.PAGE_TOKEN_INVALID, "The page token is none, or was given for other filters."
+    )

@@ -1,0 +1,256 @@
+"""The gRPC server: one of two transports with the same handlers, limits, health and draining.
+
+`grpcio` (grpc.aio) is the default, and the only one for callers that are not trusted. `native`
+(pygrpc-native) is for trusted callers behind a proxy; `docs/transports.md` says how they differ.
+"""
+
+import asyncio
+import contextlib
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import grpc
+import pygrpc_native.aio
+from grpc import aio
+
+from gateway.rpc import validation
+from gateway.rpc.service import SERVICE_NAME, PaymentService
+from gateway.rpc.system import (
+    HEALTH_SERVICE,
+    REFLECTION_SERVICES,
+    Handlers,
+    Health,
+    Reflection,
+    UnknownMethods,
+)
+
+_HARD_MESSAGE_FACTOR: Final = 2
+"""The transport itself refuses messages above `message_bytes_max` times this, without details;
+below it the handlers refuse, with a reason and the advice not to retry."""
+_LITTER_AGE_S_MIN: Final = 60.0
+"""Younger directories of the native transport may belong to a server that is just starting."""
+
+
+class ServerConfigError(RuntimeError):
+    """The settings of the server contradict each other, or its address cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Where and how to serve. Times are in seconds."""
+
+    transport: Literal["grpcio", "native"] = "grpcio"
+    listen_address: str = "127.0.0.1:50051"
+    """`host:port`; an IPv6 address in brackets, port 0 for any free one."""
+    tls_certificate_file: str = ""
+    """The server's certificate with its chain, PEM. Empty: plain text. grpcio only."""
+    tls_key_file: str = ""
+    """The certificate's private key, PEM."""
+    tls_client_ca_file: str = ""
+    """With it every client must present a certificate of this authority (mutual TLS)."""
+    trusted_front: bool = False
+    """Declares that only trusted callers reach this server, through a proxy that terminates TLS,
+    bounds requests and ages connections. `native` does not start without."""
+    share_port: bool = False
+    """Several processes may bind the same port (SO_REUSEPORT)."""
+    message_bytes_max: int = 2 * 1024 * 1024
+    """The largest request; the same as in RpcLimits."""
+    metadata_bytes_max: int = 16 * 1024
+    """The largest headers of a request."""
+    concurrent_streams_max: int = 1000
+    """Calls at once on one connection (HTTP/2 SETTINGS_MAX_CONCURRENT_STREAMS)."""
+    keepalive_time_s: float = 60.0
+    """A connection on which nothing was heard for so long is pinged."""
+    keepalive_timeout_s: float = 20.0
+    """A ping unanswered for so long ends the connection."""
+    client_ping_interval_s_min: float = 10.0
+    """A client that pings more often without data is sent away. grpcio only."""
+    connection_age_max_s: float = 0.0
+    """A connection of this age is asked to go, so that load spreads over new servers; 0: never.
+    grpcio only."""
+    connection_age_grace_s: float = 30.0
+    """How long its calls may still take then."""
+    reflection: bool = True
+    """Whether server reflection is served."""
+    drain_notice_s: float = 0.0
+    """How long after NOT_SERVING calls are still taken, so that load balancers notice first."""
+
+
+class GrpcServer:
+    """Serves PaymentService with health and reflection. `start`, then `drain`.
+
+    Raises ServerConfigError where the options contradict each other.
+    """
+
+    def __init__(self, service: PaymentService, options: ServerOptions) -> None:
+        _check(options)
+        self._service = service
+        self._options = options
+        self._health = Health((SERVICE_NAME,))
+        self._server: aio.Server | None = None
+        self._drained: asyncio.Task[None] | None = None
+        self.port = 0
+        """The port that is bound, once started."""
+
+    @property
+    def address(self) -> str:
+        """Where it listens, once started: `host:port`."""
+        return f"{self._options.listen_address.rpartition(':')[0]}:{self.port}"
+
+    async def start(self) -> int:
+        """Bind, serve, and return the port. Raises ServerConfigError."""
+        validation.warm()
+        options = self._options
+        if options.transport == "native":
+            _remove_litter()
+            server: aio.Server = pygrpc_native.aio.server(options=_channel_options(options))
+        else:
+            server = aio.server(options=_channel_options(options))
+        for name, handlers in self._services():
+            generic = grpc.method_handlers_generic_handler(name, handlers)
+            server.add_generic_rpc_handlers((generic,))
+            # Without this the native transport would leave the method to its grpcio fallback.
+            server.add_registered_method_handlers(name, handlers)
+        server.add_generic_rpc_handlers((UnknownMethods(self._service.serve_unknown),))
+        self.port = _bind(server, options)
+        await server.start()
+        self._server = server
+        return self.port
+
+    def _services(self) -> Iterator[tuple[str, Handlers]]:
+        yield SERVICE_NAME, self._service.method_handlers()
+        yield HEALTH_SERVICE, self._health.method_handlers()
+        if self._options.reflection:
+            handlers = Reflection((SERVICE_NAME,)).method_handlers()
+            for name in REFLECTION_SERVICES:
+                yield name, handlers
+
+    async def set_serving(self, serving: bool) -> None:
+        """Report SERVING or NOT_SERVING by health; ignored once draining has begun."""
+        if self._drained is None:
+            self._health.set_serving(serving)
+
+    async def drain(self, grace_s: float) -> None:
+        """Report NOT_SERVING, take no more calls, finish those in flight, stop.
+
+        What is not finished after `grace_s` seconds is cancelled: its callers get UNAVAILABLE or
+        CANCELLED, and what it had begun goes on in the use cases. May be called more than once.
+        """
+        if self._drained is None:
+            self._drained = asyncio.get_running_loop().create_task(self._drain(grace_s))
+        await asyncio.shield(self._drained)
+
+    async def _drain(self, grace_s: float) -> None:
+        self._health.set_serving(False)
+        await asyncio.sleep(self._options.drain_notice_s)
+        until = time.monotonic() + grace_s
+        self._service.begin_drain()
+        self._health.close()
+        if self._options.transport == "native":
+            # Its stop() tells clients nothing (no GOAWAY): they learn by our refusals first.
+            await self._wait_idle(grace_s)
+        if self._server is not None:
+            await self._server.stop(max(0.0, until - time.monotonic()))
+        await self._wait_idle(until - time.monotonic())
+
+    async def _wait_idle(self, timeout_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._service.wait_idle(), max(0.0, timeout_s))
+
+
+def _check(options: ServerOptions) -> None:
+    tls = options.tls_certificate_file
+    if bool(tls) != bool(options.tls_key_file) or (options.tls_client_ca_file and not tls):
+        raise ServerConfigError("TLS needs both tls_certificate_file and tls_key_file")
+    if options.transport == "grpcio":
+        return
+    for name, wrong in (
+        ("TLS", bool(tls)),
+        ("connection_age_max_s", options.connection_age_max_s > 0),
+    ):
+        if wrong:
+            raise ServerConfigError(
+                f"the native transport has no {name}: leave it to the proxy in front, or use grpcio"
+            )
+    if not options.trusted_front:
+        raise ServerConfigError(
+            "the native transport is for trusted callers behind a proxy that terminates TLS and "
+            "bounds requests: declare it with trusted_front, or use grpcio"
+        )
+
+
+def _bind(server: aio.Server, options: ServerOptions) -> int:
+    address = options.listen_address
+    try:
+        if options.tls_certificate_file:
+            port = server.add_secure_port(address, _credentials(options))
+        else:
+            port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ServerConfigError(f"cannot listen on {address}") from error
+    if port == 0:
+        raise ServerConfigError(f"cannot listen on {address}")
+    return port
+
+
+def _channel_options(options: ServerOptions) -> list[tuple[str, Any]]:
+    arguments: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", _HARD_MESSAGE_FACTOR * options.message_bytes_max),
+        # Both limits, or grpc-core refuses some calls between them at random.
+        ("grpc.max_metadata_size", options.metadata_bytes_max),
+        ("grpc.absolute_max_metadata_size", options.metadata_bytes_max),
+        ("grpc.max_concurrent_streams", options.concurrent_streams_max),
+        ("grpc.keepalive_time_ms", _milliseconds(options.keepalive_time_s)),
+        ("grpc.keepalive_timeout_ms", _milliseconds(options.keepalive_timeout_s)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        (
+            "grpc.http2.min_recv_ping_interval_without_data_ms",
+            _milliseconds(options.client_ping_interval_s_min),
+        ),
+        # grpc.aio would share a port silently.
+        ("grpc.so_reuseport", int(options.share_port)),
+    ]
+    if options.connection_age_max_s > 0:
+        age_ms = _milliseconds(options.connection_age_max_s)
+        grace_ms = _milliseconds(options.connection_age_grace_s)
+        arguments.append(("grpc.max_connection_age_ms", age_ms))
+        arguments.append(("grpc.max_connection_age_grace_ms", grace_ms))
+    return arguments
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _credentials(options: ServerOptions) -> grpc.ServerCredentials:
+    client_ca: bytes | None = None
+    try:
+        certificate = Path(options.tls_certificate_file).read_bytes()
+        key = Path(options.tls_key_file).read_bytes()
+        if options.tls_client_ca_file:
+            client_ca = Path(options.tls_client_ca_file).read_bytes()
+    except OSError as error:
+        raise ServerConfigError(f"cannot read a TLS file: {error}") from error
+    return grpc.ssl_server_credentials(
+        [(key, certificate)],
+        root_certificates=client_ca,
+        require_client_auth=client_ca is not None,
+    )
+
+
+def _remove_litter() -> None:
+    """Remove what killed processes of the native transport left: sockets that nobody listens on."""
+    for path in Path(tempfile.gettempdir()).glob("pygrpc-native-*/fallback.sock"):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            if time.time() - path.stat().st_mtime < _LITTER_AGE_S_MIN:
+                continue
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                shutil.rmtree(path.parent)

@@ -1,0 +1,175 @@
+"""What a gRPC server offers beside its services: health, reflection, an answer to unknown calls.
+
+Here too the handlers take bytes and catch everything, so that garbage is answered INVALID_ARGUMENT
+and no exception's text reaches a client.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1.health_pb2 import (  # type: ignore[import-untyped]
+    HealthCheckRequest,
+    HealthCheckResponse,
+    HealthListRequest,
+    HealthListResponse,
+)
+from grpc_reflection.v1alpha.reflection import (  # type: ignore[import-untyped]
+    aio as reflection_aio,
+)
+from grpc_reflection.v1alpha.reflection_pb2 import (  # type: ignore[import-untyped]
+    ServerReflectionRequest,
+)
+
+from gateway.domain.errors import GatewayError, Reason
+from gateway.rpc import error_map, validation
+from gateway.rpc.service import Context
+
+HEALTH_SERVICE: Final = "grpc.health.v1.Health"
+REFLECTION_SERVICES: Final = (
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+)
+"""Both names have the same messages but for their package."""
+WATCHERS_MAX: Final = 1000
+"""How many Health.Watch calls may run at once."""
+
+_log = logging.getLogger(__name__)
+
+Handlers = dict[str, "grpc.RpcMethodHandler[Any, Any]"]
+
+
+async def _fail(context: Context, error: Exception) -> None:
+    if not isinstance(error, GatewayError):
+        _log.error("a system call failed unexpectedly", exc_info=error)
+        error = GatewayError(Reason.INTERNAL, error_map.INTERNAL_MESSAGE)
+    status = error_map.to_status(error)
+    trailers = error_map.to_trailers(error, status)
+    await context.abort(error_map.status_code(error.reason), status.message, trailers)
+
+
+class Health:
+    """`grpc.health.v1.Health`. No watcher, however slow, can hold up a change."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        self._serving = dict.fromkeys(("", *services), True)
+        self._watchers: set[asyncio.Event] = set()
+        self._closed = False
+
+    def set_serving(self, serving: bool) -> None:
+        """Change what all services are reported as."""
+        self._serving = dict.fromkeys(self._serving, serving)
+        self._wake()
+
+    def close(self) -> None:
+        """End the watchers, once each has read the last change."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        for watcher in self._watchers:
+            watcher.set()
+
+    def method_handlers(self) -> Handlers:
+        """The handlers by the names of their methods."""
+        return {
+            "Check": grpc.unary_unary_rpc_method_handler(self._check),
+            "List": grpc.unary_unary_rpc_method_handler(self._list),
+            "Watch": grpc.unary_stream_rpc_method_handler(self._watch),
+        }
+
+    async def _check(self, data: bytes, context: Context) -> bytes:
+        try:
+            request = validation.parse(HealthCheckRequest, data)
+        except GatewayError as error:
+            await _fail(context, error)
+            raise
+        serving = self._serving.get(request.service)
+        if serving is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "The server has no such service.", ())
+        return _encode(_health(serving))
+
+    async def _list(self, data: bytes, context: Context) -> bytes:
+        try:
+            validation.parse(HealthListRequest, data)
+        except GatewayError as error:
+            await _fail(context, error)
+        statuses = {service: _health(serving) for service, serving in self._serving.items()}
+        return _encode(HealthListResponse(statuses=statuses))
+
+    async def _watch(self, data: bytes, context: Context) -> None:
+        watcher = asyncio.Event()
+        try:
+            request = validation.parse(HealthCheckRequest, data)
+            if len(self._watchers) >= WATCHERS_MAX:
+                raise GatewayError(Reason.OVERLOADED, "Too many calls watch the health.")
+            self._watchers.add(watcher)
+            last: bool | None = None
+            first = True
+            while True:
+                watcher.clear()
+                serving = self._serving.get(request.service)
+                if first or serving is not last:
+                    await context.write(_encode(_health(serving)))
+                first, last = False, serving
+                if self._closed:
+                    raise GatewayError(Reason.DRAINING, "This server is shutting down.")
+                await watcher.wait()
+        except Exception as error:  # noqa: BLE001 - its text must not reach the client
+            await _fail(context, error)
+        finally:
+            self._watchers.discard(watcher)
+
+
+def _encode(message: Message) -> bytes:
+    return message.SerializeToString()
+
+
+def _health(serving: bool | None) -> HealthCheckResponse:
+    if serving is None:
+        return HealthCheckResponse(status=HealthCheckResponse.SERVICE_UNKNOWN)
+    return HealthCheckResponse(
+        status=HealthCheckResponse.SERVING if serving else HealthCheckResponse.NOT_SERVING
+    )
+
+
+class Reflection:
+    """Server reflection, versions v1 and v1alpha."""
+
+    def __init__(self, services: Iterable[str]) -> None:
+        names = (*services, HEALTH_SERVICE, *REFLECTION_SERVICES)
+        self._servicer = reflection_aio.ReflectionServicer(names)
+
+    def method_handlers(self) -> Handlers:
+        """The handler by the name of its method."""
+        return {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(self._info)}
+
+    async def _info(self, _requests: object, context: Context) -> None:
+        async def requests() -> AsyncIterator[ServerReflectionRequest]:
+            while (data := await context.read()) is not grpc.aio.EOF:
+                yield validation.parse(ServerReflectionRequest, data)
+
+        try:
+            async for response in self._servicer.ServerReflectionInfo(requests(), context):
+                await context.write(response.SerializeToString())
+        except Exception as error:  # noqa: BLE001 - its text must not reach the client
+            await _fail(context, error)
+
+
+class UnknownMethods(grpc.GenericRpcHandler):
+    """Answers every call that no other handler takes."""
+
+    def __init__(self, serve: Callable[[Any, Any], Any]) -> None:
+        self._handler: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(
+            serve
+        )
+
+    def service(
+        self,
+        handler_call_details: grpc.HandlerCallDetails,  # noqa: ARG002 - named so by grpc
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        """The handler."""
+        return self._handler

@@ -1,0 +1,303 @@
+"""Checks a request: the contract's rules (protovalidate), what they cannot say, and no card data.
+
+Every refusal names fields, never values: neither a violation's text nor its path holds anything
+that the caller sent. A map's key is sent by the caller, so paths end at the map.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from payments.v1.money_pb2 import Money
+from payments.v1.payment_service_pb2 import (
+    AuthorizePaymentItem,
+    AuthorizePaymentRequest,
+    CapturePaymentRequest,
+    GetOperationRequest,
+    GetPaymentRequest,
+    IncrementAuthorizationRequest,
+    ListPaymentsRequest,
+    RefundPaymentRequest,
+    VoidPaymentRequest,
+)
+from protovalidate import Validator
+from protovalidate import Violation as RuleViolation
+
+from gateway.application.accounts import MerchantInfo
+from gateway.domain.errors import GatewayError, Reason, Violation
+from gateway.domain.money import is_currency
+from gateway.domain.pan import contains_pan
+
+BATCH_ITEMS_MAX: Final = 500
+"""The contract's rule for BatchAuthorizePaymentsRequest.items."""
+STREAM_ITEMS_MAX: Final = 100
+"""The contract's rule for StreamAuthorizePaymentsRequest.items."""
+ITEM_REF_CHARACTERS_MAX: Final = 128
+"""The contract's rule for AuthorizePaymentItem.item_ref."""
+REQUEST_ID_CHARACTERS_MAX: Final = 128
+"""A longer x-request-id is not taken over."""
+
+REQUEST_TYPES: Final[tuple[type[Message], ...]] = (
+    AuthorizePaymentRequest,
+    CapturePaymentRequest,
+    VoidPaymentRequest,
+    RefundPaymentRequest,
+    IncrementAuthorizationRequest,
+    GetPaymentRequest,
+    ListPaymentsRequest,
+    GetOperationRequest,
+)
+
+# google.protobuf.Timestamp: 0001-01-01T00:00:00Z to 9999-12-31T23:59:59.999999999Z.
+_TIMESTAMP_SECONDS = range(-62_135_596_800, 253_402_300_800)
+_NANOS = range(1_000_000_000)
+
+# A violation of a whole message is reported at the field that can mend it.
+_MESSAGE_RULE_FIELDS: Final = {
+    "authorize.zero_amount": "capture_method",
+    "authorize.mit": "stored_credential",
+}
+
+# Without a match in a message's bytes, no string in it can hold a card number or a NUL: a card
+# number stands in the bytes as it does in the string, in ASCII digits, or with escapes, or with
+# other characters in UTF-8. Tags, lengths and numbers can only cause a needless closer look.
+_SUSPECT = re.compile(rb"[0-9 \t\r\n+\-]{13}|[%\\\x00]|[\xc2-\xf4][\x80-\xbf]").search
+
+# The ends of metadata keys, reduced to their letters and digits, under which three or four digits
+# are a card verification value.
+_VERIFICATION_KEY_ENDS = (
+    *("cvv", "cvv2", "cvc", "cvc2", "cvn", "cvn2", "cvd", "csc", "cav", "cav2"),
+    *("securitycode", "verificationvalue", "verificationcode", "verificationnumber"),
+)
+_VERIFICATION_VALUE = re.compile(r"\s*[0-9]{3,4}\s*")
+_NOT_LETTERS_OR_DIGITS = re.compile(r"[^a-z0-9]")
+
+_validator = Validator()
+_M = TypeVar("_M", bound=Message)
+
+
+def warm() -> None:
+    """Compile the contract's rules: the first validation of each message takes milliseconds."""
+    for message_type in REQUEST_TYPES:
+        _validator.collect_violations(message_type())
+
+
+def parse(message_type: type[_M], data: bytes) -> _M:
+    """The message of the bytes. Raises GatewayError(MESSAGE_MALFORMED)."""
+    try:
+        return message_type.FromString(data)
+    except DecodeError:
+        raise GatewayError(
+            Reason.MESSAGE_MALFORMED, "The bytes are no message of the method's request type."
+        ) from None
+
+
+# --- the contract's rules, and the gateway's own --------------------------------------------------
+
+
+def validate(request: Message) -> None:
+    """Check a request but for card data.
+
+    Raises GatewayError(INVALID_REQUEST) with one violation for each field.
+    """
+    found = _validator.collect_violations(request)
+    own = _OWN_RULES.get(type(request))
+    if not found and own is None:
+        return
+    violations = [] if own is None else list(own(request))
+    if found or violations:
+        raise _invalid(_by_field([*map(_translated, found), *violations]))
+
+
+def _invalid(violations: Sequence[Violation]) -> GatewayError:
+    return GatewayError(
+        Reason.INVALID_REQUEST, "The request breaks rules of the contract.", violations=violations
+    )
+
+
+def _by_field(violations: Sequence[Violation]) -> list[Violation]:
+    by_field: dict[str, list[str]] = {}
+    for violation in violations:
+        descriptions = by_field.setdefault(violation.field, [])
+        if violation.description not in descriptions:
+            descriptions.append(violation.description)
+    return [Violation(path, "; ".join(texts)) for path, texts in by_field.items()]
+
+
+def _translated(violation: RuleViolation) -> Violation:
+    proto = violation.proto
+    path: list[str] = []
+    in_map = False
+    for element in proto.field.elements if proto.field is not None else ():
+        name = element.field_name
+        subscript = element.subscript
+        if subscript is not None:
+            if subscript.field == "index":
+                name += f"[{subscript.value}]"
+            else:
+                in_map = True
+        path.append(name)
+    description = proto.message or "is not valid"
+    if in_map:
+        description = f"a {'key' if proto.for_key else 'value'} {description}"
+    return Violation(".".join(path) or _MESSAGE_RULE_FIELDS.get(proto.rule_id, ""), description)
+
+
+def _currency_rule(path: str, money: Money) -> Iterator[Violation]:
+    if not is_currency(money.currency_code):
+        yield Violation(f"{path}.currency_code", "must be an active ISO 4217 currency code")
+
+
+def _authorize_rules(request: AuthorizePaymentRequest) -> Iterator[Violation]:
+    if request.HasField("amount"):
+        yield from _currency_rule("amount", request.amount)
+    if request.HasField("amount_details"):
+        parts = request.amount_details
+        total = parts.tip_minor + parts.surcharge_minor + parts.tax_minor + parts.shipping_minor
+        if total > request.amount.amount_minor:
+            yield Violation("amount_details", "must not exceed the amount in all")
+
+
+def _amount_rules(request: CapturePaymentRequest | RefundPaymentRequest) -> Iterator[Violation]:
+    if request.HasField("amount"):
+        yield from _currency_rule("amount", request.amount)
+
+
+def _increment_rules(request: IncrementAuthorizationRequest) -> Iterator[Violation]:
+    if request.HasField("additional_amount"):
+        yield from _currency_rule("additional_amount", request.additional_amount)
+
+
+def _timestamp_rule(path: str, timestamp: Timestamp) -> Iterator[Violation]:
+    if timestamp.seconds not in _TIMESTAMP_SECONDS or timestamp.nanos not in _NANOS:
+        yield Violation(path, "must be a time of the years 1 to 9999 with nanos below 10^9")
+
+
+def _list_rules(request: ListPaymentsRequest) -> Iterator[Violation]:
+    if request.HasField("created_from"):
+        yield from _timestamp_rule("created_from", request.created_from)
+    if request.HasField("created_before"):
+        yield from _timestamp_rule("created_before", request.created_before)
+
+
+_OWN_RULES: Final[dict[type[Message], Callable[[Any], Iterator[Violation]]]] = {
+    AuthorizePaymentRequest: _authorize_rules,
+    CapturePaymentRequest: _amount_rules,
+    RefundPaymentRequest: _amount_rules,
+    IncrementAuthorizationRequest: _increment_rules,
+    ListPaymentsRequest: _list_rules,
+}
+
+
+# --- batches and streams --------------------------------------------------------------------------
+
+
+def validate_items(items: Sequence[AuthorizePaymentItem], items_max: int) -> None:
+    """Check how many items a batch, or a message of a stream, has. Raises GatewayError."""
+    if not 1 <= len(items) <= items_max:
+        raise _invalid([Violation("items", f"must contain 1 to {items_max} items")])
+
+
+def validate_item_refs(items: Sequence[AuthorizePaymentItem]) -> None:
+    """Check that the items of a batch can be told apart. Raises GatewayError."""
+    seen: set[str] = set()
+    repeated: list[Violation] = []
+    for index, item in enumerate(items):
+        if item.item_ref and item.item_ref in seen:
+            repeated.append(Violation(f"items[{index}].item_ref", "stands at another item too"))
+        seen.add(item.item_ref)
+    if repeated:
+        raise _invalid(repeated)
+
+
+def echoed_item_ref(item: AuthorizePaymentItem) -> str:
+    """The item's mark as its result may repeat it: empty where it is none, or card data."""
+    item_ref = item.item_ref
+    if len(item_ref) > ITEM_REF_CHARACTERS_MAX or contains_pan(item_ref):
+        return ""
+    return item_ref
+
+
+def validate_item(item: AuthorizePaymentItem) -> None:
+    """Check what an item has beside its authorization. Raises GatewayError."""
+    violations: list[Violation] = []
+    if not 1 <= len(item.item_ref) <= ITEM_REF_CHARACTERS_MAX:
+        description = f"must have 1 to {ITEM_REF_CHARACTERS_MAX} characters"
+        violations.append(Violation("item_ref", description))
+    elif contains_pan(item.item_ref):
+        raise card_data_refusal("item_ref")
+    if not item.HasField("authorization"):
+        violations.append(Violation("authorization", "value is required"))
+    if violations:
+        raise _invalid(violations)
+
+
+# --- card data ------------------------------------------------------------------------------------
+
+
+def is_suspect(data: bytes) -> bool:
+    """Whether the strings of a message have to be looked at one by one, told from its bytes."""
+    return _SUSPECT(data) is not None
+
+
+def refuse_card_numbers(request: Message, merchant: MerchantInfo | None) -> None:
+    """Refuse card numbers in every string, map key and map value. `merchant` may have its
+    `merchant_order_id` exempted.
+
+    Needed for messages whose bytes are suspect. Raises GatewayError(CARD_DATA_NOT_ALLOWED), or
+    INVALID_REQUEST for the character U+0000, which no text of PostgreSQL can hold.
+    """
+    exempt = "merchant_order_id" if merchant is not None and merchant.pan_exempt_order_id else None
+    for path, text in _strings(request, ""):
+        if "\0" in text:
+            raise _invalid([Violation(path, "must not contain the character U+0000")])
+        if path != exempt and contains_pan(text):
+            raise card_data_refusal(path)
+
+
+def refuse_verification_values(request: AuthorizePaymentRequest) -> None:
+    """Refuse card verification values (CVV2, CVC2) under metadata keys that say that they are some.
+
+    Raises GatewayError(CARD_DATA_NOT_ALLOWED).
+    """
+    metadata = request.metadata
+    for key in metadata:
+        reduced = _NOT_LETTERS_OR_DIGITS.sub("", key.lower())
+        if reduced.endswith(_VERIFICATION_KEY_ENDS) and _VERIFICATION_VALUE.fullmatch(
+            metadata[key]
+        ):
+            raise card_data_refusal("metadata")
+
+
+def card_data_refusal(path: str) -> GatewayError:
+    """The refusal of card data in a field or header, which it names."""
+    return GatewayError(
+        Reason.CARD_DATA_NOT_ALLOWED,
+        "A field holds what looks like card data; only tokens are taken.",
+        violations=[Violation(path, "looks like card data")],
+    )
+
+
+def _strings(message: Message, prefix: str) -> Iterator[tuple[str, str]]:
+    """Every string of a message with its path; those of a map with the path of the map.
+
+    The contract's requests have maps from strings to strings, and no other repeated strings.
+    """
+    for field, value in message.ListFields():
+        path = prefix + field.name
+        if field.type == FieldDescriptor.TYPE_STRING:
+            yield path, value
+        elif isinstance(value, Message):
+            yield from _strings(value, path + ".")
+        elif isinstance(value, Mapping):
+            for key, text in value.items():
+                yield path, key
+                yield path, text
+
+
+def is_usable_request_id(value: str) -> bool:
+    """Whether a caller's x-request-id can be taken over: 1 to 128 printable ASCII characters."""
+    return 0 < len(value) <= REQUEST_ID_CHARACTERS_MAX and value.isascii() and value.isprintable()

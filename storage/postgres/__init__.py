@@ -1,0 +1,29 @@
+"""The durable store: PostgreSQL through asyncpg, written in batches.
+
+`storage.postgres.migrate` brings a database up to the schema that this version needs.
+"""
+
+from storage.postgres.accounts import Accounts, KeyRow, MerchantRow, OrganisationRow
+from storage.postgres.errors import NotDurable, RowRefused, SchemaError
+from storage.postgres.lanes import LaneLimits
+from storage.postgres.migrate import check_schema, required_version
+from storage.postgres.pool import durability, durability_problems, system_generation
+from storage.postgres.store import PostgresStore, open_reader
+
+__all__ = [
+    "Accounts",
+    "KeyRow",
+    "LaneLimits",
+    "MerchantRow",
+    "NotDurable",
+    "OrganisationRow",
+    "PostgresStore",
+    "RowRefused",
+    "SchemaError",
+    "check_schema",
+    "durability",
+    "durability_problems",
+    "open_reader",
+    "required_version",
+    "system_generation",
+]

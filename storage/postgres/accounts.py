@@ -1,0 +1,235 @@
+"""Organisations, merchants and API keys in PostgreSQL."""
+
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+import asyncpg
+
+from gateway.application.accounts import KeyRecord, MerchantInfo, NewKey, new_key
+from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.ids import new_merchant_id, new_organisation_id
+from gateway.domain.model import Mode
+from storage.postgres.lanes import DirectLane, LaneLimits
+from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections
+from storage.postgres.queries import query, run
+
+_CREATE_ORGANISATION = query("accounts", "create_organisation")
+_LIST_ORGANISATIONS = query("accounts", "list_organisations")
+_CREATE_MERCHANT = query("accounts", "create_merchant")
+_LIST_MERCHANTS = query("accounts", "list_merchants")
+_CREATE_KEY = query("accounts", "create_key")
+_LIST_KEYS = query("accounts", "list_keys")
+_REVOKE_KEY = query("accounts", "revoke_key")
+_LOAD_KEY = query("accounts", "load_key")
+
+LIMITS = LaneLimits(connections=1, rows_max=1, queue_max=200, retry_s_max=1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class OrganisationRow:
+    """A stored organisation."""
+
+    organisation_id: str
+    name: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class MerchantRow:
+    """A stored merchant."""
+
+    merchant_id: str
+    organisation_id: str
+    name: str
+    pan_exempt_order_id: bool
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """A stored API key, without its hash."""
+
+    key_id: str
+    organisation_id: str
+    name: str
+    scopes: frozenset[str]
+    merchant_ids: tuple[str, ...] | None
+    """None: all merchants of the organisation."""
+    mode: Mode
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    created_at: datetime
+
+
+class Accounts:
+    """Who may call. Every method raises StoreUnavailable where the database is away."""
+
+    def __init__(self, lane: DirectLane) -> None:
+        """`lane` is the caller's to close; `connect` brings its own."""
+        self._lane = lane
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, dsn: str, *, connect_timeout_s: float = 5.0, statement_timeout_s: float = 10.0
+    ) -> AsyncIterator["Accounts"]:
+        """With a connection of its own."""
+        settings = ConnectionSettings(
+            dsn, connect_timeout_s=connect_timeout_s, statement_timeout_s=statement_timeout_s
+        )
+        lane = DirectLane("accounts", HeldConnections(settings, "accounts", 1), LIMITS)
+        try:
+            yield cls(lane)
+        finally:
+            await lane.close()
+
+    async def create_organisation(self, name: str) -> str:
+        """The new organisation's id."""
+        organisation_id = new_organisation_id()
+
+        async def create(connection: Connection) -> None:
+            await run(connection, _CREATE_ORGANISATION, organisation_id=organisation_id, name=name)
+
+        await self._lane.run(create)
+        return organisation_id
+
+    async def list_organisations(self) -> Sequence[OrganisationRow]:
+        """All of them, the oldest first."""
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(connection, _LIST_ORGANISATIONS)
+
+        return [OrganisationRow(*record) for record in await self._lane.run(select)]
+
+    async def create_merchant(
+        self, organisation_id: str, name: str, *, pan_exempt_order_id: bool = False
+    ) -> str:
+        """The new merchant's id. Raises GatewayError(INVALID_REQUEST) without the organisation."""
+        merchant_id = new_merchant_id()
+
+        async def create(connection: Connection) -> list[asyncpg.Record]:
+            return await run(
+                connection,
+                _CREATE_MERCHANT,
+                merchant_id=merchant_id,
+                organisation_id=organisation_id,
+                name=name,
+                pan_exempt_order_id=pan_exempt_order_id,
+            )
+
+        if not await self._lane.run(create):
+            raise GatewayError(
+                Reason.INVALID_REQUEST, f"There is no organisation {organisation_id}."
+            )
+        return merchant_id
+
+    async def list_merchants(self, organisation_id: str | None = None) -> Sequence[MerchantRow]:
+        """Those of an organisation, or all; the oldest first."""
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(connection, _LIST_MERCHANTS, organisation_id=organisation_id)
+
+        return [MerchantRow(*record) for record in await self._lane.run(select)]
+
+    async def create_key(
+        self,
+        organisation_id: str,
+        *,
+        scopes: Collection[str],
+        mode: Mode | str,
+        merchant_ids: Collection[str] | None = None,
+        name: str = "",
+        expires_in_days: float | None = None,
+    ) -> NewKey:
+        """A new key; its text is known to the caller alone, once.
+
+        `mode` is a Mode or its name in any case; without `merchant_ids` the key reaches all
+        merchants of the organisation, later ones too. Raises GatewayError(INVALID_REQUEST) without
+        the organisation, or for a merchant that is not one of its.
+        """
+        mode = mode if isinstance(mode, Mode) else Mode[mode.upper()]
+        key = new_key(mode)
+        expires_at = (
+            None if expires_in_days is None else datetime.now(UTC) + timedelta(days=expires_in_days)
+        )
+
+        async def create(connection: Connection) -> list[asyncpg.Record]:
+            return await run(
+                connection,
+                _CREATE_KEY,
+                key_id=key.key_id,
+                organisation_id=organisation_id,
+                name=name,
+                secret_hash=key.secret_hash,
+                scopes=sorted(scopes),
+                merchant_ids=None if merchant_ids is None else sorted(merchant_ids),
+                mode=mode,
+                expires_at=expires_at,
+            )
+
+        if not await self._lane.run(create):
+            raise GatewayError(
+                Reason.INVALID_REQUEST,
+                f"There is no organisation {organisation_id} with all of these merchants.",
+            )
+        return key
+
+    async def list_keys(self, organisation_id: str | None = None) -> Sequence[KeyRow]:
+        """Those of an organisation, or all; the oldest first, revoked ones too."""
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(connection, _LIST_KEYS, organisation_id=organisation_id)
+
+        return [
+            KeyRow(
+                key_id=record["key_id"],
+                organisation_id=record["organisation_id"],
+                name=record["name"],
+                scopes=frozenset(record["scopes"]),
+                merchant_ids=None
+                if record["merchant_ids"] is None
+                else tuple(record["merchant_ids"]),
+                mode=Mode(record["mode"]),
+                expires_at=record["expires_at"],
+                revoked_at=record["revoked_at"],
+                created_at=record["created_at"],
+            )
+            for record in await self._lane.run(select)
+        ]
+
+    async def revoke_key(self, key_id: str) -> bool:
+        """Whether there was such a key that was not revoked already."""
+
+        async def revoke(connection: Connection) -> list[asyncpg.Record]:
+            return await run(connection, _REVOKE_KEY, key_id=key_id)
+
+        return bool(await self._lane.run(revoke))
+
+    async def load_key(self, key_id: str) -> KeyRecord | None:
+        """A key with its merchants as they are now; revoked and expired ones too."""
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(connection, _LOAD_KEY, key_id=key_id)
+
+        records = await self._lane.run(select)
+        if not records:
+            return None
+        first = records[0]
+        return KeyRecord(
+            key_id=first["key_id"],
+            secret_hash=first["secret_hash"],
+            organisation_id=first["organisation_id"],
+            scopes=frozenset(first["scopes"]),
+            mode=Mode(first["mode"]),
+            expires_at=first["expires_at"],
+            revoked_at=first["revoked_at"],
+            merchants={
+                record["merchant_id"]: MerchantInfo(
+                    record["merchant_id"], record["merchant_pan_exempt_order_id"]
+                )
+                for record in records
+                if record["merchant_id"] is not None
+            },
+        )

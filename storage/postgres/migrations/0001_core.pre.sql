@@ -1,0 +1,177 @@
+-- Accounts, payments, operations and the outbox.
+--
+-- Every primary key of a payment's data is led by merchant_id, so that all of it can be distributed
+-- by merchant. There are no foreign keys between these tables: each would lock a merchant's or a
+-- payment's row for every write beside it. Enums are the numbers of gateway.domain.model; ids
+-- compare by bytes; times are the database's.
+
+CREATE TABLE organisations (
+    organisation_id text COLLATE "C" PRIMARY KEY,
+    name text NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE TABLE merchants (
+    merchant_id text COLLATE "C" PRIMARY KEY,
+    organisation_id text COLLATE "C" NOT NULL REFERENCES organisations,
+    name text NOT NULL,
+    -- Whether merchant_order_id may look like a card number (it is masked in logs then).
+    pan_exempt_order_id boolean NOT NULL DEFAULT false,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE INDEX merchants_organisation ON merchants (organisation_id);
+
+CREATE TABLE api_keys (
+    key_id text COLLATE "C" PRIMARY KEY,
+    organisation_id text COLLATE "C" NOT NULL REFERENCES organisations,
+    name text NOT NULL,
+    -- SHA-256 of the secret. The secret has 256 random bits: there is nothing to stretch.
+    secret_hash bytea NOT NULL CHECK (octet_length(secret_hash) = 32),
+    scopes text[] NOT NULL,
+    -- NULL: all merchants of the organisation, later ones too.
+    merchant_ids text[],
+    mode smallint NOT NULL,
+    expires_at timestamptz,
+    revoked_at timestamptz,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE INDEX api_keys_organisation ON api_keys (organisation_id);
+
+-- No index on a column that an outcome changes, and room in the pages: so that updates stay HOT
+-- (heap-only tuples: no index is touched). BRIN on created_at does not stand in their way.
+CREATE TABLE payments (
+    merchant_id text COLLATE "C" NOT NULL,
+    payment_id text COLLATE "C" NOT NULL,
+    version bigint NOT NULL CHECK (version >= 1),
+    requested_minor bigint NOT NULL CHECK (requested_minor BETWEEN 0 AND 1000000000000),
+    authorized_minor bigint NOT NULL DEFAULT 0 CHECK (authorized_minor >= 0),
+    capture_pending_minor bigint NOT NULL DEFAULT 0 CHECK (capture_pending_minor >= 0),
+    captured_minor bigint NOT NULL DEFAULT 0 CHECK (captured_minor >= 0),
+    refund_pending_minor bigint NOT NULL DEFAULT 0 CHECK (refund_pending_minor >= 0),
+    refunded_minor bigint NOT NULL DEFAULT 0 CHECK (refunded_minor >= 0),
+    voided_minor bigint NOT NULL DEFAULT 0 CHECK (voided_minor >= 0),
+    increment_pending_minor bigint NOT NULL DEFAULT 0 CHECK (increment_pending_minor >= 0),
+    -- What the PSP reported where that differs: facts, so without any CHECK.
+    authorized_reported_minor bigint,
+    captured_reported_minor bigint,
+    refunded_reported_minor bigint,
+    created_at timestamptz NOT NULL,
+    updated_at timestamptz NOT NULL,
+    authorization_expires_at timestamptz,
+    mode smallint NOT NULL,
+    state smallint NOT NULL,
+    capture_method smallint NOT NULL,
+    capture_closed boolean NOT NULL DEFAULT false,
+    cancel_requested boolean NOT NULL DEFAULT false,
+    allow_partial_approval boolean NOT NULL DEFAULT false,
+    currency text NOT NULL,
+    connector text NOT NULL,
+    connector_account_id text NOT NULL,
+    connector_transaction_id text NOT NULL DEFAULT '',
+    auth_code text NOT NULL DEFAULT '',
+    network_transaction_id text NOT NULL DEFAULT '',
+    merchant_order_id text NOT NULL DEFAULT '',
+    details bytea NOT NULL DEFAULT '',
+    CONSTRAINT captures_within_authorized
+        CHECK (captured_minor + capture_pending_minor <= authorized_minor),
+    CONSTRAINT refunds_within_captured
+        CHECK (refunded_minor + refund_pending_minor <= captured_minor)
+) WITH (fillfactor = 45);
+
+-- While a table is small, all indexes that begin with a row's merchant cost the planner the same, and
+-- of equals it takes the newest. The lanes keep their plans while the table grows, so that has to be
+-- the right one: the primary key is made after the index of the list, and the further indexes of
+-- operations begin with another column. A test looks at the plans of an empty database.
+CREATE INDEX payments_newest_first ON payments (merchant_id, created_at DESC, payment_id DESC);
+CREATE INDEX payments_merchant_order ON payments
+    (merchant_id, merchant_order_id, created_at DESC, payment_id DESC)
+    WHERE merchant_order_id <> '';
+ALTER TABLE payments ADD PRIMARY KEY (merchant_id, payment_id);
+CREATE INDEX payments_created_at ON payments
+    USING brin (created_at) WITH (pages_per_range = 16, autosummarize = on);
+
+CREATE TABLE operations (
+    merchant_id text COLLATE "C" NOT NULL,
+    operation_id text COLLATE "C" NOT NULL,
+    payment_id text COLLATE "C" NOT NULL,
+    amount_minor bigint NOT NULL CHECK (amount_minor >= 0),
+    processing_ms double precision,
+    created_at timestamptz NOT NULL,
+    updated_at timestamptz NOT NULL,
+    -- While PROCESSING: recovery does not touch the operation before this.
+    recover_after timestamptz NOT NULL,
+    epoch integer NOT NULL CHECK (epoch >= 1),
+    attempt_number integer NOT NULL CHECK (attempt_number >= 1),
+    kind smallint NOT NULL,
+    origin smallint NOT NULL,
+    state smallint NOT NULL,
+    delivery smallint NOT NULL,
+    final boolean NOT NULL,
+    currency text NOT NULL,
+    connector text NOT NULL,
+    connector_account_id text NOT NULL,
+    connector_transaction_id text NOT NULL DEFAULT '',
+    parent_operation_id text COLLATE "C",
+    idempotency_key text COLLATE "C",
+    fingerprint bytea,
+    request_id text NOT NULL DEFAULT '',
+    merchant_transaction_id text NOT NULL DEFAULT '',
+    note text NOT NULL DEFAULT '',
+    reason text NOT NULL DEFAULT '',
+    next_action_url text NOT NULL DEFAULT '',
+    -- [[capture's operation id, minor units], …]
+    allocations jsonb,
+    -- gateway.domain.model.Outcome by field names, defaults left out; NULL until there is an answer.
+    outcome jsonb,
+    -- The frozen answer without its replay field.
+    response bytea,
+    PRIMARY KEY (merchant_id, operation_id),
+    CONSTRAINT operations_idempotency_key UNIQUE (idempotency_key, merchant_id)
+) WITH (fillfactor = 25);
+
+CREATE INDEX operations_payment ON operations (payment_id, merchant_id);
+CREATE INDEX operations_created_at ON operations
+    USING brin (created_at) WITH (pages_per_range = 16, autosummarize = on);
+
+-- Attempts that a later one replaced; the latest one stands in its operation.
+CREATE TABLE superseded_attempts (
+    merchant_id text COLLATE "C" NOT NULL,
+    operation_id text COLLATE "C" NOT NULL,
+    number integer NOT NULL CHECK (number >= 1),
+    delivery smallint NOT NULL,
+    processing_ms double precision,
+    connector text NOT NULL,
+    connector_account_id text NOT NULL,
+    connector_transaction_id text NOT NULL,
+    outcome jsonb,
+    PRIMARY KEY (merchant_id, operation_id, number)
+);
+
+-- One event for each change of a payment, in the transaction of the change. xact_id lets a relay
+-- leave alone what a transaction still running may yet precede.
+CREATE TABLE outbox (
+    merchant_id text COLLATE "C" NOT NULL,
+    payment_id text COLLATE "C" NOT NULL,
+    payment_version bigint NOT NULL,
+    xact_id xid8 NOT NULL DEFAULT pg_current_xact_id(),
+    created_at timestamptz NOT NULL DEFAULT now(),
+    seq smallint NOT NULL DEFAULT 0,
+    event_type text NOT NULL,
+    payload bytea NOT NULL,
+    PRIMARY KEY (merchant_id, payment_id, payment_version, seq)
+);
+
+-- What a PSP reported and what contradicts our books; for a person.
+CREATE TABLE discrepancies (
+    merchant_id text COLLATE "C" NOT NULL,
+    discrepancy_id uuid NOT NULL DEFAULT gen_random_uuid(),
+    payment_id text COLLATE "C" NOT NULL,
+    operation_id text COLLATE "C" NOT NULL,
+    kind text NOT NULL,
+    expected text NOT NULL,
+    reported text NOT NULL,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (merchant_id, discrepancy_id)
+);

@@ -1,0 +1,225 @@
+"""Held connections: a lane keeps its own, so that no write ever waits for a connection.
+
+Also what a connection is told when it is opened, and what a server is asked before it is trusted.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
+
+import asyncpg
+from asyncpg.connect_utils import SessionAttribute
+
+from storage.postgres.errors import ConnectionUnavailable, NotDurable, keeps_connection
+from storage.postgres.queries import query
+
+if TYPE_CHECKING:
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
+else:
+    Connection: TypeAlias = asyncpg.Connection
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+_PLANS = query("session", "plans")
+_GENERATION = query("session", "generation")
+_DURABILITY = query("session", "durability")
+
+_DURABLE_VALUES = {
+    "fsync": {"on"},
+    "full_page_writes": {"on"},
+    "synchronous_commit": {"on", "remote_apply"},
+}
+
+RECONNECT_PAUSE_S_MIN = 0.02
+RECONNECT_PAUSE_S_MAX = 1.0
+"""While a server is away, each held connection is tried about so often."""
+IDLE_IN_TRANSACTION_S_MAX = 10.0
+"""A transaction of ours never waits for anything but its next statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionSettings:
+    """How to connect."""
+
+    dsn: str
+    """A libpq URL; with several hosts, the primary is looked for."""
+    application_name: str = "gateway"
+    connect_timeout_s: float = 5.0
+    statement_timeout_s: float = 10.0
+    """The server ends a statement after this."""
+    answer_margin_s: float = 2.0
+    """How much longer than `statement_timeout_s` an answer is waited for."""
+    prepared_statements: bool = True
+    """Off behind a pgbouncer in transaction mode, which mixes up the sessions that hold them."""
+
+    @property
+    def answer_timeout_s(self) -> float:
+        """After this a connection is given up; what became of its statement is not known."""
+        return self.statement_timeout_s + self.answer_margin_s
+
+
+async def connect(settings: ConnectionSettings, name: str) -> Connection:
+    """A connection to the primary, set up for the statements of a lane.
+
+    Raises ConnectionUnavailable.
+    """
+    try:
+        connection: Connection = await asyncpg.connect(
+            settings.dsn,
+            timeout=settings.connect_timeout_s,
+            command_timeout=settings.answer_timeout_s,
+            statement_cache_size=100 if settings.prepared_statements else 0,
+            max_cached_statement_lifetime=0,  # for as long as the connection lives
+            max_cacheable_statement_size=0,  # of every length
+            target_session_attrs=SessionAttribute.primary,
+            server_settings={
+                "application_name": f"{settings.application_name}-{name}",
+                "statement_timeout": _milliseconds(settings.statement_timeout_s),
+                "idle_in_transaction_session_timeout": _milliseconds(IDLE_IN_TRANSACTION_S_MAX),
+                "idle_session_timeout": "0",  # a lane's connection is held, however quiet it is
+                "timezone": "UTC",
+            },
+        )
+    except (
+        OSError,
+        TimeoutError,
+        ValueError,
+        asyncpg.PostgresError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,
+    ) as error:
+        # The text of the error may quote the DSN.
+        raise ConnectionUnavailable(f"PostgreSQL: {type(error).__name__}") from error
+    try:
+        await connection.execute(_PLANS.text)
+    except BaseException as error:
+        connection.terminate()
+        if isinstance(error, Exception):
+            raise ConnectionUnavailable(f"PostgreSQL: {type(error).__name__}") from error
+        raise
+    return connection
+
+
+def _milliseconds(seconds: float) -> str:
+    return str(int(seconds * 1000))
+
+
+async def system_generation(connection: Connection) -> str:
+    """The server's system identifier and its timeline; another one after a failover or a restore.
+
+    Works on a primary only.
+    """
+    return str(await connection.fetchval(_GENERATION.text))
+
+
+async def durability_problems(connection: Connection) -> list[str]:
+    """Why a commit on this server is not safe on disk; empty where it is."""
+    return [
+        f"{name} is {value}, so a committed payment could be lost; set {name} = on"
+        for name, value in await connection.fetch(_DURABILITY.text)
+        if value not in _DURABLE_VALUES[name]
+    ]
+
+
+async def durability(connection: Connection) -> None:
+    """Raise NotDurable for a server on which a commit is not yet safe on disk."""
+    problems = await durability_problems(connection)
+    if problems:
+        raise NotDurable(f"PostgreSQL: {'; '.join(problems)}.")
+
+
+class _Slot:
+    """The place of one held connection."""
+
+    __slots__ = ("connection", "failures", "retry_at_s")
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+        self.failures = 0
+        self.retry_at_s = 0.0
+
+    def drop(self) -> None:
+        if self.connection is not None:
+            self.connection.terminate()
+            self.connection = None
+
+
+class HeldConnections:
+    """`size` connections for at most `size` users at a time, opened again when they break."""
+
+    def __init__(
+        self,
+        settings: ConnectionSettings,
+        name: str,
+        size: int,
+        on_generation: Callable[[str], None] | None = None,
+    ) -> None:
+        self._settings = settings
+        self._name = name
+        self._on_generation = on_generation
+        self._free = [_Slot() for _ in range(size)]
+        self._slots = tuple(self._free)
+
+    async def open(self) -> None:
+        """Connect what can be connected now; the rest follows with its first use."""
+        await asyncio.gather(
+            *(self._connected(slot) for slot in self._slots), return_exceptions=True
+        )
+
+    async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """`work` with a connection of its own.
+
+        Raises ConnectionUnavailable at once where the server was away a moment ago. Whatever leaves
+        the connection in doubt ends it.
+        """
+        slot = self._free.pop()  # the warmest; never empty: a lane has as many batches in flight
+        try:
+            connection = slot.connection
+            if connection is None or connection.is_closed():
+                connection = await self._connected(slot)
+            return await work(connection)
+        except BaseException as error:
+            if not keeps_connection(error):
+                slot.drop()
+            raise
+        finally:
+            self._free.append(slot)
+
+    async def _connected(self, slot: _Slot) -> Connection:
+        if time.monotonic() < slot.retry_at_s:
+            raise ConnectionUnavailable("PostgreSQL was away a moment ago")
+        slot.drop()
+        try:
+            connection = slot.connection = await connect(self._settings, self._name)
+            if self._on_generation is not None:
+                self._on_generation(await system_generation(connection))
+        except Exception as error:
+            pause_s = RECONNECT_PAUSE_S_MIN * 2 ** min(slot.failures, 10)
+            slot.retry_at_s = time.monotonic() + random.uniform(0.5, 1.0) * min(
+                pause_s, RECONNECT_PAUSE_S_MAX
+            )
+            slot.failures += 1
+            if slot.failures == 1:
+                _log.warning("no connection to PostgreSQL for %s: %s", self._name, error)
+            slot.drop()
+            raise
+        if slot.failures:
+            _log.info("PostgreSQL is back for %s", self._name)
+        slot.failures = 0
+        return connection
+
+    async def close(self) -> None:
+        """Close what is open; nobody may be using it."""
+        for slot in self._slots:
+            if slot.connection is not None:
+                try:
+                    await slot.connection.close(timeout=self._settings.connect_timeout_s)
+                except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+                    slot.drop()
+                slot.connection = None

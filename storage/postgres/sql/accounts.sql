@@ -1,0 +1,71 @@
+-- Organisations, merchants and API keys. Small tables, read by a cache with a short life.
+
+-- :name create_organisation
+INSERT INTO organisations (organisation_id, name)
+VALUES (:organisation_id::text, :name::text)
+RETURNING organisation_id, name, created_at;
+
+-- :name list_organisations
+SELECT organisation_id, name, created_at FROM organisations ORDER BY created_at, organisation_id;
+
+-- :name create_merchant
+-- No row where the organisation does not exist.
+INSERT INTO merchants (merchant_id, organisation_id, name, pan_exempt_order_id)
+SELECT :merchant_id::text, organisation_id, :name::text, :pan_exempt_order_id::bool
+FROM organisations
+WHERE organisation_id = :organisation_id::text
+RETURNING merchant_id, organisation_id, name, pan_exempt_order_id, created_at;
+
+-- :name list_merchants
+SELECT merchant_id, organisation_id, name, pan_exempt_order_id, created_at
+FROM merchants
+WHERE :organisation_id::text IS NULL OR organisation_id = :organisation_id::text
+ORDER BY created_at, merchant_id;
+
+-- :name create_key
+-- No row where the organisation does not exist, or a merchant is not one of its.
+INSERT INTO api_keys (
+    key_id, organisation_id, name, secret_hash, scopes, merchant_ids, mode, expires_at
+)
+SELECT
+    :key_id::text, organisation_id, :name::text, :secret_hash::bytea, :scopes::text[],
+    :merchant_ids::text[], :mode::int2, :expires_at::timestamptz
+FROM organisations
+WHERE organisation_id = :organisation_id::text
+    AND NOT EXISTS (
+        SELECT FROM unnest(:merchant_ids::text[]) AS named (merchant_id)
+        WHERE NOT EXISTS (
+            SELECT FROM merchants
+            WHERE merchants.merchant_id = named.merchant_id
+                AND merchants.organisation_id = organisations.organisation_id
+        )
+    )
+RETURNING {{key_columns}};
+
+-- :name list_keys
+SELECT {{key_columns}}
+FROM api_keys
+WHERE :organisation_id::text IS NULL OR organisation_id = :organisation_id::text
+ORDER BY created_at, key_id;
+
+-- :name revoke_key
+UPDATE api_keys SET revoked_at = now()
+WHERE key_id = :key_id::text AND revoked_at IS NULL
+RETURNING {{key_columns}};
+
+-- :name load_key
+-- A row for each merchant that the key may act for; one with NULLs where there is none.
+SELECT
+    {{key_columns}},
+    merchant.merchant_id AS merchant_id,
+    merchant.pan_exempt_order_id AS merchant_pan_exempt_order_id
+FROM api_keys
+LEFT JOIN merchants AS merchant
+    ON merchant.organisation_id = api_keys.organisation_id
+    AND (api_keys.merchant_ids IS NULL OR merchant.merchant_id = ANY (api_keys.merchant_ids))
+WHERE api_keys.key_id = :key_id::text
+ORDER BY merchant.merchant_id;
+
+-- :fragment key_columns
+api_keys.key_id, api_keys.organisation_id, api_keys.name, api_keys.secret_hash, api_keys.scopes,
+api_keys.merchant_ids, api_keys.mode, api_keys.expires_at, api_keys.revoked_at, api_keys.created_at

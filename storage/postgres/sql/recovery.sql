@@ -1,0 +1,205 @@
+-- Which operations recovery looks at, and who does.
+--
+-- The order of locks is that of writes.sql: a payment's holder alone writes its operations and
+-- doubts. Recovery never waits for a payment: what is locked is being changed right now.
+
+-- :name read_watermark
+-- Locked for the transaction: one gateway at a time looks for dead senders.
+SELECT created_before, proposed_before, proposed_xid
+FROM recovery_watermark
+WHERE partition = 0
+FOR UPDATE SKIP LOCKED;
+
+-- :name put_expired
+-- Operations still PROCESSING after recover_after become doubts that are due.
+--
+-- No row can be missed. created_at is now() of the inserting transaction, so a row appears in
+-- "unfinished" once it is committed, and the watermark must not pass an operation that is neither
+-- finished nor a doubt, nor one that will yet be committed:
+-- 1. It stays at the oldest PROCESSING operation without a doubt, if there is one.
+-- 2. It advances to a time that an earlier look proposed: that look's now() less horizon_s. Who
+--    began before that time got a transaction id below that look's own (proposed_xid), for an insert
+--    takes its id within statement_timeout, which is less than horizon_s. And a proposal is adopted
+--    only when every transaction with an id below proposed_xid has ended. So it does not matter how
+--    long a COMMIT waits for the disk or for a standby.
+-- 3. Where the clock was set back behind the watermark, the watermark follows. Looks come more often
+--    than once in horizon_s, so it lands before everything created since.
+-- An operation that becomes PROCESSING again is old, and gets its doubt with that change.
+WITH unfinished AS MATERIALIZED (
+    SELECT
+        operation.merchant_id, operation.operation_id, operation.payment_id,
+        operation.created_at, operation.recover_after
+    FROM operations AS operation
+    WHERE operation.created_at >= :created_before::timestamptz
+        AND operation.state = :processing::int2
+        AND NOT EXISTS (
+            SELECT FROM doubts AS doubt
+            WHERE doubt.merchant_id = operation.merchant_id
+                AND doubt.operation_id = operation.operation_id
+        )
+),
+due AS MATERIALIZED (
+    SELECT oldest.merchant_id, oldest.operation_id, oldest.payment_id
+    FROM (
+        SELECT *
+        FROM (
+            SELECT * FROM unfinished
+            WHERE recover_after < now()
+            ORDER BY recover_after
+            LIMIT :limit::int4
+        ) AS oldest
+        ORDER BY merchant_id, payment_id, operation_id
+    ) AS oldest
+    CROSS JOIN LATERAL (
+        SELECT FROM payments AS payment
+        WHERE payment.merchant_id = oldest.merchant_id AND payment.payment_id = oldest.payment_id
+        FOR NO KEY UPDATE SKIP LOCKED
+    ) AS payment
+),
+put AS (
+    INSERT INTO doubts (merchant_id, operation_id, payment_id, check_at)
+    SELECT merchant_id, operation_id, payment_id, now() FROM due
+    ORDER BY merchant_id, operation_id
+    ON CONFLICT DO NOTHING
+    RETURNING merchant_id, operation_id
+),
+waiting AS (
+    SELECT min(created_at) AS oldest
+    FROM unfinished
+    WHERE ((merchant_id, operation_id) IN (SELECT merchant_id, operation_id FROM put)) IS NOT TRUE
+),
+adopted AS (
+    SELECT
+        pg_snapshot_xmin(pg_current_snapshot()) >= watermark.proposed_xid AS is_safe,
+        now() - :horizon_s::float8 * interval '1 second' AS horizon,
+        watermark.*
+    FROM recovery_watermark AS watermark
+    WHERE watermark.partition = 0
+),
+moved AS (
+    UPDATE recovery_watermark AS watermark
+    SET created_before = least(
+            CASE
+                WHEN adopted.is_safe
+                THEN greatest(adopted.created_before, adopted.proposed_before)
+                ELSE adopted.created_before
+            END,
+            waiting.oldest,
+            adopted.horizon
+        ),
+        proposed_before = CASE
+            WHEN adopted.is_safe THEN adopted.horizon
+            ELSE least(adopted.proposed_before, adopted.horizon)
+        END,
+        proposed_xid = CASE
+            WHEN adopted.is_safe THEN pg_current_xact_id()
+            ELSE adopted.proposed_xid
+        END
+    FROM adopted, waiting
+    WHERE watermark.partition = 0
+)
+SELECT count(*) AS put FROM put;
+
+-- :name lock_due
+-- The doubts that are due, those longest due first, with their payments locked.
+SELECT due.merchant_id, due.operation_id
+FROM (
+    SELECT *
+    FROM (
+        SELECT merchant_id, operation_id, payment_id
+        FROM doubts
+        WHERE check_at <= now() AND (lease_until IS NULL OR lease_until <= now())
+        ORDER BY check_at
+        LIMIT :limit::int4
+    ) AS due
+    ORDER BY merchant_id, payment_id, operation_id
+) AS due
+CROSS JOIN LATERAL (
+    SELECT FROM payments AS payment
+    WHERE payment.merchant_id = due.merchant_id AND payment.payment_id = due.payment_id
+    FOR NO KEY UPDATE SKIP LOCKED
+) AS payment;
+
+-- :name lease
+-- In the transaction of lock_due, as a statement of its own: it sees what the locks' last holders
+-- wrote, so a doubt that another recoverer has just leased is not due any more.
+-- The raised epoch fences out whoever held the operation. One with a definite outcome has nobody
+-- to fence out; it is leased all the same, so that its evidence is weighed and its row removed.
+WITH leased AS (
+    UPDATE doubts AS doubt
+    SET lease_until = now() + :lease_s::float8 * interval '1 second',
+        tries = tries + 1,
+        evidence_leased = true
+    FROM unnest(:merchant_id::text[], :operation_id::text[]) AS input (merchant_id, operation_id)
+    WHERE doubt.merchant_id = input.merchant_id
+        AND doubt.operation_id = input.operation_id
+        -- "IS TRUE" keeps the index on check_at out of it.
+        AND (doubt.check_at <= now()) IS TRUE
+        AND (doubt.lease_until IS NULL OR doubt.lease_until <= now())
+    RETURNING
+        doubt.merchant_id, doubt.operation_id, doubt.payment_id, doubt.tries, doubt.evidence
+),
+raised AS (
+    UPDATE operations AS operation
+    SET epoch = operation.epoch + 1
+    FROM leased
+    WHERE operation.merchant_id = leased.merchant_id
+        AND operation.operation_id = leased.operation_id
+        AND operation.state = ANY (:unfinished::int2[])
+)
+SELECT merchant_id, operation_id, payment_id, tries - 1 AS tries, evidence FROM leased;
+
+-- :name postpone
+UPDATE doubts
+SET check_at = CASE
+        -- Evidence that no recoverer has seen yet does not wait.
+        WHEN evidence IS NOT NULL AND NOT evidence_leased THEN now()
+        ELSE now() + :check_after_s::float8 * interval '1 second'
+    END,
+    lease_until = NULL
+WHERE merchant_id = :merchant_id::text AND operation_id = :operation_id::text;
+
+-- :name forget
+-- Only what is definite, and only where no evidence has come since the lease.
+DELETE FROM doubts AS doubt
+USING operations AS operation
+WHERE doubt.merchant_id = :merchant_id::text
+    AND doubt.operation_id = :operation_id::text
+    AND (doubt.evidence IS NULL OR doubt.evidence_leased)
+    AND operation.merchant_id = doubt.merchant_id
+    AND operation.operation_id = doubt.operation_id
+    AND operation.state <> ALL (:unfinished::int2[]);
+
+-- :name add_evidence
+-- The payment is locked first and the operation looked at under the lock, so that no change can
+-- both miss the evidence and remove it.
+INSERT INTO doubts AS doubt (
+    merchant_id, operation_id, payment_id, check_at, evidence, evidence_leased
+)
+SELECT
+    operation.merchant_id, operation.operation_id, operation.payment_id, now(),
+    :evidence::jsonb, false
+FROM (
+    SELECT merchant_id, payment_id
+    FROM payments
+    WHERE merchant_id = :merchant_id::text AND payment_id = :payment_id::text
+    FOR NO KEY UPDATE
+) AS payment
+CROSS JOIN LATERAL (
+    SELECT merchant_id, operation_id, payment_id
+    FROM operations
+    WHERE merchant_id = payment.merchant_id
+        AND operation_id = :operation_id::text
+        AND payment_id = payment.payment_id
+        AND state = ANY (:unfinished::int2[])
+    FOR NO KEY UPDATE
+) AS operation
+ON CONFLICT (merchant_id, operation_id) DO UPDATE
+SET evidence = excluded.evidence,
+    evidence_leased = false,
+    check_at = least(doubt.check_at, now())
+RETURNING true AS added;
+
+-- :name count_doubts
+SELECT count(*) AS doubts, extract(epoch FROM now() - min(since))::float8 AS oldest_age_s
+FROM doubts;

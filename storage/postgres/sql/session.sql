@@ -1,0 +1,33 @@
+-- What every connection is asked and told when it is opened.
+
+-- :name generation
+-- The server and its timeline: a failover or a restore makes a new one.
+SELECT
+    (SELECT system_identifier FROM pg_control_system())::text
+        || '-' || left(pg_walfile_name(pg_current_wal_lsn()), 8) AS generation;
+
+-- :name durability
+-- As they are for a new session of this user, whatever was set in this one.
+SELECT name, reset_val AS value
+FROM pg_settings
+WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')
+ORDER BY name;
+
+-- :name plans
+-- One plan for every size of a batch, and none that reads a whole table while it is small and goes
+-- on doing so when it has grown: nested loops over indexes are right at every size.
+SELECT
+    set_config('plan_cache_mode', 'force_generic_plan', false),
+    set_config('enable_seqscan', 'off', false),
+    set_config('enable_hashjoin', 'off', false),
+    set_config('enable_mergejoin', 'off', false),
+    set_config('enable_memoize', 'off', false),
+    set_config('jit', 'off', false),
+    -- Stronger than "on": a server that waits for its standbys to apply keeps doing so.
+    set_config(
+        'synchronous_commit',
+        CASE current_setting('synchronous_commit')
+            WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on'
+        END,
+        false
+    );

@@ -1,0 +1,373 @@
+-- The batched writes: one statement, and so one transaction, for all rows of a batch.
+--
+-- The order of locks, everywhere: first the payments' rows, ascending; then, by their holder alone,
+-- the rows of their operations and doubts; last the idempotency keys, ascending. A cycle needs
+-- somebody who goes the other way, so deadlocks cannot be.
+--
+-- "input" is sorted, and CROSS JOIN LATERAL visits it in its order, so that rows are locked in that
+-- order; a sorted array joined by hash would not do. Whoever waited for a lock sees the row as it
+-- is then: PostgreSQL evaluates the conditions again (READ COMMITTED). What one WITH part wrote,
+-- others know from its RETURNING only. "(… IN (SELECT …)) IS TRUE" is looked up in a hash table;
+-- as a plain condition it would be a join, and the sessions of the lanes have only nested loops.
+
+-- :name authorize_intent
+-- New operations with new payments. Rows that lose have an idempotency key that is taken; the keys
+-- go into the index in ascending order, so that two batches never wait for each other.
+WITH input AS MATERIALIZED (
+    SELECT *
+    FROM unnest(
+        {{operation_arrays}},
+        :recover_after_s::float8[], :mode::int2[], :payment_state::int2[],
+        :capture_method::int2[], :requested_minor::int8[], :version::int8[],
+        :merchant_order_id::text[], :allow_partial_approval::bool[], :details::bytea[]
+    ) AS input (
+        {{operation_fields}},
+        recover_after_s, mode, payment_state, capture_method, requested_minor, version,
+        merchant_order_id, allow_partial_approval, details
+    )
+    ORDER BY merchant_id COLLATE "C", idempotency_key COLLATE "C"
+),
+inserted AS (
+    INSERT INTO operations ({{operation_fields}}, recover_after, created_at, updated_at)
+    SELECT {{operation_fields}}, now() + recover_after_s * interval '1 second', now(), now()
+    FROM input
+    ORDER BY merchant_id COLLATE "C", idempotency_key COLLATE "C"
+    ON CONFLICT (idempotency_key, merchant_id) DO NOTHING
+    RETURNING merchant_id, operation_id
+),
+paid AS (
+    INSERT INTO payments (
+        merchant_id, payment_id, mode, state, currency, capture_method, requested_minor, connector,
+        connector_account_id, version, merchant_order_id, allow_partial_approval, details,
+        created_at, updated_at
+    )
+    SELECT
+        merchant_id, payment_id, mode, payment_state, currency, capture_method, requested_minor,
+        connector, connector_account_id, version, merchant_order_id, allow_partial_approval,
+        details, now(), now()
+    FROM input
+    WHERE ((merchant_id, operation_id) IN (SELECT merchant_id, operation_id FROM inserted)) IS TRUE
+)
+SELECT now() AS at, array(SELECT operation_id FROM inserted) AS inserted;
+
+-- :name followup_intent
+-- New operations of payments that exist, and the reservation in the payment, from a known version.
+-- INSERT takes its rows from a sort, which has seen (and locked) all of "locked" before the first
+-- key is written.
+WITH input AS MATERIALIZED (
+    SELECT *
+    FROM unnest(
+        {{operation_arrays}}, :recover_after_s::float8[], :expected_version::int8[],
+        {{payment_arrays}}
+    ) AS input (
+        {{operation_fields}}, recover_after_s, expected_version, {{payment_fields}}
+    )
+    ORDER BY merchant_id COLLATE "C", payment_id COLLATE "C"
+),
+locked AS MATERIALIZED (
+    SELECT input.*
+    FROM input
+    CROSS JOIN LATERAL (
+        SELECT FROM payments AS payment
+        WHERE payment.merchant_id = input.merchant_id
+            AND payment.payment_id = input.payment_id
+            AND payment.version = input.expected_version
+        FOR NO KEY UPDATE
+    ) AS payment
+),
+inserted AS (
+    INSERT INTO operations ({{operation_fields}}, recover_after, created_at, updated_at)
+    SELECT {{operation_fields}}, now() + recover_after_s * interval '1 second', now(), now()
+    FROM locked
+    ORDER BY merchant_id COLLATE "C", idempotency_key COLLATE "C"
+    ON CONFLICT (idempotency_key, merchant_id) DO NOTHING
+    RETURNING merchant_id, operation_id
+),
+paid AS (
+    UPDATE payments AS payment
+    SET {{payment_set}}, updated_at = now()
+    FROM locked AS source
+    WHERE payment.merchant_id = source.merchant_id
+        AND payment.payment_id = source.payment_id
+        AND ((source.merchant_id, source.operation_id)
+            IN (SELECT merchant_id, operation_id FROM inserted)) IS TRUE
+)
+SELECT
+    now() AS at,
+    array(SELECT operation_id FROM inserted) AS inserted,
+    array(SELECT operation_id FROM locked) AS locked;
+
+-- :name written_intents
+-- Which of these operations exist: after a COMMIT whose answer was lost. Their ids are new, so one
+-- that exists was written by this very intent.
+SELECT operation.operation_id, operation.created_at
+FROM unnest(:merchant_id::text[], :operation_id::text[]) AS input (merchant_id, operation_id)
+CROSS JOIN LATERAL (
+    SELECT operation_id, created_at
+    FROM operations
+    WHERE merchant_id = input.merchant_id AND operation_id = input.operation_id
+) AS operation;
+
+-- :name change
+-- Compare and set, for changes that are nothing but an operation, its payment and an event.
+{{changed}}
+SELECT array(SELECT operation_id FROM changed) AS changed;
+
+-- :name change_with_more
+-- The same with all that a change can bring along. Its rows name the change by its operation.
+{{changed}},
+companions AS (
+    INSERT INTO operations ({{operation_fields}}, recover_after, created_at, updated_at)
+    -- created_at is the database's time whatever the caller says: recovery's watermark counts on it.
+    SELECT {{operation_fields}}, now(), now(), now()
+    FROM unnest(:companion_changed_by::text[], {{companion_arrays}})
+        AS input (changed_by, {{operation_fields}})
+    WHERE ((merchant_id, changed_by) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
+    ORDER BY merchant_id COLLATE "C", idempotency_key COLLATE "C", operation_id COLLATE "C"
+),
+superseded AS (
+    INSERT INTO superseded_attempts (
+        merchant_id, operation_id, number, connector, connector_account_id, delivery,
+        connector_transaction_id, outcome, processing_ms
+    )
+    SELECT
+        merchant_id, operation_id, number, connector, connector_account_id, delivery,
+        connector_transaction_id, outcome, processing_ms
+    FROM unnest(
+        :earlier_merchant_id::text[], :earlier_operation_id::text[], :earlier_number::int4[],
+        :earlier_connector::text[], :earlier_connector_account_id::text[],
+        :earlier_delivery::int2[], :earlier_connector_transaction_id::text[],
+        :earlier_outcome::jsonb[], :earlier_processing_ms::float8[]
+    ) AS input (
+        merchant_id, operation_id, number, connector, connector_account_id, delivery,
+        connector_transaction_id, outcome, processing_ms
+    )
+    WHERE ((merchant_id, operation_id) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
+    ORDER BY merchant_id, operation_id, number
+    ON CONFLICT DO NOTHING
+),
+differing AS (
+    INSERT INTO discrepancies (merchant_id, payment_id, operation_id, kind, expected, reported)
+    SELECT merchant_id, payment_id, operation_id, kind, expected, reported
+    FROM unnest(
+        :discrepancy_changed_by::text[], :discrepancy_merchant_id::text[],
+        :discrepancy_payment_id::text[], :discrepancy_operation_id::text[],
+        :discrepancy_kind::text[], :discrepancy_expected::text[], :discrepancy_reported::text[]
+    ) AS input (changed_by, merchant_id, payment_id, operation_id, kind, expected, reported)
+    WHERE ((merchant_id, changed_by) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
+),
+doubted AS (
+    INSERT INTO doubts AS doubt (merchant_id, operation_id, payment_id, check_at)
+    SELECT
+        merchant_id, operation_id, payment_id, now() + check_after_s * interval '1 second'
+    FROM changed
+    WHERE check_after_s IS NOT NULL
+    ORDER BY merchant_id COLLATE "C", operation_id COLLATE "C"
+    ON CONFLICT (merchant_id, operation_id) DO UPDATE
+    SET check_at = CASE
+            -- Evidence that no recoverer has seen yet does not wait.
+            WHEN doubt.evidence IS NOT NULL AND NOT doubt.evidence_leased THEN now()
+            ELSE excluded.check_at
+        END,
+        lease_until = NULL
+),
+forgotten AS (
+    DELETE FROM doubts AS doubt
+    USING changed
+    WHERE doubt.merchant_id = changed.merchant_id
+        AND doubt.operation_id = changed.operation_id
+        AND changed.check_after_s IS NULL
+        AND (doubt.evidence IS NULL OR doubt.evidence_leased)
+)
+SELECT array(SELECT operation_id FROM changed) AS changed;
+
+-- :name written_changes
+-- Which of these changes were written by an earlier try whose answer was lost. The proof is the
+-- event of this very change at the version that it made; a change without an event is proven by its
+-- operation, if it moved that.
+SELECT input.operation_id
+FROM unnest(
+    :merchant_id::text[], :payment_id::text[], :operation_id::text[], :payment_version::int8[],
+    :event::bytea[], :epoch::int4[], :state::int2[], :attempt_number::int4[], :response::bytea[],
+    :expected_epoch::int4[], :expected_state::int2[]
+) AS input (
+    merchant_id, payment_id, operation_id, payment_version, event, epoch, state, attempt_number,
+    response, expected_epoch, expected_state
+)
+WHERE CASE
+    WHEN input.event <> '' THEN EXISTS (
+        SELECT FROM outbox
+        WHERE outbox.merchant_id = input.merchant_id
+            AND outbox.payment_id = input.payment_id
+            AND outbox.payment_version = input.payment_version
+            AND outbox.payload = input.event
+    )
+    WHEN (input.epoch, input.state) <> (input.expected_epoch, input.expected_state) THEN EXISTS (
+        SELECT FROM operations AS operation
+        WHERE operation.merchant_id = input.merchant_id
+            AND operation.operation_id = input.operation_id
+            AND operation.epoch = input.epoch
+            AND operation.state = input.state
+            AND operation.attempt_number = input.attempt_number
+            AND operation.response IS NOT DISTINCT FROM input.response
+    )
+    ELSE false
+END;
+
+-- :fragment changed
+WITH input AS MATERIALIZED (
+    SELECT *
+    FROM unnest(
+        :merchant_id::text[], :operation_id::text[], :payment_id::text[],
+        :expected_epoch::int4[], :expected_state::int2[], :expected_version::int8[],
+        :epoch::int4[], :recover_after_s::float8[], :check_after_s::float8[],
+        :event_type::text[], :event::bytea[],
+        {{operation_set_arrays}},
+        {{payment_arrays}}, :payment_updated_at::timestamptz[]
+    ) AS input (
+        merchant_id, operation_id, payment_id, expected_epoch, expected_state, expected_version,
+        epoch, recover_after_s, check_after_s, event_type, event,
+        {{operation_set_fields}},
+        {{payment_fields}}, payment_updated_at
+    )
+    ORDER BY merchant_id COLLATE "C", payment_id COLLATE "C"
+),
+locked AS MATERIALIZED (
+    SELECT input.*
+    FROM input
+    CROSS JOIN LATERAL (
+        SELECT FROM payments AS payment
+        WHERE payment.merchant_id = input.merchant_id
+            AND payment.payment_id = input.payment_id
+            AND payment.version = input.expected_version
+        FOR NO KEY UPDATE
+    ) AS payment
+),
+changed AS (
+    UPDATE operations AS operation
+    SET {{operation_set}},
+        epoch = source.epoch,
+        recover_after = coalesce(
+            now() + source.recover_after_s * interval '1 second', operation.recover_after
+        )
+    FROM locked AS source
+    WHERE operation.merchant_id = source.merchant_id
+        AND operation.operation_id = source.operation_id
+        AND operation.epoch = source.expected_epoch
+        AND operation.state = source.expected_state
+    RETURNING source.*
+),
+paid AS (
+    UPDATE payments AS payment
+    SET {{payment_set}}, updated_at = coalesce(source.payment_updated_at, now())
+    FROM changed AS source
+    WHERE payment.merchant_id = source.merchant_id AND payment.payment_id = source.payment_id
+),
+told AS (
+    INSERT INTO outbox (merchant_id, payment_id, payment_version, event_type, payload)
+    SELECT merchant_id, payment_id, payment_version, event_type, event
+    FROM changed
+    WHERE event <> ''
+)
+
+-- :fragment operation_fields
+-- Of a new operation, without its times.
+merchant_id, operation_id, payment_id, kind, origin, state, amount_minor, currency, epoch,
+parent_operation_id, final, idempotency_key, fingerprint, request_id, merchant_transaction_id,
+note, reason, next_action_url, allocations, attempt_number, connector, connector_account_id,
+delivery, connector_transaction_id, outcome, processing_ms, response
+
+-- :fragment operation_arrays
+:merchant_id::text[], :operation_id::text[], :payment_id::text[], :kind::int2[], :origin::int2[],
+:state::int2[], :amount_minor::int8[], :currency::text[], :epoch::int4[],
+:parent_operation_id::text[], :final::bool[], :idempotency_key::text[], :fingerprint::bytea[],
+:request_id::text[], :merchant_transaction_id::text[], :note::text[], :reason::text[],
+:next_action_url::text[], :allocations::jsonb[], :attempt_number::int4[], :connector::text[],
+:connector_account_id::text[], :delivery::int2[], :connector_transaction_id::text[],
+:outcome::jsonb[], :processing_ms::float8[], :response::bytea[]
+
+-- :fragment companion_arrays
+:companion_merchant_id::text[], :companion_operation_id::text[], :companion_payment_id::text[],
+:companion_kind::int2[], :companion_origin::int2[], :companion_state::int2[],
+:companion_amount_minor::int8[], :companion_currency::text[], :companion_epoch::int4[],
+:companion_parent_operation_id::text[], :companion_final::bool[],
+:companion_idempotency_key::text[], :companion_fingerprint::bytea[],
+:companion_request_id::text[], :companion_merchant_transaction_id::text[],
+:companion_note::text[], :companion_reason::text[], :companion_next_action_url::text[],
+:companion_allocations::jsonb[], :companion_attempt_number::int4[],
+:companion_connector::text[], :companion_connector_account_id::text[],
+:companion_delivery::int2[], :companion_connector_transaction_id::text[],
+:companion_outcome::jsonb[], :companion_processing_ms::float8[], :companion_response::bytea[]
+
+-- :fragment operation_set_fields
+-- What of an operation can change; idempotency key, kind and origin cannot.
+state, amount_minor, final, request_id, note, reason, next_action_url, allocations,
+attempt_number, connector, connector_account_id, delivery, connector_transaction_id, outcome,
+processing_ms, response, updated_at
+
+-- :fragment operation_set_arrays
+:state::int2[], :amount_minor::int8[], :final::bool[], :request_id::text[], :note::text[],
+:reason::text[], :next_action_url::text[], :allocations::jsonb[], :attempt_number::int4[],
+:connector::text[], :connector_account_id::text[], :delivery::int2[],
+:connector_transaction_id::text[], :outcome::jsonb[], :processing_ms::float8[],
+:response::bytea[], :updated_at::timestamptz[]
+
+-- :fragment operation_set
+state = source.state,
+amount_minor = source.amount_minor,
+final = source.final,
+request_id = source.request_id,
+note = source.note,
+reason = source.reason,
+next_action_url = source.next_action_url,
+allocations = source.allocations,
+attempt_number = source.attempt_number,
+connector = source.connector,
+connector_account_id = source.connector_account_id,
+delivery = source.delivery,
+connector_transaction_id = source.connector_transaction_id,
+outcome = source.outcome,
+processing_ms = source.processing_ms,
+response = source.response,
+updated_at = coalesce(source.updated_at, now())
+
+-- :fragment payment_fields
+-- What of a payment can change, prefixed where an operation has the same.
+payment_version, payment_state, requested_minor, authorized_minor, capture_pending_minor,
+captured_minor, refund_pending_minor, refunded_minor, voided_minor, increment_pending_minor,
+authorized_reported_minor, captured_reported_minor, refunded_reported_minor, capture_closed,
+cancel_requested, payment_connector, payment_connector_account_id,
+payment_connector_transaction_id, auth_code, network_transaction_id, authorization_expires_at
+
+-- :fragment payment_arrays
+:payment_version::int8[], :payment_state::int2[], :requested_minor::int8[],
+:authorized_minor::int8[], :capture_pending_minor::int8[], :captured_minor::int8[],
+:refund_pending_minor::int8[], :refunded_minor::int8[], :voided_minor::int8[],
+:increment_pending_minor::int8[], :authorized_reported_minor::int8[],
+:captured_reported_minor::int8[], :refunded_reported_minor::int8[], :capture_closed::bool[],
+:cancel_requested::bool[], :payment_connector::text[], :payment_connector_account_id::text[],
+:payment_connector_transaction_id::text[], :auth_code::text[], :network_transaction_id::text[],
+:authorization_expires_at::timestamptz[]
+
+-- :fragment payment_set
+version = source.payment_version,
+state = source.payment_state,
+requested_minor = source.requested_minor,
+authorized_minor = source.authorized_minor,
+capture_pending_minor = source.capture_pending_minor,
+captured_minor = source.captured_minor,
+refund_pending_minor = source.refund_pending_minor,
+refunded_minor = source.refunded_minor,
+voided_minor = source.voided_minor,
+increment_pending_minor = source.increment_pending_minor,
+authorized_reported_minor = source.authorized_reported_minor,
+captured_reported_minor = source.captured_reported_minor,
+refunded_reported_minor = source.refunded_reported_minor,
+capture_closed = source.capture_closed,
+cancel_requested = source.cancel_requested,
+connector = source.payment_connector,
+connector_account_id = source.payment_connector_account_id,
+connector_transaction_id = source.payment_connector_transaction_id,
+auth_code = source.auth_code,
+network_transaction_id = source.network_transaction_id,
+authorization_expires_at = source.authorization_expires_at

@@ -1,0 +1,548 @@
+"""The durable store: every write through a lane, every lane on connections of its own."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Final, Self
+
+import asyncpg
+
+from gateway.application.ports import (
+    Change,
+    Found,
+    Intent,
+    IntentResult,
+    Lease,
+    ListFilter,
+    Page,
+    Stored,
+)
+from gateway.domain.model import Aggregate, ConnectorAnswer, Operation, OperationState
+from gateway.domain.states import UNFINISHED
+from storage.batching import LaneMetrics
+from storage.postgres import rows
+from storage.postgres.accounts import Accounts
+from storage.postgres.errors import NotDurable, SchemaError
+from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
+from storage.postgres.migrate import check_schema
+from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections, durability
+from storage.postgres.queries import Query, query, run
+
+_AUTHORIZE_INTENT = query("writes", "authorize_intent")
+_FOLLOWUP_INTENT = query("writes", "followup_intent")
+_WRITTEN_INTENTS = query("writes", "written_intents")
+_CHANGE = query("writes", "change")
+_CHANGE_WITH_MORE = query("writes", "change_with_more")
+_WRITTEN_CHANGES = query("writes", "written_changes")
+_FIND_BY_KEY = query("reads", "find_by_key")
+_FIND_OPERATION = query("reads", "find_operation")
+_LOAD = query("reads", "load")
+_LIST_PAYMENTS = query("reads", "list_payments")
+_READ_WATERMARK = query("recovery", "read_watermark")
+_PUT_EXPIRED = query("recovery", "put_expired")
+_LOCK_DUE = query("recovery", "lock_due")
+_LEASE = query("recovery", "lease")
+_POSTPONE = query("recovery", "postpone")
+_FORGET = query("recovery", "forget")
+_ADD_EVIDENCE = query("recovery", "add_evidence")
+_COUNT_DOUBTS = query("recovery", "count_doubts")
+
+_UNFINISHED: Final = sorted(UNFINISHED)
+
+INTENTS: Final = LaneLimits(connections=2, rows_max=500, queue_max=5_000, retry_s_max=1.0)
+FOLLOW_UPS: Final = LaneLimits(connections=1, rows_max=200, queue_max=5_000, retry_s_max=1.0)
+CHANGES: Final = LaneLimits(connections=2, rows_max=500, queue_max=5_000, retry_s_max=30.0)
+READS: Final = LaneLimits(connections=1, rows_max=200, queue_max=5_000, retry_s_max=1.0)
+DIRECT: Final = LaneLimits(connections=2, rows_max=1, queue_max=200, retry_s_max=1.0)
+
+LIST_SCAN_MAX: Final = 2_000
+"""How many payments a page of ListPayments looks at; where a filter matches few, it ends early."""
+RECOVERY_HORIZON_S_MIN: Final = 60.0
+"""How far behind now the scan for dead senders begins, where nothing else is said."""
+
+
+class PostgresStore:
+    """`gateway.application.ports.Store` on PostgreSQL.
+
+    Args:
+        dsn: a libpq URL of the primary.
+        intents, follow_ups, changes, reads, direct: what each lane may take and hold; `direct`
+            serves ListPayments and recovery. `changes.retry_s_max` is for how long an outcome is
+            repeated while the database is away; recovery settles what could not be written.
+        connection: how to connect; `dsn` comes first.
+        retry_after_s: what a caller who met a full queue is told, in seconds.
+        list_scan_max: see LIST_SCAN_MAX.
+        recovery_horizon_s: how far behind now the scan for dead senders begins; more than a
+            statement may take, and more than the pause between two scans.
+        metrics: what the lanes tell.
+        on_generation: called with the server's generation at every new connection.
+    """
+
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        intents: LaneLimits = INTENTS,
+        follow_ups: LaneLimits = FOLLOW_UPS,
+        changes: LaneLimits = CHANGES,
+        reads: LaneLimits = READS,
+        direct: LaneLimits = DIRECT,
+        application_name: str = "gateway",
+        connect_timeout_s: float = 5.0,
+        statement_timeout_s: float = 10.0,
+        prepared_statements: bool = True,
+        retry_after_s: float = 0.5,
+        list_scan_max: int = LIST_SCAN_MAX,
+        recovery_horizon_s: float | None = None,
+        metrics: LaneMetrics | None = None,
+        on_generation: Callable[[str], None] | None = None,
+    ) -> None:
+        if recovery_horizon_s is None:
+            recovery_horizon_s = max(RECOVERY_HORIZON_S_MIN, 2 * statement_timeout_s)
+        if recovery_horizon_s <= statement_timeout_s:
+            raise ValueError("recovery_horizon_s must be more than statement_timeout_s")
+        self._connection_settings = ConnectionSettings(
+            dsn,
+            application_name=application_name,
+            connect_timeout_s=connect_timeout_s,
+            statement_timeout_s=statement_timeout_s,
+            prepared_statements=prepared_statements,
+        )
+        self._limits = {
+            "intents": intents,
+            "follow_ups": follow_ups,
+            "changes": changes,
+            "reads": reads,
+            "direct": direct,
+        }
+        self._outcome_retry_s_max = changes.retry_s_max
+        self._retry_after_s = retry_after_s
+        self._list_scan_max = list_scan_max
+        self._horizon_s = recovery_horizon_s
+        self._metrics = metrics
+        self._on_generation = on_generation
+
+    async def open(self, *, connect: bool = True) -> None:
+        """Make the lanes in the running loop and connect what can be connected now.
+
+        What cannot, and without `connect` everything, is connected with its first use.
+        """
+        held = {
+            name: HeldConnections(
+                self._connection_settings, name, limits.connections, self._on_generation
+            )
+            for name, limits in self._limits.items()
+        }
+        self._intents: PostgresLane[Intent, IntentResult] = PostgresLane(
+            "intents",
+            held["intents"],
+            self._limits["intents"],
+            _write_authorize_intents,
+            retry_after_s=self._retry_after_s,
+            metrics=self._metrics,
+        )
+        self._follow_ups: PostgresLane[Intent, IntentResult] = PostgresLane(
+            "follow_ups",
+            held["follow_ups"],
+            self._limits["follow_ups"],
+            _write_followup_intents,
+            retry_after_s=self._retry_after_s,
+            exclusive=lambda intent: (intent.payment.merchant_id, intent.payment.payment_id),
+            metrics=self._metrics,
+        )
+        self._changes: PostgresLane[Change, Stored] = PostgresLane(
+            "changes",
+            held["changes"],
+            self._limits["changes"],
+            _write_changes,
+            retry_after_s=self._retry_after_s,
+            partition=_is_plain,
+            exclusive=lambda change: (change.payment.merchant_id, change.payment.payment_id),
+            metrics=self._metrics,
+        )
+        self._reads: PostgresLane[_Read, Aggregate | None] = PostgresLane(
+            "reads",
+            held["reads"],
+            self._limits["reads"],
+            _read,
+            retry_after_s=self._retry_after_s,
+            partition=lambda read: read[0].name,
+            metrics=self._metrics,
+        )
+        self._direct = DirectLane(
+            "direct",
+            held["direct"],
+            self._limits["direct"],
+            retry_after_s=self._retry_after_s,
+            metrics=self._metrics,
+        )
+        self.accounts = Accounts(self._direct)
+        if connect:
+            await asyncio.gather(*(connections.open() for connections in held.values()))
+
+    async def close(self) -> None:
+        """Write all that was taken, then close. Close after everybody who writes has finished."""
+        await self._intents.close()
+        await self._follow_ups.close()
+        await self._changes.close()
+        await self._reads.close()
+        await self._direct.close()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def check(self) -> None:
+        """Whether this database can be served from now.
+
+        Raises StoreUnavailable, NotDurable or SchemaError.
+        """
+        found = await self._direct.run(_check)
+        if found is not None:
+            raise found
+
+    # --- writes ---
+
+    async def write_intent(self, intent: Intent) -> IntentResult:
+        """See Store. Raises ValueError for a new payment that already holds something."""
+        if intent.expected_version is None:
+            rows.check_new_payment(intent)
+            return await self._intents.put(intent)
+        return await self._follow_ups.put(intent)
+
+    async def write_change(self, change: Change) -> Stored:
+        """See Store. Raises ValueError where the operation is not one of the payment."""
+        operation, payment = change.operation, change.payment
+        if (operation.merchant_id, operation.payment_id) != (
+            payment.merchant_id,
+            payment.payment_id,
+        ):
+            raise ValueError("the operation is not one of the payment")
+        return await self._changes.put(change, reserved=True)
+
+    # --- reads ---
+
+    async def find_by_key(self, merchant_id: str, idempotency_key: str) -> Found | None:
+        """See Store."""
+        return _found(await self._reads.put((_FIND_BY_KEY, merchant_id, idempotency_key)))
+
+    async def find_operation(self, merchant_id: str, operation_id: str) -> Found | None:
+        """See Store."""
+        return _found(await self._reads.put((_FIND_OPERATION, merchant_id, operation_id)))
+
+    async def load(self, merchant_id: str, payment_id: str) -> Aggregate | None:
+        """See Store."""
+        return await self._reads.put((_LOAD, merchant_id, payment_id))
+
+    async def list_payments(self, filter_: ListFilter) -> Page:
+        """See Store. A page may be short, or empty, and yet not be the last one."""
+        scan_max = max(self._list_scan_max, filter_.page_size + 1)
+        after_created_at, after_payment_id = filter_.after or (None, "")
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(
+                connection,
+                _LIST_PAYMENTS,
+                merchant_id=filter_.merchant_id,
+                mode=filter_.mode,
+                states=list(filter_.states),
+                merchant_order_id=filter_.merchant_order_id,
+                created_from=filter_.created_from,
+                created_before=filter_.created_before,
+                after_created_at=after_created_at,
+                after_payment_id=after_payment_id,
+                scan_max=scan_max,
+                page_size=filter_.page_size,
+            )
+
+        records = await self._direct.run(select)
+        first = records[0]
+        payments = [
+            rows.payment_of(record)
+            for record in records
+            if record["payment_payment_id"] is not None
+        ]
+        if len(payments) > filter_.page_size:
+            last = payments[filter_.page_size - 1]
+            assert last.created_at is not None
+            return Page(payments[: filter_.page_size], (last.created_at, last.payment_id))
+        if first["scanned"] == scan_max:
+            return Page(payments, (first["last_created_at"], first["last_payment_id"]))
+        return Page(payments, None)
+
+    # --- recovery ---
+
+    async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
+        """See Store. Repeated for as long as an outcome is."""
+
+        async def add(connection: Connection) -> bool:
+            added = await run(
+                connection,
+                _ADD_EVIDENCE,
+                merchant_id=operation.merchant_id,
+                payment_id=operation.payment_id,
+                operation_id=operation.operation_id,
+                evidence=rows.answer_json(answer),
+                unfinished=_UNFINISHED,
+            )
+            return bool(added)
+
+        return await self._direct.run(add, retry_s_max=self._outcome_retry_s_max)
+
+    async def expired(self, limit: int) -> int:
+        """See Store. 0 also while another gateway is looking."""
+
+        async def put(connection: Connection) -> int:
+            async with connection.transaction():
+                watermark = await run(connection, _READ_WATERMARK)
+                if not watermark:
+                    return 0
+                [counted] = await run(
+                    connection,
+                    _PUT_EXPIRED,
+                    created_before=watermark[0]["created_before"],
+                    processing=OperationState.PROCESSING,
+                    limit=limit,
+                    horizon_s=self._horizon_s,
+                )
+                return int(counted["put"])
+
+        return await self._direct.run(put)
+
+    async def lease(self, limit: int, lease_s: float) -> Sequence[Lease]:
+        """See Store. An operation whose payment is being changed at this moment is passed over."""
+
+        async def take(connection: Connection) -> Sequence[Lease]:
+            async with connection.transaction():
+                due = await run(connection, _LOCK_DUE, limit=limit)
+                if not due:
+                    return []
+                leased = await run(
+                    connection,
+                    _LEASE,
+                    merchant_id=[record["merchant_id"] for record in due],
+                    operation_id=[record["operation_id"] for record in due],
+                    lease_s=lease_s,
+                    unfinished=_UNFINISHED,
+                )
+                payments = sorted({(each["merchant_id"], each["payment_id"]) for each in leased})
+                # Under the locks: the epochs are those that were just raised, and no others'.
+                aggregates = await _aggregates(connection, _LOAD, payments)
+            by_payment = dict(zip(payments, aggregates, strict=True))
+            leases = []
+            for record in leased:
+                aggregate = by_payment[record["merchant_id"], record["payment_id"]]
+                if aggregate is None:
+                    continue
+                for operation in aggregate.operations:
+                    if operation.operation_id == record["operation_id"]:
+                        evidence = rows.answer_of(record["evidence"])
+                        leases.append(Lease(operation, aggregate, record["tries"], evidence))
+            return leases
+
+        return await self._direct.run(take)
+
+    async def postpone(self, operation: Operation, check_after_s: float) -> None:
+        """See Store."""
+
+        async def update(connection: Connection) -> None:
+            await run(
+                connection,
+                _POSTPONE,
+                merchant_id=operation.merchant_id,
+                operation_id=operation.operation_id,
+                check_after_s=check_after_s,
+            )
+
+        await self._direct.run(update)
+
+    async def forget(self, operation: Operation) -> None:
+        """See Store. Has no effect on an operation that is unfinished, or has new evidence."""
+
+        async def delete(connection: Connection) -> None:
+            await run(
+                connection,
+                _FORGET,
+                merchant_id=operation.merchant_id,
+                operation_id=operation.operation_id,
+                unfinished=_UNFINISHED,
+            )
+
+        await self._direct.run(delete)
+
+    async def count_doubts(self) -> tuple[int, float]:
+        """How many operations recovery has on its list, and the age of the oldest, in seconds."""
+
+        async def count(connection: Connection) -> tuple[int, float]:
+            [counted] = await run(connection, _COUNT_DOUBTS)
+            return counted["doubts"], counted["oldest_age_s"] or 0.0
+
+        return await self._direct.run(count)
+
+
+@asynccontextmanager
+async def open_reader(dsn: str) -> AsyncIterator[PostgresStore]:
+    """A store for a few reads: one connection to each lane that is used."""
+    store = PostgresStore(
+        dsn, application_name="gateway-reader", reads=replace(READS, retry_s_max=0)
+    )
+    await store.open(connect=False)
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+_Read = tuple[Query, str, str]
+"""A statement of reads.sql, the merchant, and what is looked for."""
+
+
+async def _check(connection: Connection) -> Exception | None:
+    # Returned, not raised: that a server is unsafe is an answer, and no reason to ask again.
+    try:
+        await durability(connection)
+        await check_schema(connection)
+    except (NotDurable, SchemaError) as error:
+        return error
+    return None
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+async def _write_authorize_intents(
+    connection: Connection, batch: Sequence[LaneRow[Intent]]
+) -> Sequence[IntentResult]:
+    columns = rows.authorize_columns([row.value for row in batch])
+    [answer] = await run(connection, _AUTHORIZE_INTENT, **columns)
+    return await _intent_results(connection, batch, answer, locked=None)
+
+
+async def _write_followup_intents(
+    connection: Connection, batch: Sequence[LaneRow[Intent]]
+) -> Sequence[IntentResult]:
+    columns = rows.followup_columns([row.value for row in batch])
+    [answer] = await run(connection, _FOLLOWUP_INTENT, **columns)
+    return await _intent_results(connection, batch, answer, locked=set(answer["locked"]))
+
+
+async def _intent_results(
+    connection: Connection,
+    batch: Sequence[LaneRow[Intent]],
+    answer: asyncpg.Record,
+    locked: set[str] | None,
+) -> Sequence[IntentResult]:
+    """`locked`: the operations whose payment was as expected; None where the payments are new."""
+    inserted, at = set(answer["inserted"]), answer["at"]
+    lost = [
+        row.value.operation
+        for row in batch
+        if row.is_retry and row.value.operation.operation_id not in inserted
+    ]
+    earlier = {}
+    if lost:
+        found = await run(
+            connection,
+            _WRITTEN_INTENTS,
+            merchant_id=[operation.merchant_id for operation in lost],
+            operation_id=[operation.operation_id for operation in lost],
+        )
+        earlier = {record["operation_id"]: record["created_at"] for record in found}
+    results = []
+    for row in batch:
+        operation_id = row.value.operation.operation_id
+        if operation_id in inserted:
+            results.append(IntentResult(Stored.WRITTEN, at))
+        elif operation_id in earlier:
+            results.append(IntentResult(Stored.WRITTEN, earlier[operation_id]))
+        elif locked is None or operation_id in locked:
+            results.append(IntentResult(Stored.DUPLICATE_KEY))
+        else:
+            results.append(IntentResult(Stored.CONFLICT))
+    return results
+
+
+def _is_plain(change: Change) -> bool:
+    """Whether the change is nothing but an operation, its payment and an event.
+
+    The first outcome of its own sender leaves no doubt to forget: at most the scan for dead senders
+    was quicker, and then recovery finds a definite operation and forgets it.
+    """
+    return (
+        change.doubt is None
+        and not change.companions
+        and not change.discrepancies
+        and not change.operation.superseded_attempts
+        and change.expected_epoch == 1
+        and change.expected_state is OperationState.PROCESSING
+        and change.operation.state is not OperationState.PROCESSING
+    )
+
+
+async def _write_changes(
+    connection: Connection, batch: Sequence[LaneRow[Change]]
+) -> Sequence[Stored]:
+    changes = [row.value for row in batch]
+    columns = rows.change_columns(changes)
+    if _is_plain(changes[0]):  # and so are all: the lane is partitioned by it
+        [answer] = await run(connection, _CHANGE, **columns)
+    else:
+        [answer] = await run(
+            connection,
+            _CHANGE_WITH_MORE,
+            **columns,
+            **rows.companion_columns(changes),
+            **rows.superseded_columns([change.operation for change in changes]),
+            **rows.discrepancy_columns(changes),
+        )
+    written = set(answer["changed"])
+    missing = [c for c in changes if c.operation.operation_id not in written]
+    if missing:
+        found = await run(connection, _WRITTEN_CHANGES, **rows.change_columns(missing))
+        written.update(record["operation_id"] for record in found)
+    return [
+        Stored.WRITTEN if change.operation.operation_id in written else Stored.CONFLICT
+        for change in changes
+    ]
+
+
+async def _read(
+    connection: Connection, batch: Sequence[LaneRow[_Read]]
+) -> Sequence[Aggregate | None]:
+    statement = batch[0].value[0]
+    keys = [(merchant_id, wanted) for _, merchant_id, wanted in (row.value for row in batch)]
+    return await _aggregates(connection, statement, keys)
+
+
+async def _aggregates(
+    connection: Connection, statement: Query, keys: Sequence[tuple[str, str]]
+) -> list[Aggregate | None]:
+    """What the statement finds for each (merchant, wanted): a payment and its operations."""
+    arrays = {
+        "merchant_id": [merchant_id for merchant_id, _ in keys],
+        "payment_id": [wanted for _, wanted in keys],
+        "operation_id": [wanted for _, wanted in keys],
+        "idempotency_key": [wanted for _, wanted in keys],
+    }
+    found: list[Aggregate | None] = [None] * len(keys)
+    for record in await run(connection, statement, **arrays):
+        number = record["number"] - 1
+        aggregate = found[number]
+        if aggregate is None:
+            aggregate = found[number] = Aggregate(rows.payment_of(record))
+        aggregate.operations.append(rows.operation_of(record))
+    return found
+
+
+def _found(aggregate: Aggregate | None) -> Found | None:
+    return None if aggregate is None else Found(aggregate.operations[0], aggregate.payment)

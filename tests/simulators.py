@@ -1,0 +1,36 @@
+"""PSP simulators for tests: real processes, each with a journal of its own."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gateway.connectors.simulator.journal import Standing, standing_charges
+from gateway.connectors.simulator.launch import SimulatorProcess
+
+_numbers = itertools.count(1)
+
+
+def new_reference() -> str:
+    """A reference that no other test uses, in the form of the gateway's."""
+    return f"op_{next(_numbers):08x}-1"
+
+
+@contextmanager
+def running_simulator(
+    directory: Path, profile: str = "idempotent", *, latency: str = "0"
+) -> Iterator[SimulatorProcess]:
+    """A simulator for as long as the context lasts, on the journal `directory/journal.jsonl`."""
+    simulator = SimulatorProcess.start(directory / "journal.jsonl", profile, latency=latency)
+    try:
+        yield simulator
+    finally:
+        simulator.kill()
+
+
+def standings_of(simulator: SimulatorProcess, reference: str) -> list[Standing]:
+    """What stands of every authorization made with a reference."""
+    charges = standing_charges(simulator.records())
+    return [standing for standing in charges if standing.reference == reference]
