@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 import pytest
 import uvloop
 
+from tests.servers import PostgresForTests, postgres_server, redis_server
+
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
+
+    from storage.embedded import EmbeddedRedis
 
 _KINDS = ("unit", "integration", "contract", "faults", "acceptance")
 """The directories below tests/, each with the marker of the same name (pyproject.toml)."""
@@ -30,3 +34,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             message = f"{item.nodeid}: tests belong into one of tests/{{{','.join(_KINDS)}}}"
             raise pytest.UsageError(message)
         item.add_marker(kind)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresForTests]:
+    """The suite's PostgreSQL, as durable as the default set-up's."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[EmbeddedRedis]:
+    """The suite's Redis. A test that stops or flushes it starts its own."""
+    with redis_server() as server:
+        yield server
