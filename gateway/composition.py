@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -326,10 +327,17 @@ def _run(
     announce: Callable[[Gateway], None],
     prepare: Callable[[asyncio.AbstractEventLoop], None] | None = None,
 ) -> None:
+    _raise_open_files_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if prepare is not None:
             prepare(runner.get_loop())
         runner.run(serve(settings, announce))
+
+
+def _raise_open_files_limit() -> None:
+    """Allow as many sockets as the system does: calls in flight to a PSP hold one each."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def run_local(settings: Settings) -> None:

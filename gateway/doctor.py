@@ -55,7 +55,7 @@ async def _postgres(dsn: str) -> list[Finding]:
         return [Finding(False, f"PostgreSQL: {type(error).__name__}: {error}")]
     try:
         version = connection.get_server_version()
-        findings = [Finding(True, f"PostgreSQL {version.major}.{version.minor} answers")]
+        findings = [Finding(True, f"PostgreSQL {version.major}.{version.micro} answers")]
         problems = await durability_problems(connection)
         findings += [Finding(False, f"PostgreSQL: {problem}") for problem in problems]
         if not problems:

@@ -25,6 +25,8 @@ from descriptor_text import print_file, standard_dependencies
 
 CONTRACT = "payments/v1"
 """The contract's package, as a path; also its Python import path."""
+SERVICE_CONFIG = "payments/v1/service_config.json"
+"""How clients should retry; gRPC's service config in JSON."""
 VALIDATE_PROTO = "buf/validate/validate.proto"
 DESCRIPTOR_SET = "descriptor_set.binpb"
 """A FileDescriptorSet of the contract with every import and with source info (comments)."""
@@ -93,6 +95,7 @@ def write_include(source: Path, include: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
         pending.extend(_IMPORT.findall(text))
+    shutil.copyfile(source / SERVICE_CONFIG, include / SERVICE_CONFIG)
 
 
 def compile_image(include: Path) -> bytes:
@@ -132,6 +135,7 @@ def write_python(include: Path, image: bytes, out: Path) -> None:
     _type_stubs("grpc", descriptors, services, out)
     for name in messages:
         shutil.copyfile(include / name, out / name)
+    shutil.copyfile(include / SERVICE_CONFIG, out / SERVICE_CONFIG)
     for package in {Path(name).parent for name in messages}:
         (out / package / "py.typed").touch()
     (out / CONTRACT / "__init__.py").write_text(_PACKAGE_DOCSTRING, encoding="utf-8")

@@ -9,6 +9,7 @@ keeps it right.
 
 import asyncio
 import logging
+import math
 import random
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,11 +26,13 @@ from gateway.application.usecases import Outcomes, connector_request
 from gateway.domain import decisions, states
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
+    CaptureMethod,
     ConnectorAnswer,
     Delivery,
     Operation,
     OperationKind,
     OperationState,
+    Payment,
     Verdict,
 )
 from gateway.domain.states import Event
@@ -137,11 +140,14 @@ class Recovery:
         if operation.state not in states.UNFINISHED:
             await self._absorb_late(lease)
             return operation.state
-        answer = lease.evidence
-        if answer is None or decisions.event_of(answer) is Event.DOUBTED:
+        evidence = await self._evidence(lease)
+        answer = evidence
+        # Once recovery has looked, it may have cancelled what the evidence says; the PSP knows.
+        if evidence is None or lease.tries:
             connector = self._router.connector(operation.attempt.connector)
-            answer = None if connector is None else await self._ask(lease, connector)
-        if answer is None or not _is_news(operation, answer):
+            asked = None if connector is None else await self._ask(lease, connector)
+            answer = evidence if asked is None else asked
+        if answer is None or not _is_news(payment, operation, answer):
             if operation.state is not S.PROCESSING:
                 await self._store.postpone(operation, self._backoff_s(lease.tries))
                 return operation.state
@@ -149,12 +155,28 @@ class Recovery:
         found = await self._outcomes.write(operation, payment, answer)
         return found.operation.state
 
+    async def _evidence(self, lease: Lease) -> ConnectorAnswer | None:
+        """The evidence, where it is news of the present attempt.
+
+        A success of an attempt that another one has replaced is reversed.
+        """
+        operation, evidence = lease.operation, lease.evidence
+        if evidence is None:
+            return None
+        number = evidence.attempt_number or operation.attempt.number
+        if number != operation.attempt.number:
+            if decisions.event_of(evidence) is Event.APPROVED:
+                await self._outcomes.reverse(operation, number, evidence)
+            return None
+        return evidence if _is_news(lease.aggregate.payment, operation, evidence) else None
+
     async def _absorb_late(self, lease: Lease) -> None:
         """An answer came after a definite outcome: a success that must not stand is reversed."""
         operation, evidence = lease.operation, lease.evidence
         late_success = evidence is not None and decisions.event_of(evidence) is Event.APPROVED
         if evidence is not None and late_success and operation.state is not S.SUCCEEDED:
-            await self._outcomes.reverse(operation, operation.attempt.number, evidence)
+            number = evidence.attempt_number or operation.attempt.number
+            await self._outcomes.reverse(operation, number, evidence)
         await self._store.forget(operation)
 
     async def _ask(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
@@ -187,19 +209,30 @@ class Recovery:
         if authorization.state is not S.SUCCEEDED:
             # Nothing stands that could be voided: what the caller wanted is so.
             return ConnectorAnswer(Delivery.NOT_SENT, Verdict.APPROVED)
-        if payment.captured_minor and payment.cancel_requested and not payment.voided_minor:
+        capabilities = connector.capabilities
+        charged = payment.cancel_requested and payment.capture_method is CaptureMethod.AUTOMATIC
+        # Without a query, taken back as a whole it is void whatever an earlier sending did.
+        blind = not (payment.captured_minor or capabilities.query_by_reference)
+        if (charged and payment.captured_minor) or (
+            capabilities.cancel_by_reference and (charged or blind)
+        ):
             return await self._take_back(lease, authorization, connector)
-        if connector.capabilities.query_by_reference:
-            answer = await connector.query(operation.kind, operation.reference)
-            if answer is not None and decisions.event_of(answer) is not Event.DOUBTED:
-                return answer
-        request = connector_request(self._encoder, operation, payment, lease.aggregate)
-        return await connector.send(request, send_before=float("inf"))
+        answer = await self._repeat(lease, connector)
+        event = decisions.event_of(answer)
+        if event is Event.NEVER_SENT:
+            # That this sending failed says nothing about an earlier one.
+            return None
+        may_be_second = operation.state is not S.PENDING or lease.tries > 0
+        if event is Event.APPROVED or not may_be_second:
+            return answer
+        # A refusal proves nothing where an earlier sending may be the reason for it.
+        knows = capabilities.query_by_reference or capabilities.idempotent_by_reference
+        return answer if knows else None
 
     async def _take_back(
         self, lease: Lease, authorization: Operation, connector: Connector
     ) -> ConnectorAnswer | None:
-        """A cancel request came before an automatic capture: the whole charge is taken back."""
+        """The authorization is taken back as a whole, with its capture where it was automatic."""
         if not connector.capabilities.cancel_by_reference:
             return ConnectorAnswer(
                 Delivery.NOT_SENT, Verdict.FAILED, reason=Reason.PAYMENT_CLOSED_FOR_CAPTURE
@@ -225,12 +258,19 @@ class Recovery:
                 return None
             # Taken back, or without effect: in both nothing stands.
             return ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED, answer.outcome)
-        request = connector_request(
-            self._encoder, operation, lease.aggregate.payment, lease.aggregate
-        )
-        answer = await connector.send(request, send_before=float("inf"))
+        repeated = await self._repeat(lease, connector)
         # A reversal that the PSP refuses stays open: a person has to see to it.
-        return answer if decisions.event_of(answer) is Event.APPROVED else None
+        return repeated if decisions.event_of(repeated) is Event.APPROVED else None
+
+    async def _repeat(self, lease: Lease, connector: Connector) -> ConnectorAnswer:
+        """Send a void or reversal, anew where the PSP does not say what became of it."""
+        operation, payment = lease.operation, lease.aggregate.payment
+        if connector.capabilities.query_by_reference:
+            answer = await connector.query(operation.kind, operation.reference)
+            if answer is not None:
+                return answer
+        request = connector_request(self._encoder, operation, payment, lease.aggregate)
+        return await connector.send(request, send_before=math.inf)
 
     def _backoff_s(self, tries: int) -> float:
         schedule = self._schedule
@@ -238,6 +278,7 @@ class Recovery:
         return min(pause_s, schedule.backoff_s_max) * random.uniform(0.8, 1.2)
 
 
-def _is_news(operation: Operation, answer: ConnectorAnswer) -> bool:
-    after = states.next_state(operation.kind, operation.state, decisions.event_of(answer))
+def _is_news(payment: Payment, operation: Operation, answer: ConnectorAnswer) -> bool:
+    event = decisions.event_for(payment, operation, answer)
+    after = states.next_state(operation.kind, operation.state, event)
     return after is not None and after is not operation.state

@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -151,7 +151,9 @@ class Payments:
         self._waiting: dict[tuple[str, str], int] = {}
         self._detached: set[asyncio.Task[Any]] = set()
         self._clock = DatabaseClock()
-        self._outcomes = Outcomes(store, claims, encoder, self._clock, limits.first_check_s)
+        self._outcomes = Outcomes(
+            store, claims, encoder, self._clock, limits.first_check_s, self._takeover_after_s
+        )
 
     @property
     def outcomes(self) -> "Outcomes":
@@ -324,6 +326,7 @@ class Payments:
             True,
             operation.request_id,
             operation.payment_id,
+            frozen=False,
         )
 
     async def _wait(self, command: Command) -> tuple[Operation, Payment]:
@@ -461,6 +464,14 @@ class Payments:
             return await self._duplicate(command)
         except StoreUnavailable as error:
             raise _store_unavailable() from error
+        except GatewayError as refusal:
+            if refusal.reason in _NOT_BY_STATE:
+                raise
+            # The state may refuse just because another repeat of this call was quicker.
+            current = await self._find_by_key(command)
+            if current is None or current.operation.epoch == found.operation.epoch:
+                raise
+            return await self._answer_existing(command, current)
 
     async def _write_intent(
         self, begun: Begun, connector: Connector, expected_version: int | None
@@ -521,6 +532,12 @@ class Payments:
             + self._limits.recover_margin_s
         )
 
+    def _takeover_after_s(self, operation: Operation) -> float:
+        connector = self._router.connector(operation.attempt.connector)
+        if connector is None:
+            return self._limits.first_check_s
+        return self._recover_after_s(connector)
+
     # --- the PSP and the outcome ---
 
     async def _perform(
@@ -572,12 +589,14 @@ class Outcomes:
         encoder: Encoder,
         clock: DatabaseClock,
         first_check_s: float,
+        takeover_after_s: Callable[[Operation], float],
     ) -> None:
         self._store = store
         self._claims = claims
         self._encoder = encoder
         self._clock = clock
         self._first_check_s = first_check_s
+        self._takeover_after_s = takeover_after_s
 
     async def write(self, operation: Operation, payment: Payment, answer: ConnectorAnswer) -> Found:
         """Settle an operation that this caller owns (by its epoch); the operation as it is stored.
@@ -669,6 +688,9 @@ class Outcomes:
         operation = settled.operation
         if operation.response is None and operation.state in states.FROZEN:
             operation.response = self._encoder.response(operation, settled.payment)
+        # Still PROCESSING where an earlier attempt of it is reversed: its sender keeps its time.
+        sending = operation.state is OperationState.PROCESSING
+        unfinished = operation.state in states.UNFINISHED
         event_type = _event_type(operation)
         generation = self._claims.generation
         stored = await self._store.write_change(
@@ -682,7 +704,8 @@ class Outcomes:
                 discrepancies=settled.discrepancies,
                 event=self._encoder.event(event_type, operation, settled.payment),
                 event_type=event_type,
-                doubt=Doubt(self._first_check_s) if operation.state in states.UNFINISHED else None,
+                recover_after_s=self._takeover_after_s(operation) if sending else 0.0,
+                doubt=Doubt(self._first_check_s) if unfinished and not sending else None,
             )
         )
         if stored is Stored.WRITTEN:
@@ -701,7 +724,8 @@ class Outcomes:
                 return found
             same_attempt = current.attempt.number == owned.attempt.number
             if same_attempt and current.state in states.UNFINISHED:
-                if await self._store.add_evidence(current, answer):
+                evidence = replace(answer, attempt_number=owned.attempt.number)
+                if await self._store.add_evidence(current, evidence):
                     return found
                 continue
             if event is Event.APPROVED and (not same_attempt or current.state in _WITHOUT_EFFECT):

@@ -35,6 +35,9 @@ from gateway.domain.states import Beside, Event
 K = OperationKind
 S = OperationState
 
+REPORTED_MINOR_MAX = 2**62
+"""The largest total of reported amounts that is kept, in minor units: inside int64."""
+
 
 @dataclass(slots=True)
 class Origin:
@@ -208,9 +211,15 @@ def begin_refund(
                 "The payment has no such capture with an amount left to refund.",
             )
     # A capture's bounce or a fact reported by the PSP may leave less in total than in the parts.
-    available = min(
-        sum(part for _, part in open_parts),
-        payment.captured_minor - payment.refunded_minor - payment.refund_pending_minor,
+    captured = payment.captured_minor
+    if payment.captured_reported_minor is not None:
+        captured = min(captured, payment.captured_reported_minor)
+    available = max(
+        0,
+        min(
+            sum(part for _, part in open_parts),
+            captured - payment.refunded_minor - payment.refund_pending_minor,
+        ),
     )
     amount = available if amount_minor is None else amount_minor
     if not 0 < amount <= available:
@@ -317,6 +326,18 @@ def event_of(answer: ConnectorAnswer) -> Event:
     return states.VERDICT_EVENTS[answer.verdict]
 
 
+def event_for(payment: Payment, operation: Operation, answer: ConnectorAnswer) -> Event:
+    """What an answer means for an operation.
+
+    An authorization without effect that a void has cancelled is CANCELED: as NOT_SENT, a repeat of
+    its call would execute it after all.
+    """
+    event = event_of(answer)
+    if event is Event.NEVER_SENT and payment.cancel_requested and operation.kind is K.AUTHORIZE:
+        return Event.CANCELED
+    return event
+
+
 def settle(
     payment: Payment,
     operation: Operation,
@@ -328,7 +349,7 @@ def settle(
 
     `at` is the time of the change; `new_operation_id` names a companion, should there be one.
     """
-    event = event_of(answer)
+    event = event_for(payment, operation, answer)
     after = states.next_state(operation.kind, operation.state, event)
     if after is None:
         return None
@@ -340,6 +361,10 @@ def settle(
         next_action_url=answer.next_action_url,
     )
     settled = Settled(changed, payment.copy_with(version=payment.version + 1, updated_at=at))
+    if event is Event.APPROVED and answer.currency not in ("", operation.currency):
+        settled.discrepancies.append(
+            _discrepancy(operation, "currency", operation.currency, answer.currency)
+        )
     if operation.kind in (K.AUTHORIZE, K.VERIFY):
         _settle_authorization(settled, answer, event, at, new_operation_id)
     elif operation.kind is K.CAPTURE:
@@ -395,16 +420,20 @@ def reverse_late_success(
 ) -> Settled:
     """A success of an attempt that was taken for not sent or cancelled: a durable REVERSAL begins.
 
-    The operation keeps its state.
+    The operation keeps its state. A late void is only reported: what it released cannot be had
+    back.
     """
     reference = f"{operation.operation_id}-{attempt_number}"
     settled = Settled(
         operation.copy_with(updated_at=at),
         payment.copy_with(version=payment.version + 1, updated_at=at),
     )
-    reported = answer.outcome.amount_reported_minor if answer.outcome else None
-    amount = operation.amount_minor if reported is None else reported
-    settled.companions.append(_reversal(operation, new_operation_id, reference, amount, answer, at))
+    if operation.kind is not K.VOID:
+        reported = answer.outcome.amount_reported_minor if answer.outcome else None
+        amount = reported if reported is not None and reported > 0 else operation.amount_minor
+        settled.companions.append(
+            _reversal(operation, new_operation_id, reference, amount, answer, at)
+        )
     settled.discrepancies.append(
         _discrepancy(
             operation, "late_success", operation.state.name, f"{reference} took effect later"
@@ -558,9 +587,11 @@ def _settle_authorization(
 ) -> None:
     operation, payment = settled.operation, settled.payment
     if event is not Event.APPROVED:
-        if event is Event.EXPIRED and payment.captured_minor:
-            # What was captured stays; only the rest has expired.
+        if event is Event.EXPIRED and payment.authorized_minor:
+            # What was captured or released stays, and what is being captured; the rest has expired.
             payment.capture_closed = True
+            if payment.state is PaymentState.AUTHORIZED and not payment.capture_pending_minor:
+                payment.state = PaymentState.EXPIRED
             return
         payment.state = _PAYMENT_STATES[operation.state]
         return
@@ -588,6 +619,7 @@ def _settle_authorization(
     payment.authorized_minor = approved
     if payment.capture_method is CaptureMethod.AUTOMATIC:
         payment.captured_minor = approved
+        payment.captured_reported_minor = payment.authorized_reported_minor
         payment.capture_closed = True
         settled.companions.append(
             Operation(
@@ -667,34 +699,32 @@ def _settle_capture(settled: Settled, event: Event) -> None:
     amount = operation.amount_minor
     if operation.state in states.UNFINISHED:
         return
+    before = payment.captured_minor
     if event is Event.BOUNCED:
-        if payment.captured_minor - amount < payment.refunded_minor + payment.refund_pending_minor:
-            payment.captured_reported_minor = payment.captured_minor - amount
-            settled.discrepancies.append(
-                _discrepancy(
-                    operation,
-                    "captured_amount",
-                    str(payment.captured_minor),
-                    str(payment.captured_reported_minor),
-                )
-            )
-        else:
+        refunds = payment.refunded_minor + payment.refund_pending_minor
+        returned = -_told_of(operation)
+        if before - amount >= refunds:
             payment.captured_minor -= amount
+        else:
+            settled.discrepancies.append(
+                _discrepancy(operation, "captured_amount", str(before), f"{amount} of it returned")
+            )
+        payment.captured_reported_minor = _told(
+            payment.captured_reported_minor, before, returned, payment.captured_minor
+        )
         payment.state = payment_state_of_money(payment)
         return
     payment.capture_pending_minor -= amount
     if operation.state is S.SUCCEEDED:
         payment.captured_minor += amount
-        reported = _reported(operation, amount)
-        if reported is not None:
-            payment.captured_reported_minor = payment.captured_minor - amount + reported
-            settled.discrepancies.append(
-                _discrepancy(operation, "captured_amount", str(amount), str(reported))
-            )
-        if payment.capture_closed and not payment.capture_pending_minor:
-            payment.voided_minor = payment.authorized_minor - payment.captured_minor
+        payment.captured_reported_minor = _told(
+            payment.captured_reported_minor, before, _told_of(operation), payment.captured_minor
+        )
+        _compare_amount(settled, "captured_amount")
     elif operation.final:
         payment.capture_closed = False
+    if payment.capture_closed and not payment.capture_pending_minor:
+        payment.voided_minor = payment.authorized_minor - payment.captured_minor
     payment.state = payment_state_of_money(payment)
 
 
@@ -703,18 +733,19 @@ def _settle_refund(settled: Settled, event: Event) -> None:
     amount = operation.amount_minor
     if operation.state in states.UNFINISHED:
         return
+    before, told = payment.refunded_minor, 0
     if event is Event.BOUNCED:
         payment.refunded_minor -= amount
+        told = -_told_of(operation)
     else:
         payment.refund_pending_minor -= amount
         if operation.state is S.SUCCEEDED:
             payment.refunded_minor += amount
-            reported = _reported(operation, amount)
-            if reported is not None:
-                payment.refunded_reported_minor = payment.refunded_minor - amount + reported
-                settled.discrepancies.append(
-                    _discrepancy(operation, "refunded_amount", str(amount), str(reported))
-                )
+            told = _told_of(operation)
+            _compare_amount(settled, "refunded_amount")
+    payment.refunded_reported_minor = _told(
+        payment.refunded_reported_minor, before, told, payment.refunded_minor
+    )
     payment.state = payment_state_of_money(payment)
 
 
@@ -732,7 +763,15 @@ def _settle_increment(settled: Settled) -> None:
         return
     payment.increment_pending_minor = 0
     if operation.state is S.SUCCEEDED:
+        before = payment.authorized_minor
         payment.authorized_minor += operation.amount_minor
+        payment.authorized_reported_minor = _told(
+            payment.authorized_reported_minor,
+            before,
+            _told_of(operation),
+            payment.authorized_minor,
+        )
+        _compare_amount(settled, "authorized_amount")
         if payment.capture_closed and not payment.capture_pending_minor:
             # Captured or voided by the old ceiling while this was in doubt: the rest is released.
             payment.voided_minor = payment.authorized_minor - payment.captured_minor
@@ -744,13 +783,35 @@ def _settle_increment(settled: Settled) -> None:
                     f"{operation.amount_minor} authorized in addition",
                 )
             )
-        payment.state = payment_state_of_money(payment)
+        if _is_money(payment):
+            payment.state = payment_state_of_money(payment)
 
 
-def _reported(operation: Operation, expected_minor: int) -> int | None:
+def _told_of(operation: Operation) -> int:
+    """The amount that the PSP reported of an operation; where it reported none, ours."""
     outcome = operation.attempt.outcome
     reported = outcome.amount_reported_minor if outcome else None
-    return None if reported == expected_minor else reported
+    return operation.amount_minor if reported is None else reported
+
+
+def _told(
+    told_minor: int | None, before_minor: int, change_minor: int, ours_minor: int
+) -> int | None:
+    """The total by what the PSP reported, after a change; None where it does not differ from ours.
+
+    `told_minor` and `before_minor` are that total and ours before the change.
+    """
+    total = (before_minor if told_minor is None else told_minor) + change_minor
+    total = max(-REPORTED_MINOR_MAX, min(total, REPORTED_MINOR_MAX))
+    return None if total == ours_minor else total
+
+
+def _compare_amount(settled: Settled, kind: str) -> None:
+    expected, reported = settled.operation.amount_minor, _told_of(settled.operation)
+    if reported != expected:
+        settled.discrepancies.append(
+            _discrepancy(settled.operation, kind, str(expected), str(reported))
+        )
 
 
 def _discrepancy(operation: Operation, kind: str, expected: str, reported: str) -> Discrepancy:

@@ -1,4 +1,7 @@
-"""Payments, operations and attempts as values. The numbers of the enums are those of the contract."""
+"""Payments, operations and attempts as values.
+
+The numbers of the enums are those of the contract.
+"""
 
 import copy
 from dataclasses import dataclass, field
@@ -215,6 +218,8 @@ class ConnectorAnswer:
     authorization_expires_at: datetime | None = None
     reason: str = ""
     """Where there is no answer: a Reason."""
+    attempt_number: int | None = None
+    """Where it is kept as evidence: the attempt that it is the answer to."""
 
 
 @dataclass(slots=True)

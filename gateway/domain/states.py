@@ -1,4 +1,4 @@
-"""Which moves an operation and a payment may make, and what may run beside what: allow-lists as data.
+"""Which moves operations and payments may make, and what may run beside what: allow-lists as data.
 
 What is not in a table is not allowed. `gateway states` prints the tables, `docs/states.md` shows
 them, and every write of an outcome goes through `next_state`.
@@ -121,8 +121,8 @@ PAYMENT_TRANSITIONS: dict[P, frozenset[P]] = {
     P.AUTHORIZED: frozenset({P.PARTIALLY_CAPTURED, P.CAPTURED, P.VOIDED, P.EXPIRED}),
     # A capture or refund that bounces late leads back.
     P.PARTIALLY_CAPTURED: (_MONEY | {P.VOIDED}) - {P.PARTIALLY_CAPTURED},
-    P.CAPTURED: (_MONEY | {P.VOIDED}) - {P.CAPTURED},
-    P.PARTIALLY_REFUNDED: (_MONEY | {P.VOIDED}) - {P.PARTIALLY_REFUNDED, P.AUTHORIZED},
+    P.CAPTURED: _MONEY - {P.CAPTURED},
+    P.PARTIALLY_REFUNDED: _MONEY - {P.PARTIALLY_REFUNDED, P.AUTHORIZED},
     P.REFUNDED: frozenset({P.PARTIALLY_REFUNDED, P.CAPTURED, P.PARTIALLY_CAPTURED}),
     **{state: frozenset() for state in (*_REFUSED, P.VOIDED, P.VERIFIED)},
 }
@@ -186,7 +186,7 @@ captured. A VOID is exclusive with captures, since one that is in doubt may have
 
 
 def may_start_beside(new: K, unfinished: K, unfinished_state: S) -> Beside:
-    """The matrix for an unfinished operation in the given state: REFUSED, ALLOWED or a cancel request."""
+    """The matrix for an operation that is unfinished in the given state; never ALLOWED_IN_DOUBT."""
     rule = MATRIX[new][unfinished]
     if rule is Beside.ALLOWED_IN_DOUBT:
         return Beside.ALLOWED if unfinished_state is S.IN_DOUBT else Beside.REFUSED

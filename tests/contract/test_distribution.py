@@ -112,6 +112,7 @@ def test_wheel_holds_the_contract_for_every_language_and_the_typed_modules(wheel
     names = set(zipfile.ZipFile(wheel).namelist())
     messages = [*PROTO_NAMES, "buf/validate/validate.proto"]
     wanted = {*messages, "payments/v1/descriptor_set.binpb", "payments/v1/py.typed"}
+    wanted.add("payments/v1/service_config.json")
     for name in messages:
         stem = name.removesuffix(".proto")
         wanted |= {f"{stem}_pb2.py", f"{stem}_pb2.pyi"}

@@ -43,7 +43,13 @@ class SimulatorProcess:
             *("--listen", listen, "--journal", str(journal), "--profile", profile),
             *("--latency", latency, "--seed", str(seed)),
         ]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        # In a session of its own: Ctrl-C is for the launcher, which may need the PSP to drain.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
         assert process.stdout is not None
         line = process.stdout.readline()
         process.stdout.close()

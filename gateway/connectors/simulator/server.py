@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import struct
@@ -664,6 +665,7 @@ async def serve(options: Options, announce: Callable[[str], object] | None = Non
     profile = find_profile(options.profile)
     if options.exit_with_parent:
         _exit_with_parent()
+    _allow_connections()
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -705,6 +707,16 @@ async def serve(options: Options, announce: Callable[[str], object] | None = Non
         server.close()
     finally:
         await simulator.close()
+
+
+def _allow_connections() -> None:
+    """Raise the limit of open files as far as it may: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * CONNECTIONS_MAX
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _announce(line: str) -> None:
