@@ -1,0 +1,114 @@
+"""What an operator sees: metrics, health that follows the database, refusals to start, draining."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tests.harness import calling, eventually, running_system
+from tests.servers import free_port, postgres_server
+
+if TYPE_CHECKING:
+    from storage.embedded import EmbeddedRedis
+    from tests.servers import PostgresForTests
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+async def test_metrics_tell_calls_claims_batches_and_psp_calls(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    port = free_port()
+    with running_system(postgres, redis) as system:
+        gateway = system.start_gateway(metrics_address=f"127.0.0.1:{port}")
+        async with calling(gateway, system.shop.api_key) as caller:
+            await caller.authorize()
+            await caller.authorize(token="tok_declined_insufficient_funds")
+        async with (
+            aiohttp.ClientSession() as session,
+            session.get(f"http://127.0.0.1:{port}/metrics") as answer,
+        ):
+            text = await answer.text()
+    for line in (
+        'gateway_rpc_requests_total{code="OK",method="AuthorizePayment",reason=""} 2.0',
+        'gateway_claims_total{result="NEW"} 2.0',
+        'delivery="ANSWERED",kind="AUTHORIZE",result="DECLINED"} 1.0',
+        "gateway_operations_in_doubt 0.0",
+        'gateway_batch_rows_count{lane="intents"}',
+        "gateway_redis_up 1.0",
+    ):
+        assert line in text
+    assert system.shop.merchant_id not in text
+
+
+async def _health(address: str) -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        status: int = answer.status
+        return status
+
+
+async def test_health_follows_the_database(redis: EmbeddedRedis) -> None:
+    with postgres_server() as postgres, running_system(postgres, redis) as system:
+        gateway = system.start_gateway()
+        address = gateway.address
+        assert await _health(address) == SERVING
+        postgres.server.kill()
+        while await _health(address) != NOT_SERVING:
+            pass
+        postgres.server.start()
+        while await _health(address) != SERVING:
+            pass
+        async with calling(gateway, system.shop.api_key) as caller:
+            answer = await caller.authorize()
+            assert answer.payment.amounts.authorized_minor == 1000
+
+
+async def test_serve_refuses_a_database_that_may_lose_commits(redis: EmbeddedRedis) -> None:
+    with (
+        postgres_server({"fsync": "off"}) as postgres,
+        running_system(postgres, redis) as system,
+    ):
+        gateway = system.start_gateway()
+        assert gateway.wait() == 1
+        await eventually(lambda: "fsync" in gateway.log, "the refusal names the setting")
+
+
+async def test_serve_refuses_a_database_without_the_schema_and_names_the_command(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    with running_system(postgres, redis) as system:
+        empty = postgres.create_database()
+        gateway = system.start_gateway(postgres_dsn=empty)
+        assert gateway.wait() == 1
+        await eventually(lambda: "gateway migrate" in gateway.log, "the command is named")
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"transport": "native"}, "GATEWAY_TRUSTED_FRONT"),
+        (
+            {"transport": "native", "trusted_front": True, "connection_age_max_s": 60},
+            "GATEWAY_CONNECTION_AGE_MAX_S",
+        ),
+        (
+            {"transport": "native", "trusted_front": True, "tls_certificate_file": "x"},
+            "GATEWAY_TLS_CERTIFICATE_FILE",
+        ),
+        ({"listen_address": "nowhere"}, "GATEWAY_LISTEN_ADDRESS"),
+    ],
+)
+async def test_serve_names_the_setting_that_it_refuses(
+    postgres: PostgresForTests, redis: EmbeddedRedis, settings: dict[str, Any], named: str
+) -> None:
+    with running_system(postgres, redis) as system:
+        gateway = system.start_gateway(**settings)
+        assert gateway.wait() == 1
+        await eventually(lambda: named in gateway.log, "the setting is named")
