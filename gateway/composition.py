@@ -42,7 +42,7 @@ from storage.postgres import (
     PostgresStore,
     SchemaError,
 )
-from storage.postgres.migrate import migrate
+from storage.postgres.migrate import MigrationBusy, MigrationChanged, migrate
 from storage.redis import Claims, open_client
 
 READINESS_INTERVAL_S: Final = 2.0
@@ -364,7 +364,10 @@ def run_local(settings: Settings) -> None:
             simulator_url=settings.simulator_url or state.simulator_url,
         )
         state = replace(state, listen_address=settings.listen_address)
-        state = asyncio.run(_prepare_local(settings, state))
+        try:
+            state = asyncio.run(_prepare_local(settings, state))
+        except (MigrationBusy, MigrationChanged, StoreUnavailable) as error:
+            raise StartError(str(error)) from error
         write_state(folder, state)
         _run(settings, lambda gateway: _welcome(gateway, state))
     finally:

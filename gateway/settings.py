@@ -294,9 +294,9 @@ class Settings(BaseSettings):
     simulator_url: str = _field(
         "", "The PSP simulator's address, `http://…`. Empty: none, or the embedded run's own."
     )
-    simulator_profile: Literal["idempotent", "non_idempotent", "key_2s", "no_query"] = _field(
-        "idempotent", "Which kind of PSP the simulator plays."
-    )
+    simulator_profile: Literal[
+        "idempotent", "non_idempotent", "key_2s", "no_query", "cancel_only"
+    ] = _field("idempotent", "Which kind of PSP the simulator plays.")
     simulator_connect_timeout_s: float = _field(1.0, "How long connecting may take.", gt=0, le=60)
     simulator_answer_timeout_s: float = _field(
         10.0, "How long an answer may take before the operation is in doubt.", gt=0, le=120

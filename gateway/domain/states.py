@@ -100,7 +100,7 @@ def next_state(kind: K, state: S, event: Event) -> S | None:
     return after if kinds is None or kind in kinds else None
 
 
-_AUTHORIZED = frozenset({P.AUTHORIZED, P.CAPTURED, P.VERIFIED, P.VOIDED})
+_AUTHORIZED = frozenset({P.AUTHORIZED, P.CAPTURED, P.VERIFIED})
 _REFUSED = frozenset({P.DECLINED, P.FAILED, P.CANCELED, P.EXPIRED})
 _MONEY = frozenset(
     {

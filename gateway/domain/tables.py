@@ -5,6 +5,7 @@
 
 import ast
 import inspect
+import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
@@ -70,6 +71,11 @@ Operations with a definite outcome hinder nothing but by the amounts. `AUTHORIZE
 a payment, and a `REVERSAL` is begun by the gateway alone: they have no rows.
 """
 
+_AMOUNTS = """\
+Whatever the matrix says, a `MANUAL` payment takes one capture, and every amount is held to
+`captured + capture_pending <= authorized` and `refunded + refund_pending <= captured`.
+"""
+
 
 def text() -> str:
     """The tables as plain text, for a terminal."""
@@ -106,7 +112,7 @@ def markdown() -> str:
     parts = [
         _INTRODUCTION,
         _OPERATIONS,
-        _mermaid(_operation_edges()),
+        _mermaid(_operation_edges(), _names(UNFINISHED)),
         _table(
             ("State", *(_code(event.name) for event in Event)),
             (
@@ -125,10 +131,10 @@ def markdown() -> str:
             ("Event", "What happened"),
             ((_code(event.name), meaning) for event, meaning in _event_meanings()),
         ),
-        f"Without a definite outcome, so that the reserved amounts stay: {_codes(UNFINISHED)}.\n"
-        f"The first answer is stored and replayed in: {_codes(FROZEN)}.\n",
+        f"Reserved amounts stay in {_codes(UNFINISHED)}.\n",
+        f"The first answer is stored and replayed in {_codes(FROZEN)}.\n",
         _PAYMENTS,
-        _mermaid(_payment_edges()),
+        _mermaid(_payment_edges(), _names(UNFINISHED)),
         _table(
             ("State", "Then"),
             ((_code(s.name), _codes(after) or "–") for s, after in PAYMENT_TRANSITIONS.items()),
@@ -139,9 +145,7 @@ def markdown() -> str:
             f"- **{_BESIDE[beside]}**: {meaning}." for beside, meaning in _BESIDE_MEANINGS.items()
         )
         + "\n",
-        "A second capture of a `MANUAL` payment is refused whatever the matrix says, and every "
-        "amount is\nheld to `captured + capture_pending <= authorized` and "
-        "`refunded + refund_pending <= captured`.\n",
+        _AMOUNTS,
     ]
     return "\n".join(parts)
 
@@ -173,8 +177,7 @@ def _event_meanings() -> Iterator[tuple[Event, str]]:
     """Each event with the docstring that stands under it in the source."""
     [definition] = ast.parse(inspect.getsource(Event)).body
     assert isinstance(definition, ast.ClassDef)
-    body = definition.body
-    for member, docstring in zip(body, body[1:], strict=False):
+    for member, docstring in itertools.pairwise(definition.body):
         if isinstance(member, ast.Assign) and isinstance(docstring, ast.Expr):
             [target] = member.targets
             yield Event[ast.unparse(target)], ast.literal_eval(docstring.value)
@@ -223,11 +226,27 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _mermaid(edges: Iterable[tuple[str, str, str]]) -> str:
-    lines = ["```mermaid", "stateDiagram-v2"]
-    for before, after, label in edges:
-        lines.append(f"    {before} --> {after}" + (f": {label}" if label else ""))
+def _mermaid(edges: Iterable[tuple[str, str, str]], inner: Sequence[str]) -> str:
+    """A drawing in which the `inner` states form one; a way that all of them have is drawn once."""
+    ways = list(edges)
+    common = dict.fromkeys(
+        (after, label)
+        for _, after, label in ways
+        if after not in inner and all((state, after, label) in ways for state in inner)
+    )
+    own = [way for way in ways if way[0] not in inner or way[1:] not in common]
+    within = [way for way in own if way[0] in inner and way[1] in inner]
+    lines = ["```mermaid", "stateDiagram-v2", '    state "no definite outcome" as UNFINISHED {']
+    lines += [f"        {_way(*way)}" for way in within]
+    lines += ["    }"]
+    lines += [f"    {_way(*way)}" for way in own if way not in within]
+    lines += [f"    {_way('UNFINISHED', *rest)}" for rest in common]
     return "\n".join([*lines, "```", ""])
+
+
+def _way(before: str, after: str, label: str) -> str:
+    # What is labelled like the state that it leads to needs no label.
+    return f"{before} --> {after}" + (f": {label}" if label and label != after else "")
 
 
 if __name__ == "__main__":

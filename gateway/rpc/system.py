@@ -11,16 +11,16 @@ from typing import Any, Final
 
 import grpc
 from google.protobuf.message import Message
-from grpc_health.v1.health_pb2 import (  # type: ignore[import-untyped]
+from grpc_health.v1.health_pb2 import (
     HealthCheckRequest,
     HealthCheckResponse,
     HealthListRequest,
     HealthListResponse,
 )
-from grpc_reflection.v1alpha.reflection import (  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha.reflection import (
     aio as reflection_aio,
 )
-from grpc_reflection.v1alpha.reflection_pb2 import (  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha.reflection_pb2 import (
     ServerReflectionRequest,
 )
 
