@@ -110,13 +110,10 @@ class Gateway:
             self._limits(),
             self.metrics,
         )
-        accounts = await stack.enter_async_context(
-            Accounts.connect(settings.postgres_dsn.get_secret_value())
-        )
         self.service = PaymentService(
             self.payments,
             Authenticator(
-                accounts.load_key,
+                self.store.accounts.load_key,
                 AuthLimits(
                     life_s=settings.auth_cache_life_s,
                     negative_life_s=settings.auth_negative_life_s,

@@ -400,6 +400,7 @@ class Settings(BaseSettings):
                 ("wait_poll_ms_min", "wait_poll_ms_max"),
                 ("batch_rows_max", "batch_queue_max"),
                 ("min_send_budget_s", "send_window_s"),
+                ("postgres_statement_timeout_s", "recovery_horizon_s"),
             )
             if getattr(self, low) > getattr(self, high)
         ]

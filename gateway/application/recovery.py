@@ -233,13 +233,14 @@ class Recovery:
         self, lease: Lease, authorization: Operation, connector: Connector
     ) -> ConnectorAnswer | None:
         """The authorization is taken back as a whole, with its capture where it was automatic."""
-        if not connector.capabilities.cancel_by_reference:
-            return ConnectorAnswer(
-                Delivery.NOT_SENT, Verdict.FAILED, reason=Reason.PAYMENT_CLOSED_FOR_CAPTURE
-            )
-        answer = await connector.cancel(authorization.kind, authorization.reference)
-        if decisions.event_of(answer) is Event.DOUBTED:
-            return None
+        if connector.capabilities.cancel_by_reference:
+            answer = await connector.cancel(authorization.kind, authorization.reference)
+            if decisions.event_of(answer) is Event.DOUBTED:
+                return None
+        else:
+            answer = await self._repeat(lease, connector, K.REVERSAL)
+            if decisions.event_of(answer) is not Event.APPROVED:
+                return None
         for capture in lease.aggregate.operations:
             if capture.kind is K.CAPTURE and capture.state is S.SUCCEEDED:
                 await self._outcomes.bounce(capture, answer)
@@ -262,14 +263,20 @@ class Recovery:
         # A reversal that the PSP refuses stays open: a person has to see to it.
         return repeated if decisions.event_of(repeated) is Event.APPROVED else None
 
-    async def _repeat(self, lease: Lease, connector: Connector) -> ConnectorAnswer:
-        """Send a void or reversal, anew where the PSP does not say what became of it."""
+    async def _repeat(
+        self, lease: Lease, connector: Connector, kind: OperationKind | None = None
+    ) -> ConnectorAnswer:
+        """Send a void or reversal, anew where the PSP does not say what became of it.
+
+        With `kind` the operation's request goes out as one of another kind.
+        """
         operation, payment = lease.operation, lease.aggregate.payment
+        request = connector_request(self._encoder, operation, payment, lease.aggregate)
+        request.kind = kind or operation.kind
         if connector.capabilities.query_by_reference:
-            answer = await connector.query(operation.kind, operation.reference)
+            answer = await connector.query(request.kind, operation.reference)
             if answer is not None:
                 return answer
-        request = connector_request(self._encoder, operation, payment, lease.aggregate)
         return await connector.send(request, send_before=math.inf)
 
     def _backoff_s(self, tries: int) -> float:

@@ -4,13 +4,13 @@ import logging
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar, cast
 
 from gateway.application.ports import StoreUnavailable
 from gateway.domain.errors import GatewayError, Reason
 from storage.batching import Failure, Lane, LaneClosed, LaneMetrics, QueueFull
-from storage.postgres.errors import classify, refusal
+from storage.postgres.errors import NotDurable, SchemaError, classify, refusal
 from storage.postgres.pool import Connection, HeldConnections
 
 Value = TypeVar("Value")
@@ -110,7 +110,7 @@ class PostgresLane(Generic[Value, Result]):
         row = LaneRow(value, time.monotonic() + limit_s)
         try:
             return await self._lane.put(row, reserved=reserved)
-        except (StoreUnavailable, GatewayError):
+        except (StoreUnavailable, NotDurable, SchemaError):
             raise
         except QueueFull:
             raise GatewayError(
@@ -169,7 +169,12 @@ class DirectLane:
         metrics: LaneMetrics | None = None,
     ) -> None:
         self._lane: PostgresLane[Callable[[Connection], Awaitable[object]], object] = PostgresLane(
-            name, connections, limits, _call, retry_after_s=retry_after_s, metrics=metrics
+            name,
+            connections,
+            replace(limits, rows_max=1),
+            _call,
+            retry_after_s=retry_after_s,
+            metrics=metrics,
         )
 
     async def run(

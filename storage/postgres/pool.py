@@ -45,7 +45,7 @@ IDLE_IN_TRANSACTION_S_MAX = 10.0
 
 @dataclass(frozen=True, slots=True)
 class ConnectionSettings:
-    """How to connect."""
+    """How to connect: to the server, or to a pooler that gives each client its own session."""
 
     dsn: str
     """A libpq URL; with several hosts, the primary is looked for."""
@@ -56,7 +56,7 @@ class ConnectionSettings:
     answer_margin_s: float = 2.0
     """How much longer than `statement_timeout_s` an answer is waited for."""
     prepared_statements: bool = True
-    """Off behind a pgbouncer in transaction mode, which mixes up the sessions that hold them."""
+    """Off for a pooler that cannot hold them."""
 
     @property
     def answer_timeout_s(self) -> float:

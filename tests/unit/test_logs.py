@@ -2,6 +2,7 @@
 # ruff: noqa: RUF001 - digits of other scripts are what is tested
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -174,6 +175,8 @@ def test_a_card_number_is_masked_wherever_it_stands(place: str, written: str) ->
         formatted("x" * (TEXT_CHARACTERS_MAX - 8) + " " + PAN),
         formatted("m", a=["x"] * ITEMS_MAX + [PAN]),
     ],
+    # The lines hold the time: each process of a parallel run must give a test the same name.
+    ids=itertools.count(),
 )
 def test_a_card_number_in_disguise_is_masked(line: str) -> None:
     assert not leaks(json.dumps(json.loads(line), ensure_ascii=False)), line

@@ -207,7 +207,8 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Reset the connection (RST, where the system can)."""
-        if self.transport is not None:
+        # A connection that the client has closed meanwhile has no socket any more.
+        if self.transport is not None and not self.transport.is_closing():
             with contextlib.suppress(OSError):
                 # Without lingering, closing sends a reset instead of an end (RFC 9293 §3.10.4).
                 self.transport.get_extra_info("socket").setsockopt(

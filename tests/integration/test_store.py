@@ -1,0 +1,933 @@
+"""The store against a real PostgreSQL: what it writes, refuses, finds and keeps apart."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+
+from gateway.application.accounts import parse_key
+from gateway.application.ports import ListFilter, Stored, StoreUnavailable
+from gateway.domain import ids
+from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.model import (
+    Attempt,
+    ConnectorAnswer,
+    Delivery,
+    Discrepancy,
+    Mode,
+    Operation,
+    OperationKind,
+    OperationOrigin,
+    OperationState,
+    Outcome,
+    Payment,
+    PaymentState,
+    Verdict,
+)
+from storage.postgres import (
+    Accounts,
+    LaneLimits,
+    NotDurable,
+    PostgresStore,
+    RowRefused,
+    SchemaError,
+    durability_problems,
+    open_reader,
+)
+from storage.postgres.pool import ConnectionSettings, connect
+from storage.postgres.queries import queries
+from storage.postgres.store import DIRECT, FOLLOW_UPS, INTENTS, READS
+from tests.servers import fetch, postgres_server
+from tests.store_data import (
+    MERCHANT,
+    NEVER_S,
+    OUTCOME,
+    authorize,
+    authorized,
+    capture,
+    new_database,
+    outcome,
+    stored,
+)
+
+if TYPE_CHECKING:
+    from gateway.application.ports import Change, Page
+    from tests.servers import PostgresForTests
+
+S = OperationState
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresForTests]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def dsn(postgres: PostgresForTests) -> Iterator[str]:
+    database = new_database(postgres)
+    yield database
+    postgres.drop_database(database)
+
+
+@pytest.fixture
+async def store(dsn: str) -> AsyncIterator[PostgresStore]:
+    async with PostgresStore(dsn) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def other_store(dsn: str) -> AsyncIterator[PostgresStore]:
+    """Another gateway's."""
+    async with PostgresStore(dsn) as opened:
+        yield opened
+
+
+def count(dsn: str, table: str) -> int:
+    return int(fetch(dsn, f"SELECT count(*) FROM {table}")[0][0])
+
+
+# --- what is written is what is read ---
+
+
+async def test_everything_of_an_operation_and_its_payment_comes_back_as_it_was_written(
+    store: PostgresStore,
+) -> None:
+    intent = authorize(
+        merchant_order_id="order-1", allow_partial_approval=True, details=b"\x00\xff details"
+    )
+    result = await store.write_intent(intent)
+    operation, payment = await stored(store, intent.operation)
+    assert result.at is not None
+    assert operation == intent.operation.copy_with(created_at=result.at, updated_at=result.at)
+    assert payment == intent.payment.copy_with(created_at=result.at, updated_at=result.at)
+
+    change = outcome(
+        operation,
+        payment,
+        changed_operation={
+            "amount_minor": 9_999,
+            "final": True,
+            "request_id": "req_2",
+            "note": "a note",
+            "reason": "RECOVERED",
+            "next_action_url": "https://psp.example/3ds",
+            "allocations": (("op_1", 7), ("op_2", 8)),
+        },
+        changed_payment={
+            "requested_minor": 20_000,
+            "capture_pending_minor": 1,
+            "captured_minor": 2_000,
+            "refund_pending_minor": 3,
+            "refunded_minor": 4,
+            "voided_minor": 5,
+            "increment_pending_minor": 6,
+            "authorized_reported_minor": 10_001,
+            "captured_reported_minor": 0,
+            "refunded_reported_minor": -1,
+            "capture_closed": True,
+            "cancel_requested": True,
+            "connector": "other",
+            "connector_account_id": "acct_2",
+            "connector_transaction_id": "ch_1",
+            "auth_code": "A1B2C3",
+            "network_transaction_id": "ntx-1",
+            "authorization_expires_at": datetime(2030, 1, 2, 3, 4, 5, 678, tzinfo=UTC),
+        },
+    )
+    assert await store.write_change(change) is Stored.WRITTEN
+    assert await stored(store, operation) == (change.operation, change.payment)
+
+
+def test_every_field_of_a_payment_that_can_change_is_tried_above() -> None:
+    never = {"merchant_id", "payment_id", "mode", "currency", "capture_method"}
+    never |= {"merchant_order_id", "allow_partial_approval", "details", "created_at"}
+    everything = {field.name for field in fields(Payment)} - never
+    columns = set(queries("writes")["change"].parameters)
+    renamed = {"version", "state", "updated_at", "connector", "connector_account_id"}
+    renamed |= {"connector_transaction_id"}
+    for name in everything:
+        assert (f"payment_{name}" if name in renamed else name) in columns
+
+
+async def test_all_that_a_change_brings_along_is_written_with_it(
+    store: PostgresStore, dsn: str
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    operation, payment = await stored(store, intent.operation)
+    first = Attempt(1, "simulator", "acct_1", Delivery.ANSWERED, "ch_0", OUTCOME, 1.5)
+    companion = operation.copy_with(
+        operation_id=ids.new_operation_id(),
+        kind=OperationKind.CAPTURE,
+        origin=OperationOrigin.GATEWAY,
+        idempotency_key=None,
+        fingerprint=None,
+        parent_operation_id=operation.operation_id,
+    )
+    change = outcome(
+        operation,
+        payment,
+        changed_operation={
+            "superseded_attempts": (first,),
+            "attempt": Attempt(2, "simulator", "acct_1"),
+        },
+        companions=[companion],
+        discrepancies=[
+            Discrepancy(
+                MERCHANT, payment.payment_id, operation.operation_id, "captured_amount", "1", "2"
+            )
+        ],
+    )
+    assert await store.write_change(change) is Stored.WRITTEN
+    aggregate = await store.load(MERCHANT, payment.payment_id)
+    assert aggregate is not None
+    assert aggregate.payment == change.payment
+    again, begun = aggregate.operations
+    assert again == change.operation
+    assert begun == companion.copy_with(created_at=begun.created_at, updated_at=begun.updated_at)
+    assert count(dsn, "discrepancies") == 1
+    [event] = fetch(dsn, "SELECT payment_version, seq, event_type, payload FROM outbox")
+    assert tuple(event) == (2, 0, "payment.changed", change.event)
+
+
+async def test_a_new_payment_that_already_holds_something_is_a_defect(store: PostgresStore) -> None:
+    intent = authorize()
+    intent.payment.authorized_minor = 1
+    with pytest.raises(ValueError, match="authorized_minor"):
+        await store.write_intent(intent)
+
+
+# --- idempotency keys ---
+
+
+async def test_fifty_concurrent_intents_with_one_key_over_two_gateways_write_one(
+    store: PostgresStore, other_store: PostgresStore, dsn: str
+) -> None:
+    results = await asyncio.gather(
+        *(
+            each.write_intent(authorize(key="the-key"))
+            for _ in range(25)
+            for each in (store, other_store)
+        )
+    )
+    outcomes = [result.stored for result in results]
+    assert outcomes.count(Stored.WRITTEN) == 1
+    assert outcomes.count(Stored.DUPLICATE_KEY) == 49
+    assert (count(dsn, "operations"), count(dsn, "payments")) == (1, 1)
+
+
+async def test_a_follow_up_with_a_used_key_leaves_the_payment_alone(store: PostgresStore) -> None:
+    payment = await authorized(store)
+    first = capture(payment, key="the-key")
+    assert (await store.write_intent(first)).stored is Stored.WRITTEN
+    _, now = await stored(store, first.operation)
+    second = capture(now, key="the-key")
+    assert (await store.write_intent(second)).stored is Stored.DUPLICATE_KEY
+    assert (await stored(store, first.operation))[1] == now
+
+
+async def test_merchants_do_not_share_keys(store: PostgresStore) -> None:
+    other = ids.new_merchant_id()
+    intents = [authorize(MERCHANT, "the-key"), authorize(other, "the-key")]
+    results = [(await store.write_intent(intent)).stored for intent in intents]
+    assert results == [Stored.WRITTEN, Stored.WRITTEN]
+    for intent in intents:
+        found = await store.find_by_key(intent.operation.merchant_id, "the-key")
+        assert found is not None
+        assert found.operation.operation_id == intent.operation.operation_id
+
+
+# --- compare and set ---
+
+
+@pytest.mark.parametrize(
+    "stale",
+    [
+        {"expected_version": 7},
+        {"expected_epoch": 2},
+        {"expected_state": S.PENDING},
+    ],
+    ids=["version", "epoch", "state"],
+)
+@pytest.mark.parametrize("check_after_s", [None, 5.0], ids=["plain", "with doubt"])
+async def test_a_change_from_something_else_than_what_is_there_writes_nothing(
+    store: PostgresStore, dsn: str, stale: dict[str, Any], check_after_s: float | None
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    before = await stored(store, intent.operation)
+    change = replace(outcome(*before, check_after_s=check_after_s), **stale)
+    assert await store.write_change(change) is Stored.CONFLICT
+    assert await stored(store, intent.operation) == before
+    assert (count(dsn, "outbox"), count(dsn, "doubts")) == (0, 0)
+
+
+async def test_a_follow_up_from_an_earlier_version_writes_nothing(
+    store: PostgresStore, dsn: str
+) -> None:
+    payment = await authorized(store)
+    stale = capture(payment.copy_with(version=payment.version - 1))
+    assert (await store.write_intent(stale)).stored is Stored.CONFLICT
+    assert count(dsn, "operations") == 1
+
+
+async def test_a_repeated_change_is_written_once_and_says_so_each_time(
+    store: PostgresStore, other_store: PostgresStore, dsn: str
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    change = outcome(*await stored(store, intent.operation))
+    for each in (store, store, other_store):
+        assert await each.write_change(change) is Stored.WRITTEN
+    assert count(dsn, "outbox") == 1
+
+
+async def test_a_lost_change_that_moves_no_state_is_not_taken_for_written(
+    store: PostgresStore, dsn: str
+) -> None:
+    """As a reversal, which leaves its operation as it is: only its own event proves it."""
+    intent = authorize()
+    await store.write_intent(intent)
+    operation, payment = await stored(store, intent.operation)
+    await store.write_change(outcome(operation, payment, S.NOT_SENT))
+    operation, payment = await stored(store, operation)
+
+    def reversal() -> Change:
+        companion = operation.copy_with(
+            operation_id=ids.new_operation_id(), idempotency_key=None, kind=OperationKind.REVERSAL
+        )
+        change = outcome(operation, payment, S.NOT_SENT, companions=[companion])
+        return replace(change, operation=operation.copy_with(updated_at=datetime.now(UTC)))
+
+    results = [await store.write_change(each) for each in (reversal(), reversal())]
+    assert results == [Stored.WRITTEN, Stored.CONFLICT]
+    assert count(dsn, "operations") == 2
+
+
+async def test_of_two_follow_ups_in_the_same_instant_one_is_written(store: PostgresStore) -> None:
+    payment = await authorized(store)
+    results = await asyncio.gather(*(store.write_intent(capture(payment)) for _ in range(20)))
+    outcomes = sorted(result.stored.name for result in results)
+    assert outcomes == ["CONFLICT"] * 19 + ["WRITTEN"]
+
+
+async def test_two_changes_of_one_payment_in_the_same_instant_are_both_written_in_their_order(
+    store: PostgresStore, dsn: str
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    first = outcome(*await stored(store, intent.operation), S.PENDING, check_after_s=NEVER_S)
+    second = outcome(first.operation, first.payment)
+    results = await asyncio.gather(store.write_change(first), store.write_change(second))
+    assert [result.name for result in results] == ["WRITTEN", "WRITTEN"]
+    assert await stored(store, intent.operation) == (second.operation, second.payment)
+    assert count(dsn, "outbox") == 2
+
+
+async def test_a_change_of_another_payment_than_its_operations_is_a_defect(
+    store: PostgresStore,
+) -> None:
+    change = outcome(authorize().operation, authorize().payment)
+    with pytest.raises(ValueError, match="not one of the payment"):
+        await store.write_change(change)
+
+
+# --- the last wall, and rows that PostgreSQL refuses ---
+
+
+@pytest.mark.parametrize(
+    "amounts",
+    [
+        {"captured_minor": 6_000, "capture_pending_minor": 4_001},
+        {"captured_minor": 5_000, "refunded_minor": 2_000, "refund_pending_minor": 3_001},
+        {"capture_pending_minor": -1},
+        {"refunded_minor": -1},
+    ],
+    ids=["captures beyond authorized", "refunds beyond captured", "negative", "negative refund"],
+)
+async def test_the_database_itself_holds_what_we_request_to_what_is_there(
+    store: PostgresStore, amounts: dict[str, int]
+) -> None:
+    payment = await authorized(store)
+    intent = capture(payment)
+    intent.payment = intent.payment.copy_with(**{"capture_pending_minor": 0, **amounts})
+    with pytest.raises(RowRefused, match="SQLSTATE 23514"):
+        await store.write_intent(intent)
+    assert await store.find_operation(MERCHANT, intent.operation.operation_id) is None
+
+
+async def test_no_fact_that_a_psp_reports_is_refused(store: PostgresStore) -> None:
+    payment = await authorized(store)
+    intent = capture(payment)
+    await store.write_intent(intent)
+    operation, payment = await stored(store, intent.operation)
+    change = outcome(
+        operation,
+        payment,
+        changed_payment={
+            "capture_pending_minor": 0,
+            "captured_minor": 1_000,
+            "captured_reported_minor": 99_999,
+            "authorized_reported_minor": 0,
+            "refunded_reported_minor": 123_456,
+        },
+    )
+    change.payment.auth_code = "a\x00b"
+    change.operation.attempt.connector_transaction_id = "half \ud800 pair"
+    change.operation.attempt.outcome = Outcome(connector_message="nul \x00 and \udfff")
+    change.operation.next_action_url = "https://psp.example/\x00"
+    assert await store.write_change(change) is Stored.WRITTEN
+    operation, payment = await stored(store, operation)
+    assert payment.captured_reported_minor == 99_999
+    assert payment.auth_code == "a\ufffdb"
+    assert operation.attempt.connector_transaction_id == "half ? pair"
+    assert operation.attempt.outcome == Outcome(connector_message="nul \ufffd and ?")
+
+
+@pytest.mark.parametrize("poison", ["nul \x00", "half \ud800 pair"])
+async def test_a_poisoned_row_fails_alone(store: PostgresStore, dsn: str, poison: str) -> None:
+    intents = [authorize(merchant_order_id=poison if n == 17 else f"order-{n}") for n in range(40)]
+    results = await asyncio.gather(
+        *(store.write_intent(intent) for intent in intents), return_exceptions=True
+    )
+    refused = results.pop(17)
+    assert isinstance(refused, RowRefused)
+    assert "nul" not in str(refused)
+    assert refused.__cause__ is None
+    assert all(not isinstance(r, BaseException) and r.stored is Stored.WRITTEN for r in results)
+    assert count(dsn, "payments") == 39
+
+
+# --- limits ---
+
+
+async def test_a_full_queue_refuses_intents_and_reads_but_no_outcome(dsn: str) -> None:
+    limits = LaneLimits(connections=1, rows_max=1, queue_max=1)
+    async with PostgresStore(dsn, intents=limits, changes=limits, reads=limits) as store:
+        intents = [authorize() for _ in range(20)]
+        results = await asyncio.gather(
+            *(store.write_intent(intent) for intent in intents), return_exceptions=True
+        )
+        refused = [result for result in results if isinstance(result, GatewayError)]
+        assert refused
+        assert refused[0].reason is Reason.OVERLOADED
+        assert refused[0].retry_after_s is not None
+        written = [
+            intent
+            for intent, result in zip(intents, results, strict=True)
+            if not isinstance(result, BaseException)
+        ]
+        assert len(written) + len(refused) == 20
+        for _ in range(20 - len(written)):
+            written.append(authorize())
+            await store.write_intent(written[-1])
+        changes = [outcome(intent.operation, intent.payment) for intent in written]
+        assert set(await asyncio.gather(*map(store.write_change, changes))) == {Stored.WRITTEN}
+
+
+async def test_what_was_taken_is_written_before_the_store_closes(dsn: str) -> None:
+    store = PostgresStore(dsn, intents=LaneLimits(connections=1, rows_max=3))
+    await store.open()
+    writes = [asyncio.ensure_future(store.write_intent(authorize())) for _ in range(30)]
+    await asyncio.sleep(0)
+    await store.close()
+    assert {(await write).stored for write in writes} == {Stored.WRITTEN}
+    with pytest.raises(StoreUnavailable):
+        await store.write_intent(authorize())
+
+
+# --- tenants ---
+
+
+async def test_another_merchants_ids_find_nothing_and_change_nothing(
+    store: PostgresStore, dsn: str
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    operation, payment = await stored(store, intent.operation)
+    foreign = ids.new_merchant_id()
+    assert await store.find_by_key(foreign, operation.idempotency_key or "") is None
+    assert await store.find_operation(foreign, operation.operation_id) is None
+    assert await store.load(foreign, operation.payment_id) is None
+    page = await store.list_payments(ListFilter(foreign, Mode.TEST, 10))
+    assert page.payments == []
+
+    theirs = operation.copy_with(merchant_id=foreign)
+    their_payment = payment.copy_with(merchant_id=foreign)
+    assert await store.write_change(outcome(theirs, their_payment)) is Stored.CONFLICT
+    assert (await store.write_intent(capture(their_payment))).stored is Stored.CONFLICT
+    answer = ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED)
+    assert not await store.add_evidence(theirs, answer)
+    await store.postpone(theirs, 0)
+    await store.forget(theirs)
+    assert await stored(store, operation) == (operation, payment)
+    assert (count(dsn, "outbox"), count(dsn, "doubts")) == (0, 0)
+
+
+_TENANTS = "payments|operations|superseded_attempts|outbox|doubts|discrepancies"
+_ALL_TENANTS = {"put_expired", "lock_due", "count_doubts"}
+"""What recovery asks for all merchants at once."""
+
+
+@pytest.mark.parametrize("file", ["writes", "reads", "recovery"])
+def test_every_statement_on_a_merchants_data_names_the_merchant(file: str) -> None:
+    for name, statement in queries(file).items():
+        tables = re.findall(rf"\b(?:FROM|JOIN|UPDATE|INTO|USING) ({_TENANTS})\b", statement.text)
+        if tables and name not in _ALL_TENANTS:
+            assert "merchant_id" in statement.parameters, name
+        # Each scan of a table is led by the merchant, as its primary key is.
+        compared = len(re.findall(r"merchant_id(?:\)? =|, )", statement.text))
+        assert compared >= len(tables) or name == "count_doubts", name
+
+
+# --- lists ---
+
+
+async def listed(store: PostgresStore, dsn: str) -> list[str]:
+    """Ten payments, two of them created in the same microsecond; the newest first."""
+    intents = [
+        authorize(
+            merchant_order_id="odd" if n % 2 else "",
+            mode=Mode.LIVE if n == 9 else Mode.TEST,
+        )
+        for n in range(10)
+    ]
+    for intent in intents:
+        await store.write_intent(intent)
+    await store.write_change(outcome(intents[4].operation, intents[4].payment))
+    fetch(
+        dsn,
+        "UPDATE payments SET created_at = (SELECT created_at FROM payments WHERE payment_id = $1)"
+        " WHERE payment_id = $2",
+        intents[2].payment.payment_id,
+        intents[3].payment.payment_id,
+    )
+    return [intent.payment.payment_id for intent in reversed(intents)]
+
+
+def filtered(**changes: Any) -> ListFilter:
+    return replace(ListFilter(MERCHANT, Mode.TEST, 3), **changes)
+
+
+async def pages(store: PostgresStore, filter_: ListFilter) -> list[Page]:
+    found = [await store.list_payments(filter_)]
+    while found[-1].next_after is not None:
+        found.append(await store.list_payments(replace(filter_, after=found[-1].next_after)))
+    return found
+
+
+def ids_of(found: list[Page]) -> list[str]:
+    return [payment.payment_id for page in found for payment in page.payments]
+
+
+async def test_pages_hold_every_payment_of_the_mode_once_the_newest_first(
+    store: PostgresStore, dsn: str
+) -> None:
+    newest_first = await listed(store, dsn)
+    found = await pages(store, filtered())
+    assert ids_of(found) == newest_first[1:]
+    assert [len(page.payments) for page in found] == [3, 3, 3]
+    assert ids_of(await pages(store, filtered(mode=Mode.LIVE))) == newest_first[:1]
+
+
+async def test_filters_are_by_state_time_and_order(store: PostgresStore, dsn: str) -> None:
+    newest_first = await listed(store, dsn)
+    authorized_ = filtered(states=(PaymentState.AUTHORIZED, PaymentState.CAPTURED))
+    assert ids_of(await pages(store, authorized_)) == [newest_first[5]]
+    odd = filtered(merchant_order_id="odd")
+    assert ids_of(await pages(store, odd)) == [newest_first[n] for n in (2, 4, 6, 8)]
+    everything = [p for page in await pages(store, filtered()) for p in page.payments]
+    begin, end = everything[6].created_at, everything[2].created_at
+    between = filtered(created_from=begin, created_before=end)
+    assert ids_of(await pages(store, between)) == [p.payment_id for p in everything[3:7]]
+
+
+async def test_a_filter_that_matches_little_gives_short_pages_and_still_all(dsn: str) -> None:
+    async with PostgresStore(dsn, list_scan_max=4) as store:
+        newest_first = await listed(store, dsn)
+        found = await pages(store, filtered(states=(PaymentState.AUTHORIZED,)))
+    assert ids_of(found) == [newest_first[5]]
+    assert [len(page.payments) for page in found] == [0, 1, 0]
+
+
+# --- recovery's list ---
+
+
+async def due(store: PostgresStore, *, limit: int = 100, lease_s: float = NEVER_S) -> list[Any]:
+    return list(await store.lease(limit, lease_s))
+
+
+async def test_a_dead_senders_operation_is_taken_over_once_and_its_epoch_raised(
+    store: PostgresStore, other_store: PostgresStore
+) -> None:
+    dead, alive = authorize(recover_after_s=-1), authorize(recover_after_s=NEVER_S)
+    for intent in (dead, alive):
+        await store.write_intent(intent)
+    assert await store.expired(100) == 1
+    assert await store.expired(100) == 0
+    [lease] = await due(store)
+    assert lease.operation.operation_id == dead.operation.operation_id
+    assert (lease.operation.epoch, lease.tries, lease.evidence) == (2, 0, None)
+    assert lease.operation in lease.aggregate.operations
+    assert lease.operation == (await stored(store, dead.operation))[0]
+    assert await due(other_store) == []
+    # Whoever held it before is fenced out; the new holder is not.
+    assert await store.write_change(outcome(dead.operation, dead.payment)) is Stored.CONFLICT
+    change = outcome(lease.operation, lease.aggregate.payment)
+    assert await store.write_change(change) is Stored.WRITTEN
+    assert await store.count_doubts() == (0, 0.0)
+
+
+async def test_a_lease_that_runs_out_is_taken_again_and_the_epoch_raised_again(
+    store: PostgresStore, other_store: PostgresStore
+) -> None:
+    await store.write_intent(authorize(recover_after_s=-1))
+    await store.expired(100)
+    [first] = await due(store, lease_s=0)
+    [second] = await due(other_store)
+    assert [(each.operation.epoch, each.tries) for each in (first, second)] == [(2, 0), (3, 1)]
+
+
+async def test_two_recoverers_share_what_is_due(
+    store: PostgresStore, other_store: PostgresStore
+) -> None:
+    intents = [authorize(recover_after_s=-1) for _ in range(60)]
+    await asyncio.gather(*(store.write_intent(intent) for intent in intents))
+    assert await store.expired(50) == 50
+    assert await other_store.expired(50) == 10
+    leases: list[Any] = []
+    while len(leases) < 60:
+        taken = await asyncio.gather(*(due(each, limit=7) for each in (store, other_store) * 2))
+        assert any(taken)
+        leases += [lease for each in taken for lease in each]
+    taken_ids = [lease.operation.operation_id for lease in leases]
+    assert sorted(taken_ids) == sorted(intent.operation.operation_id for intent in intents)
+    assert {lease.operation.epoch for lease in leases} == {2}
+
+
+async def test_a_doubt_is_looked_at_when_it_is_due(store: PostgresStore) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    change = outcome(intent.operation, intent.payment, S.IN_DOUBT, check_after_s=NEVER_S)
+    await store.write_change(change)
+    assert await due(store) == []
+    await store.postpone(change.operation, 0)
+    [lease] = await due(store)
+    assert lease.operation.state is S.IN_DOUBT
+    await store.postpone(lease.operation, NEVER_S)
+    assert await due(store) == []
+    doubts, age_s = await store.count_doubts()
+    assert doubts == 1
+    assert age_s > 0
+
+
+async def test_a_new_attempt_of_an_old_operation_has_its_recovery_too(
+    store: PostgresStore, dsn: str
+) -> None:
+    """The scan for dead senders has long passed the time at which the operation was created."""
+    intent = authorize()
+    await store.write_intent(intent)
+    await store.write_change(outcome(intent.operation, intent.payment, S.NOT_SENT))
+    operation, payment = await stored(store, intent.operation)
+    restart = outcome(
+        operation,
+        payment,
+        S.PROCESSING,
+        changed_operation={"epoch": 2, "response": None, "attempt": Attempt(2, "simulator", "a")},
+        recover_after_s=-1.0,
+    )
+    assert await store.write_change(restart) is Stored.WRITTEN
+    fetch(dsn, "UPDATE recovery_watermark SET created_before = now()")
+    [lease] = await due(store)
+    assert lease.operation.operation_id == operation.operation_id
+    assert lease.operation.epoch == 3
+
+
+async def test_an_operation_with_a_definite_outcome_is_leased_to_be_forgotten(
+    store: PostgresStore,
+) -> None:
+    """Its sender was alive after all, and quicker than the recoverer."""
+    intent = authorize(recover_after_s=-1)
+    await store.write_intent(intent)
+    await store.expired(100)
+    change = outcome(intent.operation, intent.payment)
+    assert await store.write_change(change) is Stored.WRITTEN
+    [lease] = await due(store)
+    assert (lease.operation.state, lease.operation.epoch) == (S.SUCCEEDED, 1)
+    await store.forget(lease.operation)
+    assert (await store.count_doubts())[0] == 0
+
+
+ANSWER = ConnectorAnswer(
+    Delivery.ANSWERED,
+    Verdict.APPROVED,
+    OUTCOME,
+    "ch_1",
+    "EUR",
+    12.5,
+    "https://psp.example",
+    datetime(2030, 1, 2, tzinfo=UTC),
+    "RECOVERED",
+)
+
+
+async def test_a_fenced_out_senders_answer_is_handed_to_recovery(store: PostgresStore) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    assert await store.add_evidence(intent.operation, ANSWER)
+    [lease] = await due(store, lease_s=0)
+    assert lease.evidence == ANSWER
+    # The recoverer died: the next one gets it too.
+    [again] = await due(store)
+    assert again.evidence == ANSWER
+    await store.write_change(outcome(again.operation, again.aggregate.payment))
+    assert (await store.count_doubts())[0] == 0
+    assert not await store.add_evidence(again.operation, ANSWER)
+
+
+@pytest.mark.parametrize("ending", ["change", "forget", "postpone", "doubt"])
+async def test_evidence_that_comes_after_the_lease_is_not_lost(
+    store: PostgresStore, ending: str
+) -> None:
+    await store.write_intent(authorize(recover_after_s=-1))
+    await store.expired(100)
+    [lease] = await due(store, lease_s=0)
+    assert await store.add_evidence(lease.operation, ANSWER)
+    operation, payment = lease.operation, lease.aggregate.payment
+    if ending == "change":
+        change = outcome(operation, payment, S.NOT_SENT)
+        assert await store.write_change(change) is Stored.WRITTEN
+    elif ending == "forget":
+        await store.forget(operation)
+    elif ending == "postpone":
+        await store.postpone(operation, NEVER_S)
+    else:
+        await store.write_change(outcome(operation, payment, S.IN_DOUBT, check_after_s=NEVER_S))
+    [again] = await due(store)
+    assert again.evidence == ANSWER
+
+
+async def test_recovery_never_forgets_what_is_unfinished(store: PostgresStore) -> None:
+    await store.write_intent(authorize(recover_after_s=-1))
+    await store.expired(100)
+    [lease] = await due(store, lease_s=0)
+    await store.forget(lease.operation)
+    assert len(await due(store)) == 1
+
+
+# --- the server ---
+
+
+async def test_the_store_serves_from_a_durable_database_with_its_schema(
+    store: PostgresStore,
+) -> None:
+    await store.check()
+
+
+async def test_a_database_without_the_schema_is_refused_with_the_command_to_run(
+    postgres: PostgresForTests,
+) -> None:
+    async with PostgresStore(postgres.create_database()) as store:
+        with pytest.raises(SchemaError, match="gateway migrate"):
+            await store.check()
+
+
+async def test_a_database_that_commits_asynchronously_is_refused(
+    postgres: PostgresForTests, dsn: str
+) -> None:
+    name = dsn.rsplit("/", 1)[1]
+    fetch(dsn, f'ALTER DATABASE "{name}" SET synchronous_commit = off')
+    async with PostgresStore(dsn) as store:
+        with pytest.raises(NotDurable, match="synchronous_commit is off"):
+            await store.check()
+    # And the sessions of the lanes do not follow it meanwhile.
+    connection = await connect(ConnectionSettings(dsn), "test")
+    assert await connection.fetchval("SHOW synchronous_commit") == "on"
+    await connection.close()
+
+
+def test_a_server_that_may_lose_what_it_committed_is_refused() -> None:
+    async def problems(dsn: str) -> list[str]:
+        connection = await asyncpg.connect(dsn)
+        try:
+            return await durability_problems(connection)
+        finally:
+            await connection.close()
+
+    with postgres_server({"fsync": "off", "full_page_writes": "off"}) as server:
+        found = asyncio.run(problems(server.create_database()))
+    assert [text.split(" is ")[0] for text in found] == ["fsync", "full_page_writes"]
+
+
+async def test_the_generation_is_told_at_every_connection(dsn: str) -> None:
+    told: list[str] = []
+    async with PostgresStore(dsn, on_generation=told.append):
+        lanes = [INTENTS, FOLLOW_UPS, READS, DIRECT]
+        assert len(told) > sum(lane.connections for lane in lanes)
+    assert len(set(told)) == 1
+    assert re.fullmatch(r"\d+-[0-9A-F]{8}", told[0])
+
+
+_EXPECTED_INDEXES = {
+    ("writes", "followup_intent"): {"payments_pkey", "operations_idempotency_key"},
+    ("writes", "change"): {"payments_pkey", "operations_pkey"},
+    ("writes", "change_with_more"): {"payments_pkey", "operations_pkey", "doubts_pkey"},
+    ("writes", "written_intents"): {"operations_pkey"},
+    ("writes", "written_changes"): {"outbox_pkey", "operations_pkey"},
+    ("reads", "find_by_key"): {
+        "operations_idempotency_key",
+        "payments_pkey",
+        "superseded_attempts_pkey",
+    },
+    ("reads", "find_operation"): {
+        "operations_pkey",
+        "payments_pkey",
+        "superseded_attempts_pkey",
+    },
+    ("reads", "load"): {"payments_pkey", "operations_payment", "superseded_attempts_pkey"},
+    ("reads", "list_payments"): {
+        "payments_newest_first",
+        "payments_merchant_order",
+        "payments_pkey",
+    },
+    ("recovery", "put_expired"): {
+        "operations_created_at",
+        "payments_pkey",
+        "doubts_pkey",
+        "recovery_watermark_pkey",
+    },
+    ("recovery", "lock_due"): {"payments_pkey", "doubts_check_at"},
+    ("recovery", "lease"): {"doubts_pkey", "operations_pkey"},
+}
+
+
+async def test_the_plans_of_an_empty_database_are_those_of_a_full_one(dsn: str) -> None:
+    """Plans are kept while the tables grow: one that scans would go on scanning."""
+    connection = await connect(ConnectionSettings(dsn), "test")
+    for (file, name), expected in _EXPECTED_INDEXES.items():
+        statement = queries(file)[name]
+        await connection.execute(f"PREPARE plan AS {statement.text}")
+        nothing = ", ".join(["NULL"] * len(statement.parameters))
+        plan = await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE plan({nothing})")
+        await connection.execute("DEALLOCATE plan")
+        used = set(re.findall(r'"Index Name": "(\w+)"', plan))
+        used |= set(re.findall(r'"Conflict Arbiter Indexes": \["(\w+)"\]', plan))
+        assert used == expected, name
+        assert "Seq Scan" not in plan, name
+        # Each lookup has its whole key, not its first column alone.
+        for index, condition in re.findall(
+            r'"Index Name": "(\w+_pkey|operations_payment|operations_idempotency_key)",.*?'
+            r'"Index Cond": "([^"]*)"',
+            plan,
+            re.DOTALL,
+        ):
+            if index != "recovery_watermark_pkey":
+                assert " AND " in condition, (name, index)
+    await connection.close()
+
+
+async def test_outcomes_touch_no_index(store: PostgresStore, dsn: str) -> None:
+    intents = [authorize(details=b"d" * 300) for _ in range(2_000)]
+    await asyncio.gather(*(store.write_intent(intent) for intent in intents))
+    changes = [
+        outcome(
+            intent.operation,
+            intent.payment,
+            changed_operation={"response": b"r" * 400, "request_id": ids.new_request_id()},
+        )
+        for intent in intents
+    ]
+    await asyncio.gather(*(store.write_change(change) for change in changes))
+    await store.close()
+    updates = fetch(
+        dsn,
+        "SELECT relname, n_tup_upd, n_tup_hot_upd FROM pg_stat_user_tables "
+        "WHERE relname IN ('operations', 'payments')",
+    )
+    for table, updated, hot in updates:
+        assert updated == 2_000
+        assert hot >= 0.95 * updated, table
+
+
+# --- accounts ---
+
+
+async def test_a_key_reaches_the_merchants_that_it_names_or_all_of_its_organisation(
+    dsn: str,
+) -> None:
+    async with Accounts.connect(dsn) as accounts:
+        ours, theirs = [await accounts.create_organisation(name) for name in ("ours", "theirs")]
+        one = await accounts.create_merchant(ours, "one", pan_exempt_order_id=True)
+        two = await accounts.create_merchant(ours, "two")
+        foreign = await accounts.create_merchant(theirs, "foreign")
+        all_ = await accounts.create_key(ours, scopes=["payments:write"], mode="test")
+        some = await accounts.create_key(
+            ours, scopes=["admin"], mode=Mode.LIVE, merchant_ids=[two], expires_in_days=1
+        )
+        later = await accounts.create_merchant(ours, "later")
+        with pytest.raises(GatewayError):
+            await accounts.create_key(ours, scopes=[], mode="test", merchant_ids=[one, foreign])
+        with pytest.raises(GatewayError):
+            await accounts.create_merchant("org_none", "none")
+
+        record = await accounts.load_key(all_.key_id)
+        assert record is not None
+        assert set(record.merchants) == {one, two, later}
+        assert record.merchants[one].pan_exempt_order_id
+        assert not record.merchants[two].pan_exempt_order_id
+        presented = parse_key(all_.text)
+        assert presented is not None
+        assert presented.secret_hash == record.secret_hash
+        assert (record.mode, record.scopes) == (Mode.TEST, frozenset({"payments:write"}))
+        assert record.expires_at is None
+
+        limited = await accounts.load_key(some.key_id)
+        assert limited is not None
+        assert set(limited.merchants) == {two}
+        assert limited.expires_at is not None
+        in_a_day = datetime.now(UTC) + timedelta(days=1)
+        assert abs(limited.expires_at - in_a_day) < timedelta(hours=1)
+        assert await accounts.load_key(ids.new_key_id()) is None
+
+        assert [each.name for each in await accounts.list_organisations()] == ["ours", "theirs"]
+        assert [each.merchant_id for each in await accounts.list_merchants(theirs)] == [foreign]
+        assert len(await accounts.list_merchants()) == 4
+        assert [each.key_id for each in await accounts.list_keys(ours)] == [
+            all_.key_id,
+            some.key_id,
+        ]
+        assert all_.text not in str(fetch(dsn, "SELECT * FROM api_keys"))
+
+
+async def test_a_key_is_revoked_once(dsn: str) -> None:
+    async with Accounts.connect(dsn) as accounts:
+        organisation = await accounts.create_organisation("ours")
+        key = await accounts.create_key(organisation, scopes=["admin"], mode="live")
+        assert [await accounts.revoke_key(key.key_id) for _ in range(2)] == [True, False]
+        record = await accounts.load_key(key.key_id)
+        assert record is not None
+        assert record.revoked_at is not None
+        assert not await accounts.revoke_key(ids.new_key_id())
+
+
+async def test_a_reader_reads_over_one_connection(store: PostgresStore, dsn: str) -> None:
+    payment = await authorized(store)
+    async with AsyncExitStack() as stack:
+        reader = await stack.enter_async_context(open_reader(dsn))
+        aggregate = await reader.load(MERCHANT, payment.payment_id)
+        sessions = fetch(
+            dsn,
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'gateway-reader%'",
+        )
+    assert aggregate is not None
+    assert isinstance(aggregate.operations[0], Operation)
+    assert sessions[0][0] == 1

@@ -1,0 +1,563 @@
+"""The store under races and faults: other gateways, lost answers, a killed server, late commits."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from gateway.application.ports import IntentResult, Stored, StoreUnavailable
+from gateway.domain import ids
+from gateway.domain.model import (
+    ConnectorAnswer,
+    Delivery,
+    Operation,
+    OperationState,
+    Payment,
+    Verdict,
+)
+from storage.postgres import LaneLimits, PostgresStore
+from tests.servers import fetch, postgres_server
+from tests.store_data import (
+    MERCHANT,
+    NEVER_S,
+    authorize,
+    authorized,
+    capture,
+    new_database,
+    outcome,
+    stored,
+)
+
+if TYPE_CHECKING:
+    from storage.batching import Failure
+    from tests.servers import PostgresForTests
+
+S = OperationState
+WAIT_S = 60.0
+"""What is waited for here happens, or the rule is broken."""
+OUTAGE = LaneLimits(connections=1, retry_s_max=WAIT_S)
+"""For rows that are to outlast a restart of the server."""
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresForTests]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture
+def dsn(postgres: PostgresForTests) -> Iterator[str]:
+    database = new_database(postgres)
+    yield database
+    postgres.drop_database(database)
+
+
+class Failures:
+    """What the lanes tell of failed batches."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, Failure]] = []
+        self.batches: list[int] = []
+
+    def batch_sent(self, lane: str, rows: int, wait_s_of_oldest: float) -> None:
+        if lane == "changes":
+            self.batches.append(rows)
+
+    def batch_failed(self, lane: str, rows: int, failure: Failure) -> None:
+        self.seen.append((lane, failure))
+
+    def queue_depth(self, lane: str, rows: int) -> None: ...
+
+
+# --- deadlocks ---
+
+
+async def test_overlapping_batches_of_two_gateways_never_deadlock_and_lose_nothing(
+    dsn: str,
+) -> None:
+    """Changes, captures, recovery's leases and evidence on the same payments, in all orders."""
+    payments_, rounds, tasks = 24, 25, 24
+    answer = ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED)
+    failures = Failures()
+    written = dict.fromkeys(range(payments_), 0)
+    limits = LaneLimits(connections=2, rows_max=20)
+
+    async def change_all(store: PostgresStore, operations: list[Operation], seed: int) -> None:
+        choice = random.Random(seed)
+        for _ in range(rounds):
+            order = list(range(payments_))
+            choice.shuffle(order)
+            n = order[0]
+            operation, payment = await stored(store, operations[n])
+            kind = choice.randrange(4)
+            if kind == 0:
+                intent = capture(payment, 1)
+                done = (await store.write_intent(intent)).stored
+            elif kind == 1:
+                done = await store.write_change(outcome(operation, payment, S.SUCCEEDED))
+            else:
+                change = outcome(operation, payment, S.PENDING, check_after_s=0)
+                done = await store.write_change(change)
+            if done is Stored.WRITTEN:
+                written[n] += 1
+
+    async def recover(store: PostgresStore, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            for lease in await store.lease(8, 0):
+                await store.add_evidence(lease.operation, answer)
+                await store.postpone(lease.operation, 0)
+            await store.expired(8)
+
+    async with (
+        PostgresStore(dsn, changes=limits, follow_ups=limits, metrics=failures) as one,
+        PostgresStore(dsn, changes=limits, follow_ups=limits, metrics=failures) as two,
+    ):
+        intents = [authorize(amount_minor=10_000) for _ in range(payments_)]
+        for intent in intents:
+            await one.write_intent(intent)
+            await one.write_change(
+                outcome(intent.operation, intent.payment, S.PENDING, check_after_s=0)
+            )
+        operations = [intent.operation for intent in intents]
+        stop = asyncio.Event()
+        recoverers = [asyncio.ensure_future(recover(store, stop)) for store in (one, two)]
+        await asyncio.gather(
+            *(change_all(store, operations, seed) for seed in range(tasks) for store in (one, two))
+        )
+        stop.set()
+        await asyncio.gather(*recoverers)
+        versions = [(await stored(one, operation))[1].version for operation in operations]
+    assert versions == [2 + written[n] for n in range(payments_)]
+    assert sum(written.values()) > payments_
+    assert failures.seen == []
+    [deadlocks] = fetch(
+        dsn, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+    )
+    assert deadlocks[0] == 0
+
+
+async def test_batches_of_changes_in_opposite_orders_wait_and_are_all_written(dsn: str) -> None:
+    rounds, payments_ = 20, 100
+    failures = Failures()
+    limits = LaneLimits(connections=2, rows_max=50)
+
+    async def each_round(store: PostgresStore, operations: list[Operation]) -> int:
+        """One batch after another over all payments, in this order; how many were written."""
+        count = 0
+        for _ in range(rounds):
+            now = await asyncio.gather(*(stored(store, each) for each in operations))
+            changes = [outcome(*each, S.PENDING) for each in now]
+            results = await asyncio.gather(*map(store.write_change, changes))
+            count += results.count(Stored.WRITTEN)
+        return count
+
+    async with (
+        PostgresStore(dsn, changes=limits, metrics=failures) as one,
+        PostgresStore(dsn, changes=limits, metrics=failures) as two,
+    ):
+        intents = [authorize() for _ in range(payments_)]
+        await asyncio.gather(*(one.write_intent(intent) for intent in intents))
+        operations = [intent.operation for intent in intents]
+        counts = await asyncio.gather(
+            each_round(one, operations), each_round(two, operations[::-1])
+        )
+        versions = [(await stored(one, operation))[1].version for operation in operations]
+    assert sum(counts) == sum(version - 1 for version in versions)
+    assert max(failures.batches) > 10
+    assert failures.seen == []
+
+
+# --- locks ---
+
+
+@asynccontextmanager
+async def locked(dsn: str, payment: Payment) -> AsyncIterator[asyncpg.Connection[asyncpg.Record]]:
+    """Somebody else's transaction that holds the payment's row until the block ends."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        async with connection.transaction():
+            await connection.execute(
+                "SELECT FROM payments WHERE merchant_id = $1 AND payment_id = $2 FOR UPDATE",
+                payment.merchant_id,
+                payment.payment_id,
+            )
+            yield connection
+    finally:
+        await connection.close()
+
+
+async def until_waiting(dsn: str, waiters: int = 1) -> None:
+    """Return when so many sessions of the database wait for a lock."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        while True:
+            found = await connection.fetchval(
+                "SELECT count(*) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            if found >= waiters:
+                return
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("check_after_s", [None, 5.0], ids=["plain", "with doubt"])
+@pytest.mark.parametrize("changed", [None, "version", "epoch"])
+async def test_who_waited_for_a_payment_sees_it_as_it_is_then(
+    dsn: str, check_after_s: float | None, changed: str | None
+) -> None:
+    async with PostgresStore(dsn) as store:
+        intent = authorize()
+        await store.write_intent(intent)
+        change = outcome(intent.operation, intent.payment, S.PENDING, check_after_s=check_after_s)
+        async with locked(dsn, intent.payment) as holder:
+            waiting = asyncio.ensure_future(store.write_change(change))
+            await until_waiting(dsn)
+            if changed == "version":
+                await holder.execute("UPDATE payments SET version = version + 1")
+            elif changed == "epoch":
+                await holder.execute("UPDATE operations SET epoch = epoch + 1")
+        result = await asyncio.wait_for(waiting, WAIT_S)
+        assert result is (Stored.CONFLICT if changed else Stored.WRITTEN)
+        state = (await stored(store, intent.operation))[0].state
+        assert state is (S.PROCESSING if changed else S.PENDING)
+
+
+async def test_a_follow_up_that_waited_reserves_nothing_from_an_earlier_version(dsn: str) -> None:
+    async with PostgresStore(dsn) as store:
+        payment = await authorized(store)
+        intent = capture(payment)
+        async with locked(dsn, payment) as holder:
+            waiting = asyncio.ensure_future(store.write_intent(intent))
+            await until_waiting(dsn)
+            await holder.execute("UPDATE payments SET version = version + 1, authorized_minor = 0")
+        assert (await asyncio.wait_for(waiting, WAIT_S)).stored is Stored.CONFLICT
+        assert await store.find_operation(MERCHANT, intent.operation.operation_id) is None
+
+
+async def test_recovery_passes_over_a_payment_that_is_being_changed(dsn: str) -> None:
+    async with PostgresStore(dsn) as store:
+        busy, idle = authorize(recover_after_s=-1), authorize(recover_after_s=-1)
+        for intent in (busy, idle):
+            await store.write_intent(intent)
+        async with locked(dsn, busy.payment):
+            assert await store.expired(10) == 1
+            [lease] = await store.lease(10, NEVER_S)
+            assert lease.operation.operation_id == idle.operation.operation_id
+        assert await store.expired(10) == 1
+        [lease] = await store.lease(10, NEVER_S)
+        assert lease.operation.operation_id == busy.operation.operation_id
+
+
+async def test_evidence_waits_for_a_change_and_is_refused_by_its_definite_outcome(
+    dsn: str,
+) -> None:
+    answer = ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED)
+    async with PostgresStore(dsn) as store:
+        intent = authorize()
+        await store.write_intent(intent)
+        async with locked(dsn, intent.payment) as holder:
+            adding = asyncio.ensure_future(store.add_evidence(intent.operation, answer))
+            await until_waiting(dsn)
+            await holder.execute("UPDATE operations SET state = $1", int(S.NOT_SENT))
+        assert not await asyncio.wait_for(adding, WAIT_S)
+        assert (await store.count_doubts())[0] == 0
+
+
+# --- lost answers ---
+
+
+class Proxy:
+    """A TCP proxy that can cut a connection after the server's answer and before the client's."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._target = (host, port)
+        self._armed = False
+        self.cuts = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def cut_next_answer(self) -> None:
+        self._armed = True
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[int]:
+        """The port."""
+        server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await server.wait_closed()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.ensure_future(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        from_server, to_server = await asyncio.open_connection(*self._target)
+
+        async def forward() -> None:
+            while data := await reader.read(65536):
+                to_server.write(data)
+
+        async def back() -> None:
+            answer = b""
+            while data := await from_server.read(65536):
+                if not self._armed:
+                    writer.write(data)
+                    continue
+                answer += data
+                # ReadyForQuery outside a transaction: the server has committed.
+                if answer.endswith(b"Z\x00\x00\x00\x05I"):
+                    self._armed = False
+                    self.cuts += 1
+                    return
+
+        halves = [asyncio.ensure_future(forward()), asyncio.ensure_future(back())]
+        try:
+            await asyncio.wait(halves, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for half in halves:
+                half.cancel()
+            await asyncio.gather(*halves, return_exceptions=True)
+            writer.transport.abort()
+            to_server.transport.abort()
+
+
+@asynccontextmanager
+async def store_behind(proxy: Proxy, dsn: str) -> AsyncIterator[PostgresStore]:
+    one = LaneLimits(connections=1)
+    async with proxy.serving() as port:
+        through = dsn.replace(f":{urlsplit(dsn).port}/", f":{port}/")
+        async with PostgresStore(
+            through, intents=one, follow_ups=one, changes=one, reads=one, direct=one
+        ) as store:
+            yield store
+
+
+def proxy_to(dsn: str) -> Proxy:
+    parts = urlsplit(dsn)
+    assert parts.hostname is not None
+    assert parts.port is not None
+    return Proxy(parts.hostname, parts.port)
+
+
+async def test_intents_whose_commit_is_not_answered_are_written_once_and_said_to_be(
+    dsn: str,
+) -> None:
+    proxy = proxy_to(dsn)
+    async with store_behind(proxy, dsn) as store:
+        await store.write_intent(authorize(key="taken"))
+        intents = [authorize() for _ in range(10)]
+        duplicate = authorize(key="taken")
+        proxy.cut_next_answer()
+        results = await asyncio.gather(
+            *(store.write_intent(intent) for intent in [*intents, duplicate])
+        )
+        assert proxy.cuts == 1
+        assert [result.stored for result in results[:-1]] == [Stored.WRITTEN] * 10
+        assert results[-1].stored is Stored.DUPLICATE_KEY
+        for intent, result in zip(intents, results[:-1], strict=True):
+            operation, _ = await stored(store, intent.operation)
+            assert operation.created_at == result.at
+    assert fetch(dsn, "SELECT count(*) FROM operations")[0][0] == 11
+
+
+async def test_a_reservation_whose_commit_is_not_answered_is_made_once(dsn: str) -> None:
+    proxy = proxy_to(dsn)
+    async with store_behind(proxy, dsn) as store:
+        first, second = await authorized(store), await authorized(store)
+        await store.write_intent(capture(second))
+        intent = capture(first, 6_000)
+        proxy.cut_next_answer()
+        assert (await store.write_intent(intent)).stored is Stored.WRITTEN
+        assert proxy.cuts == 1
+        _, payment = await stored(store, intent.operation)
+        assert (payment.capture_pending_minor, payment.version) == (6_000, first.version + 1)
+
+
+@pytest.mark.parametrize("check_after_s", [None, 5.0], ids=["plain", "with doubt"])
+async def test_an_outcome_whose_commit_is_not_answered_is_written_once(
+    dsn: str, check_after_s: float | None
+) -> None:
+    proxy = proxy_to(dsn)
+    async with store_behind(proxy, dsn) as store:
+        intents = [authorize() for _ in range(3)]
+        for intent in intents:
+            await store.write_intent(intent)
+        changes = [
+            outcome(intent.operation, intent.payment, S.PENDING, check_after_s=check_after_s)
+            for intent in intents
+        ]
+        await store.write_change(changes[0])
+        proxy.cut_next_answer()
+        results = await asyncio.gather(*map(store.write_change, changes[1:]))
+        assert proxy.cuts == 1
+        assert [result.name for result in results] == ["WRITTEN", "WRITTEN"]
+        for change in changes:
+            assert (await stored(store, change.operation))[1].version == 2
+    assert fetch(dsn, "SELECT count(*) FROM outbox")[0][0] == 3
+
+
+# --- a server that goes away ---
+
+
+async def test_no_write_that_was_confirmed_is_lost_when_the_server_is_killed(
+    postgres: PostgresForTests, dsn: str
+) -> None:
+    confirmed: list[Operation] = []
+    enough = asyncio.Event()
+    stop = asyncio.Event()
+
+    async def pay(store: PostgresStore) -> None:
+        while not stop.is_set():
+            intent = authorize()
+            result = await store.write_intent(intent)
+            assert result.stored is Stored.WRITTEN
+            change = outcome(intent.operation, intent.payment)
+            assert await store.write_change(change) is Stored.WRITTEN
+            confirmed.append(change.operation)
+            if len(confirmed) % 300 == 0:
+                enough.set()
+
+    async with PostgresStore(
+        dsn, intents=OUTAGE, changes=OUTAGE, reads=OUTAGE, connect_timeout_s=WAIT_S
+    ) as store:
+        writers = [asyncio.ensure_future(pay(store)) for _ in range(40)]
+        for _ in range(2):
+            await asyncio.wait_for(enough.wait(), WAIT_S)
+            postgres.server.kill()
+            postgres.server.start()
+            enough.clear()
+        await asyncio.wait_for(enough.wait(), WAIT_S)
+        stop.set()
+        await asyncio.wait_for(asyncio.gather(*writers), WAIT_S)
+        for operation in confirmed:
+            found = await store.find_operation(MERCHANT, operation.operation_id)
+            assert found is not None
+            assert found.operation.state is S.SUCCEEDED
+            assert found.payment.version == 2
+    assert fetch(dsn, "SELECT count(*) FROM operations")[0][0] == len(confirmed)
+    assert fetch(dsn, "SELECT count(*) FROM outbox")[0][0] == len(confirmed)
+
+
+async def test_while_the_server_is_away_intents_are_refused_and_outcomes_wait(
+    postgres: PostgresForTests, dsn: str
+) -> None:
+    quick = LaneLimits(connections=1, retry_s_max=0)
+    async with PostgresStore(dsn, intents=quick, reads=quick, changes=OUTAGE) as store:
+        intent = authorize()
+        await store.write_intent(intent)
+        postgres.server.stop()
+        outcome_ = asyncio.ensure_future(
+            store.write_change(outcome(intent.operation, intent.payment))
+        )
+        with pytest.raises(StoreUnavailable):
+            await store.write_intent(authorize())
+        with pytest.raises(StoreUnavailable):
+            await store.load(MERCHANT, ids.new_payment_id())
+        with pytest.raises(StoreUnavailable):
+            await store.check()
+        assert not outcome_.done()
+        postgres.server.start()
+        assert await asyncio.wait_for(outcome_, WAIT_S) is Stored.WRITTEN
+
+
+async def test_a_store_opens_without_its_server_and_serves_when_it_is_there(
+    postgres: PostgresForTests, dsn: str
+) -> None:
+    postgres.server.stop()
+    async with PostgresStore(dsn, intents=OUTAGE) as store:
+        writing = asyncio.ensure_future(store.write_intent(authorize()))
+        await asyncio.sleep(0)
+        assert not writing.done()
+        postgres.server.start()
+        result: IntentResult = await asyncio.wait_for(writing, WAIT_S)
+    assert result.stored is Stored.WRITTEN
+
+
+# --- the scan for dead senders ---
+
+
+async def test_an_intent_that_commits_after_many_looks_is_found_all_the_same(dsn: str) -> None:
+    """Its created_at is when its transaction began: a watermark by time alone would have passed."""
+    late = authorize(recover_after_s=-1)
+    async with PostgresStore(dsn) as store:
+        store._horizon_s = 0.0  # so that the transaction below is older than it
+        for _ in range(3):
+            assert await store.expired(10) == 0
+        await store.write_intent(late)
+        async with locked(dsn, (await authorized(store, ids.new_merchant_id()))) as connection:
+            await connection.execute(
+                "INSERT INTO operations SELECT (o).* FROM (SELECT jsonb_populate_record("
+                "o, jsonb_build_object('operation_id', $1::text, 'idempotency_key', $1::text,"
+                " 'created_at', now())) AS o FROM operations AS o WHERE state = 1) AS copy",
+                ids.new_operation_id(),
+            )
+            began = await connection.fetchval("SELECT now()")
+            assert await store.expired(10) == 1
+            for _ in range(20):
+                assert await store.expired(10) == 0
+            [mark] = fetch(dsn, "SELECT created_before FROM recovery_watermark")
+            assert mark[0] <= began
+        assert await store.expired(10) == 1
+        # And with nothing in the way the watermark goes on.
+        for _ in range(3):
+            await store.expired(10)
+        [mark] = fetch(dsn, "SELECT created_before FROM recovery_watermark")
+        assert mark[0] > began
+
+
+async def test_the_watermark_waits_for_a_sender_that_may_yet_die(dsn: str) -> None:
+    async with PostgresStore(dsn) as store:
+        store._horizon_s = 0.0
+        alive = authorize(recover_after_s=NEVER_S)
+        created_at = (await store.write_intent(alive)).at
+        for _ in range(5):
+            assert await store.expired(10) == 0
+        [mark] = fetch(dsn, "SELECT created_before FROM recovery_watermark")
+        assert mark[0] <= created_at
+        fetch(dsn, "UPDATE operations SET recover_after = now() - interval '1 second'")
+        assert await store.expired(10) == 1
+
+
+async def test_a_clock_that_was_set_back_hides_no_dead_sender(dsn: str) -> None:
+    async with PostgresStore(dsn) as store:
+        fetch(
+            dsn,
+            "UPDATE recovery_watermark SET created_before = now() + interval '1 hour',"
+            " proposed_before = now() + interval '1 hour'",
+        )
+        await store.write_intent(authorize(recover_after_s=-1))
+        assert await store.expired(10) == 0
+        assert await store.expired(10) == 1
+
+
+async def test_many_gateways_looking_at_once_find_every_dead_sender_once(dsn: str) -> None:
+    async with PostgresStore(dsn) as one, PostgresStore(dsn) as two:
+        intents = [authorize(recover_after_s=-1) for _ in range(200)]
+        found = 0
+
+        async def look(store: PostgresStore) -> None:
+            nonlocal found
+            while found < len(intents):
+                put = await store.expired(7)
+                found += put
+
+        await asyncio.wait_for(
+            asyncio.gather(*(one.write_intent(intent) for intent in intents), look(one), look(two)),
+            WAIT_S,
+        )
+        assert found == len(intents)
+        assert (await one.count_doubts())[0] == len(intents)
