@@ -196,23 +196,26 @@ def require_scope(principal: Principal, scope: Scope) -> None:
         )
 
 
+def find_merchant(principal: Principal, merchant_id: str) -> MerchantInfo | None:
+    """The merchant that a request is for; None where `resolve_merchant` raises."""
+    merchants = principal.merchants
+    if not merchant_id and len(merchants) == 1:
+        return next(iter(merchants.values()))
+    return merchants.get(merchant_id)
+
+
 def resolve_merchant(principal: Principal, merchant_id: str) -> MerchantInfo:
     """The merchant that a request is for; `merchant_id` is empty where the request names none.
 
     Raises GatewayError: MERCHANT_NOT_FOUND for one outside the principal's set, whether or not it
     exists, MERCHANT_REQUIRED where none is named and the principal has not exactly one.
     """
-    merchants = principal.merchants
-    if merchant_id:
-        merchant = merchants.get(merchant_id)
-        if merchant is None:
-            raise GatewayError(
-                Reason.MERCHANT_NOT_FOUND, "The API key reaches no merchant of this id."
-            )
+    merchant = find_merchant(principal, merchant_id)
+    if merchant is not None:
         return merchant
-    if len(merchants) != 1:
-        raise GatewayError(
-            Reason.MERCHANT_REQUIRED,
-            "The request has to name its merchant: the API key reaches not exactly one.",
-        )
-    return next(iter(merchants.values()))
+    if merchant_id:
+        raise GatewayError(Reason.MERCHANT_NOT_FOUND, "The API key reaches no merchant of this id.")
+    raise GatewayError(
+        Reason.MERCHANT_REQUIRED,
+        "The request has to name its merchant: the API key reaches not exactly one.",
+    )

@@ -235,9 +235,14 @@ def to_status(error: GatewayError) -> Status:
     return status
 
 
-def to_trailers(error: GatewayError, status: Status) -> Trailers:
-    """The trailers of a call that ends with the status of `to_status(error)`."""
+def to_trailers(error: GatewayError, status: Status, *, pushback: bool = True) -> Trailers:
+    """The trailers of a call that ends with the status of `to_status(error)`.
+
+    Without `pushback` the pause stands in the status alone.
+    """
     details: Trailers = ((DETAILS_TRAILER, status.SerializeToString()),)
+    if not pushback:
+        return details
     pause_s = retry_after_s(error)
     if pause_s is not None:
         return (*details, (PUSHBACK_TRAILER, str(round(pause_s * 1000))))
@@ -254,8 +259,9 @@ A refused call ends with a gRPC status whose `grpc-status-details-bin` trailer i
 `google.rpc.Status`: an `ErrorInfo` with the reason and the domain `payments.v1`, a `BadRequest`
 with one violation for each field that is wrong, a `RetryInfo` where the same call may be repeated.
 The pause is also in the trailer `grpc-retry-pushback-ms`, which gRPC clients with a retry policy
-obey; `-1` there forbids the retry. Every call, refused or not, ends with the trailer
-`x-request-id`. No text holds values of the request, card data or the text of an exception.
+obey; `-1` there forbids the retry (the native transport cannot send it). Every call, refused or
+not, ends with the trailer `x-request-id`. No text holds values of the request, card data or the
+text of an exception.
 
 A decline and an unknown outcome are answers, not errors: see `operation.state`. Repeating a call
 with the same idempotency key and payload is always safe, whatever the error was.

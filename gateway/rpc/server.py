@@ -92,6 +92,8 @@ class GrpcServer:
         _check(options)
         self._service = service
         self._options = options
+        # The native transport reserves the trailer's name: a call that ends with it never ends.
+        service.pushback = options.transport != "native"
         self._health = Health((SERVICE_NAME,))
         self._server: aio.Server | None = None
         self._drained: asyncio.Task[None] | None = None

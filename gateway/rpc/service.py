@@ -37,7 +37,7 @@ from gateway.domain.ids import new_request_id
 from gateway.domain.model import Aggregate, Mode
 from gateway.domain.pan import contains_pan
 from gateway.rpc import conversion, error_map, validation
-from gateway.rpc.auth import Authenticator, require_scope, resolve_merchant
+from gateway.rpc.auth import Authenticator, find_merchant, require_scope, resolve_merchant
 from gateway.rpc.conversion import Caller
 from gateway.rpc.paging import decode_page_token, encode_page_token, filter_digest
 
@@ -199,6 +199,8 @@ class PaymentService:
         self._idle.set()
         self._streams: set[_Stream] = set()
         self._detached: set[asyncio.Task[Any]] = set()
+        self.pushback = True
+        """Whether errors carry the pushback trailer: not where the transport cannot send it."""
 
     def method_handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """The handlers by the names of their methods, without (de)serializers."""
@@ -310,7 +312,7 @@ class PaymentService:
         status = error_map.to_status(refusal)
         code = error_map.status_code(refusal.reason)
         self.end(call, code.name, refusal.reason)
-        trailers = error_map.to_trailers(refusal, status)
+        trailers = error_map.to_trailers(refusal, status, pushback=self.pushback)
         await context.abort(code, status.message, (*trailers, (REQUEST_ID_HEADER, call.request_id)))
 
     def abandoned(self, call: _Call) -> None:
@@ -735,7 +737,7 @@ def check(request: Any, principal: Principal, caller: Caller, suspect: bool) -> 
     Card data come first: a card number in the wrong place breaks other rules too.
     """
     if suspect:
-        validation.refuse_card_numbers(request, principal.merchants.get(request.merchant_id))
+        validation.refuse_card_numbers(request, find_merchant(principal, request.merchant_id))
     validation.validate(request)
     caller.merchant_id = resolve_merchant(principal, request.merchant_id).merchant_id
 

@@ -47,7 +47,8 @@ async def _fail(context: Context, error: Exception) -> None:
         _log.error("a system call failed unexpectedly", exc_info=error)
         error = GatewayError(Reason.INTERNAL, error_map.INTERNAL_MESSAGE)
     status = error_map.to_status(error)
-    trailers = error_map.to_trailers(error, status)
+    # No retry policy names these services, and not every transport can send the pushback.
+    trailers = error_map.to_trailers(error, status, pushback=False)
     await context.abort(error_map.status_code(error.reason), status.message, trailers)
 
 
