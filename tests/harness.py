@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import os
@@ -11,14 +12,16 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from google.rpc import error_details_pb2
+from google.protobuf import message_factory
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 from payments.v1 import (
     money_pb2,
@@ -39,6 +42,13 @@ START_TIMEOUT_S = 60.0
 """A gateway that has not said that it serves by then hangs."""
 CALL_TIMEOUT_S = 30.0
 """The deadline of a call whose deadline is not the subject."""
+
+SERVICE = payment_service_pb2.DESCRIPTOR.services_by_name["PaymentService"]
+"""The contract's description of the service."""
+
+_WRITE_LOST = "Internal error from Core"
+"""What grpc.aio's client makes of a stream that the server refused before it could write to it: the
+server's status is lost, and nothing was sent."""
 
 T = TypeVar("T")
 
@@ -282,6 +292,7 @@ class Caller:
     """A caller with a key: the stub, and requests with sane defaults."""
 
     def __init__(self, channel: grpc.aio.Channel, api_key: str) -> None:
+        self.channel = channel
         self.stub = payment_service_pb2_grpc.PaymentServiceStub(channel)
         self.metadata = (("authorization", f"Bearer {api_key}"),)
 
@@ -371,11 +382,127 @@ def authorize_request(
     )
 
 
+def request_types() -> dict[str, type[Message]]:
+    """The request's type of every method of PaymentService, by the method's name."""
+    return {
+        method.name: message_factory.GetMessageClass(method.input_type)
+        for method in SERVICE.methods
+    }
+
+
+async def call_bytes(
+    channel: grpc.aio.Channel,
+    method: str,
+    data: bytes,
+    metadata: Sequence[tuple[str, str]] = (),
+    timeout_s: float = CALL_TIMEOUT_S,
+) -> bytes:
+    """Call any method with bytes; the bytes of the answer, those of a stream's messages joined."""
+    path = f"/{SERVICE.full_name}/{method}"
+    described = SERVICE.methods_by_name.get(method)
+    if described is None or not described.server_streaming:
+        unary: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(path)
+        return await unary(data, metadata=tuple(metadata), timeout=timeout_s)
+    stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = channel.stream_stream(path)
+    while True:
+        call = stream(iter([data]), metadata=tuple(metadata), timeout=timeout_s)
+        try:
+            return b"".join([message async for message in call])
+        except grpc.aio.AioRpcError as error:
+            # The server ended the call before it was written; the client then forgets the status.
+            if error.details() != "Internal error from Core":
+                raise
+
+
+def field_paths(message: Message, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a message's type by its path, those of its messages too; maps as a whole."""
+    for described in message.DESCRIPTOR.fields:
+        path = prefix + described.name
+        yield path, described
+        nested = described.message_type
+        if nested is not None and not nested.GetOptions().map_entry:
+            yield from field_paths(getattr(message, described.name), path + ".")
+
+
+def holder_of(message: Any, path: str) -> tuple[Any, str]:
+    """The message in which a path's last field stands, and that field's name."""
+    *outer, name = path.split(".")
+    for each in outer:
+        message = getattr(message, each)
+    return message, name
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """All that a call told its caller; of a batch or stream with one item, the item's refusal."""
+
+    code: grpc.StatusCode
+    status: status_pb2.Status
+    """The refusal with its details; empty where there is none."""
+    data: bytes
+    """The answer, the messages of a stream joined."""
+    told: bytes
+    """Everything: the answer, the status's text, the initial and the trailing metadata."""
+
+    @property
+    def reason(self) -> str:
+        """The reason of the refusal; empty where there is none."""
+        return _reason_in(self.status)
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields that the refusal names."""
+        bad_request = error_details_pb2.BadRequest()
+        for detail in self.status.details:
+            if detail.Unpack(bad_request):
+                break
+        return [violation.field for violation in bad_request.field_violations]
+
+
+async def reply_to(
+    channel: grpc.aio.Channel,
+    method: str,
+    data: bytes,
+    metadata: Sequence[tuple[str, str | bytes]] = (),
+) -> Reply:
+    """Call any method with bytes, whatever comes of it."""
+    path = f"/{SERVICE.full_name}/{method}"
+    described = SERVICE.methods_by_name.get(method)
+    streams = described is not None and described.server_streaming
+    multi: Any = channel.stream_stream(path) if streams else channel.unary_unary(path)
+    answer = b""
+    while True:
+        content = iter([data]) if streams else data
+        call = multi(content, metadata=tuple(metadata), timeout=CALL_TIMEOUT_S)
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            answer = b"".join([message async for message in call]) if streams else await call
+        code, text = await call.code(), await call.details()
+        if text != _WRITE_LOST:
+            break
+    status = status_pb2.Status()
+    told = [answer, (text or "").encode()]
+    for name, value in (*await call.initial_metadata(), *await call.trailing_metadata()):
+        told += name.encode(), value if isinstance(value, bytes) else value.encode()
+        if name == "grpc-status-details-bin":
+            status.ParseFromString(value)
+    if described is not None and described.output_type.fields_by_name.get("results"):
+        # A stream's answer has the same field.
+        results = payment_service_pb2.BatchAuthorizePaymentsResponse.FromString(answer).results
+        if len(results) == 1 and results[0].HasField("error"):
+            status = results[0].error
+            code = next(each for each in grpc.StatusCode if each.value[0] == status.code)
+    return Reply(code, status, answer, b"\n".join(told))
+
+
 def reason_of(error: grpc.aio.AioRpcError) -> str:
     """The reason of a refusal; empty where it has none."""
     status = rpc_status.from_call(error)
-    for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
+    return "" if status is None else _reason_in(status)
+
+
+def _reason_in(status: status_pb2.Status) -> str:
+    info = error_details_pb2.ErrorInfo()
+    for detail in status.details:
         if detail.Unpack(info):
             reason: str = info.reason
             return reason

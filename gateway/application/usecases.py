@@ -509,7 +509,11 @@ class Payments:
             return command.payment_id or ""
         key = command.authorize_idempotency_key or ""
         found = await self._store.find_by_key(command.merchant_id, key)
-        if found is None or found.operation.kind is not OperationKind.AUTHORIZE:
+        if (
+            found is None
+            or found.operation.kind is not OperationKind.AUTHORIZE
+            or found.payment.mode is not command.mode
+        ):
             raise refuse(
                 Reason.PAYMENT_NOT_FOUND, "The merchant has no authorization with this key."
             )

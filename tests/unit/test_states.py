@@ -1,14 +1,19 @@
-"""The allow-lists: every state × event, every operation × operation, and the published page."""
+"""gateway.domain.states and its rendering: what is not in the tables is not allowed."""
 
-from __future__ import annotations
-
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 
 import pytest
 
-from gateway.domain import tables
-from gateway.domain.model import OperationKind, OperationState, PaymentState, Verdict
+from gateway.domain import states, tables
+from gateway.domain.model import OperationKind as K
+from gateway.domain.model import OperationState as S
+from gateway.domain.model import PaymentState as P
+from gateway.domain.model import Verdict
 from gateway.domain.states import (
     EVENT_KINDS,
     FROZEN,
@@ -16,96 +21,216 @@ from gateway.domain.states import (
     OPERATION_TRANSITIONS,
     PAYMENT_TRANSITIONS,
     UNFINISHED,
-    VERDICT_EVENTS,
     Beside,
     Event,
     may_start_beside,
     next_state,
 )
 
-K, S, P = OperationKind, OperationState, PaymentState
-DEFINITE_NEGATIVE = {S.DECLINED, S.FAILED, S.CANCELED, S.EXPIRED}
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "states.md"
+
+DEFINITE = frozenset(S) - UNFINISHED
+
+# The rules anew, in other words than the tables': what each event leads to, and from where.
+LEADS_TO = {
+    Event.APPROVED: S.SUCCEEDED,
+    Event.DECLINED: S.DECLINED,
+    Event.FAILED: S.FAILED,
+    Event.ACCEPTED: S.PENDING,
+    Event.ACTION_REQUIRED: S.REQUIRES_ACTION,
+    Event.DOUBTED: S.IN_DOUBT,
+    Event.NEVER_SENT: S.NOT_SENT,
+    Event.CANCELED: S.CANCELED,
+    Event.EXPIRED: S.EXPIRED,
+    Event.BOUNCED: S.FAILED,
+    Event.RESTARTED: S.PROCESSING,
+}
 
 
-@pytest.mark.parametrize(("kind", "state", "event"), list(product(K, S, Event)))
-def test_what_is_not_in_the_table_is_not_allowed(
-    kind: OperationKind, state: OperationState, event: Event
-) -> None:
-    after = next_state(kind, state, event)
-    listed = OPERATION_TRANSITIONS.get((state, event))
-    kinds = EVENT_KINDS.get((state, event), frozenset(K))
-    assert after == (listed if kind in kinds else None)
+def comes_from(kind: K, event: Event) -> frozenset[S]:
+    match event:
+        case Event.DOUBTED | Event.NEVER_SENT:
+            return frozenset({S.PROCESSING, S.IN_DOUBT})
+        case Event.BOUNCED:
+            return frozenset({S.SUCCEEDED}) if kind in (K.CAPTURE, K.REFUND) else frozenset()
+        case Event.RESTARTED:
+            return frozenset({S.NOT_SENT})
+        case Event.EXPIRED if kind is K.AUTHORIZE:
+            return UNFINISHED | {S.SUCCEEDED}
+        case _:
+            return UNFINISHED
 
 
 @pytest.mark.parametrize("kind", K)
-def test_no_event_leads_out_of_a_definite_negative_outcome(kind: OperationKind) -> None:
-    for state, event in product(DEFINITE_NEGATIVE, Event):
-        assert next_state(kind, state, event) is None
+def test_every_state_moves_on_every_event_as_the_rules_say_and_no_other_way(kind: K) -> None:
+    for state, event in product(S, Event):
+        wanted = LEADS_TO[event] if state in comes_from(kind, event) else None
+        assert next_state(kind, state, event) is wanted, (state.name, event.name)
 
 
-@pytest.mark.parametrize("kind", K)
-def test_only_a_repeat_by_the_client_leads_out_of_not_sent(kind: OperationKind) -> None:
-    moves = {event for event in Event if next_state(kind, S.NOT_SENT, event) is not None}
-    assert moves == {Event.RESTARTED}
+def test_a_move_that_is_not_in_the_table_is_refused_for_every_kind() -> None:
+    for kind, state, event in product(K, S, Event):
+        if (state, event) not in OPERATION_TRANSITIONS:
+            assert next_state(kind, state, event) is None
 
 
-def test_what_the_psp_acknowledged_never_becomes_not_sent_or_in_doubt() -> None:
-    for kind, state in product(K, (S.PENDING, S.REQUIRES_ACTION, S.SUCCEEDED)):
-        assert next_state(kind, state, Event.NEVER_SENT) is None
+def test_a_definite_outcome_is_left_only_by_a_new_attempt_a_bounce_or_by_time() -> None:
+    left = {(state, event) for state, event in OPERATION_TRANSITIONS if state in DEFINITE}
+    assert left == {
+        (S.NOT_SENT, Event.RESTARTED),
+        (S.SUCCEEDED, Event.BOUNCED),
+        (S.SUCCEEDED, Event.EXPIRED),
+    }
+
+
+def test_only_not_sent_begins_anew() -> None:
+    assert [move for move, after in OPERATION_TRANSITIONS.items() if after is S.PROCESSING] == [
+        (S.NOT_SENT, Event.RESTARTED)
+    ]
+
+
+def test_what_the_psp_acknowledged_is_never_in_doubt_and_never_not_sent() -> None:
+    for kind, state in product(K, (S.PENDING, S.REQUIRES_ACTION)):
         assert next_state(kind, state, Event.DOUBTED) is None
+        assert next_state(kind, state, Event.NEVER_SENT) is None
 
 
-def test_only_captures_and_refunds_bounce_and_only_authorizations_expire_after_success() -> None:
-    for kind in K:
-        bounced = next_state(kind, S.SUCCEEDED, Event.BOUNCED)
-        assert (bounced is S.FAILED) == (kind in (K.CAPTURE, K.REFUND))
-        expired = next_state(kind, S.SUCCEEDED, Event.EXPIRED)
-        assert (expired is S.EXPIRED) == (kind is K.AUTHORIZE)
+def test_kinds_are_named_only_for_moves_of_the_table() -> None:
+    assert EVENT_KINDS.keys() <= OPERATION_TRANSITIONS.keys()
 
 
-def test_every_state_is_reached_and_every_unfinished_one_can_be_left() -> None:
-    reached = set(OPERATION_TRANSITIONS.values()) | {S.PROCESSING}
-    assert reached == set(S)
+def test_every_verdict_is_an_event_of_its_own() -> None:
+    assert states.VERDICT_EVENTS.keys() == set(Verdict)
+    assert len(set(states.VERDICT_EVENTS.values())) == len(Verdict)
+
+
+def test_answers_are_frozen_but_those_that_a_repeat_may_change() -> None:
+    assert frozenset(S) - FROZEN == {S.PROCESSING, S.IN_DOUBT, S.NOT_SENT}
+
+
+# --- payments -------------------------------------------------------------------------------------
+
+
+def test_every_payment_state_has_its_moves_and_leads_elsewhere() -> None:
+    assert PAYMENT_TRANSITIONS.keys() == set(P)
+    for state, after in PAYMENT_TRANSITIONS.items():
+        assert state not in after
+
+
+def test_every_payment_state_is_reached_from_processing() -> None:
+    reached, new = {P.PROCESSING}, {P.PROCESSING}
+    while new:
+        new = {after for state in new for after in PAYMENT_TRANSITIONS[state]} - reached
+        reached |= new
+    assert reached == set(P)
+
+
+def test_a_payment_without_money_stays_without_money() -> None:
+    money = {
+        P.AUTHORIZED,
+        P.PARTIALLY_CAPTURED,
+        P.CAPTURED,
+        P.PARTIALLY_REFUNDED,
+        P.REFUNDED,
+        P.VERIFIED,
+    }
+    for state in (P.DECLINED, P.FAILED, P.CANCELED, P.EXPIRED, P.VOIDED, P.NOT_SENT):
+        assert not PAYMENT_TRANSITIONS[state] & money
+
+
+# --- the matrix -----------------------------------------------------------------------------------
+
+_NO = Beside.REFUSED
+_YES = Beside.ALLOWED
+_CANCELS = Beside.AS_CANCEL_REQUEST
+
+
+def rule(new: K, unfinished: K, state: S) -> Beside:
+    """The matrix anew, in the words of the design."""
+    if unfinished in (K.VERIFY, K.REVERSAL):
+        return _NO  # there is no payment yet, or something is being taken back
+    if unfinished is K.AUTHORIZE:
+        return _CANCELS if new is K.VOID else _NO
+    if new is K.INCREMENT:
+        return _NO  # exclusive
+    if new is K.REFUND:
+        return _YES  # held to what is captured
+    if unfinished is K.INCREMENT:
+        return _YES if state is S.IN_DOUBT else _NO  # by the old ceiling
+    if new is K.CAPTURE:
+        return _NO if unfinished is K.VOID else _YES
+    return _NO if unfinished in (K.CAPTURE, K.VOID) else _YES
+
+
+@pytest.mark.parametrize("unfinished", K)
+@pytest.mark.parametrize("new", [K.CAPTURE, K.VOID, K.REFUND, K.INCREMENT])
+def test_every_pair_of_operations_runs_together_as_the_design_says(new: K, unfinished: K) -> None:
     for state in UNFINISHED:
-        ends = {OPERATION_TRANSITIONS.get((state, event)) for event in Event} - {None}
-        assert {S.SUCCEEDED, *DEFINITE_NEGATIVE} <= ends
+        assert may_start_beside(new, unfinished, state) is rule(new, unfinished, state), state
 
 
-def test_the_first_answers_that_are_frozen_are_those_with_a_psps_answer() -> None:
-    assert set(S) - FROZEN == {S.PROCESSING, S.IN_DOUBT, S.NOT_SENT}
+def test_the_matrix_has_every_operation_that_acts_on_a_payment_beside_every_kind() -> None:
+    assert MATRIX.keys() == {K.CAPTURE, K.VOID, K.REFUND, K.INCREMENT}
+    for beside in MATRIX.values():
+        assert beside.keys() == set(K)
 
 
-def test_every_verdict_of_a_psp_is_an_event() -> None:
-    assert set(VERDICT_EVENTS) == set(Verdict)
+def test_void_and_capture_exclude_each_other_both_ways() -> None:
+    for state in UNFINISHED:
+        assert may_start_beside(K.VOID, K.CAPTURE, state) is Beside.REFUSED
+        assert may_start_beside(K.CAPTURE, K.VOID, state) is Beside.REFUSED
 
 
-@pytest.mark.parametrize(
-    ("new", "unfinished", "state"), list(product(MATRIX, K, sorted(UNFINISHED)))
-)
-def test_the_matrix_answers_for_every_pair(
-    new: OperationKind, unfinished: OperationKind, state: OperationState
-) -> None:
-    rule, answer = MATRIX[new][unfinished], may_start_beside(new, unfinished, state)
-    if rule is Beside.ALLOWED_IN_DOUBT:
-        assert answer is (Beside.ALLOWED if state is S.IN_DOUBT else Beside.REFUSED)
-    else:
-        assert answer is rule
+# --- the document ---------------------------------------------------------------------------------
 
 
-def test_void_is_exclusive_with_captures_and_increment_with_everything() -> None:
-    assert MATRIX[K.VOID][K.CAPTURE] is Beside.REFUSED
-    assert MATRIX[K.CAPTURE][K.VOID] is Beside.REFUSED
-    assert set(MATRIX[K.INCREMENT].values()) == {Beside.REFUSED}
+def drawings() -> Iterator[set[tuple[str, str]]]:
+    """The ways of each drawing in the document, those from the composite state spelled out."""
+    for drawing in re.findall(
+        r"```mermaid\nstateDiagram-v2\n(.*?)```", tables.markdown(), re.DOTALL
+    ):
+        ways = re.findall(r"^ +(\S+) --> (\w+)(?:: \w+)?$", drawing, re.MULTILINE)
+        assert len(ways) == drawing.count("-->") == len(set(re.findall(".+-->.+", drawing)))
+        yield {
+            (state, after)
+            for before, after in ways
+            for state in ([s.name for s in UNFINISHED] if before == "UNFINISHED" else [before])
+        }
 
 
-def test_a_payment_with_money_never_becomes_declined_failed_or_not_sent() -> None:
-    money = {P.AUTHORIZED, P.PARTIALLY_CAPTURED, P.CAPTURED, P.PARTIALLY_REFUNDED, P.REFUNDED}
-    assert set(PAYMENT_TRANSITIONS) == set(P)
-    for state in money:
-        never = {P.DECLINED, P.FAILED, P.NOT_SENT, P.PROCESSING, P.IN_DOUBT}
-        assert not PAYMENT_TRANSITIONS[state] & never
+def test_drawings_show_the_tables_and_nothing_else() -> None:
+    operations, payments = drawings()
+    start = ("[*]", "PROCESSING")
+    assert operations == {start} | {
+        (state.name, after.name) for (state, _), after in OPERATION_TRANSITIONS.items()
+    }
+    assert payments == {start} | {
+        (state.name, after.name)
+        for state, afters in PAYMENT_TRANSITIONS.items()
+        for after in afters
+    }
 
 
-def test_the_published_page_is_what_the_tables_say() -> None:
-    page = Path(__file__).resolve().parents[2] / "docs/states.md"
-    assert page.read_text("utf-8").rstrip() == tables.markdown().rstrip()
+def test_text_and_document_name_every_state_event_and_kind() -> None:
+    for shown in (tables.text(), tables.markdown()):
+        words = set(re.findall(r"[A-Z_]{3,}", shown))
+        assert words >= {member.name for enum in (S, P, K, Event) for member in enum}
+
+
+def test_every_event_is_explained_once_in_the_document() -> None:
+    shown = tables.markdown()
+    for event in Event:
+        assert len(re.findall(rf"^\| `{event.name}` \| [A-Z][^|]+\. \|$", shown, re.MULTILINE)) == 1
+
+
+def test_document_is_what_the_module_prints() -> None:
+    printed = subprocess.run(
+        [sys.executable, "-m", "gateway.domain.tables"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    ).stdout.decode()
+    assert printed == tables.markdown()
+    assert DOCUMENT.read_text(encoding="utf-8") == printed
