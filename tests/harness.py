@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -53,7 +52,13 @@ server's status is lost, and nothing was sent."""
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None)
+_WITH_PARENT = (
+    "import ctypes, os, sys;"
+    f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)});"
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+"""Ends with the thread that started it, and becomes the program. Not by preexec_fn: that forks for
+good, which a process with gRPC's threads may not survive."""
 
 
 class GatewayProcess:
@@ -61,12 +66,11 @@ class GatewayProcess:
 
     def __init__(self, environment: Mapping[str, str], arguments: tuple[str, ...]) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, *arguments],
+            [sys.executable, "-ISc", _WITH_PARENT, sys.executable, *arguments],
             env={**_inherited(), **environment},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=_end_with_parent,  # noqa: PLW1509 - it calls prctl and nothing else
         )
         self.lines: list[str] = []
         """What it logged until now."""
@@ -139,10 +143,6 @@ class GatewayProcess:
 
 def _inherited() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-
-
-def _end_with_parent() -> None:
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass(slots=True)

@@ -1,0 +1,170 @@
+"""Hostile and odd input over both transports against a real gateway; TLS, health and reflection."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from payments.v1 import payment_service_pb2
+
+from tests.harness import (
+    SERVICE,
+    System,
+    asyncio_run,
+    authorize_request,
+    calling,
+    eur,
+    new_key,
+    reason_of,
+    running_system,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from storage.embedded import EmbeddedRedis
+    from tests.servers import PostgresForTests
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+UNARY = [method.name for method in SERVICE.methods if method.name != "StreamAuthorizePayments"]
+NEVER = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
+
+
+@pytest.fixture(scope="module", params=["grpcio", "native"])
+def system(
+    request: pytest.FixtureRequest, postgres: PostgresForTests, redis: EmbeddedRedis
+) -> Iterator[System]:
+    with running_system(postgres, redis) as running:
+        running.start_gateway(transport=request.param, trusted_front=True, message_bytes_max=65536)
+        yield running
+
+
+async def _raw(system: System, method: str, data: bytes) -> grpc.StatusCode:
+    """The status of a unary call with these bytes as its message."""
+    async with grpc.aio.insecure_channel(system.gateways[0].address) as channel:
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+            f"/{SERVICE.full_name}/{method}"
+        )
+        try:
+            await call(
+                data,
+                metadata=(("authorization", f"Bearer {system.shop.api_key}"),),
+                timeout=30,
+            )
+        except grpc.aio.AioRpcError as error:
+            return error.code()
+    return grpc.StatusCode.OK
+
+
+def _valid(method: str) -> bytes:
+    request = (
+        authorize_request(amount_minor=1234, merchant_order_id="order", metadata={"a": "b"})
+        if method == "AuthorizePayment"
+        else payment_service_pb2.CapturePaymentRequest(
+            idempotency_key=new_key(), payment_id="pay_1", amount=eur(5)
+        )
+    )
+    return request.SerializeToString()
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    method=st.sampled_from(UNARY),
+    data=st.binary(max_size=200),
+    cut=st.integers(0, 100),
+    keep=st.booleans(),
+)
+def test_no_bytes_are_answered_internal_or_unknown(
+    system: System, method: str, data: bytes, cut: int, keep: bool
+) -> None:
+    valid = _valid(method)
+    mutated = valid[:cut] + data + valid[cut:] if keep else data
+    assert asyncio_run(lambda: _raw(system, method, mutated)) not in NEVER
+
+
+async def test_an_oversized_message_is_refused_without_a_retry(system: System) -> None:
+    large = authorize_request(metadata={"a": "x" * 70_000}).SerializeToString()
+    code = await _raw(system, "AuthorizePayment", large)
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    huge = authorize_request(metadata={"a": "x" * 500_000}).SerializeToString()
+    assert await _raw(system, "AuthorizePayment", huge) is grpc.StatusCode.RESOURCE_EXHAUSTED
+    # Text that only pretends to be compressed is a message like any other.
+    assert await _raw(system, "AuthorizePayment", gzip.compress(b"x" * 10_000)) not in NEVER
+
+
+async def test_oversized_metadata_harm_no_later_call(system: System) -> None:
+    async with calling(system.gateways[0], system.shop.api_key) as caller:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await caller.stub.AuthorizePayment(
+                authorize_request(),
+                metadata=(*caller.metadata, ("x-large", "x" * 40_000)),
+                timeout=30,
+            )
+        assert (await caller.authorize()).payment.amounts.authorized_minor == 1000
+
+
+async def test_each_broken_field_has_a_violation_of_its_own(system: System) -> None:
+    request = authorize_request(amount_minor=-1, idempotency_key="\x01", token="4242")
+    request.amount.currency_code = "XXX"
+    async with calling(system.gateways[0], system.shop.api_key) as caller:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await caller.call("AuthorizePayment", request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert reason_of(caught.value) == "INVALID_REQUEST"
+
+
+async def test_health_is_served_for_the_server_and_the_service(system: System) -> None:
+    async with grpc.aio.insecure_channel(system.gateways[0].address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        for name in ("", SERVICE.full_name):
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=30)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.Check(health_pb2.HealthCheckRequest(service="no.Such"), timeout=30)
+        assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+
+
+async def test_reflection_lists_the_service(system: System) -> None:
+    async with grpc.aio.insecure_channel(system.gateways[0].address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo(timeout=30)
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        answer = await call.read()
+        await call.done_writing()
+        listed = {service.name for service in answer.list_services_response.service}
+    assert SERVICE.full_name in listed
+
+
+async def test_with_tls_settings_only_tls_is_answered(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    with running_system(postgres, redis) as system:
+        gateway = system.start_gateway(
+            tls_certificate_file=DATA / "localhost.pem", tls_key_file=DATA / "localhost.key"
+        )
+        address = gateway.address
+        credentials = grpc.ssl_channel_credentials((DATA / "localhost.pem").read_bytes())
+        async with grpc.aio.secure_channel(address, credentials) as channel:
+            call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+                f"/{SERVICE.full_name}/AuthorizePayment"
+            )
+            data = await call(
+                authorize_request().SerializeToString(),
+                metadata=(("authorization", f"Bearer {system.shop.api_key}"),),
+                timeout=30,
+            )
+            answer = payment_service_pb2.AuthorizePaymentResponse.FromString(data)
+            assert answer.payment.amounts.authorized_minor == 1000
+        async with calling(address, system.shop.api_key) as caller:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await caller.authorize()
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
