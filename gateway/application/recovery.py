@@ -141,12 +141,12 @@ class Recovery:
             await self._absorb_late(lease)
             return operation.state
         evidence = await self._evidence(lease)
-        answer = evidence
-        # Once recovery has looked, it may have cancelled what the evidence says; the PSP knows.
-        if evidence is None or lease.tries:
-            connector = self._router.connector(operation.attempt.connector)
-            asked = None if connector is None else await self._ask(lease, connector)
-            answer = evidence if asked is None else asked
+        connector = self._router.connector(operation.attempt.connector)
+        answer = None if connector is None else await self._ask(lease, connector)
+        if answer is None:
+            # The PSP comes first: who left evidence was fenced out by a recoverer, and that one may
+            # have cancelled since what the evidence says.
+            answer = evidence
         if answer is None or not _is_news(payment, operation, answer):
             if operation.state is not S.PROCESSING:
                 await self._store.postpone(operation, self._backoff_s(lease.tries))
@@ -156,7 +156,7 @@ class Recovery:
         return found.operation.state
 
     async def _evidence(self, lease: Lease) -> ConnectorAnswer | None:
-        """The evidence, where it is news of the present attempt.
+        """The evidence, where it is of the present attempt.
 
         A success of an attempt that another one has replaced is reversed.
         """
@@ -168,7 +168,7 @@ class Recovery:
             if decisions.event_of(evidence) is Event.APPROVED:
                 await self._outcomes.reverse(operation, number, evidence)
             return None
-        return evidence if _is_news(lease.aggregate.payment, operation, evidence) else None
+        return evidence
 
     async def _absorb_late(self, lease: Lease) -> None:
         """An answer came after a definite outcome: a success that must not stand is reversed."""

@@ -271,13 +271,10 @@ class Payments:
             self._release(command, claim)
             if refusal.reason in _NOT_BY_STATE:
                 raise
-            # The state may refuse just because an earlier call with this key took effect.
+            # The state may refuse just because an earlier call with this key took effect, or
+            # reserved for a while what is free again since it was NOT_SENT.
             found = await self._find_by_key(command)
             if found is None:
-                raise
-            if not _same_call(command, found.operation):
-                raise _key_reused() from refusal
-            if found.operation.state is OperationState.NOT_SENT:
                 raise
             return await self._answer_existing(command, found)
         if not answer.frozen:

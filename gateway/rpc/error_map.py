@@ -208,6 +208,12 @@ def retry_after_s(error: GatewayError) -> float | None:
     return None if rule is None else rule.retry_after_s
 
 
+def _pause_ms(error: GatewayError) -> int | None:
+    pause_s = retry_after_s(error)
+    # Clients take a pushback of 0 for none, and fall back to their own, longer pause.
+    return None if pause_s is None else max(1, round(pause_s * 1000))
+
+
 def to_status(error: GatewayError) -> Status:
     """The error as google.rpc.Status: ErrorInfo, then BadRequest and RetryInfo where they apply."""
     code = status_code(error.reason)
@@ -227,10 +233,10 @@ def to_status(error: GatewayError) -> Status:
                 reason=reason.value,
             )
         status.details.add().Pack(bad_request)
-    pause_s = retry_after_s(error)
-    if pause_s is not None:
+    pause_ms = _pause_ms(error)
+    if pause_ms is not None:
         delay = Duration()
-        delay.FromMilliseconds(round(pause_s * 1000))
+        delay.FromMilliseconds(pause_ms)
         status.details.add().Pack(RetryInfo(retry_delay=delay))
     return status
 
@@ -243,9 +249,9 @@ def to_trailers(error: GatewayError, status: Status, *, pushback: bool = True) -
     details: Trailers = ((DETAILS_TRAILER, status.SerializeToString()),)
     if not pushback:
         return details
-    pause_s = retry_after_s(error)
-    if pause_s is not None:
-        return (*details, (PUSHBACK_TRAILER, str(round(pause_s * 1000))))
+    pause_ms = _pause_ms(error)
+    if pause_ms is not None:
+        return (*details, (PUSHBACK_TRAILER, str(pause_ms)))
     if status_code(error.reason) in _RETRIED_CODES:
         return details + _NO_RETRY
     return details

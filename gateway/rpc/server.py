@@ -33,6 +33,10 @@ from gateway.rpc.system import (
 _HARD_MESSAGE_FACTOR: Final = 2
 """The transport itself refuses messages above `message_bytes_max` times this, without details;
 below it the handlers refuse, with a reason and the advice not to retry."""
+_QUIET_S: Final = 0.05
+"""A draining server to which no call came for so long has read all that its transport held."""
+_QUIET_WAIT_S_MAX: Final = 1.0
+"""Under calls without a pause, a draining server goes on after this."""
 _LITTER_AGE_S_MIN: Final = 60.0
 """Younger directories of the native transport may belong to a server that is just starting."""
 
@@ -154,12 +158,24 @@ class GrpcServer:
         until = time.monotonic() + grace_s
         self._service.begin_drain()
         self._health.close()
+        await self._wait_quiet()
         if self._options.transport == "native":
             # Its stop() tells clients nothing (no GOAWAY): they learn by our refusals first.
             await self._wait_idle(grace_s)
         if self._server is not None:
             await self._server.stop(max(0.0, until - time.monotonic()))
         await self._wait_idle(until - time.monotonic())
+
+    async def _wait_quiet(self) -> None:
+        """Refuse what has arrived and was not read yet, and let the refused clients pause.
+
+        grpcio's stop() would end it with CANCELLED, which ordinary clients do not repeat.
+        """
+        until = time.monotonic() + _QUIET_WAIT_S_MAX
+        begun = -1
+        while begun != self._service.calls_begun and time.monotonic() < until:
+            begun = self._service.calls_begun
+            await asyncio.sleep(_QUIET_S)
 
     async def _wait_idle(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):

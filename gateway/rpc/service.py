@@ -194,6 +194,8 @@ class PaymentService:
         self._observer = observer
         self._limits = limits
         self._draining = False
+        self.calls_begun = 0
+        """How many calls have arrived until now, refused ones too."""
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -247,6 +249,7 @@ class PaymentService:
 
     def begin(self, method: str, context: Context) -> _Call:
         """Count a call in; `end` counts it out."""
+        self.calls_begun += 1
         self._in_flight += 1
         self._idle.clear()
         call = _Call(method=method, started=time.perf_counter())

@@ -23,17 +23,17 @@ import pytest
 from google.rpc import error_details_pb2
 from google.rpc.status_pb2 import Status
 from grpc import StatusCode, aio
-from grpc_health.v1.health_pb2 import (  # type: ignore[import-untyped]
+from grpc_health.v1.health_pb2 import (
     HealthCheckRequest,
     HealthCheckResponse,
 )
-from grpc_reflection.v1alpha.reflection_pb2 import (  # type: ignore[import-untyped]
+from grpc_reflection.v1alpha.reflection_pb2 import (
     ServerReflectionRequest,
     ServerReflectionResponse,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from payments.v1 import payment_pb2
+from payments.v1 import payment_method_pb2, payment_pb2
 from payments.v1 import payment_service_pb2 as pb
 from payments.v1.payment_service_pb2_grpc import PaymentServiceStub
 
@@ -70,6 +70,8 @@ PATIENCE_S = 60.0
 """How long a test waits for what must happen: a failure, never a measurement."""
 CARD_NUMBER = "4242424242424242"
 CREATED_AT = datetime(2026, 11, 1, 12, tzinfo=UTC)
+
+UnaryMethod = aio.UnaryUnaryMultiCallable[bytes, bytes]
 
 
 # --- the double -----------------------------------------------------------------------------------
@@ -340,9 +342,8 @@ async def gateway(transport: Transport) -> AsyncIterator[Running]:
 
 def authorization(key: str = "key-1", **fields: Any) -> pb.AuthorizePaymentRequest:
     request = pb.AuthorizePaymentRequest(
-        idempotency_key=key, capture_method=pb.AuthorizePaymentRequest().capture_method, **fields
+        idempotency_key=key, capture_method=payment_method_pb2.CAPTURE_METHOD_MANUAL, **fields
     )
-    request.capture_method = 2
     request.amount.amount_minor = 1000
     request.amount.currency_code = "EUR"
     request.payment_method.token = "tok_visa"
@@ -375,9 +376,7 @@ def refused(error: aio.AioRpcError) -> Refused:
     if details:
         assert status.code == error.code().value[0]
         assert status.message == error.details()
-    return Refused(
-        error.code(), error.details() or "", *unpacked(status), trailers
-    )
+    return Refused(error.code(), error.details() or "", *unpacked(status), trailers)
 
 
 def unpacked(status: Status) -> tuple[str, dict[str, str], dict[str, str], float | None]:
@@ -426,12 +425,12 @@ async def test_an_authorization_is_answered_and_its_repeat_is_the_same_bytes_wit
 async def test_every_call_ends_with_a_request_id_the_callers_where_it_is_printable(
     gateway: Running,
 ) -> None:
-    for given, taken in (("my-id 1", True), ("x" * 129, False), ("", False)):
-        metadata = (*gateway.metadata, ("x-request-id", given))
+    for sent, taken in (("my-id 1", True), ("x" * 129, False), ("", False)):
+        metadata = (*gateway.metadata, ("x-request-id", sent))
         call = gateway.stub.AuthorizePayment(authorization(), metadata=metadata)
         await call
         told = dict(await call.trailing_metadata())["x-request-id"]
-        assert told == given if taken else is_request_id(str(told))
+        assert told == sent if taken else is_request_id(str(told))
     failure = await refusal(gateway.stub.AuthorizePayment(authorization()))
     assert is_request_id(str(failure.trailers["x-request-id"]))
     assert gateway.observer.calls[-1].request_id == failure.trailers["x-request-id"]
@@ -439,7 +438,9 @@ async def test_every_call_ends_with_a_request_id_the_callers_where_it_is_printab
 
 async def test_each_call_is_observed_once_with_its_ids(gateway: Running) -> None:
     await gateway.authorize(authorization())
-    await refusal(gateway.stub.CapturePayment(pb.CapturePaymentRequest(), metadata=gateway.metadata))
+    await refusal(
+        gateway.stub.CapturePayment(pb.CapturePaymentRequest(), metadata=gateway.metadata)
+    )
     payment_id = next(iter(gateway.payments.operations.values())).payment.payment_id
     first, second = gateway.observer.calls
     assert (first.method, first.code, first.reason) == ("AuthorizePayment", "OK", "")
@@ -448,7 +449,9 @@ async def test_each_call_is_observed_once_with_its_ids(gateway: Running) -> None
     assert second.reason == "INVALID_REQUEST"
 
 
-async def test_a_refusal_carries_reason_domain_metadata_and_retry(gateway: Running) -> None:
+async def test_a_refusal_carries_reason_domain_metadata_and_retry(
+    gateway: Running, transport: Transport
+) -> None:
     capture = pb.CapturePaymentRequest(idempotency_key="k", payment_id="pay_1")
     told = await refusal(gateway.stub.CapturePayment(capture, metadata=gateway.metadata))
     assert (told.code, told.reason) == (
@@ -465,7 +468,8 @@ async def test_a_refusal_carries_reason_domain_metadata_and_retry(gateway: Runni
     told = await refusal(gateway.stub.IncrementAuthorization(increment, metadata=gateway.metadata))
     assert (told.code, told.reason) == (StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
     assert told.retry_delay_s == 0.125
-    assert told.trailers[PUSHBACK_TRAILER] == "125"
+    # The native transport reserves the trailer's name.
+    assert told.trailers.get(PUSHBACK_TRAILER) == (None if transport == "native" else "125")
 
 
 async def test_no_text_of_an_exception_leaves(
@@ -514,7 +518,11 @@ async def test_garbage_is_malformed_and_never_internal(gateway: Running) -> None
 
 
 async def test_an_unknown_method_is_unimplemented_with_a_reason(gateway: Running) -> None:
-    for path in ("/payments.v1.PaymentService/StealPayment", "/x.Y/Z", "/payments.v1.PaymentService/"):
+    for path in (
+        "/payments.v1.PaymentService/StealPayment",
+        "/x.Y/Z",
+        "/payments.v1.PaymentService/",
+    ):
         told = await refusal(gateway.raw(path)(b"", metadata=gateway.metadata))
         assert (told.code, told.reason) == (StatusCode.UNIMPLEMENTED, "METHOD_NOT_FOUND")
 
@@ -640,3 +648,836 @@ async def until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not holds():
             await asyncio.sleep(0.001)
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+async def test_a_message_too_large_is_refused_for_good_by_the_handler_and_by_the_transport(
+    gateway: Running,
+) -> None:
+    method = gateway.raw("/payments.v1.PaymentService/AuthorizePayment")
+    told = await refusal(method(bytes(LIMITS.message_bytes_max + 1), metadata=gateway.metadata))
+    assert (told.code, told.reason) == (StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE")
+    assert told.trailers[PUSHBACK_TRAILER] == "-1"
+    told = await refusal(method(bytes(3 * LIMITS.message_bytes_max), metadata=gateway.metadata))
+    assert told.code is StatusCode.RESOURCE_EXHAUSTED
+    assert (await gateway.authorize(authorization())).operation.operation_id
+
+
+async def test_a_message_that_unpacks_beyond_the_limit_is_refused(gateway: Running) -> None:
+    # A gRPC frame: compressed flag, length, gzip of zeros.
+    method: UnaryMethod = gateway.channel.unary_unary(
+        "/payments.v1.PaymentService/AuthorizePayment"
+    )
+    told = await refusal(
+        method(
+            bytes(20 * LIMITS.message_bytes_max),
+            metadata=gateway.metadata,
+            compression=grpc.Compression.Gzip,
+        )
+    )
+    assert told.code is StatusCode.RESOURCE_EXHAUSTED
+    assert len(gzip.compress(bytes(20 * LIMITS.message_bytes_max))) < LIMITS.message_bytes_max
+
+
+async def test_headers_too_large_are_refused_on_native_without_a_grpc_status(
+    transport: Transport,
+) -> None:
+    async with running(transport, options=ServerOptions(metadata_bytes_max=4096)) as up:
+        header = (*up.metadata, ("x-filler", "f" * 5000))
+        told = await refusal(up.stub.AuthorizePayment(authorization(), metadata=header))
+        # Documented in docs/transports.md: HTTP 431 on native, which clients call UNKNOWN.
+        expected = {"grpcio": StatusCode.RESOURCE_EXHAUSTED, "native": StatusCode.UNKNOWN}
+        assert told.code is expected[transport]
+        assert up.payments.commands == []
+        assert (await up.authorize(authorization())).operation.operation_id
+
+
+async def test_calls_beyond_the_streams_of_a_connection_wait_and_none_fails(
+    transport: Transport,
+) -> None:
+    async with running(transport, options=ServerOptions(concurrent_streams_max=2)) as up:
+        go_on = asyncio.Event()
+        most = 0
+
+        async def wait(_: Authorize) -> None:
+            nonlocal most
+            most = max(most, len(up.payments.running))
+            await go_on.wait()
+
+        up.payments.before = wait
+        calls = [asyncio.ensure_future(up.authorize(authorization(f"k{n}"))) for n in range(6)]
+        await until(lambda: len(up.payments.running) == 2)
+        go_on.set()
+        await asyncio.gather(*calls)
+        assert most == 2
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+async def batch(
+    up: Running, *items: pb.AuthorizePaymentItem, timeout_s: float | None = None
+) -> list[pb.AuthorizePaymentResult]:
+    request = pb.BatchAuthorizePaymentsRequest(items=items)
+    answer = await up.stub.BatchAuthorizePayments(request, metadata=up.metadata, timeout=timeout_s)
+    return list(answer.results)
+
+
+def reason_of(result: pb.AuthorizePaymentResult) -> str:
+    return unpacked(result.error)[0]
+
+
+async def test_a_bad_item_of_a_batch_spoils_no_other(gateway: Running) -> None:
+    bad_currency = item("b")
+    bad_currency.authorization.amount.currency_code = "XXX"
+    results = await batch(
+        gateway,
+        item("a"),
+        bad_currency,
+        item("c", metadata={"note": CARD_NUMBER}),
+        pb.AuthorizePaymentItem(item_ref="d"),
+        item("e", merchant_id=OTHER_MERCHANT),
+        item("f"),
+    )
+    assert [each.item_ref for each in results] == ["a", "b", "c", "d", "e", "f"]
+    assert [each.WhichOneof("result") for each in results] == [
+        "response",
+        "error",
+        "error",
+        "error",
+        "error",
+        "response",
+    ]
+    assert [reason_of(each) for each in results[1:5]] == [
+        "INVALID_REQUEST",
+        "CARD_DATA_NOT_ALLOWED",
+        "INVALID_REQUEST",
+        "MERCHANT_NOT_FOUND",
+    ]
+    assert unpacked(results[1].error)[2].keys() == {"amount.currency_code"}
+    methods = [each.method for each in gateway.observer.calls]
+    assert methods == ["BatchAuthorizePayments/item"] * 6 + ["BatchAuthorizePayments"]
+
+
+async def test_an_item_ref_that_is_card_data_is_refused_and_not_repeated(gateway: Running) -> None:
+    results = await batch(gateway, item(CARD_NUMBER, "k1"), item("", "k2"), item("c" * 129, "k3"))
+    assert [each.item_ref for each in results] == ["", "", ""]
+    assert reason_of(results[0]) == "CARD_DATA_NOT_ALLOWED"
+    assert reason_of(results[1]) == reason_of(results[2]) == "INVALID_REQUEST"
+    assert gateway.payments.commands == []
+
+
+async def test_a_batch_has_1_to_500_items_with_marks_of_their_own(transport: Transport) -> None:
+    limits = replace(LIMITS, message_bytes_max=1024 * 1024)
+    async with running(transport, limits) as up:
+        for items, field_name in (
+            ([], "items"),
+            ([item(str(n)) for n in range(501)], "items"),
+            ([item("a", "k1"), item("b", "k2"), item("a", "k3")], "items[2].item_ref"),
+        ):
+            told = await refusal(batch(up, *items))
+            assert (told.code, told.reason) == (StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+            assert told.violations.keys() == {field_name}
+        results = await batch(up, *[item(str(n)) for n in range(500)])
+        assert [each.item_ref for each in results] == [str(n) for n in range(500)]
+        assert all(each.HasField("response") for each in results)
+
+
+async def test_the_second_of_two_equal_keys_in_a_batch_waits_for_the_first(
+    gateway: Running,
+) -> None:
+    async def turns(_: Authorize) -> None:
+        for _turn in range(20):
+            await asyncio.sleep(0)
+
+    gateway.payments.before = turns
+    other = item("c", "same")
+    other.authorization.amount.amount_minor = 7
+    first, second, third = await batch(gateway, item("a", "same"), item("b", "same"), other)
+    assert not first.response.HasField("replay")
+    assert second.response.replay.replayed
+    second.response.ClearField("replay")
+    assert second.response == first.response
+    assert reason_of(third) == "IDEMPOTENCY_KEY_REUSED"
+
+
+async def test_a_batch_answers_before_its_deadline_with_what_is_unfinished_as_processing(
+    gateway: Running,
+) -> None:
+    go_on = asyncio.Event()
+
+    async def wait(command: Authorize) -> None:
+        if command.idempotency_key != "key-fast":
+            await go_on.wait()
+
+    gateway.payments.before = wait
+    changed = item("changed", "key-slow")
+    changed.authorization.amount.amount_minor = 7
+    results = await batch(gateway, item("fast"), item("slow"), changed, timeout_s=2.0)
+    fast, slow, conflicting = results
+    assert fast.response.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+    assert slow.response.operation.state == payment_pb2.OPERATION_STATE_PROCESSING
+    assert slow.response.operation.idempotency_key == "key-slow"
+    assert reason_of(conflicting) == "IDEMPOTENCY_KEY_REUSED"
+    go_on.set()
+    await until(lambda: gateway.payments.finished == ["key-fast", "key-slow"])
+
+
+async def test_an_unfinished_item_without_an_operation_is_in_flight(transport: Transport) -> None:
+    async with running(transport, replace(LIMITS, batch_wait_s_max=0.05)) as up:
+        go_on = asyncio.Event()
+
+        async def forget_and_wait(command: Authorize) -> None:
+            del up.payments.operations[command.merchant_id, command.idempotency_key]
+            await go_on.wait()
+
+        up.payments.before = forget_and_wait
+        (result,) = await batch(up, item("a"))
+        assert result.error.code == StatusCode.ABORTED.value[0]
+        assert unpacked(result.error)[0] == "IDEMPOTENCY_KEY_IN_FLIGHT"
+        assert unpacked(result.error)[3] is not None
+        go_on.set()
+        await until(lambda: up.payments.finished == ["key-a"])
+
+
+async def test_a_cancelled_batch_leaves_its_items_running(gateway: Running) -> None:
+    go_on = asyncio.Event()
+
+    async def wait(_: Authorize) -> None:
+        await go_on.wait()
+
+    gateway.payments.before = wait
+    request = pb.BatchAuthorizePaymentsRequest(items=[item("a"), item("b")])
+    call = gateway.stub.BatchAuthorizePayments(request, metadata=gateway.metadata)
+    waiting = asyncio.ensure_future(refusal(call))
+    await until(lambda: len(gateway.payments.commands) == 2)
+    call.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    await until(lambda: bool(gateway.observer.calls))
+    go_on.set()
+    await until(lambda: sorted(gateway.payments.finished) == ["key-a", "key-b"])
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+Stream = aio.StreamStreamCall[pb.StreamAuthorizePaymentsRequest, pb.StreamAuthorizePaymentsResponse]
+
+
+def open_stream(up: Running) -> Stream:
+    return up.stub.StreamAuthorizePayments(metadata=up.metadata)
+
+
+def message(*items: pb.AuthorizePaymentItem) -> pb.StreamAuthorizePaymentsRequest:
+    return pb.StreamAuthorizePaymentsRequest(items=items)
+
+
+async def rest_of(call: Stream) -> list[pb.AuthorizePaymentResult]:
+    results: list[pb.AuthorizePaymentResult] = []
+    async with asyncio.timeout(PATIENCE_S):
+        while (answer := await call.read()) is not aio.EOF:
+            results.extend(cast("pb.StreamAuthorizePaymentsResponse", answer).results)
+    return results
+
+
+async def test_a_streams_answers_come_as_they_are_ready_and_its_half_close_drains(
+    gateway: Running,
+) -> None:
+    go_on = asyncio.Event()
+
+    async def wait(command: Authorize) -> None:
+        if command.idempotency_key == "key-slow":
+            await go_on.wait()
+
+    gateway.payments.before = wait
+    call = open_stream(gateway)
+    await call.write(message(item("slow"), item("fast")))
+    answer = cast("pb.StreamAuthorizePaymentsResponse", await call.read())
+    assert [each.item_ref for each in answer.results] == ["fast"]
+    await call.write(message(item("bad", metadata={"n": CARD_NUMBER}), item("last", "key-fast")))
+    await call.done_writing()
+    go_on.set()
+    results = {each.item_ref: each for each in await rest_of(call)}
+    assert results.keys() == {"slow", "bad", "last"}
+    assert reason_of(results["bad"]) == "CARD_DATA_NOT_ALLOWED"
+    assert results["last"].response.replay.replayed
+    assert await call.code() is StatusCode.OK
+
+
+async def test_a_stream_is_not_read_beyond_its_window(gateway: Running) -> None:
+    released: asyncio.Queue[None] = asyncio.Queue()
+
+    async def wait(_: Authorize) -> None:
+        await released.get()
+
+    gateway.payments.before = wait
+    window = LIMITS.stream_window_items
+    call = open_stream(gateway)
+    sent = window + 3
+    await call.write(message(*[item(str(n)) for n in range(sent)]))
+    await until(lambda: len(gateway.payments.commands) == window)
+    # What would have been begun beyond the window had its turns.
+    await gateway.stub.GetPayment(
+        pb.GetPaymentRequest(
+            payment_id=next(iter(gateway.payments.operations.values())).payment.payment_id
+        ),
+        metadata=gateway.metadata,
+    )
+    assert len(gateway.payments.commands) == window
+    released.put_nowait(None)
+    answer = cast("pb.StreamAuthorizePaymentsResponse", await call.read())
+    assert len(answer.results) == 1
+    await until(lambda: len(gateway.payments.commands) == window + 1)
+    for _ in range(sent):
+        released.put_nowait(None)
+    await call.done_writing()
+    assert len(await rest_of(call)) == sent - 1
+
+
+async def test_a_client_that_does_not_read_its_results_is_not_read_further(
+    transport: Transport,
+) -> None:
+    async with running(transport, replace(LIMITS, message_bytes_max=1024 * 1024)) as up:
+        call = open_stream(up)
+        bulky = {f"k{n}": "v" * 500 for n in range(50)}
+        writes = asyncio.ensure_future(
+            write_all(call, [message(item(str(n), metadata=bulky)) for n in range(300)])
+        )
+        # The results fill what the connection takes, then the window.
+        stalled = await count_when_still(up.payments.commands)
+        assert stalled < 300
+        results = await rest_of(call)
+        await writes
+        assert {each.item_ref for each in results} == {str(n) for n in range(300)}
+
+
+async def write_all(call: Stream, messages: list[pb.StreamAuthorizePaymentsRequest]) -> None:
+    for each in messages:
+        await call.write(each)
+    await call.done_writing()
+
+
+async def count_when_still(commands: list[Authorize]) -> int:
+    """How many there are once none was added for a while."""
+    count, still = -1, 0
+    while still < 50:
+        still = still + 1 if len(commands) == count and count > 0 else 0
+        count = len(commands)
+        await asyncio.sleep(0.005)
+    return count
+
+
+async def test_a_malformed_message_ends_the_stream_after_the_results_of_those_before(
+    gateway: Running,
+) -> None:
+    method: Any = gateway.channel.stream_stream(
+        "/payments.v1.PaymentService/StreamAuthorizePayments"
+    )
+    for bad, reason in (
+        (b"\xff\xff", "MESSAGE_MALFORMED"),
+        (b"", "INVALID_REQUEST"),
+        (bytes(LIMITS.message_bytes_max + 1), "MESSAGE_TOO_LARGE"),
+    ):
+        call = method(metadata=gateway.metadata)
+        await call.write(message(item("a", f"key-{reason}")).SerializeToString())
+        await call.write(bad)
+        answer = pb.StreamAuthorizePaymentsResponse.FromString(cast("bytes", await call.read()))
+        assert answer.results[0].item_ref == "a"
+        told = await refusal(call.read())
+        assert told.reason == reason
+
+
+async def test_a_cancelled_stream_leaves_its_items_running(gateway: Running) -> None:
+    go_on = asyncio.Event()
+
+    async def wait(_: Authorize) -> None:
+        await go_on.wait()
+
+    gateway.payments.before = wait
+    call = open_stream(gateway)
+    await call.write(message(item("a"), item("b")))
+    await until(lambda: len(gateway.payments.commands) == 2)
+    call.cancel()
+    await until(lambda: bool(gateway.observer.calls))
+    assert gateway.observer.calls[-1].code == "CANCELLED"
+    go_on.set()
+    await until(lambda: sorted(gateway.payments.finished) == ["key-a", "key-b"])
+
+
+async def test_a_revoked_key_ends_its_streams(transport: Transport) -> None:
+    async with running(transport, auth=AuthLimits(life_s=0.0)) as up:
+        call = open_stream(up)
+        await call.write(message(item("a")))
+        await call.read()
+        up.keys.records.clear()
+        await call.write(message(item("b")))
+        told = await refusal(call.read())
+        assert (told.code, told.reason) == (StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID")
+
+
+async def test_unary_batch_and_stream_replay_the_same_bytes(gateway: Running) -> None:
+    service = "/payments.v1.PaymentService"
+    data = authorization("one").SerializeToString()
+    method = gateway.raw(f"{service}/AuthorizePayment")
+    await method(data, metadata=gateway.metadata)
+    replay = await method(data, metadata=gateway.metadata)
+    request = pb.BatchAuthorizePaymentsRequest(items=[item("r", "one")])
+    batched = await gateway.raw(f"{service}/BatchAuthorizePayments")(
+        request.SerializeToString(), metadata=gateway.metadata
+    )
+    call: Any = gateway.channel.stream_stream(f"{service}/StreamAuthorizePayments")(
+        metadata=gateway.metadata
+    )
+    await call.write(message(item("r", "one")).SerializeToString())
+    streamed = await call.read()
+    await call.done_writing()
+    assert streamed == batched
+    assert replay in batched
+    assert pb.BatchAuthorizePaymentsResponse.FromString(batched).results[0] == (
+        pb.AuthorizePaymentResult(
+            item_ref="r", response=pb.AuthorizePaymentResponse.FromString(replay)
+        )
+    )
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+async def test_pages_follow_each_other_and_end_at_the_size_of_a_response(gateway: Running) -> None:
+    details = authorization("k", metadata={f"k{n}": "v" * 500 for n in range(50)})
+    details.ClearField("idempotency_key")
+    gateway.payments.payments = [
+        replace(
+            payment_of(MERCHANT, new_payment_id(), details.SerializeToString()),
+            created_at=CREATED_AT - timedelta(microseconds=n),
+        )
+        for n in range(6)
+    ]
+    request = pb.ListPaymentsRequest(page_size=4)
+    seen: list[str] = []
+    pages = 0
+    while True:
+        page = await gateway.stub.ListPayments(request, metadata=gateway.metadata)
+        seen += [each.payment_id for each in page.payments]
+        pages += 1
+        request.page_token = page.next_page_token
+        if not page.next_page_token:
+            break
+    assert seen == [each.payment_id for each in gateway.payments.payments]
+    assert pages == 3  # two of some 26 kB fit into 64 KiB
+
+
+async def test_a_page_token_is_bound_to_its_filters_and_garbage_is_none(gateway: Running) -> None:
+    gateway.payments.payments = [payment_of(MERCHANT, new_payment_id()) for _ in range(2)]
+    first = await gateway.stub.ListPayments(
+        pb.ListPaymentsRequest(page_size=1), metadata=gateway.metadata
+    )
+    token = first.next_page_token
+    assert token
+    for request in (
+        pb.ListPaymentsRequest(page_token=token, merchant_order_id="another"),
+        pb.ListPaymentsRequest(page_token=token[:-1]),
+        pb.ListPaymentsRequest(page_token="zz"),
+        pb.ListPaymentsRequest(page_token="00" * 60),
+        pb.ListPaymentsRequest(page_token=token[:18] + "7f" * 8 + token[34:]),
+    ):
+        told = await refusal(gateway.stub.ListPayments(request, metadata=gateway.metadata))
+        assert (told.code, told.reason) == (StatusCode.INVALID_ARGUMENT, "PAGE_TOKEN_INVALID")
+    await gateway.stub.ListPayments(
+        pb.ListPaymentsRequest(page_token=token, page_size=7), metadata=gateway.metadata
+    )
+
+
+# --- health and reflection ------------------------------------------------------------------------
+
+
+def health_check(up: Running, service: str) -> Awaitable[HealthCheckResponse]:
+    method = up.channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=HealthCheckRequest.SerializeToString,
+        response_deserializer=HealthCheckResponse.FromString,
+    )
+    return method(HealthCheckRequest(service=service))
+
+
+async def test_health_is_served_without_a_key_and_watched(gateway: Running) -> None:
+    serving, not_serving = HealthCheckResponse.SERVING, HealthCheckResponse.NOT_SERVING
+    for service in ("", "payments.v1.PaymentService"):
+        assert (await health_check(gateway, service)).status == serving
+    assert (await refusal(health_check(gateway, "other"))).code is StatusCode.NOT_FOUND
+    watch: Any = gateway.channel.unary_stream(
+        "/grpc.health.v1.Health/Watch",
+        request_serializer=HealthCheckRequest.SerializeToString,
+        response_deserializer=HealthCheckResponse.FromString,
+    )(HealthCheckRequest())
+    assert (await watch.read()).status == serving
+    await gateway.server.set_serving(False)
+    assert (await watch.read()).status == not_serving
+    assert (await health_check(gateway, "")).status == not_serving
+    await gateway.server.set_serving(True)
+    assert (await watch.read()).status == serving
+
+
+async def test_reflection_knows_the_services_and_their_files(gateway: Running) -> None:
+    for version in ("v1", "v1alpha"):
+        call: Any = gateway.channel.stream_stream(
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            request_serializer=ServerReflectionRequest.SerializeToString,
+            response_deserializer=ServerReflectionResponse.FromString,
+        )()
+        await call.write(ServerReflectionRequest(list_services=""))
+        listed = cast("Any", await call.read()).list_services_response.service
+        assert {"payments.v1.PaymentService", "grpc.health.v1.Health"} <= {
+            each.name for each in listed
+        }
+        symbol = "payments.v1.PaymentService"
+        await call.write(ServerReflectionRequest(file_containing_symbol=symbol))
+        assert cast("Any", await call.read()).file_descriptor_response.file_descriptor_proto
+        await call.done_writing()
+
+
+# --- draining -------------------------------------------------------------------------------------
+
+
+async def test_draining_finishes_what_is_in_flight_and_takes_nothing_more(
+    gateway: Running,
+) -> None:
+    go_on = asyncio.Event()
+
+    async def wait(_: Authorize) -> None:
+        await go_on.wait()
+
+    gateway.payments.before = wait
+    unary = asyncio.ensure_future(gateway.authorize(authorization()))
+    batched = asyncio.ensure_future(batch(gateway, item("b")))
+    stream = open_stream(gateway)
+    await stream.write(message(item("s")))
+    await until(lambda: len(gateway.payments.commands) == 3)
+    watching: Any = gateway.channel.unary_stream(
+        "/grpc.health.v1.Health/Watch", response_deserializer=HealthCheckResponse.FromString
+    )
+    watch = watching(b"")
+    await watch.read()
+
+    drained = asyncio.ensure_future(gateway.server.drain(PATIENCE_S))
+    assert cast("Any", await watch.read()).status == HealthCheckResponse.NOT_SERVING
+    told = await refusal(watch.read())
+    assert told.code is StatusCode.UNAVAILABLE
+    # A late call: refused by our handler, by the transport, or without a listener.
+    late = await refusal(gateway.authorize(authorization("late")))
+    assert late.code is StatusCode.UNAVAILABLE
+    assert late.reason in {"DRAINING", ""}
+    assert not drained.done()
+    go_on.set()
+    assert (await unary).operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+    assert (await batched)[0].HasField("response")
+    answer = cast("pb.StreamAuthorizePaymentsResponse", await stream.read())
+    assert answer.results[0].item_ref == "s"
+    told = await refusal(stream.read())
+    assert (told.code, told.reason) == (StatusCode.UNAVAILABLE, "DRAINING")
+    await drained
+    assert len(gateway.payments.commands) == 3
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", gateway.server.port)) != 0
+
+
+async def test_draining_ends_after_its_grace_and_leaves_the_work_running(gateway: Running) -> None:
+    go_on = asyncio.Event()
+
+    async def wait(_: Authorize) -> None:
+        await go_on.wait()
+
+    gateway.payments.before = wait
+    call = asyncio.ensure_future(refusal(gateway.authorize(authorization())))
+    await until(lambda: len(gateway.payments.commands) == 1)
+    await gateway.server.drain(0.1)
+    assert (await call).code in {StatusCode.UNAVAILABLE, StatusCode.CANCELLED}
+    go_on.set()
+    await until(lambda: gateway.payments.finished == ["key-1"])
+
+
+async def test_native_refuses_while_draining_with_a_retry_hint() -> None:
+    async with running("native") as up:
+        go_on = asyncio.Event()
+
+        async def wait(_: Authorize) -> None:
+            await go_on.wait()
+
+        up.payments.before = wait
+        call = asyncio.ensure_future(up.authorize(authorization()))
+        await until(lambda: len(up.payments.commands) == 1)
+        drained = asyncio.ensure_future(up.server.drain(PATIENCE_S))
+        told = await refusal(up.authorize(authorization("late")))
+        # It sends no GOAWAY: the connection stays, and our handler refuses.
+        assert (told.code, told.reason) == (StatusCode.UNAVAILABLE, "DRAINING")
+        assert told.retry_delay_s is not None
+        go_on.set()
+        await call
+        await drained
+
+
+# --- a stock client -------------------------------------------------------------------------------
+
+RETRYING = json.dumps(
+    {
+        "methodConfig": [
+            {
+                "name": [{"service": "payments.v1.PaymentService"}],
+                "retryPolicy": {
+                    "maxAttempts": 4,
+                    # So long that without the pushback trailer no retry comes within the test.
+                    "initialBackoff": "3600s",
+                    "maxBackoff": "3600s",
+                    "backoffMultiplier": 1,
+                    "retryableStatusCodes": ["UNAVAILABLE", "ABORTED", "RESOURCE_EXHAUSTED"],
+                },
+            }
+        ]
+    }
+)
+
+
+async def test_a_stock_client_obeys_the_pushback_trailer(gateway: Running) -> None:
+    refusals = [
+        GatewayError(Reason.OVERLOADED, "later", retry_after_s=0.01),
+        GatewayError(Reason.STORE_UNAVAILABLE, "later", retry_after_s=0.01),
+        GatewayError(Reason.CONTENTION, "later", retry_after_s=0.0),
+    ]
+
+    async def refuse(command: Authorize) -> None:
+        if refusals:
+            del gateway.payments.operations[command.merchant_id, command.idempotency_key]
+            raise refusals.pop(0)
+
+    gateway.payments.before = refuse
+    options = [("grpc.service_config", RETRYING), ("grpc.enable_retries", 1)]
+    async with aio.insecure_channel(gateway.target, options=options) as channel:
+        stub = PaymentServiceStub(channel)
+        async with asyncio.timeout(PATIENCE_S):
+            await stub.AuthorizePayment(authorization(), metadata=gateway.metadata)
+        assert len(gateway.payments.commands) == 4
+        # A negative pushback: no retry, though the code is retried otherwise.
+        method: UnaryMethod = channel.unary_unary("/payments.v1.PaymentService/AuthorizePayment")
+        async with asyncio.timeout(PATIENCE_S):
+            data = bytes(LIMITS.message_bytes_max + 1)
+            told = await refusal(method(data, metadata=gateway.metadata))
+        assert told.reason == "MESSAGE_TOO_LARGE"
+    tried = [each for each in gateway.observer.calls if each.reason == "MESSAGE_TOO_LARGE"]
+    assert len(tried) == 1
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (ServerOptions(transport="native"), "trusted_front"),
+        (
+            ServerOptions(
+                transport="native",
+                trusted_front=True,
+                tls_certificate_file="c.pem",
+                tls_key_file="k.pem",
+            ),
+            "TLS",
+        ),
+        (
+            ServerOptions(transport="native", trusted_front=True, connection_age_max_s=60),
+            "connection_age_max_s",
+        ),
+        (ServerOptions(tls_certificate_file="c.pem"), "tls_key_file"),
+        (ServerOptions(tls_client_ca_file="c.pem"), "tls_certificate_file"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused_by_name(
+    options: ServerOptions, named: str
+) -> None:
+    service = PaymentService(
+        FakePayments(), Authenticator(Keys().load, AuthLimits()), RecordingObserver(), LIMITS
+    )
+    with pytest.raises(ServerConfigError, match=named):
+        GrpcServer(service, options)
+
+
+async def test_a_port_in_use_is_refused(transport: Transport) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        service = PaymentService(
+            FakePayments(), Authenticator(Keys().load, AuthLimits()), RecordingObserver(), LIMITS
+        )
+        options = ServerOptions(
+            transport=transport,
+            trusted_front=True,
+            listen_address=f"127.0.0.1:{taken.getsockname()[1]}",
+        )
+        with pytest.raises(ServerConfigError, match="cannot listen"):
+            await GrpcServer(service, options).start()
+
+
+async def test_keepalive_pings_of_the_server_leave_a_quiet_connection_alone(
+    transport: Transport,
+) -> None:
+    options = ServerOptions(keepalive_time_s=0.05, keepalive_timeout_s=PATIENCE_S)
+    async with running(transport, options=options) as up:
+        go_on = asyncio.Event()
+
+        async def wait(_: Authorize) -> None:
+            await go_on.wait()
+
+        up.payments.before = wait
+        call = asyncio.ensure_future(up.authorize(authorization()))
+        await asyncio.sleep(0.3)  # a few pings; nothing is measured
+        go_on.set()
+        assert (await call).operation.operation_id
+
+
+async def test_grpcio_serves_tls_and_asks_for_client_certificates(tmp_path: Path) -> None:
+    ca, certificate, key = await self_signed(tmp_path)
+    options = ServerOptions(
+        tls_certificate_file=certificate, tls_key_file=key, tls_client_ca_file=ca
+    )
+    async with running("grpcio", options=options) as up:
+        pem = Path(certificate).read_bytes()
+        stranger = grpc.ssl_channel_credentials(pem)
+        known = grpc.ssl_channel_credentials(pem, Path(key).read_bytes(), pem)
+        name = [("grpc.ssl_target_name_override", "localhost")]
+        async with aio.secure_channel(up.target, known, options=name) as channel:
+            await PaymentServiceStub(channel).AuthorizePayment(
+                authorization(), metadata=up.metadata
+            )
+        for credentials in (stranger, None):
+            channel = (
+                up.channel
+                if credentials is None
+                else aio.secure_channel(up.target, credentials, options=name)
+            )
+            told = await refusal(
+                PaymentServiceStub(channel).AuthorizePayment(authorization(), metadata=up.metadata)
+            )
+            assert told.code is StatusCode.UNAVAILABLE
+            await channel.close()
+
+
+async def self_signed(folder: Path) -> tuple[str, str, str]:
+    """A certificate for localhost that is its own authority: authority, certificate, key."""
+    certificate, key = folder / "certificate.pem", folder / "key.pem"
+    made = await asyncio.create_subprocess_exec(
+        *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+        *("-nodes", "-days", "1", "-subj", "/CN=localhost"),
+        *("-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)),
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert await made.wait() == 0
+    return str(certificate), str(certificate), str(key)
+
+
+async def test_native_removes_what_killed_servers_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A short path: sockets' are limited to 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="gw-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        litter = Path(folder, "pygrpc-native-dead")
+        litter.mkdir()
+        with socket.socket(socket.AF_UNIX) as gone:
+            gone.bind(str(litter / "fallback.sock"))
+        os.utime(litter / "fallback.sock", (0, 0))
+        alive = Path(folder, "pygrpc-native-alive")
+        alive.mkdir()
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(alive / "fallback.sock"))
+            listening.listen()
+            os.utime(alive / "fallback.sock", (0, 0))
+            async with running("native") as up:
+                assert (await up.authorize(authorization())).operation.operation_id
+            assert not litter.exists()
+            assert alive.exists()
+        assert [each.name for each in Path(folder).iterdir()] == ["pygrpc-native-alive"]
+
+
+# --- fuzzing --------------------------------------------------------------------------------------
+
+VALID = (
+    ("AuthorizePayment", authorization(metadata={"a": "b"}).SerializeToString()),
+    (
+        "BatchAuthorizePayments",
+        pb.BatchAuthorizePaymentsRequest(items=[item("a"), item("b")]).SerializeToString(),
+    ),
+    ("VoidPayment", pb.VoidPaymentRequest(idempotency_key="k", payment_id="p").SerializeToString()),
+    ("GetOperation", pb.GetOperationRequest(idempotency_key="k").SerializeToString()),
+    (
+        "ListPayments",
+        pb.ListPaymentsRequest(
+            page_size=3, page_token="00", states=[payment_pb2.PAYMENT_STATE_AUTHORIZED]
+        ).SerializeToString(),
+    ),
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A method and bytes: any, or those of a valid message with a few changes."""
+    method, valid = draw(st.sampled_from(VALID))
+    if draw(st.booleans()):
+        return method, draw(st.binary(max_size=200))
+    data = bytearray(valid)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data) - 1)) if data else 0
+        match draw(st.integers(0, 3)):
+            case 0 if data:
+                data[at] = draw(st.integers(0, 255))
+            case 1:
+                data[at:at] = draw(st.binary(max_size=8))
+            case 2:
+                del data[at : at + draw(st.integers(1, 8))]
+            case _:
+                del data[at:]
+    return method, bytes(data)
+
+
+async def test_no_bytes_whatever_get_internal_or_unknown(gateway: Running) -> None:
+    loop = asyncio.get_running_loop()
+
+    async def call(method: str, data: bytes) -> StatusCode:
+        try:
+            answer = await gateway.raw(f"/payments.v1.PaymentService/{method}")(
+                data, metadata=gateway.metadata
+            )
+        except aio.AioRpcError as error:
+            assert refused(error).reason
+            return error.code()
+        for result in (
+            pb.BatchAuthorizePaymentsResponse.FromString(answer).results
+            if method == "BatchAuthorizePayments"
+            else ()
+        ):
+            assert result.error.code not in {
+                StatusCode.INTERNAL.value[0],
+                StatusCode.UNKNOWN.value[0],
+            }
+        return StatusCode.OK
+
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(mutated())
+    def fuzz(case: tuple[str, bytes]) -> None:
+        code = asyncio.run_coroutine_threadsafe(call(*case), loop).result(PATIENCE_S)
+        assert code not in {StatusCode.INTERNAL, StatusCode.UNKNOWN}
+
+    await asyncio.to_thread(fuzz)
+
+
+# --- what the transports' own refusals look like --------------------------------------------------
+
+
+def test_a_violation_is_cut_and_counted() -> None:
+    violations = [Violation(f"field_{n}", "x" * 500) for n in range(100)]
+    error = GatewayError(Reason.INVALID_REQUEST, "wrong", violations=violations)
+    from gateway.rpc.error_map import to_status, to_trailers  # noqa: PLC0415
+
+    status = to_status(error)
+    size_bytes = sum(len(name) + len(value) * 4 / 3 for name, value in to_trailers(error, status))
+    assert size_bytes < 8192

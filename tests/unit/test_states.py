@@ -126,6 +126,18 @@ def test_every_payment_state_is_reached_from_processing() -> None:
     assert reached == set(P)
 
 
+def test_every_unfinished_state_can_end_in_every_way_that_a_psp_may_tell() -> None:
+    told = {S.SUCCEEDED, S.DECLINED, S.FAILED, S.CANCELED, S.EXPIRED}
+    for state in UNFINISHED:
+        assert told <= {OPERATION_TRANSITIONS.get((state, event)) for event in Event}
+
+
+def test_a_payment_with_money_never_becomes_declined_failed_or_not_sent() -> None:
+    for state in (P.AUTHORIZED, P.PARTIALLY_CAPTURED, P.CAPTURED, P.PARTIALLY_REFUNDED, P.REFUNDED):
+        never = {P.DECLINED, P.FAILED, P.NOT_SENT, P.PROCESSING, P.IN_DOUBT}
+        assert not PAYMENT_TRANSITIONS[state] & never
+
+
 def test_a_payment_without_money_stays_without_money() -> None:
     money = {
         P.AUTHORIZED,
@@ -152,15 +164,13 @@ def rule(new: K, unfinished: K, state: S) -> Beside:
         return _NO  # there is no payment yet, or something is being taken back
     if unfinished is K.AUTHORIZE:
         return _CANCELS if new is K.VOID else _NO
-    if new is K.INCREMENT:
-        return _NO  # exclusive
-    if new is K.REFUND:
-        return _YES  # held to what is captured
+    if new in (K.INCREMENT, K.REFUND):
+        return _NO if new is K.INCREMENT else _YES  # exclusive; held to what is captured
     if unfinished is K.INCREMENT:
         return _YES if state is S.IN_DOUBT else _NO  # by the old ceiling
-    if new is K.CAPTURE:
-        return _NO if unfinished is K.VOID else _YES
-    return _NO if unfinished in (K.CAPTURE, K.VOID) else _YES
+    if unfinished is K.CAPTURE:
+        return _YES if new is K.CAPTURE else _NO
+    return _NO if unfinished is K.VOID else _YES
 
 
 @pytest.mark.parametrize("unfinished", K)

@@ -1,0 +1,498 @@
+"""P4: a gateway that dies at any wait, of a call or of recovery, neither loses nor doubles money.
+
+The waits are not listed here: a first run of each flow tells them, and then a gateway is killed at
+each. All are killed; `GATEWAY_TESTS_CRASH_SITES_MAX` and `GATEWAY_TESTS_CRASH_SEED` bound a run to
+so many of each flow, drawn with that seed, and say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections import defaultdict
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+from payments.v1 import payment_service_pb2 as rpc
+from payments.v1.payment_pb2 import OperationState
+
+from gateway.domain.states import UNFINISHED
+from tests.faults.checker import REPEAT_AFTER_S, TRIES_MAX, Books, Client, check, settled
+from tests.faults.crashing_gateway import CALLS, NOTHING, RECOVERY, CrashingGateway, Nursery
+from tests.faults.stepping import AFTER, BEFORE
+from tests.harness import (
+    Caller,
+    System,
+    authorize_request,
+    calling,
+    eur,
+    eventually,
+    new_key,
+    running_system,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from storage.embedded import EmbeddedRedis
+    from tests.servers import PostgresForTests
+
+SITES_MAX: Final = int(os.environ.get("GATEWAY_TESTS_CRASH_SITES_MAX", "0"))
+"""Most sites of each flow; 0: all."""
+SEED: Final = int(os.environ.get("GATEWAY_TESTS_CRASH_SEED", "1"))
+
+AT_ONCE: Final = 3
+"""How many gateways are killed at once: some of their time is waiting."""
+CRASH_TRIES_MAX: Final = 5
+"""A few sites are on one of two ways: an earlier claim is released when the repeat comes, or not."""
+NOT_REACHED_S: Final = 20.0
+"""A gateway that has not come by its site by then never will."""
+LEASE_S: Final = 600
+"""Longer than a test: a killed recoverer keeps what it took, and each takes another operation."""
+
+SUCCEEDED: Final = OperationState.OPERATION_STATE_SUCCEEDED
+DECLINED: Final = OperationState.OPERATION_STATE_DECLINED
+
+SETTINGS: Final[dict[str, object]] = {
+    # Few connections: they are most of a start.
+    "intent_connections": 1,
+    "outcome_connections": 1,
+    "read_connections": 1,
+    "simulator_answer_timeout_s": 1,
+    "recover_margin_s": 0.2,
+    "recovery_lease_s": 1,
+    # On a busy machine too, Redis has the time to answer: its ways are part of the sites.
+    "redis_timeout_ms": 5_000,
+    "redis_connect_timeout_ms": 5_000,
+    # Any call with a deadline nearer than this ends NOT_SENT.
+    "send_window_s": 1.5,
+    "min_send_budget_s": 1.5,
+}
+DEAD_SENDER_TIMES: Final = {
+    "send_window_s": "0.5",
+    "min_send_budget_s": "0",
+    "simulator_answer_timeout_s": "0.5",
+}
+"""Recovery may take over soon what a gateway with these settings leaves."""
+NOT_SENT_TIMEOUT_S: Final = 1.2
+
+COMMON: Final = ("Claims.", "Recovery.run:", "DirectLane.", "_call:")
+"""Sites that look alike in every flow: the claim, and the rounds of recovery. Once is enough."""
+
+Call = tuple[str, Any]
+"""A method and its request."""
+
+
+@dataclass
+class Trial:
+    """A system with a gateway that lives on, and the calls whose gateways died."""
+
+    system: System
+    nursery: Nursery
+    healthy: Caller
+    client: Client
+    done: list[tuple[Flow, str, Call]] = field(default_factory=list)
+    """Flow, site and call of each crash."""
+    crashed: set[str] = field(default_factory=set)
+    """The COMMON sites of earlier flows."""
+
+    @contextmanager
+    def gateway(self, scope: str, kill_at: str = "", **settings: str) -> Iterator[CrashingGateway]:
+        environment = dict(self.system.settings)
+        environment |= {f"GATEWAY_{name.upper()}": value for name, value in settings.items()}
+        gateway = self.nursery.start(environment, scope, kill_at)
+        try:
+            yield gateway
+        finally:
+            gateway.end()
+
+    async def make(self, method: str, request: Any, state: int) -> Any:
+        """Make a call that the healthy gateway answers with this state."""
+        response = await self.client.call(method, request)
+        assert response.operation.state == state, response
+        return response
+
+
+@dataclass(frozen=True)
+class Flow:
+    """A call, what comes before it, and what is so in the end."""
+
+    name: str
+    prepare: Callable[[Trial], AbstractAsyncContextManager[Call]]
+    books: Books
+    """Of its payment."""
+    state: int = SUCCEEDED
+    alone: bool = False
+    """It holds requests at the PSP, so nothing may run beside it."""
+    dies_at: str = ""
+    """For recovery: `function:moment` where the sender died; without it the call ends in doubt."""
+
+
+# --- calls ----------------------------------------------------------------------------------------
+
+
+def _authorization(**fields: Any) -> Callable[[Trial], AbstractAsyncContextManager[Call]]:
+    @asynccontextmanager
+    async def prepare(_: Trial) -> AsyncIterator[Call]:
+        yield "AuthorizePayment", authorize_request(**fields)
+
+    return prepare
+
+
+def _follow_up(
+    method: str, capture_method: str = "MANUAL_MULTIPLE", token: str = "tok_visa", **fields: Any
+) -> Callable[[Trial], AbstractAsyncContextManager[Call]]:
+    @asynccontextmanager
+    async def prepare(trial: Trial) -> AsyncIterator[Call]:
+        request = authorize_request(capture_method=capture_method, token=token)
+        first = await trial.make("AuthorizePayment", request, SUCCEEDED)
+        yield method, _request(method, payment_id=first.payment.payment_id, **fields)
+
+    return prepare
+
+
+def _request(method: str, **fields: Any) -> Any:
+    if "amount_minor" in fields:
+        name = "additional_amount" if method == "IncrementAuthorization" else "amount"
+        fields[name] = eur(fields.pop("amount_minor"))
+    return getattr(rpc, f"{method}Request")(idempotency_key=new_key(), **fields)
+
+
+def _cancel_request(capture_method: str) -> Callable[[Trial], AbstractAsyncContextManager[Call]]:
+    """A void of an authorization that is at the PSP at this moment, and succeeds afterwards."""
+
+    @asynccontextmanager
+    async def prepare(trial: Trial) -> AsyncIterator[Call]:
+        control = trial.system.control
+        request = authorize_request(capture_method=capture_method)
+        await control.hold("before_answer", kind="authorize")
+        authorizing = asyncio.create_task(trial.client.attempt("AuthorizePayment", request))
+        try:
+            await control.await_held()
+            key = request.idempotency_key
+            yield "VoidPayment", _request("VoidPayment", authorize_idempotency_key=key)
+        finally:
+            await control.release()
+            await control.close()
+            await authorizing
+
+    return prepare
+
+
+@asynccontextmanager
+async def _repeated_authorization(trial: Trial) -> AsyncIterator[Call]:
+    """The repeat of an authorization that was NOT_SENT."""
+    request = authorize_request()
+    await _not_sent(trial, "AuthorizePayment", request)
+    yield "AuthorizePayment", request
+
+
+@asynccontextmanager
+async def _repeated_capture(trial: Trial) -> AsyncIterator[Call]:
+    """The repeat of a capture that was NOT_SENT."""
+    async with _follow_up("CapturePayment", amount_minor=400)(trial) as (method, request):
+        await _not_sent(trial, method, request)
+        yield method, request
+
+
+async def _not_sent(trial: Trial, method: str, request: Any) -> None:
+    for _ in range(TRIES_MAX):
+        # Where the deadline is over before the answer is there, the next try shows it.
+        response = await trial.client.attempt(method, request, NOT_SENT_TIMEOUT_S)
+        if response is not None:
+            assert response.operation.state == OperationState.OPERATION_STATE_NOT_SENT, response
+            return
+    raise AssertionError("no answer")
+
+
+CALL_FLOWS: Final = (
+    Flow("authorize", _authorization(capture_method="MANUAL"), Books(1000, 0, 0)),
+    Flow("authorize-automatic", _authorization(capture_method="AUTOMATIC"), Books(0, 1000, 0)),
+    Flow("authorize-in-doubt", _authorization(token="tok_timeout_after_charge"), Books(1000, 0, 0)),
+    Flow("verify", _authorization(amount_minor=0, capture_method="MANUAL"), Books(0, 0, 0)),
+    Flow("capture", _follow_up("CapturePayment", amount_minor=400), Books(600, 400, 0)),
+    Flow(
+        "capture-final",
+        _follow_up("CapturePayment", "MANUAL", "tok_capture_reset_after_charge", amount_minor=400),
+        Books(0, 400, 0),
+    ),
+    Flow("refund", _follow_up("RefundPayment", "AUTOMATIC", amount_minor=300), Books(0, 1000, 300)),
+    Flow("void", _follow_up("VoidPayment"), Books(0, 0, 0)),
+    Flow("increment", _follow_up("IncrementAuthorization", amount_minor=500), Books(1500, 0, 0)),
+    Flow("authorize-again", _repeated_authorization, Books(1000, 0, 0)),
+    Flow("capture-again", _repeated_capture, Books(600, 400, 0)),
+    Flow("void-in-flight", _cancel_request("MANUAL"), Books(0, 0, 0), alone=True),
+)
+
+
+@pytest.mark.parametrize("profile", ["idempotent", "non_idempotent"])
+async def test_a_crash_at_any_wait_of_a_call_neither_loses_nor_doubles_it(
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+) -> None:
+    async with _trial(postgres, redis, profile, recovers=True) as trial:
+        failures = []
+        for flow in CALL_FLOWS:
+            sites = _chosen(trial, flow, await _sites_of_call(trial, flow))
+            failures += await _crash_calls(trial, flow, sites)
+        await settled(trial.system)
+        # Whatever recovery made of it, the books agree before anybody repeats a call ...
+        check(trial.system, trial.client)
+        failures += await _repeat_all(trial)
+        # ... and when everybody has.
+        check(trial.system, trial.client)
+        assert not failures, "\n".join(failures)
+
+
+async def _sites_of_call(trial: Trial, flow: Flow) -> list[str]:
+    """The sites that a whole call comes by in a fresh gateway."""
+    async with _calling_a_gateway(trial, flow) as (gateway, client, call):
+        await client.call(*call)
+        visits = gateway.visits()
+        key = call[1].idempotency_key
+        trial.client.told[key] += client.told[key]
+    trial.done.append((flow, "", call))
+    return _worth_a_crash(visits)
+
+
+async def _crash_calls(trial: Trial, flow: Flow, sites: Sequence[str]) -> list[str]:
+    room = asyncio.Semaphore(1 if flow.alone else AT_ONCE)
+
+    async def crash(site: str) -> str:
+        for _ in range(CRASH_TRIES_MAX):
+            async with room, _calling_a_gateway(trial, flow, site) as (gateway, client, call):
+                answer = await client.attempt(*call)
+                trial.done.append((flow, site, call))
+                if answer is None:
+                    died = await gateway.died(NOT_REACHED_S)
+                    return "" if died else f"{flow.name} {site}: it went on\n{gateway.log}"
+                key = call[1].idempotency_key
+                trial.client.told[key] += client.told[key]
+        return f"{flow.name} {site}: answered, the site was not reached"
+
+    return [text for text in await asyncio.gather(*map(crash, sites)) if text]
+
+
+@asynccontextmanager
+async def _calling_a_gateway(
+    trial: Trial, flow: Flow, kill_at: str = ""
+) -> AsyncIterator[tuple[CrashingGateway, Client, Call]]:
+    times = DEAD_SENDER_TIMES if flow.dies_at else {}
+    with trial.gateway(CALLS, kill_at, recovery_enabled="false", **times) as gateway:
+        address = await gateway.address()
+        assert address, gateway.log
+        async with (
+            calling(address, trial.system.shop.api_key) as caller,
+            flow.prepare(trial) as call,
+        ):
+            yield gateway, Client(caller), call
+
+
+# --- recovery -------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _cancel_request_of_a_doubt(trial: Trial) -> AsyncIterator[Call]:
+    """A void of an authorization in doubt."""
+    request = authorize_request(token="tok_garbage", capture_method="AUTOMATIC")
+    await trial.make("AuthorizePayment", request, OperationState.OPERATION_STATE_IN_DOUBT)
+    key = request.idempotency_key
+    yield "VoidPayment", _request("VoidPayment", authorize_idempotency_key=key)
+
+
+RECOVERY_FLOWS: Final = (
+    Flow("unsent", _authorization(), Books(1000, 0, 0), dies_at=f"write_intent:{AFTER}"),
+    Flow("unanswered", _authorization(), Books(1000, 0, 0), dies_at=f"_answer:{BEFORE}"),
+    Flow("authorize", _authorization(token="tok_garbage"), Books(1000, 0, 0)),
+    Flow(
+        "authorize-automatic",
+        _authorization(token="tok_garbage", capture_method="AUTOMATIC"),
+        Books(0, 1000, 0),
+    ),
+    Flow("reversal", _authorization(token="tok_partial_approval"), Books(0, 0, 0), DECLINED),
+    Flow(
+        "capture",
+        _follow_up("CapturePayment", token="tok_capture_garbage", amount_minor=400),
+        Books(600, 400, 0),
+    ),
+    Flow(
+        "refund",
+        _follow_up("RefundPayment", "AUTOMATIC", "tok_refund_garbage", amount_minor=300),
+        Books(0, 1000, 300),
+    ),
+    Flow("void", _follow_up("VoidPayment", token="tok_void_garbage"), Books(0, 0, 0)),
+    Flow(
+        "increment",
+        _follow_up("IncrementAuthorization", token="tok_increment_garbage", amount_minor=500),
+        Books(1500, 0, 0),
+    ),
+    Flow("cancel-request", _cancel_request_of_a_doubt, Books(0, 0, 0)),
+    Flow("take-back", _cancel_request("AUTOMATIC"), Books(0, 0, 0), alone=True),
+)
+
+
+@pytest.mark.parametrize("profile", ["idempotent", "non_idempotent"])
+async def test_a_crash_at_any_wait_of_recovery_leaves_the_work_to_the_next_recovery(
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+) -> None:
+    async with _trial(postgres, redis, profile, recovers=False) as trial:
+        failures = []
+        for flow in RECOVERY_FLOWS:
+            sites = _chosen(trial, flow, await _sites_of_recovery(trial, flow))
+            failures += await _leave_unfinished(trial, flow, len(sites) + AT_ONCE)
+            charges = _charges_sent(trial)
+            failures += await _crash_recoveries(trial, flow, sites)
+            with trial.gateway(NOTHING):
+                await settled(trial.system)
+            assert _charges_sent(trial) == charges, f"{flow.name}: recovery has sent a charge"
+        check(trial.system, trial.client)
+        failures += await _repeat_all(trial)
+        check(trial.system, trial.client)
+        assert not failures, "\n".join(failures)
+
+
+async def _leave_unfinished(trial: Trial, flow: Flow, count: int) -> list[str]:
+    """Make so many operations that recovery has to finish, and wait until it may; what failed."""
+    failures = []
+    if flow.dies_at:
+        function, _, moment = flow.dies_at.partition(":")
+        [site] = [
+            site
+            for site in await _sites_of_call(trial, flow)
+            if site.endswith(moment) and f".{function}:" in site and site.startswith("Payments._g")
+        ]
+        failures = await _crash_calls(trial, flow, [site] * count)
+    else:
+        room = asyncio.Semaphore(1 if flow.alone else count)
+
+        async def leave() -> None:
+            async with room, flow.prepare(trial) as call:
+                await trial.client.call(*call)
+            trial.done.append((flow, "", call))
+
+        await asyncio.gather(*(leave() for _ in range(count)))
+
+    def is_due() -> bool:
+        [row] = trial.system.fetch(
+            "SELECT (SELECT count(*) FROM doubts WHERE check_at > now())"
+            " + (SELECT count(*) FROM operations WHERE state = 1 AND recover_after >= now())"
+            " AS early"
+        )
+        return bool(row["early"] == 0)
+
+    await eventually(is_due, "recovery may look at everything")
+    return failures
+
+
+def _charges_sent(trial: Trial) -> int:
+    """How many requests that move money, and not back, the PSP has received."""
+    kinds = ("authorize", "capture", "refund", "increment")
+    return sum(record["kind"] in kinds for record in trial.system.simulator.received("send"))
+
+
+async def _sites_of_recovery(trial: Trial, flow: Flow) -> list[str]:
+    """The sites that a recoverer comes by until an operation is settled."""
+    assert not await _leave_unfinished(trial, flow, 1)
+    with trial.gateway(RECOVERY, recovery_batch_max="1") as gateway:
+        await settled(trial.system)
+        visits = gateway.visits()
+    # Its rounds without work are as many as there was time for.
+    return _worth_a_crash([site for site in visits if "#" not in site or not _is_common(site)])
+
+
+async def _crash_recoveries(trial: Trial, flow: Flow, sites: Sequence[str]) -> list[str]:
+    """Kill a recoverer at each site; each takes operations that no other one has taken."""
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def crash(site: str) -> str:
+        async with room:
+            with trial.gateway(
+                RECOVERY, site, recovery_batch_max="1", recovery_lease_s=str(LEASE_S)
+            ) as gateway:
+                if not await gateway.died(NOT_REACHED_S):
+                    return f"{flow.name} {site}: not reached\n{gateway.log}"
+                return ""
+
+    idle = [site for site in sites if "Recovery.run_once" not in site and "Lane._send" not in site]
+    failures = await asyncio.gather(*(crash(site) for site in sites if site not in idle))
+    # The pause between two rounds comes only once there is no more work.
+    failures += await asyncio.gather(*map(crash, idle))
+    trial.system.fetch("UPDATE doubts SET lease_until = now()")  # the leases of the dead run out
+    return [text for text in failures if text]
+
+
+# --- both -----------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _trial(
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, *, recovers: bool
+) -> AsyncIterator[Trial]:
+    """A trial with a healthy gateway that `recovers`, or does not."""
+    with (
+        running_system(postgres, redis, profile=profile, **SETTINGS) as system,
+        Nursery.open(system.directory) as nursery,
+    ):
+        gateway = system.start_gateway(recovery_enabled=recovers)
+        async with calling(gateway, system.shop.api_key) as healthy:
+            yield Trial(system, nursery, healthy, Client(healthy))
+
+
+def _worth_a_crash(visits: Sequence[str]) -> list[str]:
+    """Without the round trips in which the driver only prepares a statement, those of readiness,
+    which may share a batch with recovery, and the answers to batches: nothing leaves the process
+    between them and what their waiters do next, which are sites as well.
+    """
+
+    def is_worth(site: str) -> bool:
+        answer = site.startswith("Lane._send:") and site.partition("#")[0].endswith(AFTER)
+        return not answer and "Connection._get_statement" not in site and "_check:" not in site
+
+    return list(filter(is_worth, visits))
+
+
+def _is_common(site: str) -> bool:
+    return any(part in site for part in COMMON)
+
+
+def _chosen(trial: Trial, flow: Flow, sites: Sequence[str]) -> list[str]:
+    """The sites to kill at: all, but what is common to all flows once; or as many as asked for."""
+    chosen = [site for site in sites if site not in trial.crashed]
+    trial.crashed.update(filter(_is_common, sites))
+    if 0 < SITES_MAX < len(chosen):
+        numbers = random.Random(SEED).sample(range(len(chosen)), SITES_MAX)
+        chosen = [chosen[number] for number in sorted(numbers)]
+    print(f"{flow.name}: {len(chosen)} of {len(sites)} sites")
+    return chosen
+
+
+async def _repeat_all(trial: Trial) -> list[str]:
+    """Repeat each call until it has a definite outcome, which must be the right one, once."""
+    payment_ids = await asyncio.gather(*(_repeat(trial, *done) for done in trial.done))
+    standings = defaultdict(list)
+    for standing in trial.system.standing():
+        standings[standing.payment_id].append(standing)
+    failures = []
+    for (flow, site, _), payment_id in zip(trial.done, payment_ids, strict=True):
+        books = Books.of_standings(standings[payment_id])
+        if books != flow.books:
+            failures.append(f"{flow.name} {site}: {payment_id} is {books}, not {flow.books}")
+    return failures
+
+
+async def _repeat(trial: Trial, flow: Flow, site: str, call: Call) -> str:
+    """The payment's id."""
+    method, request = call
+    for _ in range(TRIES_MAX):
+        await trial.client.until_answered(method, request)
+        present = await trial.healthy.operation(idempotency_key=request.idempotency_key)
+        state = present.operation.state
+        if state not in UNFINISHED and state != OperationState.OPERATION_STATE_NOT_SENT:
+            assert state == flow.state, f"{flow.name} {site}: {present}"
+            payment_id: str = present.payment.payment_id
+            return payment_id
+        await asyncio.sleep(REPEAT_AFTER_S)
+    raise AssertionError(f"{flow.name} {site}: no definite outcome after {TRIES_MAX} tries")

@@ -1,0 +1,1155 @@
+"""gateway.application: the money calls and recovery, over a store and a PSP in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.application.commands import Answer
+from gateway.application.ports import (
+    Capabilities,
+    ClaimOutcome,
+    Lease,
+    ListFilter,
+    StoreUnavailable,
+)
+from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.model import (
+    CaptureMethod,
+    ConnectorAnswer,
+    Mode,
+    Operation,
+    OperationKind,
+    OperationState,
+    PaymentState,
+    Verdict,
+)
+from gateway.domain.states import UNFINISHED
+from tests.memory_store import (
+    APPROVED,
+    CAPABLE,
+    DECLINED,
+    DROPPED,
+    FIRST_CHECK_S,
+    INCAPABLE,
+    LIMITS,
+    LONG_S,
+    LOST,
+    MERCHANT,
+    NO_ANSWER,
+    NOT_SENT,
+    PENDING,
+    SCHEDULE,
+    TAKEOVER_S,
+    UNSENT,
+    Bench,
+    Gate,
+    ScriptedConnector,
+    Step,
+    answered,
+)
+
+K, S, P = OperationKind, OperationState, PaymentState
+AUTOMATIC, MANUAL, MULTIPLE = CaptureMethod
+
+QUERY_ONLY = replace(CAPABLE, idempotent_by_reference=False, cancel_by_reference=False)
+CANCEL_ONLY = replace(CAPABLE, idempotent_by_reference=False, query_by_reference=False)
+NON_IDEMPOTENT = replace(CAPABLE, idempotent_by_reference=False)
+IDEMPOTENT_ONLY = replace(INCAPABLE, idempotent_by_reference=True)
+
+
+def bench(capabilities: Capabilities = CAPABLE, *steps: Step, **kwargs: Any) -> Bench:
+    connector = ScriptedConnector(capabilities)
+    connector.steps.extend(steps)
+    return Bench(connector, **kwargs)
+
+
+async def refused(reason: Reason, call: Coroutine[Any, Any, object]) -> GatewayError:
+    with pytest.raises(GatewayError) as error:
+        await call
+    assert error.value.reason is reason
+    return error.value
+
+
+def in_background(call: Coroutine[Any, Any, Answer]) -> asyncio.Task[Answer]:
+    return asyncio.get_running_loop().create_task(call)
+
+
+async def waiters(gateway: Bench, number: int) -> None:
+    """Until so many duplicates wait for the answer to the key `a`."""
+    for _ in range(1000):
+        if gateway.payments._waiting.get((MERCHANT, "a")) == number:
+            return
+        await asyncio.sleep(0)
+    pytest.fail(f"there are {gateway.payments._waiting} waiters")
+
+
+def operations_of(gateway: Bench, payment_id: str, kind: OperationKind) -> list[Operation]:
+    operations = gateway.store.of_payment(payment_id).operations
+    return [operation for operation in operations if operation.kind is kind]
+
+
+def failing(method: str, times: int = 1) -> Callable[[str], Coroutine[Any, Any, None]]:
+    """The store is away for the next `times` calls of a method."""
+    left = times
+
+    async def fail(name: str) -> None:
+        nonlocal left
+        await asyncio.sleep(0)
+        if name == method and left:
+            left -= 1
+            raise StoreUnavailable("the database is away")
+
+    return fail
+
+
+# --- the plain way --------------------------------------------------------------------------------
+
+
+async def test_payment_is_authorized_captured_and_refunded() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=60))
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=10))
+    await gateway.payments.void(gateway.void(payment_id))
+    aggregate = await gateway.payments.get_payment(MERCHANT, Mode.TEST, payment_id)
+    payment = aggregate.payment
+    assert (payment.captured_minor, payment.refunded_minor, payment.voided_minor) == (60, 10, 40)
+    assert [sent.kind for sent in gateway.connector.sent] == [
+        K.AUTHORIZE,
+        K.CAPTURE,
+        K.REFUND,
+        K.VOID,
+    ]
+    assert gateway.store.doubts == {}
+
+
+async def test_intent_is_durable_before_the_psp_is_asked() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    assert gateway.store.by_key("a").state is S.PROCESSING
+    gate.opened.set()
+    await call
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+
+
+async def test_refund_of_one_capture_names_that_capture_at_the_psp() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, "c1", 60))
+    await gateway.payments.capture(gateway.capture(payment_id, "c2", 40))
+    await gateway.payments.refund(gateway.refund(payment_id, "r1", 10))
+    await gateway.payments.refund(gateway.refund(payment_id, "r2", 80))
+    first, second = gateway.connector.sent[-2:]
+    capture = gateway.store.by_key("c1")
+    assert first.target_transaction_id == f"tx-{capture.reference}"
+    authorization = gateway.store.by_key("a")
+    assert second.target_transaction_id == f"tx-{authorization.reference}"
+
+
+async def test_reads_find_only_the_merchants_own_of_the_same_mode() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    payments = gateway.payments
+    operation_id = gateway.store.by_key("a").operation_id
+    found = await payments.get_operation(MERCHANT, Mode.TEST, idempotency_key="a")
+    assert found.operation.operation_id == operation_id
+    for merchant, mode in ((MERCHANT, Mode.LIVE), ("mer_2", Mode.TEST)):
+        await refused(Reason.PAYMENT_NOT_FOUND, payments.get_payment(merchant, mode, payment_id))
+        for how in ({"operation_id": operation_id}, {"idempotency_key": "a"}):
+            await refused(Reason.OPERATION_NOT_FOUND, payments.get_operation(merchant, mode, **how))
+        page = await payments.list_payments(ListFilter(merchant, mode, page_size=10))
+        assert page.payments == []
+    await refused(
+        Reason.PAYMENT_NOT_FOUND,
+        payments.capture(replace(gateway.capture(payment_id), mode=Mode.LIVE)),
+    )
+    await refused(
+        Reason.PAYMENT_NOT_FOUND,
+        payments.void(replace(gateway.void(None, authorize_key="a"), mode=Mode.LIVE)),
+    )
+
+
+async def test_payments_are_listed_newest_first_page_by_page() -> None:
+    gateway = bench()
+    for number in range(5):
+        await gateway.payments.authorize(gateway.authorize(f"k{number}"))
+        gateway.store.advance(1)
+    pages, after = [], None
+    while True:
+        filter_ = ListFilter(MERCHANT, Mode.TEST, page_size=2, after=after)
+        page = await gateway.payments.list_payments(filter_)
+        pages.append([payment.created_at for payment in page.payments])
+        after = page.next_after
+        if after is None:
+            break
+    assert [len(page) for page in pages] == [2, 2, 1]
+    flat = [created_at for page in pages for created_at in page]
+    assert flat == sorted(flat, key=str, reverse=True)
+
+
+async def test_call_without_a_connector_for_its_mode_or_its_fields_is_refused() -> None:
+    gateway = bench()
+    await refused(
+        Reason.CONNECTOR_UNAVAILABLE,
+        gateway.payments.authorize(gateway.authorize(mode=Mode.LIVE)),
+    )
+    error = await refused(
+        Reason.FIELD_NOT_SUPPORTED,
+        gateway.payments.authorize(gateway.authorize(used_fields=frozenset({"three_ds"}))),
+    )
+    assert [violation.field for violation in error.violations] == ["three_ds"]
+    assert gateway.store.operations == {}
+    assert gateway.claims.claims == {}
+
+
+# --- idempotency ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("redis", [True, False])
+async def test_hundred_concurrent_duplicates_over_two_gateways_cause_one_request(
+    redis: bool,
+) -> None:
+    first = bench()
+    second = Bench(first.connector, store=first.store, claims=first.claims)
+    first.claims.available = redis
+    calls = [
+        gateway.payments.authorize(gateway.authorize())
+        for gateway in (first, second)
+        for _ in range(50)
+    ]
+    answers = await asyncio.gather(*calls)
+    assert len(first.connector.sent) == 1
+    assert len({answer.response for answer in answers}) == 1
+    originals = [answer for answer in answers if not answer.replayed]
+    assert len(originals) == 1
+    [request_id] = {answer.first_request_id for answer in answers if answer.replayed}
+    assert request_id == first.store.by_key("a").request_id
+
+
+@pytest.mark.parametrize("decision", [APPROVED, DECLINED, PENDING])
+@pytest.mark.parametrize("source", ["redis", "postgres"])
+async def test_frozen_answer_is_replayed_byte_for_byte(
+    source: str, decision: ConnectorAnswer
+) -> None:
+    gateway = bench(CAPABLE, Step(decides=decision))
+    first = await gateway.payments.authorize(gateway.authorize())
+    # What happens to the payment later does not change the answer.
+    if decision is APPROVED:
+        await gateway.payments.void(gateway.void(first.payment_id))
+    if source == "postgres":
+        gateway.claims.flush()
+    again = await gateway.payments.authorize(gateway.authorize())
+    assert (again.response, again.replayed, again.frozen) == (first.response, True, True)
+    assert gateway.counts.replays[source] == 1
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+async def test_same_key_with_another_payload_never_executes(flushed: bool) -> None:
+    gateway = bench()
+    await gateway.payments.authorize(gateway.authorize())
+    if flushed:
+        gateway.claims.flush()
+    await refused(
+        Reason.IDEMPOTENCY_KEY_REUSED,
+        gateway.payments.authorize(gateway.authorize(amount_minor=101)),
+    )
+    assert len(gateway.connector.sent) == 1
+
+
+async def test_changed_payload_is_refused_while_the_first_call_is_in_flight() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    await refused(
+        Reason.IDEMPOTENCY_KEY_REUSED,
+        gateway.payments.authorize(gateway.authorize(amount_minor=101)),
+    )
+    gate.opened.set()
+    await call
+
+
+async def test_key_of_an_authorization_cannot_be_used_for_another_call() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    await refused(
+        Reason.IDEMPOTENCY_KEY_REUSED, gateway.payments.capture(gateway.capture(payment_id, "a"))
+    )
+    gateway.claims.flush()
+    await refused(
+        Reason.IDEMPOTENCY_KEY_REUSED, gateway.payments.capture(gateway.capture(payment_id, "a"))
+    )
+
+
+async def test_claim_whose_owner_died_before_the_intent_stops_nobody() -> None:
+    gateway = bench()
+    gateway.claims.claims[MERCHANT, "a"] = b"dead"
+    answer = await gateway.payments.authorize(gateway.authorize())
+    assert gateway.counts.claims[ClaimOutcome.IN_FLIGHT] == 1
+    assert not answer.replayed
+
+
+async def test_repeat_of_a_call_in_doubt_tells_the_present_and_freezes_nothing() -> None:
+    gateway = bench(CAPABLE, LOST)
+    answer = await gateway.payments.authorize(gateway.authorize())
+    assert b"IN_DOUBT" in answer.response
+    assert not answer.frozen
+    repeated = await gateway.payments.authorize(gateway.authorize())
+    assert (repeated.replayed, repeated.frozen) == (True, False)
+    await gateway.recover()
+    later = await gateway.payments.authorize(gateway.authorize())
+    assert b"SUCCEEDED" in later.response
+    assert (later.replayed, later.frozen) == (True, True)
+    assert len(gateway.connector.sent) == 1
+
+
+async def test_repeat_of_a_refused_call_executes_when_the_state_allows_it() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    await refused(
+        Reason.AMOUNT_EXCEEDS_CAPTURED, gateway.payments.refund(gateway.refund(payment_id))
+    )
+    await gateway.payments.capture(gateway.capture(payment_id))
+    answer = await gateway.payments.refund(gateway.refund(payment_id))
+    assert not answer.replayed
+
+
+async def test_repeat_is_answered_even_where_the_state_would_refuse_it_now() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    first = await gateway.payments.capture(gateway.capture(payment_id))
+    gateway.claims.flush()
+    again = await gateway.payments.capture(gateway.capture(payment_id))
+    assert (again.response, again.replayed) == (first.response, True)
+
+
+# --- not sent -------------------------------------------------------------------------------------
+
+
+async def test_repeat_of_what_was_not_sent_executes_as_attempt_two_under_the_next_epoch() -> None:
+    gateway = bench(CAPABLE, UNSENT)
+    first = await gateway.payments.authorize(gateway.authorize())
+    assert b"NOT_SENT" in first.response
+    assert not first.frozen
+    again = await gateway.payments.authorize(gateway.authorize())
+    assert not again.replayed
+    operation = gateway.store.by_key("a")
+    assert (operation.state, operation.epoch, operation.attempt.number) == (S.SUCCEEDED, 2, 2)
+    assert [sent.reference for sent in gateway.connector.sent] == [f"{operation.operation_id}-2"]
+    assert [attempt.number for attempt in operation.superseded_attempts] == [1]
+
+
+async def test_follow_up_that_was_not_sent_begins_by_the_payment_as_it_is_now() -> None:
+    gateway = bench(CAPABLE, Step(), UNSENT)
+    payment_id = await gateway.authorized()
+    command = gateway.capture(payment_id)
+    await gateway.payments.capture(command)
+    await gateway.payments.capture(gateway.capture(payment_id, "other", 30))
+    await gateway.payments.capture(command)
+    operation = gateway.store.by_key("c")
+    assert (operation.amount_minor, operation.attempt.number, operation.state) == (
+        70,
+        2,
+        S.SUCCEEDED,
+    )
+    assert gateway.store.of_payment(payment_id).payment.captured_minor == 100
+
+
+async def test_repeat_of_a_follow_up_is_refused_where_the_state_forbids_it_now() -> None:
+    gateway = bench(CAPABLE, Step(), UNSENT)
+    payment_id = await gateway.authorized()
+    command = gateway.capture(payment_id)
+    await gateway.payments.capture(command)
+    await gateway.payments.void(gateway.void(payment_id))
+    await refused(Reason.PAYMENT_NOT_AUTHORIZED, gateway.payments.capture(command))
+    assert gateway.store.by_key("c").state is S.NOT_SENT
+
+
+@pytest.mark.parametrize("kind", ["authorize", "capture"])
+@pytest.mark.parametrize("redis", [True, False])
+async def test_concurrent_repeats_of_what_was_not_sent_send_once(kind: str, redis: bool) -> None:
+    gateway = bench(CAPABLE, *([UNSENT] if kind == "authorize" else [Step(), UNSENT]))
+    gateway.claims.available = redis
+
+    def call() -> Coroutine[Any, Any, Answer]:
+        if kind == "authorize":
+            return gateway.payments.authorize(gateway.authorize())
+        return gateway.payments.capture(gateway.capture(payment_id))
+
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    if kind == "capture":
+        await call()
+    sent = len(gateway.connector.sent)
+    answers = await asyncio.gather(*(call() for _ in range(30)))
+    assert len(gateway.connector.sent) == sent + 1
+    assert len({answer.response for answer in answers}) == 1
+
+
+async def test_repeat_that_a_quicker_repeat_leaves_no_room_is_answered_with_its_outcome() -> None:
+    gateway = bench(CAPABLE, Step(), UNSENT)
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id))
+    gateway.claims.claims[MERCHANT, "c"] = b"somebody else's"
+    gate, loads = Gate(), 0
+
+    async def hold_the_first_load(method: str) -> None:
+        nonlocal loads
+        await asyncio.sleep(0)
+        loads += method == "load"
+        if method == "load" and loads == 1:
+            await gate.wait()
+
+    gateway.store.before = hold_the_first_load
+    slow = in_background(gateway.payments.capture(gateway.capture(payment_id)))
+    await gate.reached.wait()
+    quick = await gateway.payments.capture(gateway.capture(payment_id))
+    gate.opened.set()
+    assert (await slow).response == quick.response
+    assert len(gateway.connector.standing(K.CAPTURE)) == 1
+
+
+async def test_deadline_that_is_too_near_sends_nothing() -> None:
+    gateway = bench()
+    deadline = time.monotonic() + LIMITS.min_send_budget_s / 2
+    answer = await gateway.payments.authorize(gateway.authorize(deadline=deadline))
+    assert b"NOT_SENT" in answer.response
+    assert gateway.store.by_key("a").reason == Reason.DEADLINE_TOO_SHORT
+    assert gateway.connector.sent == []
+
+
+async def test_intent_that_took_longer_than_the_send_window_is_not_sent() -> None:
+    gateway = bench(limits=replace(LIMITS, send_window_s=0.0))
+    await gateway.payments.authorize(gateway.authorize())
+    assert gateway.store.by_key("a").reason == Reason.SEND_WINDOW_PASSED
+    assert gateway.connector.sent == []
+
+
+# --- callers that wait or go ----------------------------------------------------------------------
+
+
+async def test_cancelled_caller_leaves_the_work_to_be_finished() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert gateway.payments.in_flight == 1
+    gate.opened.set()
+    await gateway.payments.drain()
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    assert gateway.payments.in_flight == 0
+
+
+async def test_cancelled_duplicate_does_not_disturb_the_first_call() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    first = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    waiting = in_background(gateway.payments.authorize(gateway.authorize()))
+    await waiters(gateway, 1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    gate.opened.set()
+    assert b"SUCCEEDED" in (await first).response
+    await gateway.payments.drain()
+    assert gateway.payments._waiting == {}
+
+
+async def test_waiters_of_one_key_are_limited() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate), limits=replace(LIMITS, waiters_per_key_max=3))
+    calls = [in_background(gateway.payments.authorize(gateway.authorize()))]
+    await gate.reached.wait()
+    calls += [in_background(gateway.payments.authorize(gateway.authorize())) for _ in range(3)]
+    await waiters(gateway, 3)
+    error = await refused(
+        Reason.IDEMPOTENCY_KEY_IN_FLIGHT, gateway.payments.authorize(gateway.authorize())
+    )
+    assert error.retry_after_s
+    gate.opened.set()
+    assert len({answer.response for answer in await asyncio.gather(*calls)}) == 1
+
+
+async def test_duplicate_gives_up_before_its_deadline() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    deadline = time.monotonic() + 2 * LIMITS.wait_margin_s
+    await refused(
+        Reason.IDEMPOTENCY_KEY_IN_FLIGHT,
+        gateway.payments.authorize(gateway.authorize(deadline=deadline)),
+    )
+    gate.opened.set()
+    await call
+
+
+# --- contention and a store that is away ----------------------------------------------------------
+
+
+async def test_racing_captures_never_exceed_the_authorized_amount() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized(100)
+    calls = [
+        gateway.payments.capture(gateway.capture(payment_id, f"c{number}", 10))
+        for number in range(25)
+    ]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    reasons = {result.reason for result in results if isinstance(result, GatewayError)}
+    assert reasons == {Reason.AMOUNT_EXCEEDS_AUTHORIZED}
+    assert len([sent for sent in gateway.connector.sent if sent.kind is K.CAPTURE]) == 10
+    assert gateway.store.of_payment(payment_id).payment.captured_minor == 100
+
+
+async def test_payment_that_changes_all_the_time_is_contention() -> None:
+    gateway = bench(limits=replace(LIMITS, contention_tries_max=3))
+    payment_id = await gateway.authorized()
+
+    async def change(method: str) -> None:
+        await asyncio.sleep(0)
+        if method == "write_intent":
+            payment = gateway.store.payments[MERCHANT, payment_id]
+            payment.version += 1
+
+    gateway.store.before = change
+    error = await refused(Reason.CONTENTION, gateway.payments.capture(gateway.capture(payment_id)))
+    assert error.retry_after_s
+    assert operations_of(gateway, payment_id, K.CAPTURE) == []
+
+
+async def test_payment_takes_a_limited_number_of_operations() -> None:
+    gateway = bench(limits=replace(LIMITS, operations_per_payment_max=2))
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, "c1", 10))
+    await refused(
+        Reason.TOO_MANY_OPERATIONS, gateway.payments.capture(gateway.capture(payment_id, "c2", 10))
+    )
+
+
+async def test_intent_that_could_not_be_written_is_not_sent() -> None:
+    gateway = bench()
+    gateway.store.before = failing("write_intent")
+    await refused(Reason.STORE_UNAVAILABLE, gateway.payments.authorize(gateway.authorize()))
+    assert gateway.connector.sent == []
+    assert not (await gateway.payments.authorize(gateway.authorize())).replayed
+
+
+async def test_intent_whose_commit_was_lost_is_settled_by_recovery_before_a_repeat() -> None:
+    gateway = bench()
+    gateway.store.after = failing("write_intent")
+    await refused(Reason.STORE_UNAVAILABLE, gateway.payments.authorize(gateway.authorize()))
+    assert gateway.store.by_key("a").state is S.PROCESSING
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.NOT_SENT
+    await gateway.payments.authorize(gateway.authorize())
+    assert len(gateway.connector.standing(K.AUTHORIZE)) == 1
+
+
+async def test_outcome_that_could_not_be_written_is_found_by_recovery() -> None:
+    gateway = bench()
+    gateway.store.before = failing("write_change")
+    await refused(Reason.STORE_UNAVAILABLE, gateway.payments.authorize(gateway.authorize()))
+    assert gateway.counts.lost == 1
+    await gateway.recover()
+    answer = await gateway.payments.authorize(gateway.authorize())
+    assert b"SUCCEEDED" in answer.response
+    assert len(gateway.connector.sent) == 1
+
+
+# --- recovery: doubts -----------------------------------------------------------------------------
+
+
+async def test_recovery_leaves_a_sender_its_time() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    gateway.store.advance(TAKEOVER_S - 1)
+    assert await gateway.recovery.run_once() == 0
+    gate.opened.set()
+    await call
+
+
+async def test_doubt_that_took_effect_is_found_by_query() -> None:
+    gateway = bench(CAPABLE, LOST)
+    await gateway.payments.authorize(gateway.authorize())
+    assert gateway.store.by_key("a").state is S.IN_DOUBT
+    gateway.store.advance(FIRST_CHECK_S)
+    assert await gateway.recovery.run_once() == 1
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    assert gateway.store.doubts == {}
+
+
+@pytest.mark.parametrize("capabilities", [CAPABLE, NON_IDEMPOTENT, CANCEL_ONLY])
+async def test_doubt_that_the_psp_does_not_know_is_cancelled_before_it_is_not_sent(
+    capabilities: Capabilities,
+) -> None:
+    gateway = bench(capabilities, DROPPED)
+    await gateway.payments.authorize(gateway.authorize())
+    await gateway.recover()
+    operation = gateway.store.by_key("a")
+    assert operation.state is S.NOT_SENT
+    assert gateway.connector.canceled == {operation.reference}
+
+
+async def test_doubt_at_a_psp_that_can_only_cancel_is_taken_back() -> None:
+    gateway = bench(CANCEL_ONLY, LOST)
+    await gateway.payments.authorize(gateway.authorize())
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.CANCELED
+    assert gateway.connector.standing(K.AUTHORIZE) == []
+
+
+@pytest.mark.parametrize("step", [LOST, DROPPED])
+async def test_doubt_that_nobody_can_settle_stays(step: Step) -> None:
+    gateway = bench(INCAPABLE, step)
+    answer = await gateway.payments.authorize(gateway.authorize())
+    await gateway.recover(rounds=5)
+    assert gateway.store.by_key("a").state is S.IN_DOUBT
+    assert len(gateway.store.doubts) == 1
+    repeated = await gateway.payments.authorize(gateway.authorize())
+    assert repeated.payment_id == answer.payment_id
+    assert len(gateway.connector.sent) == (1 if step is LOST else 0)
+
+
+async def test_not_found_without_a_cancellation_proves_nothing() -> None:
+    gateway = bench(QUERY_ONLY, DROPPED)
+    await gateway.payments.authorize(gateway.authorize())
+    await gateway.recover(rounds=3)
+    assert gateway.store.by_key("a").state is S.IN_DOUBT
+
+
+async def test_psp_that_does_not_answer_recovery_leaves_the_doubt() -> None:
+    gateway = bench(CAPABLE, LOST)
+    await gateway.payments.authorize(gateway.authorize())
+    gateway.connector.asks.extend([NO_ANSWER, NO_ANSWER])
+    await gateway.recover(rounds=2)
+    assert gateway.store.by_key("a").state is S.IN_DOUBT
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+
+
+async def test_pending_outcome_is_finished_by_query_and_never_cancelled() -> None:
+    gateway = bench(CAPABLE, Step(decides=PENDING))
+    await gateway.payments.authorize(gateway.authorize())
+    await gateway.recover(rounds=2)
+    operation = gateway.store.by_key("a")
+    assert operation.state is S.PENDING
+    gateway.connector.asks.append(None)
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.PENDING
+    assert gateway.connector.canceled == set()
+    gateway.connector.effects[operation.reference].answer = APPROVED
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+
+
+@pytest.mark.parametrize("kind", [K.CAPTURE, K.REFUND, K.VOID, K.INCREMENT])
+@pytest.mark.parametrize("step", [LOST, DROPPED])
+async def test_every_follow_up_in_doubt_becomes_definite(kind: OperationKind, step: Step) -> None:
+    gateway = bench(NON_IDEMPOTENT)
+    payment_id = await gateway.authorized()
+    payments = gateway.payments
+    if kind is K.REFUND:
+        await payments.capture(gateway.capture(payment_id))
+    gateway.connector.steps.append(step)
+    match kind:
+        case K.CAPTURE:
+            await payments.capture(gateway.capture(payment_id, "k"))
+        case K.REFUND:
+            await payments.refund(gateway.refund(payment_id, "k"))
+        case K.VOID:
+            await payments.void(gateway.void(payment_id, "k"))
+        case _:
+            await payments.increment(gateway.increment(payment_id, 50, "k"))
+    assert gateway.store.by_key("k").state is S.IN_DOUBT
+    await gateway.recover()
+    operation = gateway.store.by_key("k")
+    # A void releases money: it is sent again. Everything else is only asked for.
+    wanted = S.SUCCEEDED if step is LOST or kind is K.VOID else S.NOT_SENT
+    assert operation.state is wanted
+    assert gateway.connector.standing(kind) == (
+        [operation.reference] if wanted is S.SUCCEEDED else []
+    )
+    assert gateway.store.doubts == {}
+
+
+async def test_two_recoverers_settle_a_doubt_once() -> None:
+    gateway = bench(CAPABLE, LOST)
+    second = Bench(gateway.connector, store=gateway.store, claims=gateway.claims)
+    await gateway.payments.authorize(gateway.authorize())
+    gateway.store.advance(LONG_S)
+    await asyncio.gather(gateway.recovery.run_once(), second.recovery.run_once())
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    assert [event for event, _ in gateway.store.events].count("authorize.succeeded") == 1
+
+
+# --- recovery: senders that were fenced out -------------------------------------------------------
+
+
+async def paused(gateway: Bench, gate: Gate) -> asyncio.Task[Answer]:
+    """A call whose sender stands still at a gate, so that its time is over."""
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    gateway.store.advance(LONG_S)
+    return call
+
+
+async def take_over(gateway: Bench) -> Sequence[Lease]:
+    """What a recoverer takes over now; a test says what becomes of it."""
+    await gateway.store.expired(SCHEDULE.batch_max)
+    return await gateway.store.lease(SCHEDULE.batch_max, SCHEDULE.lease_s)
+
+
+async def test_sender_that_wakes_after_its_reference_was_cancelled_charges_nothing() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    call = await paused(gateway, gate)
+    await gateway.recovery.run_once()
+    assert gateway.store.by_key("a").state is S.NOT_SENT
+    gate.opened.set()
+    assert b"NOT_SENT" in (await call).response
+    assert gateway.connector.standing(K.AUTHORIZE) == []
+    again = await gateway.payments.authorize(gateway.authorize())
+    assert b"SUCCEEDED" in again.response
+    assert len(gateway.connector.standing(K.AUTHORIZE)) == 1
+
+
+async def test_answer_of_a_sender_that_was_fenced_out_is_kept_as_evidence() -> None:
+    gate = Gate()
+    gateway = bench(INCAPABLE, Step(after=gate))
+    call = await paused(gateway, gate)
+    await gateway.recovery.run_once()
+    assert gateway.store.by_key("a").state is S.IN_DOUBT
+    gate.opened.set()
+    assert b"IN_DOUBT" in (await call).response
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    assert gateway.store.doubts == {}
+
+
+async def test_evidence_of_pending_does_not_keep_recovery_from_asking_later() -> None:
+    gate = Gate()
+    gateway = bench(QUERY_ONLY, Step(after=gate, decides=PENDING))
+    call = await paused(gateway, gate)
+    gateway.connector.asks.append(NO_ANSWER)
+    await gateway.recovery.run_once()
+    gate.opened.set()
+    await call
+    await gateway.recover()
+    operation = gateway.store.by_key("a")
+    assert operation.state is S.PENDING
+    gateway.connector.effects[operation.reference].answer = DECLINED
+    await gateway.recover(rounds=2)
+    assert gateway.store.by_key("a").state is S.DECLINED
+
+
+async def test_evidence_of_a_success_does_not_outweigh_a_cancellation_after_it() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate))
+    call = await paused(gateway, gate)
+    # A recoverer took it over, cancelled it at the PSP, and died before it could write that.
+    [lease] = await take_over(gateway)
+    await gateway.connector.cancel(K.AUTHORIZE, lease.operation.reference)
+    gate.opened.set()
+    await call
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.CANCELED
+    assert gateway.connector.standing(K.AUTHORIZE) == []
+
+
+@pytest.mark.parametrize("capabilities", [CAPABLE, replace(CAPABLE, cancel_by_reference=False)])
+async def test_success_found_after_not_sent_is_reversed_until_the_psp_confirms(
+    capabilities: Capabilities,
+) -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate, arrives=False, answer=APPROVED))
+    call = await paused(gateway, gate)
+    await gateway.recovery.run_once()
+    assert gateway.store.by_key("a").state is S.NOT_SENT
+    gateway.connector.capabilities = capabilities
+    gate.opened.set()
+    payment_id = (await call).payment_id
+    [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
+    operation = gateway.store.by_key("a")
+    assert (reversal.note, reversal.state) == (operation.reference, S.PROCESSING)
+    assert [found.kind for found in gateway.store.discrepancies] == ["late_success"]
+
+    gateway.connector.steps.extend([UNSENT, Step(answer=DECLINED, arrives=False)])
+    gateway.connector.asks.extend([NO_ANSWER])
+    gateway.store.advance(1)
+    await gateway.recovery.run_once()
+    [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
+    assert reversal.state is S.IN_DOUBT
+    await gateway.recover(rounds=4)
+    [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
+    assert reversal.state is S.SUCCEEDED
+    assert gateway.store.doubts == {}
+
+
+async def test_late_success_of_the_first_attempt_leaves_the_second_one_alone() -> None:
+    first, second = Gate(), Gate()
+    gateway = bench(CAPABLE, Step(after=first, arrives=False, answer=APPROVED), Step(before=second))
+    call = await paused(gateway, first)
+    await gateway.recovery.run_once()
+    again = in_background(gateway.payments.authorize(gateway.authorize()))
+    await second.reached.wait()
+    first.opened.set()
+    await call
+    # The second sender keeps all of its time.
+    gateway.store.advance(TAKEOVER_S - 1)
+    await gateway.recovery.run_once()
+    assert gateway.store.by_key("a").state is S.PROCESSING
+    second.opened.set()
+    assert b"SUCCEEDED" in (await again).response
+    operation = gateway.store.by_key("a")
+    assert (operation.state, operation.attempt.number) == (S.SUCCEEDED, 2)
+    [reversal] = operations_of(gateway, operation.payment_id, K.REVERSAL)
+    assert reversal.note == f"{operation.operation_id}-1"
+    await gateway.recover()
+    assert gateway.connector.standing(K.AUTHORIZE) == [f"{operation.operation_id}-2"]
+
+
+@pytest.mark.parametrize("told", [APPROVED, DECLINED])
+async def test_evidence_of_the_first_attempt_is_no_answer_to_the_second(
+    told: ConnectorAnswer,
+) -> None:
+    first, second = Gate(), Gate()
+    gateway = bench(CAPABLE, Step(after=first, arrives=False, answer=told), Step(before=second))
+    call = await paused(gateway, first)
+    [lease] = await take_over(gateway)
+    gone = await gateway.connector.cancel(K.AUTHORIZE, lease.operation.reference)
+    first.opened.set()
+    await call  # its answer is evidence now
+    outcomes = gateway.payments.outcomes
+    await outcomes.write(lease.operation, lease.aggregate.payment, gone)
+    again = in_background(gateway.payments.authorize(gateway.authorize()))
+    await second.reached.wait()
+    assert gateway.store.by_key("a").attempt.number == 2
+    await gateway.recovery.run_once()
+    second.opened.set()
+    await again
+    await gateway.recover(rounds=2)
+    operation = gateway.store.by_key("a")
+    # Recovery looked before the second attempt arrived, and made its reference unusable.
+    assert (operation.state, operation.attempt.number) == (S.NOT_SENT, 2)
+    assert gateway.connector.standing(K.AUTHORIZE) == []
+    reversed_ = [each.note for each in operations_of(gateway, operation.payment_id, K.REVERSAL)]
+    assert reversed_ == ([f"{operation.operation_id}-1"] if told is APPROVED else [])
+
+
+async def test_answer_without_news_of_a_sender_that_was_fenced_out_is_dropped() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate, answer=NO_ANSWER))
+    call = await paused(gateway, gate)
+    await gateway.recovery.run_once()
+    gate.opened.set()
+    assert b"SUCCEEDED" in (await call).response
+    assert gateway.store.doubts == {}
+
+
+# --- voids as cancel requests ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", CaptureMethod)
+@pytest.mark.parametrize("step", [LOST, DROPPED])
+async def test_void_of_an_authorization_in_doubt_makes_sure_that_nothing_stands(
+    step: Step, method: CaptureMethod
+) -> None:
+    gateway = bench(CAPABLE, step)
+    await gateway.authorized(100, method)
+    answer = await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    assert b'"state": "PENDING"' in answer.response
+    await gateway.recover(rounds=2)
+    assert gateway.store.by_key("v").state is S.SUCCEEDED
+    assert gateway.store.by_key("a").state is S.CANCELED
+    assert gateway.connector.standing(K.AUTHORIZE) == []
+    # The void's answer is frozen as it was, and a repeat of the authorization executes nothing.
+    repeated = await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    assert repeated.response == answer.response
+    late = await gateway.payments.authorize(gateway.authorize("a", 100, method))
+    assert b"CANCELED" in late.response
+    assert gateway.connector.standing(K.AUTHORIZE) == []
+    assert gateway.store.doubts == {}
+
+
+async def void_in_flight(gateway: Bench, gate: Gate, method: CaptureMethod) -> str:
+    """An authorization that succeeds after a void has asked to cancel it."""
+    call = in_background(gateway.payments.authorize(gateway.authorize("a", 100, method)))
+    await gate.reached.wait()
+    await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    gate.opened.set()
+    return (await call).payment_id
+
+
+async def test_void_of_a_manual_authorization_in_flight_is_sent_when_it_has_succeeded() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    payment_id = await void_in_flight(gateway, gate, MULTIPLE)
+    await gateway.recover()
+    payment = gateway.store.of_payment(payment_id).payment
+    assert (payment.state, payment.voided_minor) == (P.VOIDED, 100)
+    assert [sent.kind for sent in gateway.connector.sent] == [K.AUTHORIZE, K.VOID]
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_void_of_an_automatic_authorization_in_flight_takes_the_charge_back(
+    dies: bool,
+) -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    payment_id = await void_in_flight(gateway, gate, AUTOMATIC)
+    if dies:
+        # The recoverer dies between the bounce of the capture and the void's own outcome.
+        written = 0
+
+        async def die(method: str) -> None:
+            nonlocal written
+            await asyncio.sleep(0)
+            written += method == "write_change"
+            if method == "write_change" and written == 2:
+                raise StoreUnavailable("killed")
+
+        gateway.store.before = die
+        gateway.store.advance(LONG_S)
+        await gateway.recovery.run_once()
+        assert gateway.store.by_key("v").state is S.PENDING
+        gateway.counts.failures = 0
+    await gateway.recover()
+    payment = gateway.store.of_payment(payment_id).payment
+    assert (payment.state, payment.captured_minor, payment.voided_minor) == (P.VOIDED, 0, 100)
+    assert gateway.store.by_key("v").state is S.SUCCEEDED
+    assert gateway.connector.standing(K.AUTHORIZE, K.VOID) == []
+    [capture] = operations_of(gateway, payment_id, K.CAPTURE)
+    assert capture.state is S.FAILED
+
+
+async def test_own_sender_that_did_not_send_a_cancelled_authorization_leaves_it_cancelled() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate, arrives=False, answer=NOT_SENT))
+    payment_id = await void_in_flight(gateway, gate, AUTOMATIC)
+    assert gateway.store.of_payment(payment_id).payment.state is P.CANCELED
+    await gateway.recover()
+    assert gateway.store.by_key("v").state is S.SUCCEEDED
+
+
+async def test_declined_authorization_leaves_nothing_to_void() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate, decides=DECLINED))
+    payment_id = await void_in_flight(gateway, gate, MANUAL)
+    await gateway.recover()
+    assert gateway.store.by_key("v").state is S.SUCCEEDED
+    assert gateway.store.of_payment(payment_id).payment.state is P.DECLINED
+
+
+async def test_void_by_an_unknown_key_is_not_found() -> None:
+    gateway = bench()
+    await refused(
+        Reason.PAYMENT_NOT_FOUND,
+        gateway.payments.void(gateway.void(None, authorize_key="nobody")),
+    )
+
+
+# --- voids in doubt -------------------------------------------------------------------------------
+
+
+async def test_later_void_of_the_rest_does_not_take_back_what_was_captured() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate), Step(decides=DECLINED))
+    payment_id = await void_in_flight(gateway, gate, MULTIPLE)
+    await gateway.recover()  # the cancel request: the PSP declines the void
+    assert gateway.store.by_key("v").state is S.DECLINED
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=30))
+    gateway.connector.steps.append(LOST)
+    await gateway.payments.void(gateway.void(payment_id, "v2"))
+    await gateway.recover()
+    payment = gateway.store.of_payment(payment_id).payment
+    assert (payment.captured_minor, payment.voided_minor) == (30, 70)
+    assert len(gateway.connector.standing(K.AUTHORIZE)) == 1
+
+
+@pytest.mark.parametrize("capabilities", [IDEMPOTENT_ONLY, NON_IDEMPOTENT, CANCEL_ONLY])
+@pytest.mark.parametrize("step", [LOST, DROPPED])
+async def test_void_in_doubt_is_repeated_until_the_psp_confirms(
+    step: Step, capabilities: Capabilities
+) -> None:
+    gateway = bench(capabilities)
+    payment_id = await gateway.authorized()
+    gateway.connector.steps.append(step)
+    await gateway.payments.void(gateway.void(payment_id))
+    await gateway.recover()
+    payment = gateway.store.of_payment(payment_id).payment
+    assert (payment.state, payment.voided_minor) == (P.VOIDED, 100)
+
+
+async def test_void_in_doubt_is_not_not_sent_because_recovery_could_not_send_it_again() -> None:
+    gateway = bench(IDEMPOTENT_ONLY)
+    payment_id = await gateway.authorized()
+    gateway.connector.steps.extend([LOST, UNSENT])
+    await gateway.payments.void(gateway.void(payment_id))
+    await gateway.recover()
+    assert gateway.store.by_key("v").state is S.IN_DOUBT
+    await gateway.recover()
+    assert gateway.store.by_key("v").state is S.SUCCEEDED
+
+
+async def test_refusal_of_a_repeated_void_is_no_answer_where_the_first_may_be_its_reason() -> None:
+    gateway = bench(INCAPABLE)
+    payment_id = await gateway.authorized()
+    refusal = Step(answer=answered(Verdict.FAILED))
+    gateway.connector.steps.extend([LOST, refusal, refusal])
+    await gateway.payments.void(gateway.void(payment_id))
+    await gateway.recover(rounds=2)
+    assert gateway.store.by_key("v").state is S.IN_DOUBT
+
+
+# --- partial approvals ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capabilities", [CAPABLE, IDEMPOTENT_ONLY, QUERY_ONLY])
+async def test_partial_approval_that_was_not_allowed_is_declined_and_taken_back(
+    capabilities: Capabilities,
+) -> None:
+    gateway = bench(capabilities, Step(decides=answered(Verdict.APPROVED, 40)))
+    answer = await gateway.payments.authorize(gateway.authorize())
+    assert b"DECLINED" in answer.response
+    await gateway.recover()
+    [reversal] = operations_of(gateway, answer.payment_id, K.REVERSAL)
+    assert reversal.state is S.SUCCEEDED
+    if capabilities.cancel_by_reference:
+        assert gateway.connector.standing(K.AUTHORIZE) == []
+    else:
+        sent = gateway.connector.sent[-1]
+        authorization = gateway.store.by_key("a")
+        assert (sent.kind, sent.amount_minor) == (K.REVERSAL, 40)
+        assert sent.target_reference == authorization.reference
+        assert sent.target_transaction_id == f"tx-{authorization.reference}"
+
+
+# --- every ending ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capabilities", [CAPABLE, NON_IDEMPOTENT, CANCEL_ONLY])
+@pytest.mark.parametrize("lost_at", range(1, 5))
+async def test_repeats_through_lost_answers_cause_one_standing_charge(
+    lost_at: int, capabilities: Capabilities
+) -> None:
+    steps = [(LOST, DROPPED, UNSENT, LOST)[(lost_at + number) % 4] for number in range(4)]
+    gateway = bench(capabilities, *steps)
+    for _ in range(6):
+        await gateway.payments.authorize(gateway.authorize("a", 100, AUTOMATIC))
+        await gateway.recover(rounds=2)
+    operation = gateway.store.by_key("a")
+    stands = gateway.connector.standing(K.AUTHORIZE)
+    assert len(stands) == (operation.state is S.SUCCEEDED)
+    assert operation.state in (S.SUCCEEDED, S.CANCELED)
+    assert gateway.store.doubts == {}
+
+
+# --- our books and the PSP's ----------------------------------------------------------------------
+
+STEPS = {
+    "works": Step(),
+    "answer lost": LOST,
+    "request lost": DROPPED,
+    "not sent": UNSENT,
+    "declined": Step(decides=DECLINED),
+}
+CALLS: dict[str, Callable[[Bench, str], Coroutine[Any, Any, Answer]]] = {
+    "capture 30": lambda gateway, id_: gateway.payments.capture(gateway.capture(id_, "c1", 30)),
+    "capture 50": lambda gateway, id_: gateway.payments.capture(gateway.capture(id_, "c2", 50)),
+    "capture the rest": lambda gateway, id_: gateway.payments.capture(
+        gateway.capture(id_, "c3", final=True)
+    ),
+    "void": lambda gateway, id_: gateway.payments.void(gateway.void(id_, "v1")),
+    "void again": lambda gateway, id_: gateway.payments.void(gateway.void(id_, "v2")),
+    "refund 40": lambda gateway, id_: gateway.payments.refund(gateway.refund(id_, "r1", 40)),
+    "refund the rest": lambda gateway, id_: gateway.payments.refund(gateway.refund(id_, "r2")),
+    "increment": lambda gateway, id_: gateway.payments.increment(gateway.increment(id_, 25)),
+}
+
+
+async def carry_out(
+    capabilities: Capabilities,
+    method: CaptureMethod,
+    rounds: list[tuple[list[str], list[str], bool]],
+) -> None:
+    """Rounds of concurrent calls, each with what becomes of its requests and of recovery."""
+    gateway = bench(capabilities)
+    command = gateway.authorize("a", 100, method)
+    for calls, steps, recovered in rounds:
+        gateway.connector.steps.extend(STEPS[step] for step in steps)
+        authorized = await gateway.payments.authorize(command)
+        results = await asyncio.gather(
+            *(CALLS[call](gateway, authorized.payment_id) for call in calls),
+            return_exceptions=True,
+        )
+        assert all(isinstance(result, Answer | GatewayError) for result in results), results
+        if recovered:
+            await gateway.recover()
+    gateway.connector.steps.clear()
+    await gateway.recover(rounds=4)
+    compare_books(gateway, gateway.store.by_key("a").payment_id)
+
+
+def compare_books(gateway: Bench, payment_id: str) -> None:
+    """What we hold to have succeeded stands at the PSP, once, and nothing else does."""
+    aggregate = gateway.store.of_payment(payment_id)
+    payment = aggregate.payment
+    assert gateway.store.doubts == {}
+    assert not [each for each in aggregate.operations if each.state in UNFINISHED]
+    for kind in (K.AUTHORIZE, K.CAPTURE, K.REFUND, K.INCREMENT):
+        ours = [
+            operation
+            for operation in aggregate.operations
+            if (operation.kind, operation.state) == (kind, S.SUCCEEDED)
+            and operation.idempotency_key is not None
+        ]
+        theirs = gateway.connector.standing(kind)
+        if kind is K.AUTHORIZE and payment.state is P.VOIDED and not theirs:
+            continue  # taken back as a whole
+        assert sorted(operation.reference for operation in ours) == sorted(theirs)
+        amounts = {
+            K.CAPTURE: payment.captured_minor,
+            K.REFUND: payment.refunded_minor,
+            K.INCREMENT: payment.authorized_minor - payment.requested_minor,
+        }
+        if kind in amounts and payment.authorized_minor and payment.capture_method is not AUTOMATIC:
+            assert sum(operation.amount_minor for operation in ours) == amounts[kind]
+    pending = (payment.capture_pending_minor, payment.refund_pending_minor)
+    assert (*pending, payment.increment_pending_minor) == (0, 0, 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([CAPABLE, NON_IDEMPOTENT]),
+    st.sampled_from(CaptureMethod),
+    st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(sorted(CALLS)), max_size=4),
+            st.lists(st.sampled_from(sorted(STEPS)), max_size=4),
+            st.booleans(),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_our_books_are_the_psps_whatever_is_called_at_once_and_lost(
+    capabilities: Capabilities,
+    method: CaptureMethod,
+    rounds: list[tuple[list[str], list[str], bool]],
+) -> None:
+    asyncio.run(carry_out(capabilities, method, rounds))
