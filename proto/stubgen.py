@@ -95,7 +95,8 @@ def write_include(source: Path, include: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
         pending.extend(_IMPORT.findall(text))
-    shutil.copyfile(source / SERVICE_CONFIG, include / SERVICE_CONFIG)
+    if (source / SERVICE_CONFIG).is_file():  # an earlier contract, to compare with, has none
+        shutil.copyfile(source / SERVICE_CONFIG, include / SERVICE_CONFIG)
 
 
 def compile_image(include: Path) -> bytes:

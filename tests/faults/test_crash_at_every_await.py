@@ -48,7 +48,7 @@ SEED: Final = int(os.environ.get("GATEWAY_TESTS_CRASH_SEED", "1"))
 AT_ONCE: Final = 3
 """How many gateways are killed at once: some of their time is waiting."""
 CRASH_TRIES_MAX: Final = 5
-"""A few sites are on one of two ways: an earlier claim is released when the repeat comes, or not."""
+"""A few sites are on one of two ways, by when an earlier claim is released."""
 NOT_REACHED_S: Final = 20.0
 """A gateway that has not come by its site by then never will."""
 LEASE_S: Final = 600
