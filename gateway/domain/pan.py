@@ -123,10 +123,15 @@ def contains_pan(text: str) -> bool:
 def mask_pans(text: str) -> str:
     """`text` with every card number as asterisks and its last four digits (PCI DSS 3.4.1).
 
-    Numbers that overlap are masked as one.
+    Numbers that overlap are masked as one. The four digits that stay may look like another number
+    together with those that follow: then these are masked too.
     """
-    if find_pan(text) is None:
-        return text
+    while find_pan(text) is not None:
+        text = _mask_once(text)
+    return text
+
+
+def _mask_once(text: str) -> str:
     pieces: list[str] = []
     done = 0
     for start, end, digits in _merged(sorted(_windows(text))):
