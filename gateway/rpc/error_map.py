@@ -164,7 +164,9 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
         Reason.DRAINING: Rule(
             _C.UNAVAILABLE,
             "This server is shutting down; repeat with the same key over a new connection.",
-            retry_after_s=0.1,
+            # Longer than a server goes on refusing before it closes its connections: a repeat must
+            # not meet it again, or a client with one connection uses up its tries.
+            retry_after_s=0.5,
         ),
         Reason.INTERNAL: Rule(
             _C.INTERNAL,

@@ -35,8 +35,9 @@ _HARD_MESSAGE_FACTOR: Final = 2
 below it the handlers refuse, with a reason and the advice not to retry."""
 _QUIET_S: Final = 0.05
 """A draining server to which no call came for so long has read all that its transport held."""
-_QUIET_WAIT_S_MAX: Final = 1.0
-"""Under calls without a pause, a draining server goes on after this."""
+_QUIET_WAIT_S_MAX: Final = 0.3
+"""Under calls without a pause, a draining server goes on after this. Less than the pause that the
+refused clients are told (DRAINING in the error map), so that none is refused twice."""
 _LITTER_AGE_S_MIN: Final = 60.0
 """Younger directories of the native transport may belong to a server that is just starting."""
 

@@ -570,6 +570,9 @@ class PaymentService:
             self.admit(call, 0)
             await self.identify(call, Scope.PAYMENTS_WRITE)
             await stream.run()
+        except _CallerGone:
+            self.abandoned(call)
+            return
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
             await self.failed(call, context, error)
         except asyncio.CancelledError:
@@ -625,6 +628,10 @@ class _Unary(Generic[_M]):
             raise
         service.answered(call, context)
         return response
+
+
+class _CallerGone(Exception):
+    """A stream could not be read or written: the transport's errors mean nothing else."""
 
 
 class _Stream:
@@ -690,7 +697,10 @@ class _Stream:
             count += 1
         message = b"".join(self._ready[:count])
         del self._ready[:count]
-        await self._context.write(message)
+        try:
+            await self._context.write(message)
+        except Exception as error:
+            raise _CallerGone from error
         self._unfinished -= count
         self._room.set()
 
@@ -698,7 +708,10 @@ class _Stream:
         service, call = self._service, self._call
         while not self._stopped:
             await self._wait_for_room()
-            data = await self._context.read()
+            try:
+                data = await self._context.read()
+            except Exception as error:
+                raise _CallerGone from error
             if data is grpc.aio.EOF:
                 return
             # A long stream may outlive its key.

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
     from tests.servers import PostgresForTests
 
-CALLERS: Final = 8
-ANSWERS: Final = 100
+CALLERS: Final = 32
+ANSWERS: Final = 150
 """So many calls are answered between two steps of the restart."""
 
 RECONNECT_MS_MAX: Final = 300
@@ -31,7 +31,10 @@ SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 
 
 def _service_config(policy: str) -> str:
-    """The published one, over several addresses."""
+    """The published one, over several addresses.
+
+    It repeats CANCELLED too: so gRPC's servers end what they have not read when they shut down.
+    """
     published = json.loads((files("payments.v1") / "service_config.json").read_text())
     return json.dumps({**published, "loadBalancingConfig": [{policy: {}}]})
 
