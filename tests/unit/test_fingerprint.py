@@ -7,6 +7,7 @@ import pytest
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from payments.v1 import payment_service_pb2 as pb
+from payments.v1.payment_method_pb2 import CAPTURE_METHOD_MANUAL
 
 from gateway.domain.model import Mode, OperationKind
 from gateway.rpc import conversion
@@ -30,7 +31,7 @@ def base(message_type: type[Message]) -> Any:
     if isinstance(request, pb.AuthorizePaymentRequest):
         request.amount.amount_minor = 1000
         request.amount.currency_code = "EUR"
-        request.capture_method = 2
+        request.capture_method = CAPTURE_METHOD_MANUAL
         request.payment_method.token = "tok_visa"
     return request
 
