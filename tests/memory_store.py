@@ -221,8 +221,7 @@ class MemoryStore:
         for companion in change.companions:
             self._insert(companion, 0)
         self.discrepancies += change.discrepancies
-        if change.event:
-            self.events.append((change.event_type, payment.version))
+        self.events.append((change.event_type, payment.version))
         self._schedule(key, change)
         return Stored.WRITTEN
 
@@ -630,9 +629,11 @@ class JsonEncoder:
         }
         return json.dumps(told).encode()
 
-    def event(self, event_type: str, operation: Operation, payment: Payment) -> bytes:
+    def event(
+        self, event_id: str, event_type: str, operation: Operation, payment: Payment
+    ) -> bytes:
         """See the port."""
-        return event_type.encode() + b" " + self.response(operation, payment)
+        return f"{event_id} {event_type}".encode() + b" " + self.response(operation, payment)
 
     def connector_fields(self, payment: Payment) -> tuple[str, Mapping[str, object]]:
         """See the port."""

@@ -145,8 +145,9 @@ def outcome(
         expected_epoch=operation.epoch,
         expected_state=operation.state,
         expected_version=payment.version,
-        event=change.pop("event", f"event {ids.new_request_id()}".encode()),
-        event_type=change.pop("event_type", "payment.changed"),
+        event_id=ids.new_event_id(),
+        event_type="payment.changed",
+        event=b"event",
         doubt=None if check_after_s is None else Doubt(check_after_s),
         **change,
     )

@@ -169,13 +169,16 @@ class Change:
     expected_epoch: int
     expected_state: OperationState
     expected_version: int
+    event_id: str
+    """New for each decision to write, and the same in all tries of one write: it alone tells
+    whether this very change was written, since two callers may decide on the same one."""
+    event_type: str
+    event: bytes
+    """The outbox event's payload, which holds its id."""
     companions: list[Operation] = field(default_factory=list)
     """Further operations that begin with this change: the capture of an automatic authorization, or
     a reversal, which is PROCESSING and due for recovery at once (recover_after = now)."""
     discrepancies: list[Discrepancy] = field(default_factory=list)
-    event: bytes = b""
-    """The outbox event's payload; empty for a change that is no event (a takeover)."""
-    event_type: str = ""
     recover_after_s: float = 0.0
     """Where the operation is PROCESSING afterwards (a new attempt): as in Intent."""
     doubt: Doubt | None = None
@@ -352,7 +355,9 @@ class Encoder(Protocol):
     def response(self, operation: Operation, payment: Payment) -> bytes:
         """A money response without its `replay` field."""
 
-    def event(self, event_type: str, operation: Operation, payment: Payment) -> bytes:
+    def event(
+        self, event_id: str, event_type: str, operation: Operation, payment: Payment
+    ) -> bytes:
         """An outbox event."""
 
     def connector_fields(self, payment: Payment) -> tuple[str, Mapping[str, object]]:

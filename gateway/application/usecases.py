@@ -487,7 +487,7 @@ class Payments:
     async def _write_again(self, before: Operation, begun: Begun, connector: Connector) -> Stored:
         operation, payment = begun.operation, begun.payment
         operation.updated_at = payment.updated_at = self._clock.after(payment.updated_at)
-        event_type = _event_type(operation)
+        event_id, event_type = ids.new_event_id(), _event_type(operation)
         return await self._store.write_change(
             Change(
                 operation=operation,
@@ -495,8 +495,9 @@ class Payments:
                 expected_epoch=before.epoch,
                 expected_state=before.state,
                 expected_version=payment.version - 1,
-                event=self._encoder.event(event_type, operation, payment),
+                event_id=event_id,
                 event_type=event_type,
+                event=self._encoder.event(event_id, event_type, operation, payment),
                 recover_after_s=self._recover_after_s(connector),
             )
         )
@@ -692,7 +693,7 @@ class Outcomes:
         # Still PROCESSING where an earlier attempt of it is reversed: its sender keeps its time.
         sending = operation.state is OperationState.PROCESSING
         unfinished = operation.state in states.UNFINISHED
-        event_type = _event_type(operation)
+        event_id, event_type = ids.new_event_id(), _event_type(operation)
         generation = self._claims.generation
         stored = await self._store.write_change(
             Change(
@@ -703,8 +704,9 @@ class Outcomes:
                 expected_version=payment.version,
                 companions=settled.companions,
                 discrepancies=settled.discrepancies,
-                event=self._encoder.event(event_type, operation, settled.payment),
+                event_id=event_id,
                 event_type=event_type,
+                event=self._encoder.event(event_id, event_type, operation, settled.payment),
                 recover_after_s=self._takeover_after_s(operation) if sending else 0.0,
                 doubt=Doubt(self._first_check_s) if unfinished and not sending else None,
             )

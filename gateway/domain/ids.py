@@ -17,6 +17,7 @@ _PREFIXES: Final = {
     "organisation": "org_",
     "key": "key_",
     "request": "req_",
+    "event": "evt_",
 }
 
 
@@ -48,6 +49,11 @@ def new_key_id() -> str:
 def new_request_id() -> str:
     """A new id of a request: `req_` and 32 hex characters."""
     return "req_" + uuid7().hex
+
+
+def new_event_id() -> str:
+    """A new id of an event: `evt_` and 32 hex characters."""
+    return "evt_" + uuid7().hex
 
 
 def _syntax(kind: str) -> Callable[[str], object]:

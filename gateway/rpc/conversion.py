@@ -509,9 +509,13 @@ class ContractEncoder:
             _PAYMENT, encode_payment(payment)
         )
 
-    def event(self, event_type: str, operation: Operation, payment: Payment) -> bytes:
+    def event(
+        self, event_id: str, event_type: str, operation: Operation, payment: Payment
+    ) -> bytes:
         """A PaymentEvent."""
-        head = payment_pb2.PaymentEvent(event_version=EVENT_VERSION, event_type=event_type)
+        head = payment_pb2.PaymentEvent(
+            event_version=EVENT_VERSION, event_type=event_type, event_id=event_id
+        )
         return b"".join(
             (
                 head.SerializeToString(),

@@ -274,6 +274,7 @@ def change_columns(changes: Sequence[Change]) -> Columns:
                 # An operation that is PROCESSING again is too old for the scan for dead senders.
                 for change, wait_s in zip(changes, recover_after_s, strict=True)
             ],
+            "event_id": [change.event_id for change in changes],
             "event_type": [change.event_type for change in changes],
             "event": [change.event for change in changes],
             "payment_updated_at": [p.updated_at for p in payments],

@@ -161,6 +161,7 @@ CREATE TABLE outbox (
     xact_id xid8 NOT NULL DEFAULT pg_current_xact_id(),
     created_at timestamptz NOT NULL DEFAULT now(),
     seq smallint NOT NULL DEFAULT 0,
+    event_id text COLLATE "C" NOT NULL,
     event_type text NOT NULL,
     payload bytea NOT NULL,
     PRIMARY KEY (merchant_id, payment_id, payment_version, seq)

@@ -182,37 +182,21 @@ forgotten AS (
 SELECT array(SELECT operation_id FROM changed) AS changed;
 
 -- :name written_changes
--- Which of these changes were written by an earlier try whose answer was lost. The proof is the
--- event of this very change at the version that it made; a change without an event is proven by its
--- operation, if it moved that.
+-- Which of these changes were written by an earlier try whose answer was lost. The proof is the event
+-- of this very change, by its id, at the version that it made. What the operation and the payment
+-- hold proves nothing: somebody else may have decided on the very same.
 SELECT input.operation_id
 FROM unnest(
     :merchant_id::text[], :payment_id::text[], :operation_id::text[], :payment_version::int8[],
-    :event::bytea[], :epoch::int4[], :state::int2[], :attempt_number::int4[], :response::bytea[],
-    :expected_epoch::int4[], :expected_state::int2[]
-) AS input (
-    merchant_id, payment_id, operation_id, payment_version, event, epoch, state, attempt_number,
-    response, expected_epoch, expected_state
-)
-WHERE CASE
-    WHEN input.event <> '' THEN EXISTS (
-        SELECT FROM outbox
-        WHERE outbox.merchant_id = input.merchant_id
-            AND outbox.payment_id = input.payment_id
-            AND outbox.payment_version = input.payment_version
-            AND outbox.payload = input.event
-    )
-    WHEN (input.epoch, input.state) <> (input.expected_epoch, input.expected_state) THEN EXISTS (
-        SELECT FROM operations AS operation
-        WHERE operation.merchant_id = input.merchant_id
-            AND operation.operation_id = input.operation_id
-            AND operation.epoch = input.epoch
-            AND operation.state = input.state
-            AND operation.attempt_number = input.attempt_number
-            AND operation.response IS NOT DISTINCT FROM input.response
-    )
-    ELSE false
-END;
+    :event_id::text[]
+) AS input (merchant_id, payment_id, operation_id, payment_version, event_id)
+WHERE EXISTS (
+    SELECT FROM outbox
+    WHERE outbox.merchant_id = input.merchant_id
+        AND outbox.payment_id = input.payment_id
+        AND outbox.payment_version = input.payment_version
+        AND outbox.event_id = input.event_id
+);
 
 -- :fragment changed
 WITH input AS MATERIALIZED (
@@ -221,12 +205,12 @@ WITH input AS MATERIALIZED (
         :merchant_id::text[], :operation_id::text[], :payment_id::text[],
         :expected_epoch::int4[], :expected_state::int2[], :expected_version::int8[],
         :epoch::int4[], :recover_after_s::float8[], :check_after_s::float8[],
-        :event_type::text[], :event::bytea[],
+        :event_id::text[], :event_type::text[], :event::bytea[],
         {{operation_set_arrays}},
         {{payment_arrays}}, :payment_updated_at::timestamptz[]
     ) AS input (
         merchant_id, operation_id, payment_id, expected_epoch, expected_state, expected_version,
-        epoch, recover_after_s, check_after_s, event_type, event,
+        epoch, recover_after_s, check_after_s, event_id, event_type, event,
         {{operation_set_fields}},
         {{payment_fields}}, payment_updated_at
     )
@@ -264,10 +248,9 @@ paid AS (
     WHERE payment.merchant_id = source.merchant_id AND payment.payment_id = source.payment_id
 ),
 told AS (
-    INSERT INTO outbox (merchant_id, payment_id, payment_version, event_type, payload)
-    SELECT merchant_id, payment_id, payment_version, event_type, event
+    INSERT INTO outbox (merchant_id, payment_id, payment_version, event_id, event_type, payload)
+    SELECT merchant_id, payment_id, payment_version, event_id, event_type, event
     FROM changed
-    WHERE event <> ''
 )
 
 -- :fragment operation_fields
