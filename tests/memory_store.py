@@ -629,11 +629,13 @@ class JsonEncoder:
         }
         return json.dumps(told).encode()
 
-    def event(
+    def change(
         self, event_id: str, event_type: str, operation: Operation, payment: Payment
-    ) -> bytes:
+    ) -> tuple[bytes, bytes]:
         """See the port."""
-        return f"{event_id} {event_type}".encode() + b" " + self.response(operation, payment)
+        return self.response(
+            operation, payment
+        ), f"{event_id} {event_type}".encode() + b" " + self.response(operation, payment)
 
     def connector_fields(self, payment: Payment) -> tuple[str, Mapping[str, object]]:
         """See the port."""

@@ -355,10 +355,10 @@ class Encoder(Protocol):
     def response(self, operation: Operation, payment: Payment) -> bytes:
         """A money response without its `replay` field."""
 
-    def event(
+    def change(
         self, event_id: str, event_type: str, operation: Operation, payment: Payment
-    ) -> bytes:
-        """An outbox event."""
+    ) -> tuple[bytes, bytes]:
+        """What a change is told by: the money response, as `response` gives it, and the event."""
 
     def connector_fields(self, payment: Payment) -> tuple[str, Mapping[str, object]]:
         """The payment method's token and the request's remaining fields for a connector."""

@@ -243,19 +243,28 @@ class Payments:
             found = await self._find_by_key(command)
             if found is not None:
                 return await self._answer_existing(command, found)
-        task = asyncio.get_running_loop().create_task(self._guarded(command, start, claim))
-        return await self._shielded(task)
+        return await self._detach(self._guarded(command, start, claim))
 
-    async def _shielded(self, task: "asyncio.Task[Answer]") -> Answer:
+    async def _detach(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """What comes of `work`, which goes on where its caller is cancelled.
+
+        As asyncio.shield, at half its price.
+        """
+        loop = asyncio.get_running_loop()
+        task, ended = loop.create_task(work), loop.create_future()
         self._detached.add(task)
-        task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
 
-    def _forget(self, task: "asyncio.Task[Answer]") -> None:
-        self._detached.discard(task)
-        if not task.cancelled():
-            # The caller may have gone: what it would have been told is not an error of the program.
-            task.exception()
+        def end(task: "asyncio.Task[Answer]") -> None:
+            self._detached.discard(task)
+            if not ended.done():
+                ended.set_result(None)
+            elif not task.cancelled():
+                # The caller has gone: what it would have been told is no error of the program.
+                task.exception()
+
+        task.add_done_callback(end)
+        await ended
+        return task.result()
 
     async def _guarded(
         self,
@@ -316,8 +325,7 @@ class Payments:
             self._observer.replayed("postgres")
             return Answer(operation.response, True, operation.request_id, operation.payment_id)
         if operation.state is OperationState.NOT_SENT:
-            task = asyncio.get_running_loop().create_task(self._restart(command, found))
-            return await self._shielded(task)
+            return await self._detach(self._restart(command, found))
         return Answer(
             self._encoder.response(operation, found.payment),
             True,
@@ -497,7 +505,7 @@ class Payments:
                 expected_version=payment.version - 1,
                 event_id=event_id,
                 event_type=event_type,
-                event=self._encoder.event(event_id, event_type, operation, payment),
+                event=self._encoder.change(event_id, event_type, operation, payment)[1],
                 recover_after_s=self._recover_after_s(connector),
             )
         )
@@ -688,12 +696,13 @@ class Outcomes:
 
     async def _commit(self, before: Operation, payment: Payment, settled: Settled) -> Stored:
         operation = settled.operation
+        event_id, event_type = ids.new_event_id(), _event_type(operation)
+        response, event = self._encoder.change(event_id, event_type, operation, settled.payment)
         if operation.response is None and operation.state in states.FROZEN:
-            operation.response = self._encoder.response(operation, settled.payment)
+            operation.response = response
         # Still PROCESSING where an earlier attempt of it is reversed: its sender keeps its time.
         sending = operation.state is OperationState.PROCESSING
         unfinished = operation.state in states.UNFINISHED
-        event_id, event_type = ids.new_event_id(), _event_type(operation)
         generation = self._claims.generation
         stored = await self._store.write_change(
             Change(
@@ -706,7 +715,7 @@ class Outcomes:
                 discrepancies=settled.discrepancies,
                 event_id=event_id,
                 event_type=event_type,
-                event=self._encoder.event(event_id, event_type, operation, settled.payment),
+                event=event,
                 recover_after_s=self._takeover_after_s(operation) if sending else 0.0,
                 doubt=Doubt(self._first_check_s) if unfinished and not sending else None,
             )

@@ -3,11 +3,11 @@
 The numbers of the enums are those of the contract.
 """
 
-import copy
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from enum import IntEnum
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar, cast
 
 _T = TypeVar("_T")
 
@@ -274,9 +274,12 @@ class Operation:
         """The reference of the present attempt at the PSP."""
         return f"{self.operation_id}-{self.attempt.number}"
 
-    def copy_with(self, **changes: Any) -> Self:
+    def copy_with(self, **changes: Any) -> "Operation":
         """A copy in which the named fields are changed."""
-        return _copy_with(self, changes)
+        new = _copy_operation(self)
+        for name, change in changes.items():
+            setattr(new, name, change)
+        return new
 
 
 @dataclass(slots=True)
@@ -316,17 +319,29 @@ class Payment:
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
-    def copy_with(self, **changes: Any) -> Self:
+    def copy_with(self, **changes: Any) -> "Payment":
         """A copy in which the named fields are changed."""
-        return _copy_with(self, changes)
+        new = _copy_payment(self)
+        for name, change in changes.items():
+            setattr(new, name, change)
+        return new
 
 
-def _copy_with(value: _T, changes: dict[str, Any]) -> _T:
-    # copy.copy and setattr cost a third of dataclasses.replace, which runs __init__ again.
-    new = copy.copy(value)
-    for name, change in changes.items():
-        setattr(new, name, change)
-    return new
+def _copier(cls: type[_T]) -> Callable[[_T], _T]:
+    """A function that copies an instance: one assignment for each field, written out.
+
+    Every outcome copies an operation and a payment. dataclasses.replace runs __init__ and copy.copy
+    takes pickle's way; they cost five times as much.
+    """
+    lines = [f"    new.{each.name} = value.{each.name}\n" for each in fields(cast("Any", cls))]
+    source = f"def copy(value):\n    new = create(cls)\n{''.join(lines)}    return new\n"
+    names: dict[str, Any] = {"create": object.__new__, "cls": cls}
+    exec(source, names)  # noqa: S102 (as the module of dataclasses makes its methods)
+    return cast("Callable[[_T], _T]", names["copy"])
+
+
+_copy_operation = _copier(Operation)
+_copy_payment = _copier(Payment)
 
 
 @dataclass(slots=True)

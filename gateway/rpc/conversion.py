@@ -307,11 +307,8 @@ def _outcome(outcome: Outcome) -> outcome_pb2.Outcome:
     return message
 
 
-def _attempt(operation_id: str, attempt: Attempt) -> payment_pb2.Attempt:
-    processing_time: Duration | None = None
-    if attempt.processing_ms is not None:
-        processing_time = Duration()
-        processing_time.FromMicroseconds(round(attempt.processing_ms * 1000))
+def _encode_attempt(operation_id: str, attempt: Attempt) -> bytes:
+    """An attempt without its outcome."""
     return payment_pb2.Attempt(
         number=attempt.number,
         connector=attempt.connector,
@@ -319,43 +316,63 @@ def _attempt(operation_id: str, attempt: Attempt) -> payment_pb2.Attempt:
         connector_reference=f"{operation_id}-{attempt.number}",
         delivery=payment_pb2.Delivery.ValueType(attempt.delivery),
         connector_transaction_id=attempt.connector_transaction_id,
-        outcome=None if attempt.outcome is None else _outcome(attempt.outcome),
-        connector_processing_time=processing_time,
-    )
+        connector_processing_time=_duration(attempt.processing_ms),
+    ).SerializeToString()
+
+
+def _duration(milliseconds: float | None) -> Duration | None:
+    if milliseconds is None:
+        return None
+    seconds, microseconds = divmod(round(milliseconds * 1000), 1_000_000)
+    return Duration(seconds=seconds, nanos=microseconds * 1000)
+
+
+# The fields whose messages are joined as bytes: each is encoded once, where messages that are
+# assigned to messages are copied each time.
+_ATTEMPT_OUTCOME, _OPERATION_OUTCOME, _OPERATION_ATTEMPTS = 7, 12, 13
 
 
 def encode_operation(operation: Operation) -> bytes:
     """An operation as the contract's Operation."""
-    attempts = [*operation.superseded_attempts, operation.attempt]
-    messages = [_attempt(operation.operation_id, attempt) for attempt in attempts]
-    answered = next((each for each in reversed(messages) if each.HasField("outcome")), None)
     action_url = operation.next_action_url
-    return payment_pb2.Operation(
-        operation_id=operation.operation_id,
-        payment_id=operation.payment_id,
-        merchant_id=operation.merchant_id,
-        parent_operation_id=operation.parent_operation_id or "",
-        kind=payment_pb2.OperationKind.ValueType(operation.kind),
-        origin=payment_pb2.OperationOrigin.ValueType(operation.origin),
-        state=payment_pb2.OperationState.ValueType(operation.state),
-        amount=money_pb2.Money(
-            amount_minor=operation.amount_minor, currency_code=operation.currency
-        ),
-        idempotency_key=operation.idempotency_key or "",
-        epoch=operation.epoch,
-        final=operation.final,
-        outcome=None if answered is None else answered.outcome,
-        attempts=messages,
-        allocations=[
-            payment_pb2.RefundAllocation(capture_operation_id=capture_id, amount_minor=part_minor)
-            for capture_id, part_minor in operation.allocations
-        ],
-        next_action=payment_pb2.NextAction(redirect_url=action_url) if action_url else None,
-        reason=operation.reason,
-        merchant_transaction_id=operation.merchant_transaction_id,
-        created_at=_timestamp(operation.created_at),
-        updated_at=_timestamp(operation.updated_at),
-    ).SerializeToString(deterministic=True)
+    parts = [
+        payment_pb2.Operation(
+            operation_id=operation.operation_id,
+            payment_id=operation.payment_id,
+            merchant_id=operation.merchant_id,
+            parent_operation_id=operation.parent_operation_id or "",
+            kind=payment_pb2.OperationKind.ValueType(operation.kind),
+            origin=payment_pb2.OperationOrigin.ValueType(operation.origin),
+            state=payment_pb2.OperationState.ValueType(operation.state),
+            amount=money_pb2.Money(
+                amount_minor=operation.amount_minor, currency_code=operation.currency
+            ),
+            idempotency_key=operation.idempotency_key or "",
+            epoch=operation.epoch,
+            final=operation.final,
+            allocations=[
+                payment_pb2.RefundAllocation(
+                    capture_operation_id=capture_id, amount_minor=part_minor
+                )
+                for capture_id, part_minor in operation.allocations
+            ],
+            next_action=payment_pb2.NextAction(redirect_url=action_url) if action_url else None,
+            reason=operation.reason,
+            merchant_transaction_id=operation.merchant_transaction_id,
+            created_at=_timestamp(operation.created_at),
+            updated_at=_timestamp(operation.updated_at),
+        ).SerializeToString()
+    ]
+    outcome: bytes | None = None
+    for attempt in (*operation.superseded_attempts, operation.attempt):
+        encoded = _encode_attempt(operation.operation_id, attempt)
+        if attempt.outcome is not None:
+            outcome = _outcome(attempt.outcome).SerializeToString()
+            encoded += length_delimited(_ATTEMPT_OUTCOME, outcome)
+        parts.append(length_delimited(_OPERATION_ATTEMPTS, encoded))
+    if outcome is not None:  # the latest one
+        parts.append(length_delimited(_OPERATION_OUTCOME, outcome))
+    return b"".join(parts)
 
 
 def encode_payment(payment: Payment) -> bytes:
@@ -509,20 +526,25 @@ class ContractEncoder:
             _PAYMENT, encode_payment(payment)
         )
 
-    def event(
+    def change(
         self, event_id: str, event_type: str, operation: Operation, payment: Payment
-    ) -> bytes:
-        """A PaymentEvent."""
+    ) -> tuple[bytes, bytes]:
+        """A money response without its `replay` field, and a PaymentEvent."""
+        encoded_operation, encoded_payment = encode_operation(operation), encode_payment(payment)
         head = payment_pb2.PaymentEvent(
             event_version=EVENT_VERSION, event_type=event_type, event_id=event_id
         )
-        return b"".join(
+        response = length_delimited(_OPERATION, encoded_operation) + length_delimited(
+            _PAYMENT, encoded_payment
+        )
+        event = b"".join(
             (
                 head.SerializeToString(),
-                length_delimited(3, encode_payment(payment)),
-                length_delimited(4, encode_operation(operation)),
+                length_delimited(3, encoded_payment),
+                length_delimited(4, encoded_operation),
             )
         )
+        return response, event
 
     def connector_fields(self, payment: Payment) -> tuple[str, Mapping[str, object]]:
         """The payment method's token (empty for another method) and the fields of the request that

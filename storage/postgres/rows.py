@@ -17,7 +17,6 @@ from gateway.domain.model import (
     ConnectorAnswer,
     CvvResult,
     Delivery,
-    Discrepancy,
     Mode,
     Operation,
     OperationKind,
@@ -30,8 +29,8 @@ from gateway.domain.model import (
     Verdict,
 )
 
-Columns = dict[str, list[Any]]
-"""The arrays of a statement, by the names of its parameters."""
+Row = tuple[Any, ...]
+"""A composite value: what a statement takes an array of."""
 
 _OUTCOME_DEFAULTS = tuple((field.name, field.default) for field in fields(Outcome))
 _OUTCOME_ENUMS = {
@@ -128,77 +127,77 @@ def answer_of(text: str | None) -> ConnectorAnswer | None:
     return ConnectorAnswer(**document)
 
 
-# --- to columns -----------------------------------------------------------------------------------
+# --- to rows --------------------------------------------------------------------------------------
+# In the order of the attributes of the types in the migrations. One array of composite values costs
+# a quarter of an array for each column: see docs/performance.md.
 
 
-def _changing_columns(operations: Sequence[Operation], prefix: str) -> Columns:
+def _changing(operation: Operation) -> Row:
     """What of an operation can change, but for its epoch."""
-    attempts = [operation.attempt for operation in operations]
-    return {
-        f"{prefix}state": [o.state for o in operations],
-        f"{prefix}amount_minor": [o.amount_minor for o in operations],
-        f"{prefix}final": [o.final for o in operations],
-        f"{prefix}request_id": [o.request_id for o in operations],
-        f"{prefix}note": [o.note for o in operations],
-        f"{prefix}reason": [o.reason for o in operations],
-        f"{prefix}next_action_url": [clean(o.next_action_url) for o in operations],
-        f"{prefix}allocations": [
-            json.dumps(o.allocations) if o.allocations else None for o in operations
-        ],
-        f"{prefix}attempt_number": [a.number for a in attempts],
-        f"{prefix}connector": [a.connector for a in attempts],
-        f"{prefix}connector_account_id": [a.connector_account_id for a in attempts],
-        f"{prefix}delivery": [a.delivery for a in attempts],
-        f"{prefix}connector_transaction_id": [clean(a.connector_transaction_id) for a in attempts],
-        f"{prefix}outcome": [outcome_json(a.outcome) for a in attempts],
-        f"{prefix}processing_ms": [a.processing_ms for a in attempts],
-        f"{prefix}response": [o.response for o in operations],
-        f"{prefix}updated_at": [o.updated_at for o in operations],
-    }
+    attempt = operation.attempt
+    return (
+        operation.state,
+        operation.amount_minor,
+        operation.final,
+        operation.request_id,
+        operation.note,
+        operation.reason,
+        clean(operation.next_action_url),
+        json.dumps(operation.allocations) if operation.allocations else None,
+        attempt.number,
+        attempt.connector,
+        attempt.connector_account_id,
+        attempt.delivery,
+        clean(attempt.connector_transaction_id),
+        outcome_json(attempt.outcome),
+        attempt.processing_ms,
+        operation.response,
+    )
 
 
-def _new_columns(operations: Sequence[Operation], prefix: str = "") -> Columns:
+def _new(operation: Operation) -> Row:
     """All of an operation but its times."""
-    return _changing_columns(operations, prefix) | {
-        f"{prefix}merchant_id": [o.merchant_id for o in operations],
-        f"{prefix}operation_id": [o.operation_id for o in operations],
-        f"{prefix}payment_id": [o.payment_id for o in operations],
-        f"{prefix}kind": [o.kind for o in operations],
-        f"{prefix}origin": [o.origin for o in operations],
-        f"{prefix}currency": [o.currency for o in operations],
-        f"{prefix}epoch": [o.epoch for o in operations],
-        f"{prefix}parent_operation_id": [o.parent_operation_id for o in operations],
-        f"{prefix}idempotency_key": [o.idempotency_key for o in operations],
-        f"{prefix}fingerprint": [o.fingerprint for o in operations],
-        f"{prefix}merchant_transaction_id": [o.merchant_transaction_id for o in operations],
-    }
+    return (
+        operation.merchant_id,
+        operation.operation_id,
+        operation.payment_id,
+        operation.kind,
+        operation.origin,
+        operation.currency,
+        operation.epoch,
+        operation.parent_operation_id,
+        operation.idempotency_key,
+        operation.fingerprint,
+        operation.merchant_transaction_id,
+        *_changing(operation),
+    )
 
 
-def _payment_columns(payments: Sequence[Payment]) -> Columns:
+def _payment(payment: Payment) -> Row:
     """What of a payment can change."""
-    return {
-        "payment_version": [p.version for p in payments],
-        "payment_state": [p.state for p in payments],
-        "requested_minor": [p.requested_minor for p in payments],
-        "authorized_minor": [p.authorized_minor for p in payments],
-        "capture_pending_minor": [p.capture_pending_minor for p in payments],
-        "captured_minor": [p.captured_minor for p in payments],
-        "refund_pending_minor": [p.refund_pending_minor for p in payments],
-        "refunded_minor": [p.refunded_minor for p in payments],
-        "voided_minor": [p.voided_minor for p in payments],
-        "increment_pending_minor": [p.increment_pending_minor for p in payments],
-        "authorized_reported_minor": [p.authorized_reported_minor for p in payments],
-        "captured_reported_minor": [p.captured_reported_minor for p in payments],
-        "refunded_reported_minor": [p.refunded_reported_minor for p in payments],
-        "capture_closed": [p.capture_closed for p in payments],
-        "cancel_requested": [p.cancel_requested for p in payments],
-        "payment_connector": [p.connector for p in payments],
-        "payment_connector_account_id": [p.connector_account_id for p in payments],
-        "payment_connector_transaction_id": [clean(p.connector_transaction_id) for p in payments],
-        "auth_code": [clean(p.auth_code) for p in payments],
-        "network_transaction_id": [clean(p.network_transaction_id) for p in payments],
-        "authorization_expires_at": [p.authorization_expires_at for p in payments],
-    }
+    return (
+        payment.version,
+        payment.state,
+        payment.requested_minor,
+        payment.authorized_minor,
+        payment.capture_pending_minor,
+        payment.captured_minor,
+        payment.refund_pending_minor,
+        payment.refunded_minor,
+        payment.voided_minor,
+        payment.increment_pending_minor,
+        payment.authorized_reported_minor,
+        payment.captured_reported_minor,
+        payment.refunded_reported_minor,
+        payment.capture_closed,
+        payment.cancel_requested,
+        payment.connector,
+        payment.connector_account_id,
+        clean(payment.connector_transaction_id),
+        clean(payment.auth_code),
+        clean(payment.network_transaction_id),
+        payment.authorization_expires_at,
+    )
 
 
 def check_new_payment(intent: Intent) -> None:
@@ -221,110 +220,104 @@ def check_new_payment(intent: Intent) -> None:
             raise ValueError(f"{name} of a new payment is set")
 
 
-def authorize_columns(intents: Sequence[Intent]) -> Columns:
-    """For authorize_intent."""
-    payments = [intent.payment for intent in intents]
-    return _new_columns([intent.operation for intent in intents]) | {
-        "recover_after_s": [intent.recover_after_s for intent in intents],
-        "mode": [p.mode for p in payments],
-        "payment_state": [p.state for p in payments],
-        "capture_method": [p.capture_method for p in payments],
-        "requested_minor": [p.requested_minor for p in payments],
-        "version": [p.version for p in payments],
-        "merchant_order_id": [p.merchant_order_id for p in payments],
-        "allow_partial_approval": [p.allow_partial_approval for p in payments],
-        "details": [p.details for p in payments],
-    }
-
-
-def followup_columns(intents: Sequence[Intent]) -> Columns:
-    """For followup_intent."""
+def authorize_row(intent: Intent) -> Row:
+    """An authorize_intent."""
+    payment = intent.payment
     return (
-        _payment_columns([intent.payment for intent in intents])
-        | _new_columns([intent.operation for intent in intents])
-        | {
-            "recover_after_s": [intent.recover_after_s for intent in intents],
-            "expected_version": [intent.expected_version for intent in intents],
-        }
+        *_new(intent.operation),
+        intent.recover_after_s,
+        payment.mode,
+        payment.state,
+        payment.capture_method,
+        payment.requested_minor,
+        payment.version,
+        payment.merchant_order_id,
+        payment.allow_partial_approval,
+        payment.details,
     )
 
 
-def change_columns(changes: Sequence[Change]) -> Columns:
-    """For change, and for written_changes."""
-    operations = [change.operation for change in changes]
-    recover_after_s = [
-        change.recover_after_s if change.operation.state is OperationState.PROCESSING else None
+def followup_row(intent: Intent) -> Row:
+    """A followup_intent."""
+    return (
+        *_new(intent.operation),
+        intent.recover_after_s,
+        intent.expected_version,
+        *_payment(intent.payment),
+    )
+
+
+def change_row(change: Change) -> Row:
+    """A payment_change."""
+    operation, payment = change.operation, change.payment
+    recover_after_s = (
+        change.recover_after_s if operation.state is OperationState.PROCESSING else None
+    )
+    return (
+        operation.merchant_id,
+        operation.operation_id,
+        operation.payment_id,
+        change.expected_epoch,
+        change.expected_state,
+        change.expected_version,
+        operation.epoch,
+        recover_after_s,
+        # An operation that is PROCESSING again is too old for the scan for dead senders.
+        recover_after_s if change.doubt is None else change.doubt.check_after_s,
+        change.event_id,
+        change.event_type,
+        change.event,
+        *_changing(operation),
+        operation.updated_at,
+        *_payment(payment),
+        payment.updated_at,
+    )
+
+
+def companion_rows(changes: Sequence[Change]) -> list[Row]:
+    """The companion_operations that begin with the changes."""
+    return [
+        (change.operation.operation_id, *_new(each))
         for change in changes
+        for each in change.companions
     ]
-    payments = [change.payment for change in changes]
-    return (
-        _payment_columns(payments)
-        | _changing_columns(operations, "")
-        | {
-            "merchant_id": [o.merchant_id for o in operations],
-            "operation_id": [o.operation_id for o in operations],
-            "payment_id": [o.payment_id for o in operations],
-            "expected_epoch": [change.expected_epoch for change in changes],
-            "expected_state": [change.expected_state for change in changes],
-            "expected_version": [change.expected_version for change in changes],
-            "epoch": [o.epoch for o in operations],
-            "recover_after_s": recover_after_s,
-            "check_after_s": [
-                wait_s if change.doubt is None else change.doubt.check_after_s
-                # An operation that is PROCESSING again is too old for the scan for dead senders.
-                for change, wait_s in zip(changes, recover_after_s, strict=True)
-            ],
-            "event_id": [change.event_id for change in changes],
-            "event_type": [change.event_type for change in changes],
-            "event": [change.event for change in changes],
-            "payment_updated_at": [p.updated_at for p in payments],
-        }
-    )
 
 
-def companion_columns(changes: Sequence[Change]) -> Columns:
-    """For change_with_more: the operations that begin with the changes."""
-    companions = [(change, each) for change in changes for each in change.companions]
-    return _new_columns([each for _, each in companions], "companion_") | {
-        "companion_changed_by": [change.operation.operation_id for change, _ in companions],
-    }
-
-
-def superseded_columns(operations: Iterable[Operation]) -> Columns:
-    """For change_with_more: the attempts before the present ones."""
-    earlier = [
-        (operation, attempt)
+def superseded_rows(operations: Iterable[Operation]) -> list[Row]:
+    """The superseded_attempts before the present ones."""
+    return [
+        (
+            operation.merchant_id,
+            operation.operation_id,
+            attempt.number,
+            attempt.connector,
+            attempt.connector_account_id,
+            attempt.delivery,
+            clean(attempt.connector_transaction_id),
+            outcome_json(attempt.outcome),
+            attempt.processing_ms,
+        )
         for operation in operations
         for attempt in operation.superseded_attempts
         if attempt.number < operation.attempt.number
     ]
-    return {
-        "earlier_merchant_id": [o.merchant_id for o, _ in earlier],
-        "earlier_operation_id": [o.operation_id for o, _ in earlier],
-        "earlier_number": [a.number for _, a in earlier],
-        "earlier_connector": [a.connector for _, a in earlier],
-        "earlier_connector_account_id": [a.connector_account_id for _, a in earlier],
-        "earlier_delivery": [a.delivery for _, a in earlier],
-        "earlier_connector_transaction_id": [clean(a.connector_transaction_id) for _, a in earlier],
-        "earlier_outcome": [outcome_json(a.outcome) for _, a in earlier],
-        "earlier_processing_ms": [a.processing_ms for _, a in earlier],
-    }
 
 
-def discrepancy_columns(changes: Sequence[Change]) -> Columns:
-    """For change_with_more."""
-    found: list[tuple[Change, Discrepancy]] = [
-        (change, each) for change in changes for each in change.discrepancies
+def discrepancy_rows(changes: Sequence[Change]) -> list[Row]:
+    """The discrepancies that the changes found."""
+    return [
+        (
+            change.operation.operation_id,
+            each.merchant_id,
+            each.payment_id,
+            each.operation_id,
+            each.kind,
+            clean(each.expected),
+            clean(each.reported),
+        )
+        for change in changes
+        for each in change.discrepancies
     ]
-    return {
-        "discrepancy_changed_by": [change.operation.operation_id for change, _ in found],
-        "discrepancy_merchant_id": [each.merchant_id for _, each in found],
-        "discrepancy_payment_id": [each.payment_id for _, each in found],
-        "discrepancy_operation_id": [each.operation_id for _, each in found],
-        "discrepancy_kind": [each.kind for _, each in found],
-        "discrepancy_expected": [clean(each.expected) for _, each in found],
-        "discrepancy_reported": [clean(each.reported) for _, each in found],
-    }
 
 
 # --- from columns ---------------------------------------------------------------------------------

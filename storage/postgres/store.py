@@ -421,16 +421,16 @@ async def _check(connection: Connection) -> Exception | None:
 async def _write_authorize_intents(
     connection: Connection, batch: Sequence[LaneRow[Intent]]
 ) -> Sequence[IntentResult]:
-    columns = rows.authorize_columns([row.value for row in batch])
-    [answer] = await run(connection, _AUTHORIZE_INTENT, **columns)
+    intents = [rows.authorize_row(row.value) for row in batch]
+    [answer] = await run(connection, _AUTHORIZE_INTENT, intents=intents)
     return await _intent_results(connection, batch, answer, locked=None)
 
 
 async def _write_followup_intents(
     connection: Connection, batch: Sequence[LaneRow[Intent]]
 ) -> Sequence[IntentResult]:
-    columns = rows.followup_columns([row.value for row in batch])
-    [answer] = await run(connection, _FOLLOWUP_INTENT, **columns)
+    intents = [rows.followup_row(row.value) for row in batch]
+    [answer] = await run(connection, _FOLLOWUP_INTENT, intents=intents)
     return await _intent_results(connection, batch, answer, locked=set(answer["locked"]))
 
 
@@ -491,22 +491,30 @@ async def _write_changes(
     connection: Connection, batch: Sequence[LaneRow[Change]]
 ) -> Sequence[Stored]:
     changes = [row.value for row in batch]
-    columns = rows.change_columns(changes)
+    change_rows = [rows.change_row(change) for change in changes]
     if _is_plain(changes[0]):  # and so are all: the lane is partitioned by it
-        [answer] = await run(connection, _CHANGE, **columns)
+        [answer] = await run(connection, _CHANGE, changes=change_rows)
     else:
         [answer] = await run(
             connection,
             _CHANGE_WITH_MORE,
-            **columns,
-            **rows.companion_columns(changes),
-            **rows.superseded_columns([change.operation for change in changes]),
-            **rows.discrepancy_columns(changes),
+            changes=change_rows,
+            companions=rows.companion_rows(changes),
+            superseded=rows.superseded_rows([change.operation for change in changes]),
+            discrepancies=rows.discrepancy_rows(changes),
         )
     written = set(answer["changed"])
     missing = [c for c in changes if c.operation.operation_id not in written]
     if missing:
-        found = await run(connection, _WRITTEN_CHANGES, **rows.change_columns(missing))
+        found = await run(
+            connection,
+            _WRITTEN_CHANGES,
+            merchant_id=[change.payment.merchant_id for change in missing],
+            payment_id=[change.payment.payment_id for change in missing],
+            operation_id=[change.operation.operation_id for change in missing],
+            payment_version=[change.payment.version for change in missing],
+            event_id=[change.event_id for change in missing],
+        )
         written.update(record["operation_id"] for record in found)
     return [
         Stored.WRITTEN if change.operation.operation_id in written else Stored.CONFLICT

@@ -148,11 +148,16 @@ async def test_everything_of_an_operation_and_its_payment_comes_back_as_it_was_w
     assert await stored(store, operation) == (change.operation, change.payment)
 
 
-def test_every_field_of_a_payment_that_can_change_is_tried_above() -> None:
+def test_every_field_of_a_payment_that_can_change_is_tried_above(dsn: str) -> None:
     never = {"merchant_id", "payment_id", "mode", "currency", "capture_method"}
     never |= {"merchant_order_id", "allow_partial_approval", "details", "created_at"}
     everything = {field.name for field in fields(Payment)} - never
-    columns = set(queries("writes")["change"].parameters)
+    columns = {
+        attribute
+        for (attribute,) in fetch(
+            dsn, "SELECT attname FROM pg_attribute WHERE attrelid = 'payment_change'::regclass"
+        )
+    }
     renamed = {"version", "state", "updated_at", "connector", "connector_account_id"}
     renamed |= {"connector_transaction_id"}
     for name in everything:
@@ -496,12 +501,30 @@ _ALL_TENANTS = {"put_expired", "lock_due", "count_doubts"}
 """What recovery asks for all merchants at once."""
 
 
+_ROWS = ("intents", "changes")
+"""Parameters whose rows name the merchant themselves, which the next test sees."""
+
+
+def test_every_row_of_a_write_names_the_merchant(dsn: str) -> None:
+    types = re.findall(
+        r"::((?!text|int8)\w+)\[\]", "".join(each.text for each in queries("writes").values())
+    )
+    assert len(set(types)) == 6
+    for name in types:
+        assert fetch(
+            dsn,
+            "SELECT FROM pg_attribute "
+            "WHERE attrelid = $1::text::regclass AND attname = 'merchant_id'",
+            name,
+        ), name
+
+
 @pytest.mark.parametrize("file", ["writes", "reads", "recovery"])
 def test_every_statement_on_a_merchants_data_names_the_merchant(file: str) -> None:
     for name, statement in queries(file).items():
         tables = re.findall(rf"\b(?:FROM|JOIN|UPDATE|INTO|USING) ({_TENANTS})\b", statement.text)
         if tables and name not in _ALL_TENANTS:
-            assert "merchant_id" in statement.parameters, name
+            assert {"merchant_id", *_ROWS} & set(statement.parameters), name
         # Each scan of a table is led by the merchant, as its primary key is.
         compared = len(re.findall(r"merchant_id(?:\)? =|, )", statement.text))
         assert compared >= len(tables) or name == "count_doubts", name

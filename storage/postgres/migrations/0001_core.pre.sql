@@ -179,3 +179,72 @@ CREATE TABLE discrepancies (
     created_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (merchant_id, discrepancy_id)
 );
+
+-- The rows that the batched statements take, an array of them each. A gateway fills every attribute
+-- by its place, so a type is never altered: another shape is another type, made before a deploy and
+-- dropped after it.
+CREATE TYPE authorize_intent AS (
+    merchant_id text, operation_id text, payment_id text, kind int2, origin int2, currency text,
+    epoch int4, parent_operation_id text, idempotency_key text, fingerprint bytea,
+    merchant_transaction_id text, state int2, amount_minor int8, final bool, request_id text,
+    note text, reason text, next_action_url text, allocations jsonb, attempt_number int4,
+    connector text, connector_account_id text, delivery int2, connector_transaction_id text,
+    outcome jsonb, processing_ms float8, response bytea,
+    recover_after_s float8, mode int2, payment_state int2, capture_method int2,
+    requested_minor int8, version int8, merchant_order_id text, allow_partial_approval bool,
+    details bytea
+);
+
+CREATE TYPE followup_intent AS (
+    merchant_id text, operation_id text, payment_id text, kind int2, origin int2, currency text,
+    epoch int4, parent_operation_id text, idempotency_key text, fingerprint bytea,
+    merchant_transaction_id text, state int2, amount_minor int8, final bool, request_id text,
+    note text, reason text, next_action_url text, allocations jsonb, attempt_number int4,
+    connector text, connector_account_id text, delivery int2, connector_transaction_id text,
+    outcome jsonb, processing_ms float8, response bytea,
+    recover_after_s float8, expected_version int8,
+    payment_version int8, payment_state int2, requested_minor int8, authorized_minor int8,
+    capture_pending_minor int8, captured_minor int8, refund_pending_minor int8, refunded_minor int8,
+    voided_minor int8, increment_pending_minor int8, authorized_reported_minor int8,
+    captured_reported_minor int8, refunded_reported_minor int8, capture_closed bool,
+    cancel_requested bool, payment_connector text, payment_connector_account_id text,
+    payment_connector_transaction_id text, auth_code text, network_transaction_id text,
+    authorization_expires_at timestamptz
+);
+
+CREATE TYPE payment_change AS (
+    merchant_id text, operation_id text, payment_id text, expected_epoch int4, expected_state int2,
+    expected_version int8, epoch int4, recover_after_s float8, check_after_s float8, event_id text,
+    event_type text, event bytea,
+    state int2, amount_minor int8, final bool, request_id text,
+    note text, reason text, next_action_url text, allocations jsonb, attempt_number int4,
+    connector text, connector_account_id text, delivery int2, connector_transaction_id text,
+    outcome jsonb, processing_ms float8, response bytea, updated_at timestamptz,
+    payment_version int8, payment_state int2, requested_minor int8, authorized_minor int8,
+    capture_pending_minor int8, captured_minor int8, refund_pending_minor int8, refunded_minor int8,
+    voided_minor int8, increment_pending_minor int8, authorized_reported_minor int8,
+    captured_reported_minor int8, refunded_reported_minor int8, capture_closed bool,
+    cancel_requested bool, payment_connector text, payment_connector_account_id text,
+    payment_connector_transaction_id text, auth_code text, network_transaction_id text,
+    authorization_expires_at timestamptz, payment_updated_at timestamptz
+);
+
+CREATE TYPE companion_operation AS (
+    changed_by text,
+    merchant_id text, operation_id text, payment_id text, kind int2, origin int2, currency text,
+    epoch int4, parent_operation_id text, idempotency_key text, fingerprint bytea,
+    merchant_transaction_id text, state int2, amount_minor int8, final bool, request_id text,
+    note text, reason text, next_action_url text, allocations jsonb, attempt_number int4,
+    connector text, connector_account_id text, delivery int2, connector_transaction_id text,
+    outcome jsonb, processing_ms float8, response bytea
+);
+
+CREATE TYPE superseded_attempt AS (
+    merchant_id text, operation_id text, number int4, connector text, connector_account_id text,
+    delivery int2, connector_transaction_id text, outcome jsonb, processing_ms float8
+);
+
+CREATE TYPE reported_discrepancy AS (
+    changed_by text, merchant_id text, payment_id text, operation_id text, kind text, expected text,
+    reported text
+);

@@ -15,16 +15,7 @@
 -- go into the index in ascending order, so that two batches never wait for each other.
 WITH input AS MATERIALIZED (
     SELECT *
-    FROM unnest(
-        {{operation_arrays}},
-        :recover_after_s::float8[], :mode::int2[], :payment_state::int2[],
-        :capture_method::int2[], :requested_minor::int8[], :version::int8[],
-        :merchant_order_id::text[], :allow_partial_approval::bool[], :details::bytea[]
-    ) AS input (
-        {{operation_fields}},
-        recover_after_s, mode, payment_state, capture_method, requested_minor, version,
-        merchant_order_id, allow_partial_approval, details
-    )
+    FROM unnest(:intents::authorize_intent[])
     ORDER BY merchant_id COLLATE "C", idempotency_key COLLATE "C"
 ),
 inserted AS (
@@ -56,12 +47,7 @@ SELECT now() AS at, array(SELECT operation_id FROM inserted) AS inserted;
 -- key is written.
 WITH input AS MATERIALIZED (
     SELECT *
-    FROM unnest(
-        {{operation_arrays}}, :recover_after_s::float8[], :expected_version::int8[],
-        {{payment_arrays}}
-    ) AS input (
-        {{operation_fields}}, recover_after_s, expected_version, {{payment_fields}}
-    )
+    FROM unnest(:intents::followup_intent[])
     ORDER BY merchant_id COLLATE "C", payment_id COLLATE "C"
 ),
 locked AS MATERIALIZED (
@@ -120,8 +106,7 @@ companions AS (
     INSERT INTO operations ({{operation_fields}}, recover_after, created_at, updated_at)
     -- created_at is the database's time whatever the caller says: recovery's watermark counts on it.
     SELECT {{operation_fields}}, now(), now(), now()
-    FROM unnest(:companion_changed_by::text[], {{companion_arrays}})
-        AS input (changed_by, {{operation_fields}})
+    FROM unnest(:companions::companion_operation[])
     WHERE ((merchant_id, changed_by) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
     ORDER BY merchant_id COLLATE "C", idempotency_key COLLATE "C", operation_id COLLATE "C"
 ),
@@ -133,15 +118,7 @@ superseded AS (
     SELECT
         merchant_id, operation_id, number, connector, connector_account_id, delivery,
         connector_transaction_id, outcome, processing_ms
-    FROM unnest(
-        :earlier_merchant_id::text[], :earlier_operation_id::text[], :earlier_number::int4[],
-        :earlier_connector::text[], :earlier_connector_account_id::text[],
-        :earlier_delivery::int2[], :earlier_connector_transaction_id::text[],
-        :earlier_outcome::jsonb[], :earlier_processing_ms::float8[]
-    ) AS input (
-        merchant_id, operation_id, number, connector, connector_account_id, delivery,
-        connector_transaction_id, outcome, processing_ms
-    )
+    FROM unnest(:superseded::superseded_attempt[])
     WHERE ((merchant_id, operation_id) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
     ORDER BY merchant_id, operation_id, number
     ON CONFLICT DO NOTHING
@@ -149,11 +126,7 @@ superseded AS (
 differing AS (
     INSERT INTO discrepancies (merchant_id, payment_id, operation_id, kind, expected, reported)
     SELECT merchant_id, payment_id, operation_id, kind, expected, reported
-    FROM unnest(
-        :discrepancy_changed_by::text[], :discrepancy_merchant_id::text[],
-        :discrepancy_payment_id::text[], :discrepancy_operation_id::text[],
-        :discrepancy_kind::text[], :discrepancy_expected::text[], :discrepancy_reported::text[]
-    ) AS input (changed_by, merchant_id, payment_id, operation_id, kind, expected, reported)
+    FROM unnest(:discrepancies::reported_discrepancy[])
     WHERE ((merchant_id, changed_by) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
 ),
 doubted AS (
@@ -201,19 +174,7 @@ WHERE EXISTS (
 -- :fragment changed
 WITH input AS MATERIALIZED (
     SELECT *
-    FROM unnest(
-        :merchant_id::text[], :operation_id::text[], :payment_id::text[],
-        :expected_epoch::int4[], :expected_state::int2[], :expected_version::int8[],
-        :epoch::int4[], :recover_after_s::float8[], :check_after_s::float8[],
-        :event_id::text[], :event_type::text[], :event::bytea[],
-        {{operation_set_arrays}},
-        {{payment_arrays}}, :payment_updated_at::timestamptz[]
-    ) AS input (
-        merchant_id, operation_id, payment_id, expected_epoch, expected_state, expected_version,
-        epoch, recover_after_s, check_after_s, event_id, event_type, event,
-        {{operation_set_fields}},
-        {{payment_fields}}, payment_updated_at
-    )
+    FROM unnest(:changes::payment_change[])
     ORDER BY merchant_id COLLATE "C", payment_id COLLATE "C"
 ),
 locked AS MATERIALIZED (
@@ -260,41 +221,6 @@ parent_operation_id, final, idempotency_key, fingerprint, request_id, merchant_t
 note, reason, next_action_url, allocations, attempt_number, connector, connector_account_id,
 delivery, connector_transaction_id, outcome, processing_ms, response
 
--- :fragment operation_arrays
-:merchant_id::text[], :operation_id::text[], :payment_id::text[], :kind::int2[], :origin::int2[],
-:state::int2[], :amount_minor::int8[], :currency::text[], :epoch::int4[],
-:parent_operation_id::text[], :final::bool[], :idempotency_key::text[], :fingerprint::bytea[],
-:request_id::text[], :merchant_transaction_id::text[], :note::text[], :reason::text[],
-:next_action_url::text[], :allocations::jsonb[], :attempt_number::int4[], :connector::text[],
-:connector_account_id::text[], :delivery::int2[], :connector_transaction_id::text[],
-:outcome::jsonb[], :processing_ms::float8[], :response::bytea[]
-
--- :fragment companion_arrays
-:companion_merchant_id::text[], :companion_operation_id::text[], :companion_payment_id::text[],
-:companion_kind::int2[], :companion_origin::int2[], :companion_state::int2[],
-:companion_amount_minor::int8[], :companion_currency::text[], :companion_epoch::int4[],
-:companion_parent_operation_id::text[], :companion_final::bool[],
-:companion_idempotency_key::text[], :companion_fingerprint::bytea[],
-:companion_request_id::text[], :companion_merchant_transaction_id::text[],
-:companion_note::text[], :companion_reason::text[], :companion_next_action_url::text[],
-:companion_allocations::jsonb[], :companion_attempt_number::int4[],
-:companion_connector::text[], :companion_connector_account_id::text[],
-:companion_delivery::int2[], :companion_connector_transaction_id::text[],
-:companion_outcome::jsonb[], :companion_processing_ms::float8[], :companion_response::bytea[]
-
--- :fragment operation_set_fields
--- What of an operation can change; idempotency key, kind and origin cannot.
-state, amount_minor, final, request_id, note, reason, next_action_url, allocations,
-attempt_number, connector, connector_account_id, delivery, connector_transaction_id, outcome,
-processing_ms, response, updated_at
-
--- :fragment operation_set_arrays
-:state::int2[], :amount_minor::int8[], :final::bool[], :request_id::text[], :note::text[],
-:reason::text[], :next_action_url::text[], :allocations::jsonb[], :attempt_number::int4[],
-:connector::text[], :connector_account_id::text[], :delivery::int2[],
-:connector_transaction_id::text[], :outcome::jsonb[], :processing_ms::float8[],
-:response::bytea[], :updated_at::timestamptz[]
-
 -- :fragment operation_set
 state = source.state,
 amount_minor = source.amount_minor,
@@ -313,24 +239,6 @@ outcome = source.outcome,
 processing_ms = source.processing_ms,
 response = source.response,
 updated_at = coalesce(source.updated_at, now())
-
--- :fragment payment_fields
--- What of a payment can change, prefixed where an operation has the same.
-payment_version, payment_state, requested_minor, authorized_minor, capture_pending_minor,
-captured_minor, refund_pending_minor, refunded_minor, voided_minor, increment_pending_minor,
-authorized_reported_minor, captured_reported_minor, refunded_reported_minor, capture_closed,
-cancel_requested, payment_connector, payment_connector_account_id,
-payment_connector_transaction_id, auth_code, network_transaction_id, authorization_expires_at
-
--- :fragment payment_arrays
-:payment_version::int8[], :payment_state::int2[], :requested_minor::int8[],
-:authorized_minor::int8[], :capture_pending_minor::int8[], :captured_minor::int8[],
-:refund_pending_minor::int8[], :refunded_minor::int8[], :voided_minor::int8[],
-:increment_pending_minor::int8[], :authorized_reported_minor::int8[],
-:captured_reported_minor::int8[], :refunded_reported_minor::int8[], :capture_closed::bool[],
-:cancel_requested::bool[], :payment_connector::text[], :payment_connector_account_id::text[],
-:payment_connector_transaction_id::text[], :auth_code::text[], :network_transaction_id::text[],
-:authorization_expires_at::timestamptz[]
 
 -- :fragment payment_set
 version = source.payment_version,
