@@ -307,72 +307,81 @@ def _outcome(outcome: Outcome) -> outcome_pb2.Outcome:
     return message
 
 
-def _encode_attempt(operation_id: str, attempt: Attempt) -> bytes:
-    """An attempt without its outcome."""
-    return payment_pb2.Attempt(
+def _duration(milliseconds: float) -> Duration:
+    seconds, microseconds = divmod(round(milliseconds * 1000), 1_000_000)
+    return Duration(seconds=seconds, nanos=microseconds * 1000)
+
+
+# Some messages are joined as bytes, in the order of their fields' numbers as protobuf writes them:
+# each is encoded once, where messages that are assigned to messages are copied each time.
+_ATTEMPT_OUTCOME, _ATTEMPT_PROCESSING_TIME = 7, 8
+_OPERATION_OUTCOME, _OPERATION_ATTEMPTS = 12, 13
+_EVENT_PAYMENT, _EVENT_OPERATION, _EVENT_ID = 3, 4, 5
+
+
+def _encode_attempt(operation_id: str, attempt: Attempt, outcome: bytes | None) -> bytes:
+    """An attempt with its encoded outcome."""
+    encoded = payment_pb2.Attempt(
         number=attempt.number,
         connector=attempt.connector,
         connector_account_id=attempt.connector_account_id,
         connector_reference=f"{operation_id}-{attempt.number}",
         delivery=payment_pb2.Delivery.ValueType(attempt.delivery),
         connector_transaction_id=attempt.connector_transaction_id,
-        connector_processing_time=_duration(attempt.processing_ms),
     ).SerializeToString()
-
-
-def _duration(milliseconds: float | None) -> Duration | None:
-    if milliseconds is None:
-        return None
-    seconds, microseconds = divmod(round(milliseconds * 1000), 1_000_000)
-    return Duration(seconds=seconds, nanos=microseconds * 1000)
-
-
-# The fields whose messages are joined as bytes: each is encoded once, where messages that are
-# assigned to messages are copied each time.
-_ATTEMPT_OUTCOME, _OPERATION_OUTCOME, _OPERATION_ATTEMPTS = 7, 12, 13
+    if outcome is not None:
+        encoded += length_delimited(_ATTEMPT_OUTCOME, outcome)
+    if attempt.processing_ms is not None:
+        duration = _duration(attempt.processing_ms).SerializeToString()
+        encoded += length_delimited(_ATTEMPT_PROCESSING_TIME, duration)
+    return encoded
 
 
 def encode_operation(operation: Operation) -> bytes:
     """An operation as the contract's Operation."""
-    action_url = operation.next_action_url
-    parts = [
-        payment_pb2.Operation(
-            operation_id=operation.operation_id,
-            payment_id=operation.payment_id,
-            merchant_id=operation.merchant_id,
-            parent_operation_id=operation.parent_operation_id or "",
-            kind=payment_pb2.OperationKind.ValueType(operation.kind),
-            origin=payment_pb2.OperationOrigin.ValueType(operation.origin),
-            state=payment_pb2.OperationState.ValueType(operation.state),
-            amount=money_pb2.Money(
-                amount_minor=operation.amount_minor, currency_code=operation.currency
-            ),
-            idempotency_key=operation.idempotency_key or "",
-            epoch=operation.epoch,
-            final=operation.final,
-            allocations=[
-                payment_pb2.RefundAllocation(
-                    capture_operation_id=capture_id, amount_minor=part_minor
-                )
-                for capture_id, part_minor in operation.allocations
-            ],
-            next_action=payment_pb2.NextAction(redirect_url=action_url) if action_url else None,
-            reason=operation.reason,
-            merchant_transaction_id=operation.merchant_transaction_id,
-            created_at=_timestamp(operation.created_at),
-            updated_at=_timestamp(operation.updated_at),
-        ).SerializeToString()
-    ]
-    outcome: bytes | None = None
+    attempts: list[bytes] = []
+    latest: bytes | None = None
     for attempt in (*operation.superseded_attempts, operation.attempt):
-        encoded = _encode_attempt(operation.operation_id, attempt)
+        outcome = None
         if attempt.outcome is not None:
-            outcome = _outcome(attempt.outcome).SerializeToString()
-            encoded += length_delimited(_ATTEMPT_OUTCOME, outcome)
-        parts.append(length_delimited(_OPERATION_ATTEMPTS, encoded))
-    if outcome is not None:  # the latest one
-        parts.append(length_delimited(_OPERATION_OUTCOME, outcome))
-    return b"".join(parts)
+            latest = outcome = _outcome(attempt.outcome).SerializeToString()
+        encoded = _encode_attempt(operation.operation_id, attempt, outcome)
+        attempts.append(length_delimited(_OPERATION_ATTEMPTS, encoded))
+    action_url = operation.next_action_url
+    return b"".join(
+        (
+            payment_pb2.Operation(
+                operation_id=operation.operation_id,
+                payment_id=operation.payment_id,
+                merchant_id=operation.merchant_id,
+                parent_operation_id=operation.parent_operation_id or "",
+                kind=payment_pb2.OperationKind.ValueType(operation.kind),
+                origin=payment_pb2.OperationOrigin.ValueType(operation.origin),
+                state=payment_pb2.OperationState.ValueType(operation.state),
+                amount=money_pb2.Money(
+                    amount_minor=operation.amount_minor, currency_code=operation.currency
+                ),
+                idempotency_key=operation.idempotency_key or "",
+                epoch=operation.epoch,
+                final=operation.final,
+            ).SerializeToString(),
+            b"" if latest is None else length_delimited(_OPERATION_OUTCOME, latest),
+            *attempts,
+            payment_pb2.Operation(
+                allocations=[
+                    payment_pb2.RefundAllocation(
+                        capture_operation_id=capture_id, amount_minor=part_minor
+                    )
+                    for capture_id, part_minor in operation.allocations
+                ],
+                next_action=payment_pb2.NextAction(redirect_url=action_url) if action_url else None,
+                reason=operation.reason,
+                merchant_transaction_id=operation.merchant_transaction_id,
+                created_at=_timestamp(operation.created_at),
+                updated_at=_timestamp(operation.updated_at),
+            ).SerializeToString(),
+        )
+    )
 
 
 def encode_payment(payment: Payment) -> bytes:
@@ -531,17 +540,16 @@ class ContractEncoder:
     ) -> tuple[bytes, bytes]:
         """A money response without its `replay` field, and a PaymentEvent."""
         encoded_operation, encoded_payment = encode_operation(operation), encode_payment(payment)
-        head = payment_pb2.PaymentEvent(
-            event_version=EVENT_VERSION, event_type=event_type, event_id=event_id
-        )
         response = length_delimited(_OPERATION, encoded_operation) + length_delimited(
             _PAYMENT, encoded_payment
         )
+        head = payment_pb2.PaymentEvent(event_version=EVENT_VERSION, event_type=event_type)
         event = b"".join(
             (
                 head.SerializeToString(),
-                length_delimited(3, encoded_payment),
-                length_delimited(4, encoded_operation),
+                length_delimited(_EVENT_PAYMENT, encoded_payment),
+                length_delimited(_EVENT_OPERATION, encoded_operation),
+                length_delimited(_EVENT_ID, event_id.encode()),
             )
         )
         return response, event
