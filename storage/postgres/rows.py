@@ -1,12 +1,12 @@
 """Between the domain's values and the columns of the tables."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from datetime import datetime
 from typing import Any
 
 import asyncpg
+import orjson
 
 from gateway.application.ports import Change, Intent
 from gateway.domain.model import (
@@ -67,9 +67,13 @@ def clean(text: str) -> str:
 # --- documents ------------------------------------------------------------------------------------
 
 
+def _json(document: object) -> str:
+    return orjson.dumps(document).decode()
+
+
 def outcome_json(outcome: Outcome | None) -> str | None:
     """By field names, defaults left out."""
-    return None if outcome is None else json.dumps(_outcome_document(outcome))
+    return None if outcome is None else _json(_outcome_document(outcome))
 
 
 def _outcome_document(outcome: Outcome) -> dict[str, str | int]:
@@ -83,7 +87,7 @@ def _outcome_document(outcome: Outcome) -> dict[str, str | int]:
 
 def outcome_of(text: str | None) -> Outcome | None:
     """The outcome of a column."""
-    return None if text is None else _outcome_of_document(json.loads(text))
+    return None if text is None else _outcome_of_document(orjson.loads(text))
 
 
 def _outcome_of_document(document: dict[str, Any]) -> Outcome:
@@ -107,14 +111,14 @@ def answer_json(answer: ConnectorAnswer) -> str:
         elif isinstance(value, str):
             value = clean(value)
         document[field.name] = value
-    return json.dumps(document)
+    return _json(document)
 
 
 def answer_of(text: str | None) -> ConnectorAnswer | None:
     """The answer of a column."""
     if text is None:
         return None
-    document = json.loads(text)
+    document = orjson.loads(text)
     document["delivery"] = Delivery(document["delivery"])
     if "verdict" in document:
         document["verdict"] = Verdict(document["verdict"])
@@ -143,7 +147,7 @@ def _changing(operation: Operation) -> Row:
         operation.note,
         operation.reason,
         clean(operation.next_action_url),
-        json.dumps(operation.allocations) if operation.allocations else None,
+        _json(operation.allocations) if operation.allocations else None,
         attempt.number,
         attempt.connector,
         attempt.connector_account_id,
@@ -357,10 +361,10 @@ def operation_of(row: asyncpg.Record) -> Operation:
         next_action_url=row["next_action_url"],
         allocations=()
         if allocations is None
-        else tuple((operation_id, part) for operation_id, part in json.loads(allocations)),
+        else tuple((operation_id, part) for operation_id, part in orjson.loads(allocations)),
         superseded_attempts=()
         if earlier is None
-        else tuple(_attempt_of(document) for document in json.loads(earlier)),
+        else tuple(_attempt_of(document) for document in orjson.loads(earlier)),
         response=row["response"],
         created_at=row["created_at"],
         updated_at=row["updated_at"],
