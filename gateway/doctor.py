@@ -4,6 +4,7 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import aiohttp
 import asyncpg
@@ -12,6 +13,7 @@ from redis.exceptions import RedisError
 from gateway.local import LocalState
 from gateway.settings import Settings, split_address
 from storage.postgres import SchemaError, check_schema, durability_problems
+from storage.postgres.store import DIRECT, FOLLOW_UPS
 from storage.redis.claims import open_client
 
 CLOCK_DIFFERENCE_S_MAX = 2.0
@@ -33,7 +35,7 @@ async def examine(settings: Settings, state: LocalState) -> list[Finding]:
     dsn = settings.postgres_dsn.get_secret_value() or state.postgres_dsn
     redis_url = settings.redis_url.get_secret_value() or state.redis_url
     simulator_url = settings.simulator_url or state.simulator_url
-    findings = await _postgres(dsn)
+    findings = await _postgres(dsn, settings)
     findings.append(await _redis(redis_url, settings))
     findings.append(await _simulator(simulator_url))
     findings += [_address("listen_address", settings.listen_address)]
@@ -41,7 +43,7 @@ async def examine(settings: Settings, state: LocalState) -> list[Finding]:
     return findings
 
 
-async def _postgres(dsn: str) -> list[Finding]:
+async def _postgres(dsn: str, settings: Settings) -> list[Finding]:
     if not dsn:
         return [
             Finding(
@@ -65,6 +67,7 @@ async def _postgres(dsn: str) -> list[Finding]:
             findings.append(Finding(True, "the schema is the one that this version needs"))
         except SchemaError as error:
             findings.append(Finding(False, f"schema: {error}"))
+        findings.append(await _connections(connection, settings))
         started = time.monotonic()
         database_time: datetime = await connection.fetchval("SELECT clock_timestamp()")
         half_way_s = (time.monotonic() - started) / 2
@@ -78,6 +81,22 @@ async def _postgres(dsn: str) -> list[Finding]:
         return findings
     finally:
         connection.terminate()
+
+
+async def _connections(connection: "asyncpg.Connection[Any]", settings: Settings) -> Finding:
+    """Whether PostgreSQL has room for the connections that each worker holds."""
+    lanes = settings.intent_connections + settings.outcome_connections + settings.read_connections
+    needed = settings.workers * (lanes + FOLLOW_UPS.connections + DIRECT.connections)
+    room: int = await connection.fetchval(
+        "SELECT sum(CASE name WHEN 'max_connections' THEN 1 ELSE -1 END * setting::int)"
+        " FROM pg_settings WHERE name IN"
+        " ('max_connections', 'superuser_reserved_connections', 'reserved_connections')"
+    )
+    return Finding(
+        needed <= room,
+        f"{settings.workers} x {needed // settings.workers} connections to PostgreSQL are held;"
+        f" it has {room} for all its clients",
+    )
 
 
 async def _redis(url: str, settings: Settings) -> Finding:

@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from gateway.telemetry.logs import redact
 
 PREFIX: Final = "GATEWAY_"
+WORKERS_MAX: Final = 64
 
 # Kubernetes puts such variables into every pod of a namespace that has a Service named "gateway"
 # or "gateway-…". They are nobody's spelling mistake.
@@ -90,7 +91,24 @@ class Settings(BaseSettings):
         "", "The CA of client certificates in PEM. Set: every client must show one (mutual TLS)."
     )
     metrics_address: str = _field(
-        "127.0.0.1:9464", "Where Prometheus reads metrics over HTTP, as `host:port`."
+        "127.0.0.1:9464",
+        "Where `/metrics`, `/livez` and `/readyz` are served over HTTP, as `host:port`; of several"
+        " workers, those of all in one.",
+    )
+    workers: int = _field(
+        1,
+        "Processes that serve the port together, each with an event loop and connections of its"
+        " own: limits hold for each. With several, a supervisor starts and watches them.",
+        ge=1,
+        le=WORKERS_MAX,
+        unit="processes",
+    )
+    worker_silence_s_max: float = _field(
+        30.0,
+        "How long one of several workers may answer nothing to the supervisor before it is killed"
+        " and replaced. 0: never.",
+        ge=0,
+        le=3600,
     )
     message_bytes_max: int = _field(
         2 * 1024 * 1024, "The largest request accepted.", ge=16 * 1024, le=64 * 1024 * 1024
@@ -246,6 +264,56 @@ class Settings(BaseSettings):
         unit="items",
     )
 
+    # Admission. docs/decisions/0005-admission.md says how these bounds work together.
+    admission_calls_max: int = _field(
+        2000,
+        "Money calls and items that the gateway itself works on at once, at most; those that wait"
+        " for a PSP do not count. Under overload the limit is lower, and found by itself.",
+        ge=1,
+        le=100_000,
+        unit="calls",
+    )
+    admission_calls_min: int = _field(
+        32,
+        "The least that this limit becomes: fewer are never refused.",
+        ge=1,
+        le=100_000,
+        unit="calls",
+    )
+    admission_in_flight_max: int = _field(
+        10_000,
+        "Money calls and items at once, those that wait for a PSP included; each costs memory.",
+        ge=1,
+        le=1_000_000,
+        unit="calls",
+    )
+    admission_reads_max: int = _field(
+        1000, "Calls of GetPayment and GetOperation at once.", ge=1, le=100_000, unit="calls"
+    )
+    admission_lists_max: int = _field(
+        64, "Calls of ListPayments at once.", ge=1, le=128, unit="calls"
+    )
+    admission_target_ms: float = _field(
+        15.0,
+        "By how much the gateway's own stages may take longer than twice their unhindered time"
+        " before calls are refused.",
+        gt=0,
+        le=60_000,
+    )
+    admission_bulk_target_ms: float = _field(
+        100.0,
+        "The same while only items of batches and streams come, which want throughput.",
+        gt=0,
+        le=60_000,
+    )
+    admission_retry_after_ms: float = _field(
+        250.0,
+        "The mean pause that a refused call is told, with jitter; it doubles, up to 64 times, as"
+        " refusals come to outnumber the rest.",
+        gt=0,
+        le=60_000,
+    )
+
     # Credentials.
     auth_cache_life_s: float = _field(
         5.0,
@@ -285,7 +353,8 @@ class Settings(BaseSettings):
     )
     recovery_horizon_s: float = _field(
         60.0,
-        "Operations older than this are looked for in the table of doubts, not by their age.",
+        "Operations older than this are looked for in the table of doubts, not by their age. Longer"
+        " than a statement may take and than the pause between two looks.",
         ge=1,
         le=86_400,
     )
@@ -393,17 +462,30 @@ class Settings(BaseSettings):
         return problems
 
     def _order_problems(self) -> list[str]:
-        return [
+        problems = [
             f"{variable(low)}: must not be greater than {variable(high)}"
             for low, high in (
                 ("recovery_backoff_s_min", "recovery_backoff_s_max"),
                 ("wait_poll_ms_min", "wait_poll_ms_max"),
                 ("batch_rows_max", "batch_queue_max"),
+                ("admission_calls_min", "admission_calls_max"),
+                ("admission_calls_max", "admission_in_flight_max"),
+                ("admission_in_flight_max", "batch_queue_max"),
+                ("admission_target_ms", "admission_bulk_target_ms"),
                 ("min_send_budget_s", "send_window_s"),
-                ("postgres_statement_timeout_s", "recovery_horizon_s"),
             )
             if getattr(self, low) > getattr(self, high)
         ]
+        # No operation may appear behind the horizon: storage/postgres/sql/recovery.sql says why.
+        problems += [
+            f"{variable('recovery_horizon_s')}: must be longer than {variable(name)}"
+            for name, duration_s in (
+                ("postgres_statement_timeout_s", self.postgres_statement_timeout_s),
+                ("recovery_interval_ms", self.recovery_interval_ms / 1000),
+            )
+            if self.recovery_horizon_s <= duration_s
+        ]
+        return problems
 
 
 class SettingsConflict(ValueError):
@@ -466,8 +548,11 @@ def _unknown_variables() -> list[str]:
             or _SERVICE_LINK_PORT.fullmatch(f"{upper}={value}")
         ):
             continue
-        near = difflib.get_close_matches(upper, known, n=1)
-        problems.append(f"{name}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+        # Without the prefix, which alone would make everything look alike.
+        names = [each.removeprefix(PREFIX) for each in known]
+        near = difflib.get_close_matches(upper.removeprefix(PREFIX), names, n=1)
+        hint = f"; did you mean {PREFIX}{near[0]}?" if near else ""
+        problems.append(f"{name}: no such setting{hint}")
     return problems
 
 

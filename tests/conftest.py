@@ -1,9 +1,13 @@
-"""What every test shares: the event loop of production, and a marker for each kind of test."""
+"""What every test shares: the event loop of production, a marker for each kind of test, how tests
+are spread over processes, and an end for whatever hangs.
+"""
 
 from __future__ import annotations
 
+import faulthandler
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import uvloop
@@ -14,10 +18,17 @@ if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
     from collections.abc import Callable, Iterator, Mapping
 
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
     from storage.embedded import EmbeddedRedis
 
 _KINDS = ("unit", "integration", "contract", "faults", "acceptance")
 """The directories below tests/, each with the marker of the same name (pyproject.toml)."""
+
+WORKERS_MAX: Final = 8
+"""Each worker has a PostgreSQL and a Redis of its own."""
+
+_stderr: Final = pytest.StashKey[int]()
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], AbstractEventLoop]]:
@@ -34,6 +45,73 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             message = f"{item.nodeid}: tests belong into one of tests/{{{','.join(_KINDS)}}}"
             raise pytest.UsageError(message)
         item.add_marker(kind)
+    if hasattr(config, "workerinput"):  # the longest tests first, so that no worker ends late
+        items.sort(key=lambda item: item.get_closest_marker("faults") is None)
+
+
+# --- processes ------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more than there are processors, since many tests wait; none for a few quick tests."""
+    unit = config.rootpath / "tests" / "unit"
+    paths = [(config.invocation_params.dir / arg).resolve() for arg in config.args]
+    if all("::" in path.name or path.is_relative_to(unit) for path in paths):
+        return 0
+    return min(len(os.sched_getaffinity(0)) + 1, WORKERS_MAX)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """For `--dist loadfile`: tests of a file stay together, since they share fixtures, but those of
+    faults go one by one: they are long, and each has a system of its own.
+    """
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # noqa: PLC0415 - not where -p no:xdist is set
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "/faults/" in nodeid else nodeid.partition("::")[0]
+
+    return Scheduling(config, log)
+
+
+# --- what hangs -----------------------------------------------------------------------------------
+#
+# After `faulthandler_timeout` a test ends its process, with the stacks of all threads; where that
+# is a worker, the test has failed and the run ends. An exception would be kinder (pytest-timeout),
+# but uvloop does not let one out of a signal's handler or of a callback. pytest itself stops
+# watching when a test fails, for the sake of debuggers, although its fixtures and its loop are yet
+# to end, and does not watch the end of the process.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the standard error: while tests run, it is captured."""
+    config.stash[_stderr] = os.dup(2)
+
+
+def _end_if_it_hangs(config: pytest.Config) -> None:
+    if not config.getoption("usepdb"):
+        limit_s = float(config.getini("faulthandler_timeout"))
+        faulthandler.dump_traceback_later(limit_s, file=config.stash[_stderr], exit=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact(node: pytest.Item | pytest.Collector) -> None:
+    """A test has failed; pytest's own end of the test ends this watch."""
+    if isinstance(node, pytest.Item):
+        _end_if_it_hangs(node.config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """From here to the end of the process."""
+    _end_if_it_hangs(session.config)
+
+
+# --- servers --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -20,7 +18,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf import message_factory
 from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from payments.v1 import (
     money_pb2,
@@ -34,6 +32,7 @@ from gateway.connectors.simulator.launch import SimulatorControl, SimulatorProce
 from storage.embedded import EmbeddedRedis
 from storage.postgres.accounts import Accounts
 from storage.postgres.migrate import migrate
+from tests.nursery import SERVE, ForkedProcess, Nursery, inherited_environment
 from tests.servers import PostgresForTests, fetch, temporary_directory
 from tests.simulators import running_simulator
 
@@ -61,17 +60,25 @@ _WITH_PARENT = (
 good, which a process with gRPC's threads may not survive."""
 
 
+_nursery: Nursery | None = None
+
+
+@contextmanager
+def forked_gateways(nursery: Nursery) -> Iterator[None]:
+    """For as long as the context lasts, gateways are forked, which takes a tenth of the time."""
+    global _nursery  # noqa: PLW0603 - every test of a directory starts its gateways so, or none
+    _nursery = nursery
+    try:
+        yield
+    finally:
+        _nursery = None
+
+
 class GatewayProcess:
     """`gateway serve` in a process of its own, on a free port."""
 
-    def __init__(self, environment: Mapping[str, str], arguments: tuple[str, ...]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-ISc", _WITH_PARENT, sys.executable, *arguments],
-            env={**_inherited(), **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
+    def __init__(self, process: subprocess.Popen[bytes] | ForkedProcess) -> None:
+        self._process = process
         self.lines: list[str] = []
         """What it logged until now."""
         self._serving = threading.Event()
@@ -95,6 +102,10 @@ class GatewayProcess:
         assert self._serving.wait(START_TIMEOUT_S), "the gateway does not say that it serves"
         assert self._address, "the gateway did not start:\n" + "".join(self.lines)
         return self._address
+
+    async def serving(self) -> str:
+        """The same, without blocking the loop."""
+        return await asyncio.to_thread(lambda: self.address)
 
     @property
     def pid(self) -> int:
@@ -141,8 +152,15 @@ class GatewayProcess:
         return "".join(self.lines)
 
 
-def _inherited() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+def _execute(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    command = (sys.executable, "-m", "gateway", "serve")
+    return subprocess.Popen(
+        [sys.executable, "-ISc", _WITH_PARENT, *command],
+        env={**inherited_environment(), **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 @dataclass(slots=True)
@@ -170,20 +188,21 @@ class System:
     def control(self) -> SimulatorControl:
         return SimulatorControl(self.simulator.url)
 
-    def start_gateway(
-        self, arguments: tuple[str, ...] = ("-m", "gateway", "serve"), **settings: object
-    ) -> GatewayProcess:
+    def start_gateway(self, **settings: object) -> GatewayProcess:
         """Start one more gateway; `settings` by field name, over the system's own."""
-        environment = dict(self.settings)
-        for name, value in settings.items():
-            environment[f"GATEWAY_{name.upper()}"] = _setting(value)
-        gateway = GatewayProcess(environment, arguments)
+        if _nursery is not None:
+            return self.fork_gateway(SERVE, **settings)
+        gateway = GatewayProcess(_execute(self.settings | _environment(settings)))
         self.gateways.append(gateway)
         return gateway
 
-    def create_shop(self, mode: str = "test", scopes: tuple[str, ...] = ()) -> Shop:
-        """One more merchant in an organisation of its own, with a key."""
-        return asyncio_run(lambda: new_shop(self.dsn, mode, scopes))
+    def fork_gateway(self, target: str, *arguments: str, **settings: object) -> GatewayProcess:
+        """Start one more gateway by the function `target`; only within `forked_gateways`."""
+        assert _nursery is not None
+        environment = self.settings | _environment(settings)
+        gateway = GatewayProcess(_nursery.fork(target, arguments, environment))
+        self.gateways.append(gateway)
+        return gateway
 
     def fetch(self, sql: str, *arguments: object) -> list[Any]:
         """The rows of a statement."""
@@ -200,8 +219,11 @@ class System:
         return standing_charges(self.simulator.records())
 
 
-def _setting(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _environment(settings: Mapping[str, object]) -> dict[str, str]:
+    return {
+        f"GATEWAY_{name.upper()}": str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in settings.items()
+    }
 
 
 def asyncio_run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -223,14 +245,15 @@ def asyncio_run(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     return result[0]
 
 
-async def new_shop(dsn: str, mode: str = "test", scopes: tuple[str, ...] = ()) -> Shop:
+async def new_shop(dsn: str) -> Shop:
+    """A merchant in an organisation of its own, with a key."""
     async with Accounts.connect(dsn) as accounts:
         organisation_id = await accounts.create_organisation("Test")
         merchant_id = await accounts.create_merchant(organisation_id, "Shop")
         key = await accounts.create_key(
             organisation_id,
-            scopes=scopes or ("payments:read", "payments:write"),
-            mode=mode,
+            scopes=("payments:read", "payments:write"),
+            mode="test",
             merchant_ids=(merchant_id,),
         )
     return Shop(organisation_id, merchant_id, key.text)
@@ -279,7 +302,7 @@ def running_system(
             # Each database has a system of its own on the shared Redis: apart by merchant ids.
             **settings,
         }
-        system.settings = {f"GATEWAY_{name.upper()}": _setting(v) for name, v in values.items()}
+        system.settings = _environment(values)
         try:
             yield system
         finally:
@@ -409,8 +432,7 @@ async def call_bytes(
         try:
             return b"".join([message async for message in call])
         except grpc.aio.AioRpcError as error:
-            # The server ended the call before it was written; the client then forgets the status.
-            if error.details() != "Internal error from Core":
+            if error.details() != _WRITE_LOST:
                 raise
 
 
@@ -432,77 +454,11 @@ def holder_of(message: Any, path: str) -> tuple[Any, str]:
     return message, name
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """All that a call told its caller; of a batch or stream with one item, the item's refusal."""
-
-    code: grpc.StatusCode
-    status: status_pb2.Status
-    """The refusal with its details; empty where there is none."""
-    data: bytes
-    """The answer, the messages of a stream joined."""
-    told: bytes
-    """Everything: the answer, the status's text, the initial and the trailing metadata."""
-
-    @property
-    def reason(self) -> str:
-        """The reason of the refusal; empty where there is none."""
-        return _reason_in(self.status)
-
-    @property
-    def fields(self) -> list[str]:
-        """The fields that the refusal names."""
-        bad_request = error_details_pb2.BadRequest()
-        for detail in self.status.details:
-            if detail.Unpack(bad_request):
-                break
-        return [violation.field for violation in bad_request.field_violations]
-
-
-async def reply_to(
-    channel: grpc.aio.Channel,
-    method: str,
-    data: bytes,
-    metadata: Sequence[tuple[str, str | bytes]] = (),
-) -> Reply:
-    """Call any method with bytes, whatever comes of it."""
-    path = f"/{SERVICE.full_name}/{method}"
-    described = SERVICE.methods_by_name.get(method)
-    streams = described is not None and described.server_streaming
-    multi: Any = channel.stream_stream(path) if streams else channel.unary_unary(path)
-    answer = b""
-    while True:
-        content = iter([data]) if streams else data
-        call = multi(content, metadata=tuple(metadata), timeout=CALL_TIMEOUT_S)
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            answer = b"".join([message async for message in call]) if streams else await call
-        code, text = await call.code(), await call.details()
-        if text != _WRITE_LOST:
-            break
-    status = status_pb2.Status()
-    told = [answer, (text or "").encode()]
-    for name, value in (*await call.initial_metadata(), *await call.trailing_metadata()):
-        told += name.encode(), value if isinstance(value, bytes) else value.encode()
-        if name == "grpc-status-details-bin":
-            status.ParseFromString(value)
-    if described is not None and described.output_type.fields_by_name.get("results"):
-        # A stream's answer has the same field.
-        results = payment_service_pb2.BatchAuthorizePaymentsResponse.FromString(answer).results
-        if len(results) == 1 and results[0].HasField("error"):
-            status = results[0].error
-            code = next(each for each in grpc.StatusCode if each.value[0] == status.code)
-    return Reply(code, status, answer, b"\n".join(told))
-
-
 def reason_of(error: grpc.aio.AioRpcError) -> str:
     """The reason of a refusal; empty where it has none."""
     status = rpc_status.from_call(error)
-    return "" if status is None else _reason_in(status)
-
-
-def _reason_in(status: status_pb2.Status) -> str:
     info = error_details_pb2.ErrorInfo()
-    for detail in status.details:
+    for detail in () if status is None else status.details:
         if detail.Unpack(info):
             reason: str = info.reason
             return reason
@@ -521,12 +477,16 @@ def bytes_without_replay(response: Any) -> bytes:
 async def eventually(
     condition: Callable[[], Any], what: str, timeout_s: float = START_TIMEOUT_S
 ) -> Any:
-    """Wait for a condition (its value is returned); for what no event announces."""
+    """Wait for a condition (its value is returned); for what no event announces.
+
+    Looks again after a tenth of the time that it has waited, since looking is work for others too.
+    """
     loop = asyncio.get_running_loop()
-    until = loop.time() + timeout_s
+    begun = loop.time()
     while True:
         value = await asyncio.to_thread(condition)
         if value:
             return value
-        assert loop.time() < until, f"not within {timeout_s} s: {what}"
-        await asyncio.sleep(0.02)
+        waited_s = loop.time() - begun
+        assert waited_s < timeout_s, f"not within {timeout_s} s: {what}"
+        await asyncio.sleep(0.01 + waited_s / 10)

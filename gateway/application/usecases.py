@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
+from gateway.application.admission import Stage
 from gateway.application.commands import (
     Answer,
     Authorize,
@@ -110,6 +111,44 @@ class Observer(Protocol):
         """An outcome could not be written; recovery settles the operation."""
 
 
+class Occupancy(Protocol):
+    """What the calls of each merchant do: `gateway.application.admission.Gate`."""
+
+    def leave(self, merchant_id: str) -> None:
+        """A call begins to wait for its PSP, or for another call."""
+
+    def come_back(self, merchant_id: str) -> None:
+        """It goes on."""
+
+    def carry(self, merchant_id: str) -> None:
+        """A call goes on without its caller."""
+
+    def release(self, merchant_id: str) -> None:
+        """One that was carried has ended."""
+
+    def passed(self, stage: Stage, seconds: float) -> None:
+        """A call has passed a stage."""
+
+
+class _Unlimited:
+    """For use cases that nobody limits."""
+
+    def leave(self, merchant_id: str) -> None:
+        pass
+
+    def come_back(self, merchant_id: str) -> None:
+        pass
+
+    def carry(self, merchant_id: str) -> None:
+        pass
+
+    def release(self, merchant_id: str) -> None:
+        pass
+
+    def passed(self, stage: Stage, seconds: float) -> None:
+        pass
+
+
 class DatabaseClock:
     """The database's time, carried on by the local monotonic clock from the latest time it told."""
 
@@ -141,7 +180,9 @@ class Payments:
         encoder: Encoder,
         limits: Limits,
         observer: Observer,
+        occupancy: Occupancy | None = None,
     ) -> None:
+        self._occupancy = _Unlimited() if occupancy is None else occupancy
         self._store = store
         self._claims = claims
         self._router = router
@@ -229,9 +270,11 @@ class Payments:
         self, command: Command, start: Callable[[], Coroutine[Any, Any, Answer]]
     ) -> Answer:
         """Answer from the key's operation where there is one, else start a new one, detached."""
+        began = time.monotonic()
         claim = await self._claims.claim(
             command.merchant_id, command.idempotency_key, command.fingerprint
         )
+        self._occupancy.passed(Stage.CLAIM, time.monotonic() - began)
         self._observer.claimed(claim.outcome)
         if claim.outcome is ClaimOutcome.REPLAY:
             self._observer.replayed("redis")
@@ -243,9 +286,9 @@ class Payments:
             found = await self._find_by_key(command)
             if found is not None:
                 return await self._answer_existing(command, found)
-        return await self._detach(self._guarded(command, start, claim))
+        return await self._detach(command.merchant_id, self._guarded(command, start, claim))
 
-    async def _detach(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+    async def _detach(self, merchant_id: str, work: Coroutine[Any, Any, Answer]) -> Answer:
         """What comes of `work`, which goes on where its caller is cancelled.
 
         As asyncio.shield, at half its price.
@@ -263,7 +306,13 @@ class Payments:
                 task.exception()
 
         task.add_done_callback(end)
-        await ended
+        try:
+            await ended
+        except asyncio.CancelledError:
+            if not task.done():
+                self._occupancy.carry(merchant_id)
+                task.add_done_callback(lambda _: self._occupancy.release(merchant_id))
+            raise
         return task.result()
 
     async def _guarded(
@@ -325,7 +374,7 @@ class Payments:
             self._observer.replayed("postgres")
             return Answer(operation.response, True, operation.request_id, operation.payment_id)
         if operation.state is OperationState.NOT_SENT:
-            return await self._detach(self._restart(command, found))
+            return await self._detach(command.merchant_id, self._restart(command, found))
         return Answer(
             self._encoder.response(operation, found.payment),
             True,
@@ -345,6 +394,7 @@ class Payments:
         if command.deadline is not None:
             until = min(until, command.deadline - limits.wait_margin_s)
         self._waiting[key] = waiting + 1
+        self._occupancy.leave(command.merchant_id)
         pause_s = limits.wait_poll_s_min
         try:
             while True:
@@ -356,6 +406,7 @@ class Payments:
                 await asyncio.sleep(pause_s * random.uniform(0.8, 1.2))
                 pause_s = min(2 * pause_s, limits.wait_poll_s_max)
         finally:
+            self._occupancy.come_back(command.merchant_id)
             left = self._waiting[key] - 1
             if left:
                 self._waiting[key] = left
@@ -404,6 +455,7 @@ class Payments:
             details=command.details,
         )
         started = time.monotonic()
+        self._check_deadline(command, started)
         if await self._write_intent(begun, route.connector, None) is Stored.WRITTEN:
             return await self._perform(command, begun, None, started)
         return await self._duplicate(command)
@@ -426,6 +478,8 @@ class Payments:
             connector = self._connector(aggregate.payment.connector)
             begun = _begin(command, aggregate, origin)
             started = time.monotonic()
+            if not begun.cancel_request:
+                self._check_deadline(command, started)
             if again is not None:
                 begun = decisions.begin_again(again, begun, command.request_id)
                 stored = await self._write_again(again, begun, connector)
@@ -464,6 +518,7 @@ class Payments:
             begun = decisions.restart(found.payment, found.operation, command.request_id)
             connector = self._connector(found.operation.attempt.connector)
             started = time.monotonic()
+            self._check_deadline(command, started)
             if await self._write_again(found.operation, begun, connector) is Stored.WRITTEN:
                 return await self._perform(command, begun, None, started)
             return await self._duplicate(command)
@@ -477,6 +532,16 @@ class Payments:
             if current is None or current.operation.epoch == found.operation.epoch:
                 raise
             return await self._answer_existing(command, current)
+
+    def _check_deadline(self, command: Command, now: float) -> None:
+        """Write no intent of what could not be sent. Raises GatewayError(DEADLINE_TOO_SHORT)."""
+        if command.deadline is not None and now >= command.deadline - (
+            self._limits.min_send_budget_s
+        ):
+            raise GatewayError(
+                Reason.DEADLINE_TOO_SHORT,
+                "The deadline is too near to ask the PSP; nothing was sent.",
+            )
 
     async def _write_intent(
         self, begun: Begun, connector: Connector, expected_version: int | None
@@ -568,21 +633,27 @@ class Payments:
                 by_deadline = command.deadline - self._limits.min_send_budget_s
                 if by_deadline < send_before:
                     send_before, late = by_deadline, Reason.DEADLINE_TOO_SHORT
-            if time.monotonic() >= send_before:
+            now = time.monotonic()
+            self._occupancy.passed(Stage.INTENT, now - started)
+            if now >= send_before:
                 answer = ConnectorAnswer(Delivery.NOT_SENT, reason=late)
             else:
                 connector = self._connector(operation.attempt.connector)
                 request = connector_request(self._encoder, operation, payment, aggregate)
                 sent = time.monotonic()
-                answer = await connector.send(request, send_before)
-                self._observer.connector_called(
-                    connector.name, operation.kind, answer, time.monotonic() - sent
-                )
+                self._occupancy.leave(command.merchant_id)
+                try:
+                    answer = await connector.send(request, send_before)
+                finally:
+                    self._occupancy.come_back(command.merchant_id)
+                now = time.monotonic()
+                self._observer.connector_called(connector.name, operation.kind, answer, now - sent)
             try:
                 found = await self._outcomes.write(operation, payment, answer)
             except StoreUnavailable:
                 self._observer.outcome_lost(operation)
                 raise
+            self._occupancy.passed(Stage.OUTCOME, time.monotonic() - now)
         operation = found.operation
         response = operation.response or self._encoder.response(operation, found.payment)
         frozen = operation.response is not None
@@ -751,6 +822,8 @@ _NOT_BY_STATE = frozenset(
         Reason.IDEMPOTENCY_KEY_IN_FLIGHT,
         Reason.STORE_UNAVAILABLE,
         Reason.CONTENTION,
+        Reason.OVERLOADED,
+        Reason.DEADLINE_TOO_SHORT,
     }
 )
 """Refusals that say nothing about the payment's state: no earlier call can be behind them."""

@@ -1,9 +1,10 @@
 """Who calls: API keys from metadata to principals, with a cache so that this costs no round trip.
 
 A revoked key, a scope or merchant taken away is effective within `life_s` at the latest, whatever
-the database does: an entry past its life is never used. From half of its life on an entry is read
-anew in the background, so that a busy key never waits for the database, and a database that is away
-for less than half a life is not noticed.
+the database does: an entry past its life, which begins with its read, is never used. (A call that
+finds a read under way takes its answer.) From half of its life on an entry is read anew in the
+background, so that a busy key never waits for the database, and a database that is away for less
+than half a life is not noticed.
 """
 
 import asyncio
@@ -129,6 +130,8 @@ class Authenticator:
             _log.error("an API key could not be read", exc_info=error)
 
     async def _load(self, digest: bytes, authorization: str) -> Principal:
+        # Before the read: what it finds may have changed by the time that it answers.
+        begun_at = self._clock()
         presented = None
         if authorization[: len(_BEARER)].lower() == _BEARER:
             presented = parse_key(authorization[len(_BEARER) :].strip())
@@ -159,14 +162,13 @@ class Authenticator:
             mode=record.mode,
             merchants=record.merchants,
         )
-        now = self._clock()
         if digest not in self._entries:
             _make_room(self._entries, self._limits.entries_max)
         self._entries[digest] = _Entry(
             principal,
             record.expires_at,
-            refresh_at=now + self._limits.life_s / 2,
-            dead_at=now + self._limits.life_s,
+            refresh_at=begun_at + self._limits.life_s / 2,
+            dead_at=begun_at + self._limits.life_s,
         )
         return principal
 

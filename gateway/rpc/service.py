@@ -10,10 +10,12 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, Generic, NoReturn, Protocol, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
+from google.rpc.status_pb2 import Status
 from payments.v1.payment_service_pb2 import (
     DESCRIPTOR,
     AuthorizePaymentItem,
@@ -30,6 +32,7 @@ from payments.v1.payment_service_pb2 import (
 )
 
 from gateway.application.accounts import Principal, Scope
+from gateway.application.admission import Admission, AdmissionLimits, Gate, Stage, Work, open_gates
 from gateway.application.commands import Answer, Authorize, Capture, Increment, Refund, Void
 from gateway.application.ports import Found, ListFilter, Page
 from gateway.domain.errors import GatewayError, Reason
@@ -54,6 +57,8 @@ _DEADLINE_S_MAX: Final = 1e9
 """A deadline farther away is none: the native transport says 9e18 s where there is none."""
 _ITEMS_BEGUN_AT_ONCE: Final = 50
 """After so many items of a batch, other calls have their turn."""
+_PLAIN_REFUSALS_KEPT: Final = 512
+"""Refusals that say nothing of their call are encoded once, so that many cost little."""
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +121,9 @@ class UseCases(Protocol):
 class Observer(Protocol):
     """Metrics and the access log."""
 
+    def rpc_started(self, method: str) -> None:
+        """A call began, or an item of a batch or stream; one `rpc_finished` follows."""
+
     def rpc_finished(
         self,
         method: str,
@@ -165,6 +173,11 @@ class _Call(Caller):
     authorization: str | None = None
     payment_id: str = ""
 
+    @property
+    def item_method(self) -> str:
+        """What the items of a batch or stream are counted as."""
+        return f"{self.method}/item"
+
 
 @dataclass(slots=True)
 class _Item:
@@ -176,7 +189,7 @@ class _Item:
     command: Authorize | None = None
     """None where the item was refused before there was one."""
     refusal: GatewayError | None = None
-    task: asyncio.Task[Answer] | None = None
+    task: "asyncio.Task[Answer | GatewayError] | None" = None
 
 
 class PaymentService:
@@ -188,7 +201,9 @@ class PaymentService:
         authenticator: Authenticator,
         observer: Observer,
         limits: RpcLimits,
+        admission: Admission | None = None,
     ) -> None:
+        self._admission = open_gates(AdmissionLimits()) if admission is None else admission
         self._payments = payments
         self._authenticator = authenticator
         self._observer = observer
@@ -206,21 +221,20 @@ class PaymentService:
 
     def method_handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """The handlers by the names of their methods, without (de)serializers."""
-        write, read = Scope.PAYMENTS_WRITE, Scope.PAYMENTS_READ
+        gates = self._admission
+        pay = _Kind(Scope.PAYMENTS_WRITE, gates.payments, Work.PAYMENT)
+        read = _Kind(Scope.PAYMENTS_READ, gates.reads, Work.READ)
+        list_ = _Kind(Scope.PAYMENTS_READ, gates.lists, Work.LIST)
         unary: tuple[_Unary[Any], ...] = (
-            _Unary(self, "AuthorizePayment", write, AuthorizePaymentRequest, self._authorize),
-            _Unary(self, "CapturePayment", write, CapturePaymentRequest, self._capture),
-            _Unary(self, "VoidPayment", write, VoidPaymentRequest, self._void),
-            _Unary(self, "RefundPayment", write, RefundPaymentRequest, self._refund),
+            _Unary(self, "AuthorizePayment", pay, AuthorizePaymentRequest, self._authorize),
+            _Unary(self, "CapturePayment", pay, CapturePaymentRequest, self._capture),
+            _Unary(self, "VoidPayment", pay, VoidPaymentRequest, self._void),
+            _Unary(self, "RefundPayment", pay, RefundPaymentRequest, self._refund),
             _Unary(
-                self,
-                "IncrementAuthorization",
-                write,
-                IncrementAuthorizationRequest,
-                self._increment,
+                self, "IncrementAuthorization", pay, IncrementAuthorizationRequest, self._increment
             ),
             _Unary(self, "GetPayment", read, GetPaymentRequest, self._get_payment),
-            _Unary(self, "ListPayments", read, ListPaymentsRequest, self._list_payments),
+            _Unary(self, "ListPayments", list_, ListPaymentsRequest, self._list_payments),
             _Unary(self, "GetOperation", read, GetOperationRequest, self._get_operation),
         )
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]]
@@ -261,6 +275,7 @@ class PaymentService:
                 call.authorization = cast("str", value)
             elif name == REQUEST_ID_HEADER:
                 call.request_id = cast("str", value)
+        self._observer.rpc_started(method)
         return call
 
     def admit(self, call: _Call, request_bytes: int) -> None:
@@ -273,6 +288,10 @@ class PaymentService:
             raise validation.card_data_refusal(REQUEST_ID_HEADER)
         if self._draining:
             raise GatewayError(Reason.DRAINING, "This server is shutting down.")
+        if call.deadline is not None and time.monotonic() >= call.deadline:
+            raise GatewayError(
+                Reason.DEADLINE_TOO_SHORT, "The deadline passed before the call was begun."
+            )
         if request_bytes > self._limits.message_bytes_max:
             raise GatewayError(
                 Reason.MESSAGE_TOO_LARGE,
@@ -312,11 +331,10 @@ class PaymentService:
     async def failed(self, call: _Call, context: Context, error: Exception) -> NoReturn:
         """End a call with the status of an error."""
         refusal = _as_refusal(error, call)
-        status = error_map.to_status(refusal)
         code = error_map.status_code(refusal.reason)
         self.end(call, code.name, refusal.reason)
-        trailers = error_map.to_trailers(refusal, status, pushback=self.pushback)
-        await context.abort(code, status.message, (*trailers, (REQUEST_ID_HEADER, call.request_id)))
+        text, trailers = _ending(refusal, pushback=self.pushback)
+        await context.abort(code, text, (*trailers, (REQUEST_ID_HEADER, call.request_id)))
 
     def abandoned(self, call: _Call) -> None:
         """End a call whose caller has gone, or whose deadline has passed."""
@@ -399,22 +417,31 @@ class PaymentService:
     ) -> _Item:
         """Check an item; what is wrong with it becomes its own refusal."""
         prepared = _Item(validation.echoed_item_ref(item), time.perf_counter())
+        self._observer.rpc_started(call.item_method)
+        gate, admitted = self._admission.payments, ""
+        request = item.authorization
         try:
+            # First: what is refused for overload has to be cheap.
+            merchant = find_merchant(principal, request.merchant_id)
+            if merchant is not None:
+                gate.admit(merchant.merchant_id, Work.ITEM)
+                admitted = merchant.merchant_id
             validation.validate_item(item)
-            request = item.authorization
             caller = Caller(call.request_id, "", call.mode, call.deadline)
             check(request, principal, caller, suspect)
             validation.refuse_verification_values(request)
             prepared.command = conversion.to_authorize(request, caller)
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
+            if admitted:
+                gate.release(admitted)
             prepared.refusal = _as_refusal(error, call)
+            self._item_ended(call, prepared, prepared.refusal)
         return prepared
 
-    def start(self, item: _Item, earlier: "asyncio.Task[Answer] | None") -> None:
+    def start(self, call: _Call, item: _Item, earlier: "asyncio.Task[Any] | None") -> None:
         """Begin an item's authorization, after an earlier one with the same key."""
-        if item.command is None:
-            return
-        item.task = self._detach(self._perform(item.command, earlier))
+        if item.command is not None:
+            item.task = self._detach(self._perform(call, item, item.command, earlier))
 
     def _detach(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
         """A task that goes on without whoever waits for it; draining waits for it."""
@@ -423,45 +450,35 @@ class PaymentService:
         task.add_done_callback(self._forget)
         return task
 
-    async def _perform(self, command: Authorize, earlier: "asyncio.Task[Answer] | None") -> Answer:
-        if earlier is not None:
-            await asyncio.wait((earlier,))
-        return await self._payments.authorize(command)
+    async def _perform(
+        self, call: _Call, item: _Item, command: Authorize, earlier: "asyncio.Task[Any] | None"
+    ) -> Answer | GatewayError:
+        """What an item's authorization comes to. It ends here, whoever still waits for it."""
+        outcome: Answer | GatewayError = _in_flight()
+        gate = self._admission.payments
+        try:
+            if earlier is not None:
+                gate.leave(command.merchant_id)
+                try:
+                    await asyncio.wait((earlier,))
+                finally:
+                    gate.come_back(command.merchant_id)
+            outcome = await self._payments.authorize(command)
+        except Exception as error:  # noqa: BLE001 - its text must not reach the client
+            outcome = _as_refusal(error, call)
+        finally:
+            gate.release(command.merchant_id)
+            self._item_ended(call, item, outcome)
+        return outcome
 
-    def _forget(self, task: "asyncio.Task[Any]") -> None:
-        self._detached.discard(task)
-        if not task.cancelled():
-            # Its caller may have gone, and then nobody else asks.
-            task.exception()
-
-    def result(self, call: _Call, item: _Item) -> bytes:
-        """The encoded result of an item that was refused or whose task has ended."""
-        refusal = item.refusal
-        answer: Answer | None = None
-        if item.task is not None:
-            if item.task.cancelled():
-                refusal = _in_flight()
-            else:
-                error = item.task.exception()
-                if error is None:
-                    answer = item.task.result()
-                else:
-                    refusal = _as_refusal(error, call)
-        if answer is not None:
-            self._item_finished(call, item, "OK", "", answer.payment_id)
-            return conversion.encode_result(item.item_ref, conversion.encode_answer(answer))
-        return self._refused_result(call, item, refusal or _in_flight())
-
-    def _refused_result(self, call: _Call, item: _Item, refusal: GatewayError) -> bytes:
-        code = error_map.status_code(refusal.reason).name
-        self._item_finished(call, item, code, refusal.reason, "")
-        return conversion.encode_error_result(item.item_ref, error_map.to_status(refusal))
-
-    def _item_finished(
-        self, call: _Call, item: _Item, code: str, reason: str, payment_id: str
-    ) -> None:
+    def _item_ended(self, call: _Call, item: _Item, outcome: Answer | GatewayError) -> None:
+        if isinstance(outcome, GatewayError):
+            code, reason = error_map.status_code(outcome.reason).name, str(outcome.reason)
+            payment_id = ""
+        else:
+            code, reason, payment_id = "OK", "", outcome.payment_id
         self._observer.rpc_finished(
-            f"{call.method}/item",
+            call.item_method,
             code,
             reason,
             time.perf_counter() - item.started,
@@ -469,6 +486,21 @@ class PaymentService:
             "" if item.command is None else item.command.merchant_id,
             payment_id,
         )
+
+    def _forget(self, task: "asyncio.Task[Any]") -> None:
+        self._detached.discard(task)
+        if not task.cancelled():
+            # Its caller may have gone, and then nobody else asks.
+            task.exception()
+
+    def result(self, item: _Item) -> bytes:
+        """The encoded result of an item that was refused or whose task has ended."""
+        if item.task is None or item.task.cancelled():
+            return _refused_result(item, item.refusal or _in_flight())
+        outcome = item.task.result()
+        if isinstance(outcome, GatewayError):
+            return _refused_result(item, outcome)
+        return conversion.encode_result(item.item_ref, conversion.encode_answer(outcome))
 
     # --- batches ---
 
@@ -505,7 +537,7 @@ class PaymentService:
             margin_s = min(margin_s, left_s / 2)
             until = min(until, call.deadline - margin_s)
         items: list[_Item] = []
-        latest: dict[tuple[str, str], asyncio.Task[Answer]] = {}
+        latest: dict[tuple[str, str], asyncio.Task[Any]] = {}
         for request in requests:
             if len(items) % _ITEMS_BEGUN_AT_ONCE == _ITEMS_BEGUN_AT_ONCE - 1:
                 await asyncio.sleep(0)
@@ -513,14 +545,14 @@ class PaymentService:
             items.append(item)
             if item.command is not None:
                 key = (item.command.merchant_id, item.command.idempotency_key)
-                self.start(item, latest.get(key))
+                self.start(call, item, latest.get(key))
                 if item.task is not None:
                     latest[key] = item.task
         tasks = [item.task for item in items if item.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=max(0.0, until - time.monotonic()))
         unfinished = {
-            index: self._detach(self._unfinished_result(call, item, item.command))
+            index: self._detach(self._unfinished_result(item, item.command))
             for index, item in enumerate(items)
             if item.command is not None and item.task is not None and not item.task.done()
         }
@@ -529,11 +561,11 @@ class PaymentService:
         return b"".join(
             self._read_or_in_flight(call, item, unfinished[index])
             if index in unfinished
-            else self.result(call, item)
+            else self.result(item)
             for index, item in enumerate(items)
         )
 
-    async def _unfinished_result(self, call: _Call, item: _Item, command: Authorize) -> bytes:
+    async def _unfinished_result(self, item: _Item, command: Authorize) -> bytes:
         """The result of an item that goes on without its caller: what its operation is now."""
         found = await self._payments.get_operation(
             command.merchant_id, command.mode, idempotency_key=command.idempotency_key
@@ -543,7 +575,6 @@ class PaymentService:
             raise GatewayError(
                 Reason.IDEMPOTENCY_KEY_REUSED, "The idempotency key was used with another payload."
             )
-        self._item_finished(call, item, "OK", "", found.payment.payment_id)
         return conversion.encode_result(
             item.item_ref, operation.response or conversion.encode_found(found)
         )
@@ -551,14 +582,14 @@ class PaymentService:
     def _read_or_in_flight(self, call: _Call, item: _Item, reading: "asyncio.Task[bytes]") -> bytes:
         if not reading.done():
             reading.cancel()
-            return self._refused_result(call, item, _in_flight())
+            return _refused_result(item, _in_flight())
         error = reading.exception()
         if error is None:
             return reading.result()
         refusal = _as_refusal(error, call)
         if refusal.reason is Reason.OPERATION_NOT_FOUND:
             refusal = _in_flight()
-        return self._refused_result(call, item, refusal)
+        return _refused_result(item, refusal)
 
     # --- streams ---
 
@@ -594,6 +625,15 @@ class PaymentService:
             await self.failed(call, context, error)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What methods of one kind need."""
+
+    scope: Scope
+    gate: Gate
+    work: Work
+
+
 class _Unary(Generic[_M]):
     """One unary method: what stands around its call."""
 
@@ -601,26 +641,39 @@ class _Unary(Generic[_M]):
         self,
         service: PaymentService,
         method: str,
-        scope: Scope,
+        kind: _Kind,
         request_type: type[_M],
         perform: Callable[[_Call, _M], Coroutine[Any, Any, bytes]],
     ) -> None:
         self.method = method
         self._service = service
-        self._scope = scope
+        self._kind = kind
         self._request_type = request_type
         self._perform = perform
 
     async def serve(self, data: bytes, context: Context) -> bytes:
         """The handler."""
-        service = self._service
+        service, kind = self._service, self._kind
+        gate, admitted = kind.gate, ""
         call = service.begin(self.method, context)
         try:
             service.admit(call, len(data))
-            principal = await service.identify(call, self._scope)
-            request = validation.parse(self._request_type, data)
-            check(request, principal, call, validation.is_suspect(data))
-            response = await self._perform(call, request)
+            principal = await service.identify(call, kind.scope)
+            request: Any = validation.parse(self._request_type, data)
+            # Before all that costs more; `check` refuses what names no merchant of the principal.
+            merchant = find_merchant(principal, request.merchant_id)
+            if merchant is not None:
+                gate.admit(merchant.merchant_id, kind.work)
+                admitted = merchant.merchant_id
+            try:
+                check(request, principal, call, validation.is_suspect(data))
+                began = time.perf_counter()
+                response = await self._perform(call, request)
+                if kind.scope is Scope.PAYMENTS_READ:
+                    gate.passed(Stage.READ, time.perf_counter() - began)
+            finally:
+                if admitted:
+                    gate.release(admitted)
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
             await service.failed(call, context, error)
         except asyncio.CancelledError:
@@ -736,14 +789,14 @@ class _Stream:
 
     def _start(self, item: _Item) -> None:
         self._unfinished += 1
-        self._service.start(item, None)
+        self._service.start(self._call, item, None)
         if item.task is None:
             self._finish(item)
         else:
             item.task.add_done_callback(lambda _: self._finish(item))
 
     def _finish(self, item: _Item) -> None:
-        self._ready.append(self._service.result(self._call, item))
+        self._ready.append(self._service.result(item))
         self._wake.set()
 
 
@@ -775,7 +828,37 @@ def _as_refusal(error: BaseException, call: _Call) -> GatewayError:
     return GatewayError(Reason.INTERNAL, error_map.INTERNAL_MESSAGE)
 
 
+def _ending(refusal: GatewayError, *, pushback: bool) -> tuple[str, error_map.Trailers]:
+    """The text and the trailers of a refused call."""
+    if refusal.metadata or refusal.violations:
+        status = error_map.to_status(refusal)
+        return status.message, error_map.to_trailers(refusal, status, pushback=pushback)
+    return _plain_ending(refusal.reason, refusal.message, refusal.retry_after_s, pushback)
+
+
+@lru_cache(_PLAIN_REFUSALS_KEPT)
+def _plain_ending(
+    reason: Reason, message: str, retry_after_s: float | None, pushback: bool
+) -> tuple[str, error_map.Trailers]:
+    refusal = GatewayError(reason, message, retry_after_s=retry_after_s)
+    status = error_map.to_status(refusal)
+    return status.message, error_map.to_trailers(refusal, status, pushback=pushback)
+
+
+@lru_cache(_PLAIN_REFUSALS_KEPT)
+def _plain_status(reason: Reason, message: str, retry_after_s: float | None) -> Status:
+    return error_map.to_status(GatewayError(reason, message, retry_after_s=retry_after_s))
+
+
 def _in_flight() -> GatewayError:
     return GatewayError(
         Reason.IDEMPOTENCY_KEY_IN_FLIGHT, "The item is in progress: repeat it with the same key."
     )
+
+
+def _refused_result(item: _Item, refusal: GatewayError) -> bytes:
+    if refusal.metadata or refusal.violations:
+        status = error_map.to_status(refusal)
+    else:
+        status = _plain_status(refusal.reason, refusal.message, refusal.retry_after_s)
+    return conversion.encode_error_result(item.item_ref, status)

@@ -1,23 +1,40 @@
-"""Metrics over HTTP, for Prometheus, on a port of their own."""
+"""Metrics and health over HTTP, for Prometheus and for probes, on a port of their own.
+
+`/metrics` is Prometheus' text format. `/livez` answers 200 for as long as this process answers at
+all; `/readyz` 200 where calls are served, 503 where they are not (starting, draining, no database).
+"""
+
+from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
 from gateway.settings import split_address
-from gateway.telemetry.metrics import CONTENT_TYPE, Metrics
+from gateway.telemetry.metrics import CONTENT_TYPE
 
 
 class MetricsServer:
-    """Serves `/metrics`."""
+    """Serves `/metrics`, `/livez` and `/readyz`.
 
-    def __init__(self, metrics: Metrics, address: str) -> None:
-        self._metrics = metrics
+    `render` gives the metrics, `ready` whether calls are served and a line for people.
+    """
+
+    def __init__(
+        self,
+        render: Callable[[], Awaitable[bytes]],
+        ready: Callable[[], Awaitable[tuple[bool, str]]],
+        address: str,
+    ) -> None:
+        self._render = render
+        self._ready = ready
         self._host, self._port = split_address(address)
         self._runner: web.AppRunner | None = None
 
     async def start(self) -> None:
         """Listen. Raises OSError where the address is taken."""
         app = web.Application()
-        app.router.add_get("/metrics", self._serve)
+        app.router.add_get("/metrics", self._serve_metrics)
+        app.router.add_get("/livez", self._serve_live)
+        app.router.add_get("/readyz", self._serve_ready)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         await web.TCPSite(self._runner, self._host, self._port).start()
@@ -34,5 +51,12 @@ class MetricsServer:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _serve(self, _: web.Request) -> web.Response:
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+    async def _serve_metrics(self, _: web.Request) -> web.Response:
+        return web.Response(body=await self._render(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def _serve_live(self, _: web.Request) -> web.Response:
+        return web.Response(text="alive\n")
+
+    async def _serve_ready(self, _: web.Request) -> web.Response:
+        ready, text = await self._ready()
+        return web.Response(text=f"{text}\n", status=200 if ready else 503)

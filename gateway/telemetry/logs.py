@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import sys
 import threading
 import time
@@ -338,10 +339,17 @@ class QueueWriter(logging.Handler):
 
 
 def _write_stderr(data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
+    """Write whole lines, as many at once as a pipe keeps together (pipe(7), PIPE_BUF).
+
+    Workers write to the same pipe: what is longer, another's line may divide when the pipe is full.
+    """
+    start = 0
+    while start < len(data):
+        end = min(start + select.PIPE_BUF, len(data))
+        if end < len(data):
+            end = data.rfind(b"\n", start, end) + 1 or end
         try:
-            rest = rest[os.write(2, rest) :]
+            start += os.write(2, data[start:end])
         except BlockingIOError:
             time.sleep(0.01)  # someone made stderr non-blocking; this is the writer's own thread
 

@@ -1,6 +1,7 @@
 """The gateway's Prometheus metrics: one object that fills every observer port of the core."""
 
 import platform
+from collections.abc import Iterator
 from enum import Enum
 from typing import Final, Generic, TypeVar
 
@@ -14,11 +15,15 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
 
 from gateway import __version__
+from gateway.application.admission import Admission
 from gateway.domain.model import ConnectorAnswer, Operation, OperationKind, OperationState
 from gateway.domain.pan import mask_pans
+from gateway.telemetry.merging import OverWorkers, Snapshot, take_snapshot
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Of what `Metrics.render` gives: Prometheus' text exposition format."""
@@ -57,6 +62,54 @@ class _Labelled(Generic[_M]):
         return child
 
 
+class _AdmissionCollector(Collector):
+    """What the gates count, read when it is asked for: calls pay nothing."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._gates = admission.gates()
+
+    def collect(self) -> Iterator[Metric]:
+        prefix = f"{_NAMESPACE}_admission"
+        admitted = CounterMetricFamily(
+            f"{prefix}_admitted", "Calls and items admitted.", labels=["class"]
+        )
+        refused = CounterMetricFamily(
+            f"{prefix}_refused", "Calls and items refused.", labels=["class", "bound"]
+        )
+        families = [
+            GaugeMetricFamily(f"{prefix}_{name}", text, labels=["gate"])
+            for name, (text, _) in _GATE_GAUGES.items()
+        ]
+        for name, gate in self._gates.items():
+            for work, calls in gate.admitted.items():
+                admitted.add_metric([work], calls)
+            for (work, bound), calls in gate.refused.items():
+                refused.add_metric([work, bound], calls)
+            values = (
+                gate.limit,
+                gate.engaged,
+                gate.working,
+                gate.in_flight,
+                gate.merchants,
+                gate.delay_s,
+                gate.base_s,
+            )
+            for family, value in zip(families, values, strict=True):
+                family.add_metric([name], value)
+        yield from (admitted, refused, *families)
+
+
+_GATE_GAUGES: Final[dict[str, tuple[str, OverWorkers]]] = {
+    "limit": ("Calls that the gateway may work on at once.", "sum"),
+    "overloaded": ("Whether the limit is lowered for overload: 1 or 0.", "max"),
+    "working": ("Calls that the gateway works on, without those that wait for a PSP.", "sum"),
+    "in_flight": ("Calls inside, those that wait for a PSP included.", "sum"),
+    "merchants": ("Merchants that have calls inside.", "max"),
+    "delay_seconds": ("What the gateway's own stages took lately, together.", "max"),
+    "base_seconds": ("What they take unhindered.", "max"),
+}
+
+
 class Metrics:
     """Everything that is counted, in a registry of its own.
 
@@ -66,18 +119,19 @@ class Metrics:
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
+        self._over_workers: dict[str, OverWorkers] = {}
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
         counter, gauge = self._counter, self._gauge
-        self._rpcs = counter("rpc_requests", "Calls answered.", "method", "code", "reason")
+        self._rpcs = counter("rpc_requests", "Calls ended.", "method", "code", "reason")
         self._rpc_s = self._histogram("rpc_duration_seconds", "Time to answer.", _RPC_S, "method")
         self._in_flight = gauge("rpc_in_flight", "Calls being worked on.", "method")
         self._claims = counter("claims", "Idempotency claims, by what they met.", "result")
         self._redis_unavailable = counter(
             "redis_unavailable", "Claims that PostgreSQL decided because Redis gave no answer."
         )()
-        self._redis_up = gauge("redis_up", "Whether Redis answers: 1 or 0.")()
+        self._redis_up = gauge("redis_up", "Whether Redis answers: 1 or 0.", over_workers="min")()
         self._settlements_dropped = counter(
             "claim_settlements_dropped", "Releases and cache entries lost to Redis.", "reason"
         )
@@ -103,10 +157,12 @@ class Metrics:
         self._outcomes_lost = counter(
             "outcomes_lost", "Outcomes left to recovery since they could not be written.", "kind"
         )
-        self._in_doubt = gauge("operations_in_doubt", "Operations whose outcome is unknown.")()
+        self._in_doubt = gauge(  # each worker counts those of all
+            "operations_in_doubt", "Operations whose outcome is unknown.", over_workers="max"
+        )()
         self._recoveries = counter("recovery", "Operations recovery looked at.", "kind", "outcome")
         self._recovery_failures = counter("recovery_failures", "Looks of recovery that failed.")()
-        gauge("build_info", "What runs; always 1.", "version", "python")(
+        gauge("build_info", "What runs; always 1.", "version", "python", over_workers="max")(
             __version__, platform.python_version()
         ).set(1)
         self._redis_up.set(1)
@@ -115,7 +171,10 @@ class Metrics:
         metric = Counter(name, text, labels, namespace=_NAMESPACE, registry=self.registry)
         return _Labelled(metric)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> _Labelled[Gauge]:
+    def _gauge(
+        self, name: str, text: str, *labels: str, over_workers: OverWorkers = "sum"
+    ) -> _Labelled[Gauge]:
+        self._over_workers[f"{_NAMESPACE}_{name}"] = over_workers
         return _Labelled(Gauge(name, text, labels, namespace=_NAMESPACE, registry=self.registry))
 
     def _histogram(
@@ -130,14 +189,24 @@ class Metrics:
         """All metrics in Prometheus' text format, as CONTENT_TYPE says."""
         return generate_latest(self.registry)
 
+    def snapshot(self) -> Snapshot:
+        """All metrics, to be merged with those of other processes."""
+        return take_snapshot(self.registry, self._over_workers)
+
+    def watch_admission(self, admission: Admission) -> None:
+        """Show what these gates count, from now on."""
+        for name, (_, over_workers) in _GATE_GAUGES.items():
+            self._over_workers[f"{_NAMESPACE}_admission_{name}"] = over_workers
+        self.registry.register(_AdmissionCollector(admission))
+
     # Calls.
 
     def rpc_started(self, method: str) -> None:
-        """A call of a method that exists began."""
+        """A call began, or an item of a batch or stream."""
         self._in_flight(method).inc()
 
     def rpc_finished(self, method: str, code: str, reason: str, duration_s: float) -> None:
-        """It was answered; `code` is gRPC's name, `reason` ours, empty where there is none."""
+        """It ended; `code` is gRPC's name, `reason` ours, empty where there is none."""
         self._in_flight(method).dec()
         self._rpcs(method, code, reason).inc()
         self._rpc_s(method).observe(duration_s)

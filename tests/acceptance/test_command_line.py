@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ import grpc
 import pytest
 
 from gateway.cli import main
+from gateway.domain.ids import new_merchant_id, new_payment_id
+from storage.postgres.migrate import migrate
 from tests.harness import calling, eventually, reason_of, running_system
 from tests.servers import free_port
 
@@ -22,19 +25,66 @@ if TYPE_CHECKING:
     from tests.servers import PostgresForTests
 
 
-def _gateway(*arguments: str, cwd: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")
-    }
-    environment |= {f"GATEWAY_{name.upper()}": value for name, value in settings.items()}
-    return subprocess.run(
-        [sys.executable, "-m", "gateway", *arguments],
-        env=environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+REPOSITORY = Path(__file__).resolve().parents[2]
+NOWHERE = "org_00000000000000000000000000000000"
+
+
+def _environment(**settings: str) -> dict[str, str]:
+    """The caller's environment with these settings and no others."""
+    inherited = {name: v for name, v in os.environ.items() if not name.startswith("GATEWAY_")}
+    return inherited | {f"GATEWAY_{name.upper()}": value for name, value in settings.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLine:
+    """`gateway` in an empty directory, with settings that every command gets."""
+
+    directory: Path
+    settings: dict[str, str] = field(default_factory=dict)
+
+    def run(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Whatever comes of a command; a traceback never does."""
+        ran = subprocess.run(
+            [sys.executable, "-m", "gateway", *arguments],
+            env=_environment(**self.settings | settings),
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "Traceback" not in ran.stderr
+        return ran
+
+    def printed(self, *arguments: str) -> str:
+        """What a command that succeeds prints."""
+        ran = self.run(*arguments)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout.strip()
+
+    def refused(self, *arguments: str, **settings: str) -> str:
+        """The one line that a command is refused with."""
+        ran = self.run(*arguments, **settings)
+        assert ran.returncode == 1, ran.stdout
+        assert ran.stdout == ""
+        [line] = ran.stderr.splitlines()
+        assert line.startswith("Error: ")
+        return line
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> CommandLine:
+    """Without a database."""
+    return CommandLine(tmp_path)
+
+
+@pytest.fixture
+def command_line(postgres: PostgresForTests, tmp_path: Path) -> CommandLine:
+    """On a migrated database without accounts."""
+    template = postgres.create_template("migrated", migrate)
+    return CommandLine(tmp_path, {"postgres_dsn": postgres.create_database(template)})
+
+
+# --- help and refusals ----------------------------------------------------------------------------
 
 
 def _commands() -> list[tuple[str, ...]]:
@@ -47,60 +97,163 @@ def _commands() -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("command", _commands(), ids=" ".join)
 def test_every_command_has_help_that_says_what_it_does(
-    command: tuple[str, ...], tmp_path: Path
+    alone: CommandLine, command: tuple[str, ...]
 ) -> None:
-    ran = _gateway(*command, "--help", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    assert "usage" in ran.stdout.lower()
-    assert len(ran.stdout.splitlines()) > 3
+    told = alone.printed(*command, "--help")
+    assert "usage" in told.lower()
+    assert len(told.splitlines()) > 3
 
 
 @pytest.mark.parametrize("command", [("migrate",), ("keys", "list"), ("serve",)], ids=" ".join)
 def test_without_a_database_the_way_to_one_is_named(
-    command: tuple[str, ...], tmp_path: Path
+    alone: CommandLine, command: tuple[str, ...]
 ) -> None:
-    ran = _gateway(*command, cwd=tmp_path)
-    assert ran.returncode == 1
-    assert "GATEWAY_POSTGRES_DSN" in ran.stderr
-    assert "gateway run" in ran.stderr
-    assert "Traceback" not in ran.stderr
+    line = alone.refused(*command)
+    assert "GATEWAY_POSTGRES_DSN" in line
+    assert "gateway run" in line
 
 
-def test_a_database_that_is_away_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_database_that_is_away_ends_in_one_clear_line_without_its_password(
+    alone: CommandLine,
+) -> None:
     dsn = f"postgresql://gateway:secret-word@127.0.0.1:{free_port()}/gateway"
     for command in (("migrate",), ("organisations", "list")):
-        ran = _gateway(*command, cwd=tmp_path, postgres_dsn=dsn)
-        assert ran.returncode == 1
-        assert "Traceback" not in ran.stderr
+        ran = alone.run(*command, postgres_dsn=dsn)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert ran.stderr.splitlines()[-1].startswith("Error: ")
         assert "secret-word" not in ran.stderr
 
 
-def test_a_setting_that_does_not_exist_is_named_with_its_neighbour(tmp_path: Path) -> None:
-    ran = _gateway("migrate", cwd=tmp_path, postgres_dns="x")
+def test_a_setting_that_does_not_exist_is_named_with_its_neighbour(alone: CommandLine) -> None:
+    ran = alone.run("migrate", postgres_dns="x")
     assert ran.returncode == 1
     assert "GATEWAY_POSTGRES_DNS" in ran.stderr
     assert "GATEWAY_POSTGRES_DSN" in ran.stderr
 
 
-def test_migrate_repeats_harmlessly(postgres: PostgresForTests, tmp_path: Path) -> None:
+def test_a_wrong_setting_is_named_with_its_variable_and_without_a_secret(
+    alone: CommandLine,
+) -> None:
+    ran = alone.run("keys", "list", wait_s_max="soon", redis_url="secret-word")
+    assert ran.returncode == 1
+    assert "GATEWAY_WAIT_S_MAX" in ran.stderr
+    assert "GATEWAY_REDIS_URL" in ran.stderr
+    assert "secret-word" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--mode", "test"), "--scope"),
+        (("--mode", "test", "--scope", "payments:everything"), "payments:everything"),
+        (("--scope", "payments:read"), "--mode"),
+        (("--mode", "both", "--scope", "payments:read"), "both"),
+        (("--mode", "live", "--scope", "admin", "--expires-in-days", "0"), "--expires-in-days"),
+    ],
+)
+def test_a_key_needs_a_known_scope_a_mode_and_a_life(
+    alone: CommandLine, arguments: tuple[str, ...], named: str
+) -> None:
+    ran = alone.run("keys", "create", "--organisation", NOWHERE, *arguments)
+    assert ran.returncode == 2
+    assert named in ran.stderr
+
+
+@pytest.mark.parametrize("name", ["4242424242424242", "card 4242-4242-4242-4242 of Eve"])
+def test_a_name_that_holds_a_card_number_is_refused_by_its_option(
+    command_line: CommandLine, name: str
+) -> None:
+    organisation = command_line.printed("organisations", "create", "--name", "One")
+    of_it = ("--organisation", organisation)
+    for command in (
+        ("organisations", "create"),
+        ("merchants", "create", *of_it),
+        ("keys", "create", *of_it, "--mode", "test", "--scope", "admin"),
+    ):
+        ran = command_line.run(*command, "--name", name)
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert "'--name'" in ran.stderr
+        assert "4242" not in ran.stderr
+    assert command_line.printed("organisations", "list") == f"{organisation}  One"
+    assert command_line.printed("merchants", "list") == ""
+    assert command_line.printed("keys", "list") == ""
+
+
+def test_what_does_not_exist_is_refused_in_one_line_that_names_it(
+    command_line: CommandLine,
+) -> None:
+    organisation = command_line.printed("organisations", "create", "--name", "One")
+    other = command_line.printed("organisations", "create", "--name", "Other")
+    merchant = command_line.printed(
+        "merchants", "create", "--organisation", other, "--name", "Theirs"
+    )
+    key = ("keys", "create", "--scope", "payments:read", "--mode", "test")
+    for arguments, named in (
+        (("merchants", "create", "--organisation", NOWHERE, "--name", "x"), NOWHERE),
+        ((*key, "--organisation", NOWHERE), NOWHERE),
+        # A key never reaches a merchant of another organisation.
+        ((*key, "--organisation", organisation, "--merchant", merchant), organisation),
+        (("keys", "revoke", "key_none"), "key_none"),
+    ):
+        assert named in command_line.refused(*arguments)
+    assert command_line.printed("keys", "list") == ""
+    assert command_line.printed("merchants", "list", "--organisation", organisation) == ""
+
+
+def test_a_payment_is_shown_to_its_merchants_id_alone(command_line: CommandLine) -> None:
+    payment_id, merchant_id = new_payment_id(), new_merchant_id()
+    refused = command_line.refused("payments", "show", payment_id, "--merchant", merchant_id)
+    assert payment_id in refused
+    assert merchant_id in refused
+    assert command_line.run("payments", "show", payment_id).returncode == 2
+
+
+# --- what commands do -----------------------------------------------------------------------------
+
+
+def test_the_tables_of_states_are_printed_as_they_are_published(alone: CommandLine) -> None:
+    published = (REPOSITORY / "docs/states.md").read_text("utf-8")
+    assert alone.printed("states", "--markdown") == published.strip()
+    assert "IN_DOUBT" in alone.printed("states")
+
+
+def test_migrate_repeats_harmlessly(postgres: PostgresForTests, alone: CommandLine) -> None:
     dsn = postgres.create_database()
-    first = _gateway("migrate", cwd=tmp_path, postgres_dsn=dsn)
+    first = alone.run("migrate", postgres_dsn=dsn)
     assert (first.returncode, first.stdout.count("applied")) == (0, 2)
-    again = _gateway("migrate", cwd=tmp_path, postgres_dsn=dsn)
+    again = alone.run("migrate", postgres_dsn=dsn)
     assert (again.returncode, again.stdout) == (0, "nothing to do\n")
+
+
+def test_a_listed_key_tells_mode_scopes_and_life_and_no_secret(command_line: CommandLine) -> None:
+    organisation = command_line.printed("organisations", "create", "--name", "One")
+    create = ("keys", "create", "--organisation", organisation, "--name", "till")
+    live = command_line.run(*create, "--mode", "live", "--scope", "payments:read")
+    # The key alone on the standard output, so that a script can take it.
+    assert live.stdout.startswith("gwk_live_")
+    assert len(live.stdout.split()) == 1
+    test = command_line.printed(
+        *(*create, "--mode", "test", "--expires-in-days", "30"),
+        *("--scope", "payments:write", "--scope", "payments:read"),
+    )
+    key_id = f"key_{test.split('_')[2]}"
+    assert key_id in command_line.printed("keys", "revoke", key_id)
+
+    first, second = command_line.printed("keys", "list", "--organisation", organisation).split("\n")
+    for told in ("live", "payments:read", "no expiry", "till"):
+        assert told in first
+    for told in (key_id, "test", "payments:read,payments:write", "revoked"):
+        assert told in second
+    for key in (live.stdout.strip(), test):
+        assert key.rpartition("_")[2] not in first + second
 
 
 async def test_accounts_from_creation_to_a_revoked_key(
     postgres: PostgresForTests, redis: EmbeddedRedis, tmp_path: Path
 ) -> None:
     with running_system(postgres, redis, auth_cache_life_s=0.05) as system:
-        dsn = system.dsn
-
-        def run(*arguments: str) -> str:
-            ran = _gateway(*arguments, cwd=tmp_path, postgres_dsn=dsn)
-            assert ran.returncode == 0, ran.stderr
-            return ran.stdout.strip()
-
+        command_line = CommandLine(tmp_path, {"postgres_dsn": system.dsn})
+        run = command_line.printed
         organisation = run("organisations", "create", "--name", "Example")
         merchant = run("merchants", "create", "--organisation", organisation, "--name", "Shop")
         scopes = ("--scope", "payments:write", "--scope", "payments:read")
@@ -128,14 +281,11 @@ async def test_accounts_from_creation_to_a_revoked_key(
                 except grpc.aio.AioRpcError as error:
                     reasons.append(reason_of(error))
             assert (await other.payment(payment.payment_id)).payment == payment
-        again = _gateway(
-            "keys", "revoke", f"key_{key.split('_')[2]}", cwd=tmp_path, postgres_dsn=dsn
-        )
-        assert again.returncode == 1
+        command_line.refused("keys", "revoke", f"key_{key.split('_')[2]}")
 
 
 async def test_doctor_tells_good_from_bad(
-    postgres: PostgresForTests, redis: EmbeddedRedis, tmp_path: Path
+    postgres: PostgresForTests, redis: EmbeddedRedis, alone: CommandLine
 ) -> None:
     with running_system(postgres, redis) as system:
         settings = {
@@ -145,11 +295,11 @@ async def test_doctor_tells_good_from_bad(
             "listen_address": f"127.0.0.1:{free_port()}",
             "metrics_address": f"127.0.0.1:{free_port()}",
         }
-        good = _gateway("doctor", cwd=tmp_path, **settings)
+        good = alone.run("doctor", **settings)
         assert (good.returncode, "BAD" in good.stdout) == (0, False), good.stdout
         settings["redis_url"] = f"redis://127.0.0.1:{free_port()}"
         settings["postgres_dsn"] = postgres.create_database()
-        bad = _gateway("doctor", cwd=tmp_path, **settings)
+        bad = alone.run("doctor", **settings)
         assert bad.returncode == 1
         complaints = [line for line in bad.stdout.splitlines() if line.startswith("BAD")]
         assert any("Redis" in line for line in complaints)
@@ -168,13 +318,12 @@ async def test_run_brings_everything_keeps_its_data_and_ends_what_it_started(
 
 async def _run_and_demo(directory: Path) -> str:
     """`run` in the directory until the demo has ended; the demo merchant's key."""
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("GATEWAY_")}
-    environment["GATEWAY_LISTEN_ADDRESS"] = f"127.0.0.1:{free_port()}"
-    environment["GATEWAY_METRICS_ADDRESS"] = f"127.0.0.1:{free_port()}"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", "run"),
         cwd=directory,
-        env=environment,
+        env=_environment(
+            listen_address=f"127.0.0.1:{free_port()}", metrics_address=f"127.0.0.1:{free_port()}"
+        ),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -186,7 +335,7 @@ async def _run_and_demo(directory: Path) -> str:
                 key = line.split()[-1].decode()
             if b"Stop with Ctrl-C" in line:
                 break
-        demo = await asyncio.to_thread(_gateway, "demo", cwd=directory)
+        demo = await asyncio.to_thread(CommandLine(directory).run, "demo")
         assert (demo.returncode, "BAD" in demo.stdout) == (0, False), demo.stdout + demo.stderr
     finally:
         process.terminate()

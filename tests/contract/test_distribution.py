@@ -17,6 +17,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 ROOT = Path(__file__).resolve().parents[2]
 PROTO = ROOT / "proto"
 PROTO_NAMES = sorted(p.relative_to(PROTO).as_posix() for p in PROTO.glob("payments/v1/*.proto"))
+LOCKS = ("requirements.lock", "requirements-bench.lock")
 
 CLIENT = '''\
 """A service that authorizes a payment, as a caller would write it."""
@@ -240,8 +241,9 @@ def test_floors_of_the_stubs_are_what_the_generated_code_demands(installed: Path
     assert f"GRPC_GENERATED_VERSION = '{floors['grpcio']}'" in services
 
 
-def test_lock_pins_every_package_with_hashes_and_names_no_place() -> None:
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", LOCKS)
+def test_lock_pins_every_package_with_hashes_and_names_no_place(name: str) -> None:
+    lock = (ROOT / name).read_text(encoding="utf-8")
     assert "://" not in lock
     assert not re.search(r"^(--?[a-z]|/|\.)", lock, re.MULTILINE)
     pinned = re.findall(r"^([a-z0-9][a-z0-9._-]*)==", lock, re.MULTILINE)
@@ -250,8 +252,8 @@ def test_lock_pins_every_package_with_hashes_and_names_no_place() -> None:
     assert all("--hash=sha256:" in block for block in blocks)
 
 
-def test_lock_satisfies_what_the_projects_ask_for() -> None:
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+def test_locks_satisfy_what_the_projects_ask_for() -> None:
+    lock = "".join((ROOT / name).read_text(encoding="utf-8") for name in LOCKS)
     pinned = set(re.findall(r"^([a-z0-9._-]+)==", lock, re.MULTILINE))
     wanted: list[str] = []
     for directory in (ROOT, PROTO):

@@ -1,14 +1,13 @@
 """A gateway that stops itself between its last look at the clock and the write to the PSP's socket.
 
-Run as a script: `stopped_sender.py KIND`. SIGSTOP strikes at the first request of the kind, after
-`send_before` was compared: the worst moment there is, since no check of the sender's own is left.
+SIGSTOP strikes at the first request of a kind, after `send_before` was compared: the worst moment
+there is, since no check of the sender's own is left.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 from typing import TYPE_CHECKING
 
 from gateway.cli import main
@@ -34,6 +33,7 @@ def stop_once_before(request_line: bytes) -> None:
     http._Connection.write = stopping  # type: ignore[method-assign, assignment]
 
 
-if __name__ == "__main__":
-    stop_once_before(f"POST /v1/operations/{sys.argv[1]} ".encode())
+def serve(kind: str) -> None:
+    """`gateway serve`, which stops itself before it sends its first operation of the kind."""
+    stop_once_before(f"POST /v1/operations/{kind} ".encode())
     main(["serve"])

@@ -8,6 +8,7 @@ so many of each flow, drawn with that seed, and say so.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 from collections import defaultdict
@@ -15,14 +16,14 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
-import pytest
 from payments.v1 import payment_service_pb2 as rpc
 from payments.v1.payment_pb2 import OperationState
 
 from gateway.domain.states import UNFINISHED
 from tests.faults.checker import REPEAT_AFTER_S, TRIES_MAX, Books, Client, check, settled
-from tests.faults.crashing_gateway import CALLS, NOTHING, RECOVERY, CrashingGateway, Nursery
+from tests.faults.crashing_gateway import CALLS, NOTHING, RECOVERY, CrashingGateway
 from tests.faults.stepping import AFTER, BEFORE
+from tests.faults.transports import alternating
 from tests.harness import (
     Caller,
     System,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from storage.embedded import EmbeddedRedis
+    from tests.nursery import Nursery
     from tests.servers import PostgresForTests
 
 SITES_MAX: Final = int(os.environ.get("GATEWAY_TESTS_CRASH_SITES_MAX", "0"))
@@ -95,6 +97,7 @@ class Trial:
     nursery: Nursery
     healthy: Caller
     client: Client
+    starts: Iterator[int] = field(default_factory=itertools.count)
     done: list[tuple[Flow, str, Call]] = field(default_factory=list)
     """Flow, site and call of each crash."""
     crashed: set[str] = field(default_factory=set)
@@ -104,7 +107,8 @@ class Trial:
     def gateway(self, scope: str, kill_at: str = "", **settings: str) -> Iterator[CrashingGateway]:
         environment = dict(self.system.settings)
         environment |= {f"GATEWAY_{name.upper()}": value for name, value in settings.items()}
-        gateway = self.nursery.start(environment, scope, kill_at)
+        visits = self.system.directory / f"visits-{next(self.starts)}"
+        gateway = CrashingGateway(self.nursery, environment, visits, scope, kill_at)
         try:
             yield gateway
         finally:
@@ -229,11 +233,15 @@ CALL_FLOWS: Final = (
 )
 
 
-@pytest.mark.parametrize("profile", ["idempotent", "non_idempotent"])
+@alternating(profile=("idempotent", "non_idempotent"))
 async def test_a_crash_at_any_wait_of_a_call_neither_loses_nor_doubles_it(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests,
+    redis: EmbeddedRedis,
+    nursery: Nursery,
+    profile: str,
+    transport: str,
 ) -> None:
-    async with _trial(postgres, redis, profile, recovers=True) as trial:
+    async with _trial(postgres, redis, nursery, profile, transport, recovers=True) as trial:
         failures = []
         for flow in CALL_FLOWS:
             sites = _chosen(trial, flow, await _sites_of_call(trial, flow))
@@ -282,10 +290,8 @@ async def _calling_a_gateway(
 ) -> AsyncIterator[tuple[CrashingGateway, Client, Call]]:
     times = DEAD_SENDER_TIMES if flow.dies_at else {}
     with trial.gateway(CALLS, kill_at, recovery_enabled="false", **times) as gateway:
-        address = await gateway.address()
-        assert address, gateway.log
         async with (
-            calling(address, trial.system.shop.api_key) as caller,
+            calling(await gateway.serving(), trial.system.shop.api_key) as caller,
             flow.prepare(trial) as call,
         ):
             yield gateway, Client(caller), call
@@ -334,11 +340,15 @@ RECOVERY_FLOWS: Final = (
 )
 
 
-@pytest.mark.parametrize("profile", ["idempotent", "non_idempotent"])
+@alternating(profile=("idempotent", "non_idempotent"))
 async def test_a_crash_at_any_wait_of_recovery_leaves_the_work_to_the_next_recovery(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests,
+    redis: EmbeddedRedis,
+    nursery: Nursery,
+    profile: str,
+    transport: str,
 ) -> None:
-    async with _trial(postgres, redis, profile, recovers=False) as trial:
+    async with _trial(postgres, redis, nursery, profile, transport, recovers=False) as trial:
         failures = []
         for flow in RECOVERY_FLOWS:
             sites = _chosen(trial, flow, await _sites_of_recovery(trial, flow))
@@ -429,13 +439,17 @@ async def _crash_recoveries(trial: Trial, flow: Flow, sites: Sequence[str]) -> l
 
 @asynccontextmanager
 async def _trial(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, *, recovers: bool
+    postgres: PostgresForTests,
+    redis: EmbeddedRedis,
+    nursery: Nursery,
+    profile: str,
+    transport: str,
+    *,
+    recovers: bool,
 ) -> AsyncIterator[Trial]:
-    """A trial with a healthy gateway that `recovers`, or does not."""
-    with (
-        running_system(postgres, redis, profile=profile, **SETTINGS) as system,
-        Nursery.open(system.directory) as nursery,
-    ):
+    """A trial with a healthy gateway that `recovers`, or does not; all are on the transport."""
+    settings = {**SETTINGS, "transport": transport, "trusted_front": True}
+    with running_system(postgres, redis, profile=profile, **settings) as system:
         gateway = system.start_gateway(recovery_enabled=recovers)
         async with calling(gateway, system.shop.api_key) as healthy:
             yield Trial(system, nursery, healthy, Client(healthy))

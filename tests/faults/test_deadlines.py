@@ -16,6 +16,7 @@ from gateway.domain.model import OperationState as S
 from storage.postgres.queries import query
 from tests.faults.checker import Client, check, settled
 from tests.faults.proxies import Action, Interception, postgres_proxy
+from tests.faults.transports import alternating, start_on_both
 from tests.harness import (
     authorize_request,
     bytes_without_replay,
@@ -50,7 +51,8 @@ STATEMENTS: Final = {
 }
 AT_PSP: Final = {"at_the_psp": "before_effect", "charged_by_the_psp": "before_answer"}
 
-profiles = pytest.mark.parametrize("profile", ["idempotent", "non_idempotent"])
+PROFILES: Final = ("idempotent", "non_idempotent")
+profiles = pytest.mark.parametrize("profile", PROFILES)
 
 
 class _Stage:
@@ -110,10 +112,10 @@ def _knows(gateway: GatewayProcess) -> bool:
     return "CANCELLED" in gateway.log or "DEADLINE_EXCEEDED" in gateway.log
 
 
-@profiles
-@pytest.mark.parametrize("stage", [*STATEMENTS, *AT_PSP])
-@pytest.mark.parametrize(
-    "leave", [_leave_by_cancelling, _leave_by_deadline], ids=["cancelled", "deadline"]
+@alternating(
+    leave=(_leave_by_cancelling, _leave_by_deadline),
+    stage=(*STATEMENTS, *AT_PSP),
+    profile=PROFILES,
 )
 async def test_a_call_without_its_caller_goes_on_and_its_repeats_get_its_answer(
     postgres: PostgresForTests,
@@ -121,6 +123,7 @@ async def test_a_call_without_its_caller_goes_on_and_its_repeats_get_its_answer(
     profile: str,
     stage: str,
     leave: Callable[[Client, _Stage], Awaitable[list[Any]]],
+    transport: str,
 ) -> None:
     with (
         running_system(
@@ -133,7 +136,9 @@ async def test_a_call_without_its_caller_goes_on_and_its_repeats_get_its_answer(
         ) as system,
         postgres_proxy(system.dsn) as proxy,
     ):
-        gateway = system.start_gateway(postgres_dsn=proxy.dsn)
+        gateway = system.start_gateway(
+            transport=transport, trusted_front=True, postgres_dsn=proxy.dsn
+        )
         control = system.control
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
@@ -268,10 +273,9 @@ def _states(system: System) -> set[S]:
 
 
 async def _client_of_two(stack: AsyncExitStack, system: System) -> Client:
-    gateways = [system.start_gateway(), system.start_gateway()]
     return Client(
         *[
             await stack.enter_async_context(calling(gateway, system.shop.api_key))
-            for gateway in gateways
+            for gateway in start_on_both(system)
         ]
     )

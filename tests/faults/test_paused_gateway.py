@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -15,6 +14,7 @@ from storage.embedded._process import is_frozen
 from storage.postgres.queries import query
 from tests.faults.checker import Client, check, settled
 from tests.faults.proxies import Action, postgres_proxy
+from tests.faults.transports import alternating, other_than
 from tests.harness import (
     authorize_request,
     bytes_without_replay,
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from tests.harness import GatewayProcess, System
     from tests.servers import PostgresForTests
 
-STOPPED_SENDER: Final = Path(__file__).with_name("stopped_sender.py")
+STOPPED_SENDER: Final = "tests.faults.stopped_sender:serve"
 
 SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 
-profiles = pytest.mark.parametrize("profile", ["idempotent", "non_idempotent", "no_query"])
+PROFILES: Final = ("idempotent", "non_idempotent", "no_query")
 
 
 def _system(postgres: PostgresForTests, redis: EmbeddedRedis, profile: str) -> Any:
@@ -45,6 +45,7 @@ def _system(postgres: PostgresForTests, redis: EmbeddedRedis, profile: str) -> A
         simulator_answer_timeout_s=1,
         recover_margin_s=0.2,
         wait_s_max=1,
+        trusted_front=True,
     )
 
 
@@ -86,14 +87,14 @@ async def _finish(system: System, profile: str, *clients: Client) -> None:
     check(system, *clients)
 
 
-@profiles
+@alternating(profile=PROFILES)
 async def test_a_sender_that_wakes_after_its_send_window_never_sends(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     """Stopped between the intent's COMMIT and its answer; recovery acts; SIGCONT."""
     with _system(postgres, redis, profile) as system, postgres_proxy(system.dsn) as proxy:
-        sleeper = system.start_gateway(postgres_dsn=proxy.dsn)
-        system.start_gateway()
+        sleeper = system.start_gateway(transport=transport, postgres_dsn=proxy.dsn)
+        system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         async with calling(sleeper, system.shop.api_key) as caller:
             client = Client(caller)
@@ -119,22 +120,27 @@ async def test_a_sender_that_wakes_after_its_send_window_never_sends(
 
 
 @pytest.mark.parametrize(
-    ("profile", "repeated"),
+    ("profile", "repeated", "transport"),
     [
-        ("idempotent", False),
-        ("non_idempotent", False),
-        ("no_query", False),
-        ("idempotent", True),
-        ("non_idempotent", True),
+        ("idempotent", False, "grpcio"),
+        ("non_idempotent", False, "native"),
+        ("no_query", False, "grpcio"),
+        ("idempotent", True, "native"),
+        ("non_idempotent", True, "grpcio"),
     ],
 )
 async def test_what_a_sender_sends_after_recovery_leaves_no_charge_unrecorded(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, *, repeated: bool
+    postgres: PostgresForTests,
+    redis: EmbeddedRedis,
+    profile: str,
+    *,
+    repeated: bool,
+    transport: str,
 ) -> None:
     """Stopped between its last look at the clock and the write; recovery acts; SIGCONT."""
     with _system(postgres, redis, profile) as system:
-        sleeper = system.start_gateway((str(STOPPED_SENDER), "authorize"))
-        other = system.start_gateway()
+        sleeper = system.fork_gateway(STOPPED_SENDER, "authorize", transport=transport)
+        other = system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         async with (
             calling(sleeper, system.shop.api_key) as first,
@@ -162,14 +168,14 @@ async def test_what_a_sender_sends_after_recovery_leaves_no_charge_unrecorded(
             assert standing[0].reference == repeat.operation.attempts[-1].connector_reference
 
 
-@profiles
+@alternating(profile=PROFILES)
 async def test_a_sender_that_sends_after_recovery_and_dies_leaves_no_charge_unrecorded(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     """As above, but nobody lives to tell: what recovery did must have been enough."""
     with _system(postgres, redis, profile) as system:
-        sleeper = system.start_gateway((str(STOPPED_SENDER), "authorize"))
-        other = system.start_gateway()
+        sleeper = system.fork_gateway(STOPPED_SENDER, "authorize", transport=transport)
+        other = system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         control = system.control
         async with (
@@ -195,21 +201,21 @@ async def test_a_sender_that_sends_after_recovery_and_dies_leaves_no_charge_unre
 
 
 @pytest.mark.parametrize(
-    ("profile", "kind"),
+    ("profile", "kind", "transport"),
     [
-        ("idempotent", "capture"),
-        ("non_idempotent", "capture"),
-        ("no_query", "capture"),
-        ("idempotent", "refund"),
-        ("non_idempotent", "refund"),
+        ("idempotent", "capture", "grpcio"),
+        ("non_idempotent", "capture", "native"),
+        ("no_query", "capture", "grpcio"),
+        ("idempotent", "refund", "native"),
+        ("non_idempotent", "refund", "grpcio"),
     ],
 )
 async def test_a_follow_up_that_is_sent_after_recovery_never_moves_money_twice(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, kind: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, kind: str, transport: str
 ) -> None:
     with _system(postgres, redis, profile) as system:
-        sleeper = system.start_gateway((str(STOPPED_SENDER), kind))
-        other = system.start_gateway()
+        sleeper = system.fork_gateway(STOPPED_SENDER, kind, transport=transport)
+        other = system.start_gateway(transport=other_than(transport))
         async with (
             calling(sleeper, system.shop.api_key) as first,
             calling(other, system.shop.api_key) as second,
@@ -243,13 +249,14 @@ async def test_a_follow_up_that_is_sent_after_recovery_never_moves_money_twice(
         assert moved == amounts[kind]
 
 
-@profiles
+@alternating(profile=PROFILES)
 async def test_a_gateway_stopped_before_the_answer_of_the_psp_does_not_keep_the_outcome_away(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     """Stopped with its request at the PSP, which answers meanwhile; recovery acts; SIGCONT."""
     with _system(postgres, redis, profile) as system:
-        sleeper, other = system.start_gateway(), system.start_gateway()
+        sleeper = system.start_gateway(transport=transport)
+        other = system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         control = system.control
         async with (
@@ -275,15 +282,17 @@ async def test_a_gateway_stopped_before_the_answer_of_the_psp_does_not_keep_the_
         assert len([one for one in system.standing() if one.stands]) == 1
 
 
-@profiles
+@alternating(profile=PROFILES)
 async def test_an_outcome_written_after_recovery_took_over_does_not_overwrite_it(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     """Stopped between the PSP's answer and the outcome's arrival at PostgreSQL."""
     with _system(postgres, redis, profile) as system, postgres_proxy(system.dsn) as proxy:
         # The sleeper itself does not recover: it is to be late.
-        sleeper = system.start_gateway(postgres_dsn=proxy.dsn, recovery_enabled=False)
-        system.start_gateway()
+        sleeper = system.start_gateway(
+            transport=transport, postgres_dsn=proxy.dsn, recovery_enabled=False
+        )
+        system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         async with calling(sleeper, system.shop.api_key) as caller:
             client = Client(caller)

@@ -12,6 +12,7 @@ from payments.v1 import payment_pb2, payment_service_pb2
 from storage.postgres.queries import query
 from tests.faults.checker import Client, check, settled
 from tests.faults.proxies import Action, postgres_proxy
+from tests.faults.transports import alternating, other_than, start_on_both
 from tests.harness import (
     authorize_request,
     bytes_without_replay,
@@ -35,7 +36,8 @@ COMMIT = "COMMIT;"
 
 SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 
-profiles = pytest.mark.parametrize("profile", ["idempotent", "non_idempotent"])
+PROFILES = ("idempotent", "non_idempotent")
+profiles = pytest.mark.parametrize("profile", PROFILES)
 
 
 @pytest.fixture
@@ -67,12 +69,11 @@ async def test_after_postgresql_was_killed_under_calls_all_that_was_acknowledged
     own_postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
 ) -> None:
     with running_system(own_postgres, redis, profile=profile) as system:
-        gateways = [system.start_gateway(), system.start_gateway()]
         async with AsyncExitStack() as stack:
             client = Client(
                 *[
                     await stack.enter_async_context(calling(gateway, system.shop.api_key))
-                    for gateway in gateways
+                    for gateway in start_on_both(system)
                 ]
             )
             tokens = ["tok_visa", "tok_visa", "tok_declined_do_not_honor"]
@@ -96,15 +97,14 @@ async def test_after_postgresql_was_killed_under_calls_all_that_was_acknowledged
         check(system, client)
 
 
-@profiles
-@pytest.mark.parametrize("point", ["before_effect", "before_answer"])
+@alternating(point=("before_effect", "before_answer"), profile=PROFILES)
 async def test_a_kill_of_postgresql_while_calls_are_at_the_psp_loses_no_outcome(
-    own_postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, point: str
+    own_postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, point: str, transport: str
 ) -> None:
     with running_system(
         own_postgres, redis, profile=profile, simulator_answer_timeout_s=60
     ) as system:
-        gateway = system.start_gateway()
+        gateway = system.start_gateway(transport=transport, trusted_front=True)
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
             control = system.control
@@ -122,18 +122,24 @@ async def test_a_kill_of_postgresql_while_calls_are_at_the_psp_loses_no_outcome(
         assert len(system.simulator.received()) == KEYS
 
 
-@profiles
-@pytest.mark.parametrize(
-    "statement", ["authorize_intent", "followup_intent", "change", "change_with_more"]
+@alternating(
+    statement=("authorize_intent", "followup_intent", "change", "change_with_more"),
+    profile=PROFILES,
 )
 async def test_a_commit_whose_answer_is_lost_takes_effect_once(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, statement: str
+    postgres: PostgresForTests,
+    redis: EmbeddedRedis,
+    profile: str,
+    statement: str,
+    transport: str,
 ) -> None:
     with (
         running_system(postgres, redis, profile=profile) as system,
         postgres_proxy(system.dsn) as proxy,
     ):
-        gateway = system.start_gateway(postgres_dsn=proxy.dsn)
+        gateway = system.start_gateway(
+            transport=transport, trusted_front=True, postgres_dsn=proxy.dsn
+        )
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
             before = await client.call("AuthorizePayment", authorize_request())
@@ -168,15 +174,20 @@ async def test_a_commit_whose_answer_is_lost_takes_effect_once(
         check(system, client)
 
 
-@profiles
+@alternating(profile=PROFILES)
 async def test_a_lease_whose_commit_is_lost_only_delays_recovery(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     with (
         running_system(postgres, redis, profile=profile, simulator_answer_timeout_s=1) as system,
         postgres_proxy(system.dsn) as proxy,
     ):
-        gateway = system.start_gateway(postgres_dsn=proxy.dsn, recovery_lease_s=1)
+        gateway = system.start_gateway(
+            transport=transport,
+            trusted_front=True,
+            postgres_dsn=proxy.dsn,
+            recovery_lease_s=1,
+        )
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
             # Every transaction block is recovery's: those that put and those that lease.
@@ -193,10 +204,13 @@ async def test_a_lease_whose_commit_is_lost_only_delays_recovery(
         check(system, client)
 
 
-@profiles
-@pytest.mark.parametrize("lost_writes", ["intents", "outcomes"])
+@alternating(lost_writes=("intents", "outcomes"), profile=PROFILES)
 async def test_when_a_gateway_dies_with_the_answer_of_its_commit_another_one_finishes(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, lost_writes: str
+    postgres: PostgresForTests,
+    redis: EmbeddedRedis,
+    profile: str,
+    lost_writes: str,
+    transport: str,
 ) -> None:
     """The commit is durable, its writer never hears of it: recovery ends what it began."""
     statement = "authorize_intent" if lost_writes == "intents" else "change"
@@ -207,11 +221,12 @@ async def test_when_a_gateway_dies_with_the_answer_of_its_commit_another_one_fin
             profile=profile,
             simulator_answer_timeout_s=1,
             recover_margin_s=0.2,
+            trusted_front=True,
         ) as system,
         postgres_proxy(system.dsn) as proxy,
     ):
-        dying = system.start_gateway(postgres_dsn=proxy.dsn)
-        surviving = system.start_gateway()
+        dying = system.start_gateway(transport=transport, postgres_dsn=proxy.dsn)
+        surviving = system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         async with (
             calling(dying, system.shop.api_key) as first,

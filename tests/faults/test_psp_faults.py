@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
-import pytest
 from payments.v1 import payment_pb2
 from payments.v1.payment_service_pb2 import (
     CapturePaymentRequest,
@@ -17,6 +16,7 @@ from payments.v1.payment_service_pb2 import (
 from gateway.domain.model import OperationKind
 from gateway.domain.model import OperationState as S
 from tests.faults.checker import Client, check, settled
+from tests.faults.transports import alternating, other_than, start_on_both
 from tests.harness import (
     authorize_request,
     bytes_without_replay,
@@ -87,12 +87,17 @@ PENDING = payment_pb2.OPERATION_STATE_PENDING
 SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 DECLINED = payment_pb2.OPERATION_STATE_DECLINED
 
-profiles = pytest.mark.parametrize("profile", ["idempotent", "non_idempotent"])
+PROFILES: Final = ("idempotent", "non_idempotent")
 
 
 def _system(postgres: PostgresForTests, redis: EmbeddedRedis, profile: str) -> Any:
     return running_system(
-        postgres, redis, profile=profile, simulator_answer_timeout_s=1, recover_margin_s=0.2
+        postgres,
+        redis,
+        profile=profile,
+        simulator_answer_timeout_s=1,
+        recover_margin_s=0.2,
+        trusted_front=True,
     )
 
 
@@ -101,9 +106,9 @@ def _states(system: System) -> dict[str, S]:
     return {row["idempotency_key"]: S(row["state"]) for row in rows if row["idempotency_key"]}
 
 
-@pytest.mark.parametrize("profile", SETTLING)
+@alternating(profile=SETTLING)
 async def test_every_fault_of_an_authorization_ends_in_a_definite_state(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     expected = {
         token: columns[COLUMNS[profile]]
@@ -111,7 +116,7 @@ async def test_every_fault_of_an_authorization_ends_in_a_definite_state(
         if columns[COLUMNS[profile]]
     }
     with _system(postgres, redis, profile) as system:
-        gateway = system.start_gateway()
+        gateway = system.start_gateway(transport=transport)
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
             requests = {
@@ -144,9 +149,12 @@ async def test_without_query_and_cancel_a_doubt_stays_and_no_timer_fails_it(
     postgres: PostgresForTests, redis: EmbeddedRedis
 ) -> None:
     with _system(postgres, redis, "no_query") as system:
-        gateway = system.start_gateway()
-        async with calling(gateway, system.shop.api_key) as caller:
-            client = Client(caller)
+        gateways = start_on_both(system)
+        async with (
+            calling(gateways[0], system.shop.api_key) as first,
+            calling(gateways[1], system.shop.api_key) as second,
+        ):
+            client = Client(first, second)
             requests = [authorize_request(token=token) for token in DOUBTS_WITHOUT_QUERY]
             pending = authorize_request(token="tok_pending")
             answers = await asyncio.gather(
@@ -169,7 +177,7 @@ async def test_without_query_and_cancel_a_doubt_stays_and_no_timer_fails_it(
                 assert answer.payment.state == payment_pb2.PAYMENT_STATE_IN_DOUBT
             check(system, client, doubts_stay=True)
         assert all(record["method"] == "send" for record in system.simulator.received())
-        assert gateway.stop() == 0
+        assert [gateway.stop() for gateway in gateways] == [0, 0]
 
 
 def _follow_up(kind: OperationKind, payment_id: str) -> tuple[str, Any]:
@@ -207,9 +215,9 @@ FOLLOW_UPS: Final[dict[str, frozenset[S]]] = {
 }
 
 
-@profiles
+@alternating(profile=PROFILES)
 async def test_every_fault_of_a_follow_up_ends_in_a_definite_state_and_its_reservation_with_it(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     kinds = (
         OperationKind.CAPTURE,
@@ -218,7 +226,7 @@ async def test_every_fault_of_a_follow_up_ends_in_a_definite_state_and_its_reser
         OperationKind.INCREMENT,
     )
     with _system(postgres, redis, profile) as system:
-        gateway = system.start_gateway()
+        gateway = system.start_gateway(transport=transport)
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
 
@@ -246,12 +254,12 @@ async def test_every_fault_of_a_follow_up_ends_in_a_definite_state_and_its_reser
             check(system, client)
 
 
-@profiles
+@alternating(profile=PROFILES)
 async def test_a_capture_in_doubt_keeps_its_reservation(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     with _system(postgres, redis, profile) as system:
-        gateway = system.start_gateway()
+        gateway = system.start_gateway(transport=transport)
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
             control = system.control
@@ -277,11 +285,12 @@ async def test_a_capture_in_doubt_keeps_its_reservation(
             check(system, client)
 
 
+@alternating(profile=PROFILES)
 async def test_another_amount_than_requested_is_recorded_as_a_discrepancy(
-    postgres: PostgresForTests, redis: EmbeddedRedis
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
-    with _system(postgres, redis, "idempotent") as system:
-        gateway = system.start_gateway()
+    with _system(postgres, redis, profile) as system:
+        gateway = system.start_gateway(transport=transport)
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
             answer = await client.call(
@@ -295,13 +304,13 @@ async def test_another_amount_than_requested_is_recorded_as_a_discrepancy(
         check(system, client)
 
 
-@pytest.mark.parametrize("profile", [*SETTLING, "no_query"])
+@alternating(profile=(*SETTLING, "no_query"))
 async def test_the_reversal_of_a_partial_approval_outlives_the_gateway_that_began_it(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     with _system(postgres, redis, profile) as system:
         control = system.control
-        dying = system.start_gateway()
+        dying = system.start_gateway(transport=transport)
         if profile == "no_query":
             await control.hold(kind="reversal")
         else:
@@ -323,7 +332,7 @@ async def test_the_reversal_of_a_partial_approval_outlives_the_gateway_that_bega
         assert len([one for one in system.standing() if one.stands]) == 2
         await control.release()
         await control.close()
-        system.start_gateway()
+        system.start_gateway(transport=other_than(transport))
         await settled(system)
         check(system, client)
         assert [one.open_minor for one in system.standing() if one.stands] == [500]
@@ -338,9 +347,9 @@ VOIDED_IN_FLIGHT: Final = (
 )
 
 
-@pytest.mark.parametrize("profile", [*SETTLING, "no_query"])
+@alternating(profile=(*SETTLING, "no_query"))
 async def test_a_success_found_after_a_void_of_an_authorization_in_flight_is_taken_back(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     # Where nothing would tell the outcome, only those that are answered.
     answered = {"no_query": 3, "cancel_only": 4}.get(profile, len(VOIDED_IN_FLIGHT))
@@ -348,7 +357,7 @@ async def test_a_success_found_after_a_void_of_an_authorization_in_flight_is_tak
     # Held by its own nature, until the gateway has gone.
     late = [] if profile == "no_query" else ["tok_success_late"]
     with _system(postgres, redis, profile) as system:
-        gateway = system.start_gateway()
+        gateway = system.start_gateway(transport=transport)
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
             control = system.control

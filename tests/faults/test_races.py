@@ -1,4 +1,7 @@
-"""Captures, refunds and voids that race over two gateways never exceed what there is."""
+"""Captures, refunds and voids that race over two gateways never exceed what there is.
+
+One of the two is on each transport.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from storage.embedded import free_port
 from storage.postgres.queries import query
 from tests.faults.checker import REPEAT_AFTER_S, REPEATABLE, Client, check, settled
 from tests.faults.proxies import Action, postgres_proxy
+from tests.faults.transports import alternating, other_than, start_on_both
 from tests.harness import authorize_request, calling, eur, new_key, reason_of, running_system
 
 if TYPE_CHECKING:
@@ -37,7 +41,8 @@ ROUNDS: Final = 10
 
 SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 
-profiles = pytest.mark.parametrize("profile", ["idempotent", "non_idempotent"])
+PROFILES: Final = ("idempotent", "non_idempotent")
+profiles = pytest.mark.parametrize("profile", PROFILES)
 
 
 @asynccontextmanager
@@ -46,7 +51,7 @@ async def _two_gateways(
 ) -> AsyncIterator[tuple[System, Client]]:
     """A system with two gateways, and a client of both; the books are checked at the end."""
     with running_system(postgres, redis, profile=profile, simulator_answer_timeout_s=30) as system:
-        gateways = [system.start_gateway(), system.start_gateway()]
+        gateways = start_on_both(system)
         async with (
             calling(gateways[0], system.shop.api_key) as first,
             calling(gateways[1], system.shop.api_key) as second,
@@ -236,24 +241,28 @@ async def test_a_hundred_duplicates_over_two_gateways_are_one_request_at_the_psp
         assert len(system.simulator.received()) == 1
 
 
-@profiles
+@alternating(profile=PROFILES)
 async def test_a_repeat_refused_for_the_reservation_of_its_own_first_try_executes_after_all(
-    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
 ) -> None:
     """The first try reserves all there is, the repeat sees that, and then the first is NOT_SENT."""
     with (
         # Without Redis, a repeat begins although the first try is under way.
         running_system(
-            postgres, redis, profile=profile, redis_url=f"redis://127.0.0.1:{free_port()}"
+            postgres,
+            redis,
+            profile=profile,
+            redis_url=f"redis://127.0.0.1:{free_port()}",
+            trusted_front=True,
         ) as system,
         postgres_proxy(system.dsn) as proxy,
         postgres_proxy(system.dsn) as other_proxy,
     ):
         # The send window of the first try is over before its intent is answered.
         late = system.start_gateway(
-            postgres_dsn=proxy.dsn, send_window_s=0.001, min_send_budget_s=0
+            transport=transport, postgres_dsn=proxy.dsn, send_window_s=0.001, min_send_budget_s=0
         )
-        other = system.start_gateway(postgres_dsn=other_proxy.dsn)
+        other = system.start_gateway(transport=other_than(transport), postgres_dsn=other_proxy.dsn)
         async with (
             calling(late, system.shop.api_key) as first,
             calling(other, system.shop.api_key) as second,

@@ -32,7 +32,7 @@ from redis.asyncio import Redis
 
 from gateway.domain.states import FROZEN, UNFINISHED
 from tests.faults.checker import REPEAT_AFTER_S, TRIES_MAX, Client, check, settled
-from tests.faults.crashing_gateway import CrashingGateway, Nursery
+from tests.faults.transports import TRANSPORTS
 from tests.harness import (
     Caller,
     authorize_request,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
 
     from storage.embedded import EmbeddedRedis
-    from tests.harness import System
+    from tests.harness import GatewayProcess, System
     from tests.servers import PostgresForTests
 
 T = TypeVar("T")
@@ -290,14 +290,14 @@ def _asked(op: Op, available: int) -> int:
 
 @dataclass
 class World:
-    """A system with one gateway, which is killed and started anew."""
+    """A system with one gateway, which is killed and started anew on the other transport."""
 
     system: System
     redis: EmbeddedRedis
-    nursery: Nursery
     runner: asyncio.Runner
+    transports: Iterator[str] = field(default_factory=lambda: itertools.cycle(TRANSPORTS))
     clients: list[Client] = field(default_factory=list)
-    gateway: CrashingGateway | None = None
+    gateway: GatewayProcess | None = None
     channel: grpc.aio.Channel | None = None
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
@@ -306,17 +306,15 @@ class World:
     async def start(self) -> None:
         """Start the gateway, anew after a kill."""
         await self.kill()
-        self.gateway = self.nursery.start(self.system.settings)
-        address = await self.gateway.address()
-        assert address, self.gateway.log
-        self.channel = grpc.aio.insecure_channel(address)
+        self.gateway = self.system.start_gateway(transport=next(self.transports))
+        self.channel = grpc.aio.insecure_channel(await self.gateway.serving())
         self.caller = Caller(self.channel, self.system.shop.api_key)
         self.client = Client(self.caller)
         self.clients.append(self.client)
 
     async def kill(self) -> None:
         if self.gateway is not None:
-            self.gateway.end()
+            self.gateway.kill()
             self.gateway = None
         if self.channel is not None:
             await self.channel.close()
@@ -656,11 +654,11 @@ def _world(postgres: PostgresForTests, profile: str) -> Iterator[World]:
                 recovery_backoff_s_min=0.02,
                 recovery_backoff_s_max=0.1,
                 recovery_lease_s=1,
+                trusted_front=True,
             )
         )
-        nursery = stack.enter_context(Nursery.open(system.directory))
         runner = stack.enter_context(asyncio.Runner())
-        world = World(system, redis, nursery, runner)
+        world = World(system, redis, runner)
         try:
             world.run(world.start())
             yield world

@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from storage.embedded import free_port
 from tests.faults.checker import Client, check, settled
+from tests.faults.transports import TRANSPORTS
 from tests.harness import (
     authorize_request,
     bytes_without_replay,
@@ -88,10 +89,15 @@ async def _load(
     with running_system(
         postgres, redis, profile=profile, simulator_answer_timeout_s=60, **settings
     ) as system:
-        ports = [free_port(), free_port()]
+        ports = [free_port() for _ in TRANSPORTS]
         gateways = [
-            system.start_gateway(metrics_address=f"127.0.0.1:{port}", waiters_per_key_max=1000)
-            for port in ports
+            system.start_gateway(
+                transport=transport,
+                trusted_front=True,
+                metrics_address=f"127.0.0.1:{port}",
+                waiters_per_key_max=1000,
+            )
+            for port, transport in zip(ports, TRANSPORTS, strict=True)
         ]
         first = [authorize_request() for _ in range(KEYS)]
         later = [authorize_request() for _ in range(KEYS)]

@@ -1,6 +1,7 @@
 """The simulator as a process: durable, restartable, and steered by its control resources."""
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from gateway.connectors.simulator.launch import (
     SimulatorProcess,
 )
 from gateway.connectors.simulator.profiles import KEY_VALIDITY_S
+from tests.harness import eventually
 from tests.simulators import new_reference, running_simulator, standings_of
 
 pytestmark = pytest.mark.integration
@@ -314,6 +316,53 @@ async def test_latency_is_drawn_by_the_seed_and_told(tmp_path: Path) -> None:
     assert drawn[0] == drawn[1]
     assert len(set(drawn[0])) > 10
     assert min(drawn[0]) > 0
+
+
+async def test_answers_that_are_written_late_are_counted_as_late(tmp_path: Path) -> None:
+    delay_ms, pause_s = 100.0, 0.5
+    with running_simulator(tmp_path, latency=f"{delay_ms}") as simulator:
+        client, control = Client(simulator.url), SimulatorControl(simulator.url)
+        try:
+            assert (await control.state())["lateness"]["count"] == 0
+            paying = asyncio.create_task(client.authorize(new_reference()))
+            await eventually(lambda: simulator.received() or None, "the request is received")
+            os.kill(simulator.pid, signal.SIGSTOP)
+            paused_at = time.monotonic()
+            try:
+                await asyncio.sleep(pause_s)
+            finally:
+                os.kill(simulator.pid, signal.SIGCONT)
+            paused_ms = 1000 * (time.monotonic() - paused_at)
+            assert (await paying)["processing_ms"] == delay_ms
+            lateness = (await control.state())["lateness"]
+            assert lateness["count"] == 1
+            assert lateness["max_ms"] >= paused_ms - delay_ms
+            assert lateness["p50_ms"] >= paused_ms - delay_ms
+            await control.reset_lateness()
+            assert (await control.state())["lateness"] == dict.fromkeys(lateness, 0)
+        finally:
+            await client.http.close()
+            await control.close()
+
+
+async def test_no_lateness_is_measured_without_a_delay_a_first_request_or_beside_holds(
+    tmp_path: Path,
+) -> None:
+    with running_simulator(tmp_path, latency="1") as simulator:
+        client, control = Client(simulator.url), SimulatorControl(simulator.url)
+        try:
+            reference = new_reference()
+            await client.authorize(reference)
+            await client.authorize(reference)
+            await control.hold("before_answer", kind="capture")
+            await client.authorize(new_reference())
+            await control.release()
+            await control.latency(0, 0)
+            await client.authorize(new_reference())
+            assert (await control.state())["lateness"]["count"] == 1
+        finally:
+            await client.http.close()
+            await control.close()
 
 
 @pytest.mark.parametrize(("mode", "status"), [("down", 503), ("reset", None)])

@@ -5,29 +5,25 @@ Calls begin and answers settle on one payment, drawn at random; the rules are ch
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
-from itertools import count
-
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.domain import decisions, states
-from gateway.domain.decisions import Begun, Origin, Settled
+from gateway.domain.decisions import Begun, Settled
 from gateway.domain.errors import GatewayError
 from gateway.domain.model import (
     Aggregate,
     CaptureMethod,
     ConnectorAnswer,
     Delivery,
-    Mode,
-    Operation,
     OperationKind,
     OperationState,
     Outcome,
     PaymentState,
     Verdict,
 )
+from tests.payment_book import CURRENCY, PaymentBook
 
 K, S, P = OperationKind, OperationState, PaymentState
 AMOUNT = 1000
@@ -49,61 +45,40 @@ def answers(draw: st.DrawFn) -> ConnectorAnswer:
 
 
 class OnePayment(RuleBasedStateMachine):
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = count(1)
-        self.at = datetime(2026, 1, 1, tzinfo=UTC)
-
-    def origin(self) -> Origin:
-        number = next(self.numbers)
-        return Origin(f"op_{number}", f"key {number}", b"\x01", f"req_{number}")
-
     @initialize(method=st.sampled_from(CaptureMethod), partial=st.booleans())
     def authorize(self, method: CaptureMethod, partial: bool) -> None:
-        begun = decisions.begin_authorization(
-            self.origin(),
-            merchant_id="mer_1",
-            payment_id="pay_1",
-            mode=Mode.TEST,
-            amount_minor=AMOUNT,
-            currency="EUR",
-            capture_method=method,
-            connector="simulator",
-            connector_account_id="mer_1",
-            merchant_order_id="",
-            allow_partial_approval=partial,
-            details=b"",
-        )
-        self.aggregate = Aggregate(begun.payment, [begun.operation])
+        self.book = PaymentBook(method, AMOUNT, partial=partial)
 
     def begun(self, begun: Begun) -> None:
-        before = self.aggregate.payment
+        before = self.book.payment
         assert begun.payment.version == before.version + 1
         assert begun.payment.state is before.state, "an intent moves no payment's state"
-        self.aggregate = Aggregate(begun.payment, [*self.aggregate.operations, begun.operation])
+        self.book.enter_begun(begun)
 
-    def settled(self, operation: Operation, settled: Settled) -> None:
-        before, after = self.aggregate.payment, settled.payment
+    def settled(self, settled: Settled) -> None:
+        before, after = self.book.payment, settled.payment
         assert after.version == before.version + 1
         allowed = states.PAYMENT_TRANSITIONS[before.state] | {before.state}
         assert after.state in allowed, f"{before.state.name} to {after.state.name}"
-        operations = [
-            settled.operation if other is operation else other
-            for other in self.aggregate.operations
-        ]
-        self.aggregate = Aggregate(after, operations + settled.companions)
+        self.book.enter_settled(settled)
 
     @rule(amount=st.one_of(st.none(), st.integers(1, 2 * AMOUNT)), final=st.booleans())
     def capture(self, amount: int | None, final: bool) -> None:
         try:
-            self.begun(decisions.begin_capture(self.aggregate, self.origin(), amount, "EUR", final))
+            self.begun(
+                decisions.begin_capture(
+                    self.book.aggregate, self.book.new_origin(), amount, CURRENCY, final
+                )
+            )
         except GatewayError:
             return
 
     @rule(amount=st.one_of(st.none(), st.integers(1, 2 * AMOUNT)))
     def refund(self, amount: int | None) -> None:
         try:
-            begun = decisions.begin_refund(self.aggregate, self.origin(), amount, "EUR", None, "")
+            begun = decisions.begin_refund(
+                self.book.aggregate, self.book.new_origin(), amount, CURRENCY, None, ""
+            )
         except GatewayError:
             return
         parts = begun.operation.allocations
@@ -113,54 +88,57 @@ class OnePayment(RuleBasedStateMachine):
     @rule()
     def void(self) -> None:
         try:
-            begun = decisions.begin_void(self.aggregate, self.origin(), "")
+            begun = decisions.begin_void(self.book.aggregate, self.book.new_origin(), "")
         except GatewayError:
             return
         self.begun(begun)
         if begun.cancel_request:
-            operation = self.aggregate.operations[-1]
-            payment = self.aggregate.payment
-            self.settled(operation, decisions.accept_cancel_request(payment, operation, self.at))
+            operation = self.book.operations[-1]
+            payment = self.book.payment
+            self.settled(decisions.accept_cancel_request(payment, operation, self.book.later()))
 
     @rule(amount=st.integers(1, AMOUNT))
     def increment(self, amount: int) -> None:
         try:
-            self.begun(decisions.begin_increment(self.aggregate, self.origin(), amount, "EUR"))
+            self.begun(
+                decisions.begin_increment(
+                    self.book.aggregate, self.book.new_origin(), amount, CURRENCY
+                )
+            )
         except GatewayError:
             return
 
     @rule(which=st.integers(0), answer=answers())
     def answer(self, which: int, answer: ConnectorAnswer) -> None:
-        operation = self.aggregate.operations[which % len(self.aggregate.operations)]
-        self.at += timedelta(seconds=1)
-        new_id = f"op_{next(self.numbers)}"
-        settled = decisions.settle(self.aggregate.payment, operation, answer, self.at, new_id)
+        operation = self.book.operations[which % len(self.book.operations)]
+        at, new_id = self.book.later(), self.book.new_operation_id()
+        settled = decisions.settle(self.book.payment, operation, answer, at, new_id)
         if settled is not None:
-            self.settled(operation, settled)
+            self.settled(settled)
 
     @rule(which=st.integers(0))
     def bounce(self, which: int) -> None:
-        operation = self.aggregate.operations[which % len(self.aggregate.operations)]
+        operation = self.book.operations[which % len(self.book.operations)]
         answer = ConnectorAnswer(Delivery.ANSWERED, Verdict.FAILED)
-        settled = decisions.bounce(self.aggregate.payment, operation, answer, self.at)
+        settled = decisions.bounce(self.book.payment, operation, answer, self.book.later())
         if settled is not None:
-            self.settled(operation, settled)
+            self.settled(settled)
 
-    @precondition(lambda self: self.aggregate.payment.state is P.NOT_SENT)
+    @precondition(lambda self: self.book.payment.state is P.NOT_SENT)
     @rule()
     def repeat(self) -> None:
-        operation = self.aggregate.operations[0]
-        begun = decisions.restart(self.aggregate.payment, operation, "req_again")
+        operation = self.book.operations[0]
+        begun = decisions.restart(self.book.payment, operation, "req_again")
         assert begun.operation.epoch == operation.epoch + 1
         assert begun.operation.attempt.number == operation.attempt.number + 1
         assert begun.operation.reference != operation.reference
-        self.aggregate = Aggregate(begun.payment, [begun.operation, *self.aggregate.operations[1:]])
+        self.book.aggregate = Aggregate(begun.payment, [begun.operation, *self.book.operations[1:]])
 
     @invariant()
     def amounts_are_within_bounds(self) -> None:
-        if not hasattr(self, "aggregate"):
+        if not hasattr(self, "book"):
             return
-        p = self.aggregate.payment
+        p = self.book.payment
         assert p.captured_minor + p.capture_pending_minor <= p.authorized_minor
         assert p.refunded_minor + p.refund_pending_minor <= p.captured_minor
         assert min(p.capture_pending_minor, p.refund_pending_minor, p.refunded_minor) >= 0
@@ -169,16 +147,16 @@ class OnePayment(RuleBasedStateMachine):
 
     @invariant()
     def reservations_are_those_of_the_unfinished_operations(self) -> None:
-        if not hasattr(self, "aggregate"):
+        if not hasattr(self, "book"):
             return
         for kind, reserved in (
-            (K.CAPTURE, self.aggregate.payment.capture_pending_minor),
-            (K.REFUND, self.aggregate.payment.refund_pending_minor),
-            (K.INCREMENT, self.aggregate.payment.increment_pending_minor),
+            (K.CAPTURE, self.book.payment.capture_pending_minor),
+            (K.REFUND, self.book.payment.refund_pending_minor),
+            (K.INCREMENT, self.book.payment.increment_pending_minor),
         ):
             assert reserved == sum(
                 operation.amount_minor
-                for operation in self.aggregate.operations
+                for operation in self.book.operations
                 if operation.kind is kind and operation.state in states.UNFINISHED
             )
 

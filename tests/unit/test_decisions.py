@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from itertools import count
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.domain import decisions
-from gateway.domain.decisions import Begun, Origin, Settled
+from gateway.domain.decisions import Settled
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
     Aggregate,
     CaptureMethod,
     ConnectorAnswer,
     Delivery,
-    Mode,
     Operation,
     OperationKind,
     OperationOrigin,
     OperationState,
     Outcome,
-    Payment,
     PaymentState,
     ResponseCode,
     Verdict,
 )
 from gateway.domain.money import AMOUNT_MINOR_MAX
 from gateway.domain.states import Event
+from tests.payment_book import CURRENCY, PaymentBook
 
 K, S, P = OperationKind, OperationState, PaymentState
 AUTOMATIC, MANUAL, MULTIPLE = CaptureMethod
@@ -48,90 +46,56 @@ def says(verdict: Verdict, reported_minor: int | None = None) -> ConnectorAnswer
 YES, NO = says(Verdict.APPROVED), says(Verdict.DECLINED)
 
 
-class Book:
+class Book(PaymentBook):
     """A payment to which things are done one after another."""
 
     def __init__(
         self, method: CaptureMethod = MULTIPLE, amount_minor: int = 100, *, partial: bool = False
     ) -> None:
-        self._numbers = count(1)
-        self._at = datetime(2026, 1, 1, tzinfo=UTC)
-        begun = decisions.begin_authorization(
-            self._origin(),
-            merchant_id="mer_1",
-            payment_id="pay_1",
-            mode=Mode.TEST,
-            amount_minor=amount_minor,
-            currency="EUR",
-            capture_method=method,
-            connector="psp",
-            connector_account_id="account",
-            merchant_order_id="",
-            allow_partial_approval=partial,
-            details=b"",
-        )
-        self.aggregate = Aggregate(begun.payment, [begun.operation])
+        super().__init__(method, amount_minor, partial=partial)
         self.last: Settled | None = None
 
     @property
-    def payment(self) -> Payment:
-        return self.aggregate.payment
-
-    @property
     def authorization(self) -> Operation:
-        return self.aggregate.operations[0]
+        return self.operations[0]
 
     def __getitem__(self, operation_id: str) -> Operation:
-        return next(o for o in self.aggregate.operations if o.operation_id == operation_id)
-
-    def _origin(self) -> Origin:
-        number = next(self._numbers)
-        return Origin(f"op_{number}", f"key_{number}", b"", f"req_{number}")
-
-    def _begin(self, begun: Begun) -> str:
-        self.aggregate = Aggregate(begun.payment, [*self.aggregate.operations, begun.operation])
-        return begun.operation.operation_id
+        return next(o for o in self.operations if o.operation_id == operation_id)
 
     def capture(self, amount_minor: int | None = None, *, final: bool = False) -> str:
-        origin = self._origin()
-        return self._begin(
+        origin = self.new_origin()
+        return self.enter_begun(
             decisions.begin_capture(self.aggregate, origin, amount_minor, None, final)
         )
 
     def void(self) -> str:
-        return self._begin(decisions.begin_void(self.aggregate, self._origin(), "note"))
+        return self.enter_begun(decisions.begin_void(self.aggregate, self.new_origin(), "note"))
 
     def refund(self, amount_minor: int | None = None, *, of: str | None = None) -> str:
-        origin = self._origin()
-        return self._begin(
+        origin = self.new_origin()
+        return self.enter_begun(
             decisions.begin_refund(self.aggregate, origin, amount_minor, None, of, "note")
         )
 
     def increment(self, amount_minor: int) -> str:
-        return self._begin(
-            decisions.begin_increment(self.aggregate, self._origin(), amount_minor, "EUR")
+        origin = self.new_origin()
+        return self.enter_begun(
+            decisions.begin_increment(self.aggregate, origin, amount_minor, CURRENCY)
         )
 
     def _settled(self, settled: Settled | None) -> None:
         assert settled is not None
         self.last = settled
-        changed = settled.operation
-        operations = [
-            changed if operation.operation_id == changed.operation_id else operation
-            for operation in self.aggregate.operations
-        ]
-        self.aggregate = Aggregate(settled.payment, operations + settled.companions)
+        self.enter_settled(settled)
 
     def settle(self, operation_id: str, answer: ConnectorAnswer) -> str:
-        self._at += timedelta(seconds=1)
-        new_id = f"op_{next(self._numbers)}"
-        operation = self[operation_id]
-        self._settled(decisions.settle(self.payment, operation, answer, self._at, new_id))
+        at, new_id = self.later(), self.new_operation_id()
+        self._settled(decisions.settle(self.payment, self[operation_id], answer, at, new_id))
         return operation_id
 
     def bounce(self, operation_id: str) -> None:
         answer = says(Verdict.FAILED)
-        self._settled(decisions.bounce(self.payment, self[operation_id], answer, self._at))
+        self._settled(decisions.bounce(self.payment, self[operation_id], answer, self.later()))
 
     def authorized(self, answer: ConnectorAnswer = YES) -> Book:
         self.settle("op_1", answer)
@@ -366,9 +330,9 @@ def test_reported_totals_stay_within_int64() -> None:
 def test_other_currency_than_the_payments_is_refused() -> None:
     book = Book().authorized()
     for begin in (
-        lambda: decisions.begin_capture(book.aggregate, book._origin(), 1, "USD", False),
-        lambda: decisions.begin_increment(book.aggregate, book._origin(), 1, "USD"),
-        lambda: decisions.begin_refund(book.aggregate, book._origin(), 1, "USD", None, ""),
+        lambda: decisions.begin_capture(book.aggregate, book.new_origin(), 1, "USD", False),
+        lambda: decisions.begin_increment(book.aggregate, book.new_origin(), 1, "USD"),
+        lambda: decisions.begin_refund(book.aggregate, book.new_origin(), 1, "USD", None, ""),
     ):
         refused(Reason.CURRENCY_MISMATCH, begin)
 
@@ -414,7 +378,7 @@ def test_void_of_an_unfinished_authorization_is_a_durable_cancel_request(
     book = Book()
     if answer is not None:
         book.authorized(answer)
-    begun = decisions.begin_void(book.aggregate, book._origin(), "")
+    begun = decisions.begin_void(book.aggregate, book.new_origin(), "")
     assert begun.cancel_request
     assert begun.payment.cancel_requested
     accepted = decisions.accept_cancel_request(begun.payment, begun.operation, datetime.now(UTC))
@@ -624,7 +588,7 @@ def test_repeat_of_a_follow_up_reserves_anew_and_keeps_its_identity() -> None:
     book = Book().authorized()
     capture = book.settle(book.capture(), UNSENT)
     book.settle(book.capture(30), YES)
-    begun = decisions.begin_capture(book.aggregate, book._origin(), None, None, False)
+    begun = decisions.begin_capture(book.aggregate, book.new_origin(), None, None, False)
     again = decisions.begin_again(book[capture], begun, "req_again")
     assert again.operation.operation_id == capture
     assert (again.operation.amount_minor, again.payment.capture_pending_minor) == (70, 70)

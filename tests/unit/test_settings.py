@@ -192,8 +192,28 @@ def test_variables_that_kubernetes_adds_for_services_are_ignored(
             ["recovery_backoff_s_min"],
         ),
         ({"wait_poll_ms_min": "10", "wait_poll_ms_max": "5"}, ["wait_poll_ms_min"]),
-        ({"batch_rows_max": "10", "batch_queue_max": "5"}, ["batch_rows_max"]),
+        (
+            {"batch_rows_max": "10", "batch_queue_max": "5"},
+            ["batch_rows_max", "admission_in_flight_max"],
+        ),
+        ({"admission_calls_min": "9", "admission_calls_max": "8"}, ["admission_calls_min"]),
+        (
+            {
+                "admission_calls_max": "9",
+                "admission_calls_min": "1",
+                "admission_in_flight_max": "8",
+            },
+            ["admission_calls_max"],
+        ),
+        ({"admission_in_flight_max": "20001"}, ["admission_in_flight_max"]),
+        ({"admission_bulk_target_ms": "10"}, ["admission_target_ms"]),
         ({"min_send_budget_s": "10", "send_window_s": "5"}, ["min_send_budget_s"]),
+        (
+            {"recovery_horizon_s": "10", "postgres_statement_timeout_s": "10"},
+            ["recovery_horizon_s"],
+        ),
+        ({"recovery_horizon_s": "9", "postgres_statement_timeout_s": "10"}, ["recovery_horizon_s"]),
+        ({"recovery_horizon_s": "20", "recovery_interval_ms": "20000"}, ["recovery_horizon_s"]),
         ({"environment": "production"}, ["postgres_dsn", "redis_url"]),
     ],
 )
@@ -208,6 +228,11 @@ def test_values_that_are_wrong_together_are_refused_by_name(
     "variables",
     [
         {"tls_certificate_file": "c", "tls_key_file": "k", "tls_client_ca_file": "a"},
+        {
+            "recovery_horizon_s": "10.1",
+            "postgres_statement_timeout_s": "10",
+            "recovery_interval_ms": "10000",
+        },
         {"transport": "native", "trusted_front": "true"},
         {"transport": "native", "trusted_front": "1", "listen_address": "[::1]:0"},
         {"transport": "native", "trusted_front": "true", "listen_address": "localhost:50051"},

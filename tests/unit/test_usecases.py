@@ -418,9 +418,44 @@ async def test_repeat_that_a_quicker_repeat_leaves_no_room_is_answered_with_its_
     assert len(gateway.connector.standing(K.CAPTURE)) == 1
 
 
-async def test_deadline_that_is_too_near_sends_nothing() -> None:
+async def test_deadline_that_is_too_near_costs_no_intent_and_no_read() -> None:
     gateway = bench()
     deadline = time.monotonic() + LIMITS.min_send_budget_s / 2
+    called: list[str] = []
+
+    async def note(method: str) -> None:
+        await asyncio.sleep(0)
+        called.append(method)
+
+    gateway.store.before = note
+    await refused(
+        Reason.DEADLINE_TOO_SHORT, gateway.payments.authorize(gateway.authorize(deadline=deadline))
+    )
+    assert called == []
+    gateway.store.before = failing("none")
+    answer = await gateway.payments.authorize(gateway.authorize())
+    assert not answer.replayed
+
+
+async def test_follow_up_whose_deadline_is_too_near_writes_nothing() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    deadline = time.monotonic() + LIMITS.min_send_budget_s / 2
+    command = gateway.capture(payment_id)
+    command.deadline = deadline
+    await refused(Reason.DEADLINE_TOO_SHORT, gateway.payments.capture(command))
+    assert operations_of(gateway, payment_id, K.CAPTURE) == []
+
+
+async def test_intent_that_outlasts_the_deadline_is_not_sent() -> None:
+    gateway = bench()
+    deadline = time.monotonic() + LIMITS.min_send_budget_s + 0.05
+
+    async def outlast(method: str) -> None:
+        if method == "write_intent":
+            await asyncio.sleep(max(0.0, deadline - time.monotonic()))
+
+    gateway.store.after = outlast
     answer = await gateway.payments.authorize(gateway.authorize(deadline=deadline))
     assert b"NOT_SENT" in answer.response
     assert gateway.store.by_key("a").reason == Reason.DEADLINE_TOO_SHORT
@@ -432,6 +467,21 @@ async def test_intent_that_took_longer_than_the_send_window_is_not_sent() -> Non
     await gateway.payments.authorize(gateway.authorize())
     assert gateway.store.by_key("a").reason == Reason.SEND_WINDOW_PASSED
     assert gateway.connector.sent == []
+
+
+async def test_refusal_for_overload_reads_nothing() -> None:
+    gateway = bench()
+    called: list[str] = []
+
+    async def overloaded(method: str) -> None:
+        await asyncio.sleep(0)
+        called.append(method)
+        if method == "write_intent":
+            raise GatewayError(Reason.OVERLOADED, "later", retry_after_s=1)
+
+    gateway.store.before = overloaded
+    await refused(Reason.OVERLOADED, gateway.payments.authorize(gateway.authorize()))
+    assert called == ["write_intent"]
 
 
 # --- callers that wait or go ----------------------------------------------------------------------

@@ -140,8 +140,16 @@ class SimulatorControl:
         """Close every connection on which no request is under way."""
         await self._do("close_idle")
 
+    async def reset_lateness(self) -> None:
+        """Begin to measure the answers' lateness anew."""
+        await self._do("reset_lateness")
+
     async def state(self) -> dict[str, Any]:
-        """`journal`, `mode`, `requests`, `in_flight`, `connections`, `held`."""
+        """`journal`, `mode`, `requests`, `in_flight`, `connections`, `lateness`, `held`.
+
+        `lateness` has `count`, `p50_ms`, `p99_ms`, `p999_ms` and `max_ms`, of the answers to first
+        requests with a delay.
+        """
         return await self._do("state")
 
     async def close(self) -> None:

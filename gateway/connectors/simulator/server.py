@@ -48,6 +48,9 @@ HOLDS_MAX: Final = 100
 TRANSACTIONS_MAX: Final = 5_000_000
 """The books are in memory; beyond this a request gets status 503 without effect."""
 OVERSIZED_BYTES: Final = 1024 * 1024
+COMMIT_MS: Final = 5.0
+"""How long before an answer is due its effect is decided, in milliseconds: about the time that the
+journal takes, so that the answer is written when it is due."""
 
 _REFERENCE: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _CURRENCY: Final = re.compile(r"[A-Z]{3}")
@@ -100,6 +103,46 @@ class Options:
     exit_with_parent: bool = False
 
 
+class Lateness:
+    """How much later than due answers were written, in milliseconds."""
+
+    STEPS_MAX: Final = 10_000
+    """Later than this many steps counts as the last one; `max_ms` is exact all the same."""
+    STEP_MS: Final = 0.1
+
+    def __init__(self) -> None:
+        self._counts = [0] * self.STEPS_MAX
+        self._count = 0
+        self._max_ms = 0.0
+
+    def record(self, late_ms: float) -> None:
+        """One answer was written so much later than due."""
+        self._counts[min(int(late_ms / self.STEP_MS), self.STEPS_MAX - 1)] += 1
+        self._count += 1
+        self._max_ms = max(self._max_ms, late_ms)
+
+    def summary(self) -> dict[str, float]:
+        """`count`, `p50_ms`, `p99_ms`, `p999_ms` (each rounded up to a step) and `max_ms`."""
+        return {
+            "count": self._count,
+            "p50_ms": self._quantile(0.5),
+            "p99_ms": self._quantile(0.99),
+            "p999_ms": self._quantile(0.999),
+            "max_ms": round(self._max_ms, 3),
+        }
+
+    def _quantile(self, share: float) -> float:
+        rank = math.ceil(share * self._count)
+        if not rank:
+            return 0.0
+        seen = 0
+        for step, count in enumerate(self._counts):
+            seen += count
+            if seen >= rank and step < self.STEPS_MAX - 1:
+                return round((step + 1) * self.STEP_MS, 3)
+        return round(self._max_ms, 3)
+
+
 class _BadRequest(Exception):
     """The request makes no sense; nothing was processed."""
 
@@ -108,6 +151,8 @@ class _BadRequest(Exception):
 class _Reply:
     status: int
     body: bytes
+    due_at: float | None = None
+    """When it has to be written, by the monotonic clock; None where that is not measured."""
 
 
 @dataclass(slots=True)
@@ -240,6 +285,7 @@ class Simulator:
         self._mode = "up"
         self._clock_ahead_s = 0.0
         self._connection_count = 0
+        self._lateness = Lateness()
 
     # --- connections ------------------------------------------------------------------------------
 
@@ -281,6 +327,8 @@ class Simulator:
             reply = _json(500, {"error": "internal"})
         if reply is not None:
             connection.reply(reply)
+            if reply.due_at is not None:
+                self._lateness.record(max(0.0, 1000 * (time.monotonic() - reply.due_at)))
 
     async def _route(
         self, connection: _Connection, method: str, path: str, body: bytes
@@ -304,6 +352,7 @@ class Simulator:
 
     async def _send(self, connection: _Connection, send: Send) -> _Reply | None:
         received_at = self._now()
+        arrived_at = time.monotonic()
         behaviour = self._ledger.behaviour(send)
         known = self._ledger.reference(send.reference)
         first = known is None or known.sends == 0
@@ -319,30 +368,36 @@ class Simulator:
         if fault in BEFORE_EFFECT:
             return await self._fail(connection, fault)
         delay_ms = self._latency.draw(self._source) + behaviour.extra_ms
+        # The delay is the whole of the PSP's work, the journal's included.
+        due_at = arrived_at + delay_ms / 1000
         while idempotent and send.reference in self._working:
             await asyncio.wait([self._working[send.reference]])
         working: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if idempotent:
             self._working[send.reference] = working
         try:
-            await self._work(connection, send, fault, delay_ms)
+            await self._work(connection, send, fault, due_at - COMMIT_MS / 1000)
             answer = await self._decide(send, behaviour, request, received_at)
+            await _sleep_until(due_at)
         finally:
             if idempotent:
                 del self._working[send.reference]
             working.set_result(None)
         await self._hold("before_answer", "send", send.kind, send.reference)
         answer = {**answer, "processing_ms": round(delay_ms, 3)}
-        return await self._answer(connection, fault, answer)
+        reply = await self._answer(connection, fault, answer)
+        # Neither what was held nor what waited for another request is the simulator's lateness.
+        if reply is not None and delay_ms and first and fault is Fault.NONE and not self._holds:
+            reply.due_at = due_at
+        return reply
 
     async def _work(
-        self, connection: _Connection, send: Send, fault: Fault, delay_ms: float
+        self, connection: _Connection, send: Send, fault: Fault, decide_at: float
     ) -> None:
         """All the time until the effect."""
         if fault is Fault.LATE:
             await asyncio.wait([connection.gone], timeout=HANG_S_MAX)
-        if delay_ms:
-            await asyncio.sleep(delay_ms / 1000)
+        await _sleep_until(decide_at)
         await self._hold("before_effect", "send", send.kind, send.reference)
 
     async def _decide(
@@ -499,6 +554,7 @@ class Simulator:
             "advance_clock": self._advance_clock,
             "close_idle": self._close_idle,
             "state": lambda _: None,
+            "reset_lateness": self._reset_lateness,
         }
         if action == "await_held":
             await self._await_held(_integer(body, "count"))
@@ -556,6 +612,9 @@ class Simulator:
             if not connection.busy and connection.transport is not None:
                 connection.transport.close()
 
+    def _reset_lateness(self, _: dict[str, Any]) -> None:
+        self._lateness = Lateness()
+
     def _state(self) -> dict[str, Any]:
         return {
             "journal": str(self._journal.path),
@@ -563,6 +622,7 @@ class Simulator:
             "requests": self._ledger.request_count,
             "in_flight": sum(connection.busy for connection in self._connections),
             "connections": len(self._connections),
+            "lateness": self._lateness.summary(),
             "held": [
                 {"reference": held.reference, "kind": held.kind, "point": held.point}
                 for held in self._held
@@ -572,6 +632,13 @@ class Simulator:
 
     def _now(self) -> float:
         return time.time() + self._clock_ahead_s
+
+
+async def _sleep_until(at: float) -> None:
+    """Until a time of the monotonic clock; at once where it has passed."""
+    left_s = at - time.monotonic()
+    if left_s > 0:
+        await asyncio.sleep(left_s)
 
 
 # --- requests -------------------------------------------------------------------------------------

@@ -1,0 +1,207 @@
+"""Gateways forked from a process that has imported them once: a start is most of a short test.
+
+Run as a process, it is the nursery: it forks a child for every request that comes over its socket.
+`Nursery` is the test's side.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+SERVE: Final = "tests.nursery:serve"
+"""`gateway serve`, as what a child is to run."""
+END_TIMEOUT_S: Final = 60.0
+REQUEST_BYTES_MAX: Final = 64 * 1024
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+class ForkedProcess:
+    """A child of the nursery, with the part of subprocess.Popen's interface that tests use."""
+
+    def __init__(self, nursery: Nursery, pid: int, stderr: int, alive: int) -> None:
+        self.pid = pid
+        self.stderr = os.fdopen(stderr, "rb")
+        self._nursery = nursery
+        self._alive = os.fdopen(alive, "rb")
+        self._lock = threading.Lock()
+        self._status: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._wait(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit status. Raises subprocess.TimeoutExpired."""
+        status = self._wait(timeout)
+        if status is None:
+            raise subprocess.TimeoutExpired(["gateway"], timeout or 0)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; harmless where it has ended."""
+        with self._lock:
+            # Until it is reaped it is at least a zombie, and its pid nobody else's.
+            if self._status is None:
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def _wait(self, timeout_s: float | None) -> int | None:
+        if self._status is None and self._ended(timeout_s):
+            with self._lock:
+                if self._status is None:
+                    self._status = self._nursery.reap(self.pid)
+                    self._alive.close()
+        return self._status
+
+    def _ended(self, timeout_s: float | None) -> bool:
+        """Whether the pipe that the child alone holds open is closed."""
+        poll = select.poll()
+        poll.register(self._alive, select.POLLHUP)
+        return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+class Nursery:
+    """The process that forks; it ends, with its children, at the end of `open`."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+
+    @classmethod
+    @contextmanager
+    def open(cls) -> Iterator[Nursery]:
+        """Start one."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.nursery", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env=inherited_environment(),
+                cwd=Path(__file__).resolve().parents[1],
+                start_new_session=True,
+            )
+            theirs.close()
+            try:
+                yield cls(ours)
+            finally:
+                ours.close()  # which ends it
+                process.wait(END_TIMEOUT_S)
+
+    def fork(
+        self, target: str, arguments: tuple[str, ...], environment: Mapping[str, str]
+    ) -> ForkedProcess:
+        """A child that runs the function `target`, as `module:name`, with these arguments."""
+        request = {"target": target, "arguments": arguments, "environment": dict(environment)}
+        stderr, stderr_of_child = os.pipe()
+        alive, alive_of_child = os.pipe()
+        try:
+            pid = self._ask(request, [stderr_of_child, alive_of_child])
+        finally:
+            os.close(stderr_of_child)
+            os.close(alive_of_child)
+        return ForkedProcess(self, pid, stderr, alive)
+
+    def reap(self, pid: int) -> int:
+        """The exit status of a child that has ended."""
+        return os.waitstatus_to_exitcode(self._ask({"reap": pid}))
+
+    def _ask(self, request: dict[str, Any], fds: list[int] | None = None) -> int:
+        with self._lock:
+            socket.send_fds(self._channel, [json.dumps(request).encode()], fds or [])
+            answer = self._channel.recv(REQUEST_BYTES_MAX)
+        assert answer, "the nursery is gone"
+        return int(answer)
+
+
+def inherited_environment() -> dict[str, str]:
+    """Ours, without the gateway's settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+
+
+# --- the nursery's side ---------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """`gateway serve`."""
+    from gateway.cli import main  # noqa: PLC0415 - the test's side needs none of it
+
+    main(["serve"])
+
+
+def _serve_nursery(channel: socket.socket) -> None:
+    import gateway.composition  # noqa: F401, PLC0415 - what the children need is imported once
+    from gateway.rpc import validation  # noqa: PLC0415
+
+    validation.warm()
+    gc.collect()
+    gc.freeze()  # or a child's first collection would copy every page
+    while True:
+        message, fds, _, _ = socket.recv_fds(channel, REQUEST_BYTES_MAX, 2)
+        if not message:
+            return
+        request = json.loads(message)
+        if "reap" in request:
+            _, status = os.waitpid(request["reap"], 0)
+            channel.send(str(status).encode())
+            continue
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            channel.close()
+            _run(request, fds[0], parent)
+        for fd in fds:
+            os.close(fd)
+        channel.send(str(pid).encode())
+
+
+def _run(request: dict[str, Any], stderr: int, parent: int) -> None:
+    """Be the child. Does not return."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    status = 1
+    try:
+        if os.getppid() == parent:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.environ.update(request["environment"])
+            module, _, name = request["target"].partition(":")
+            getattr(importlib.import_module(module), name)(*request["arguments"])
+            status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001 - a fork must never go back into the nursery's loop
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as nursery_channel:
+        _serve_nursery(nursery_channel)
