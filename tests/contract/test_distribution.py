@@ -17,7 +17,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 ROOT = Path(__file__).resolve().parents[2]
 PROTO = ROOT / "proto"
 PROTO_NAMES = sorted(p.relative_to(PROTO).as_posix() for p in PROTO.glob("payments/v1/*.proto"))
-LOCKS = ("requirements.lock", "requirements-bench.lock")
+LOCKS = ("requirements.lock", "requirements-bench.lock", "requirements-chart.lock")
 
 CLIENT = '''\
 """A service that authorizes a payment, as a caller would write it."""

@@ -1,0 +1,103 @@
+{{/* What values.schema.json cannot say clearly: values that are right alone and wrong together. All
+problems are told at once. */}}
+
+{{- define "gateway.check" -}}
+{{- $problems := list }}
+{{- if .Values.embedded }}
+  {{- if or .Values.postgres.dsn .Values.postgres.existingSecret .Values.redis.url .Values.redis.existingSecret }}
+  {{- $problems = append $problems "embedded: brings its own PostgreSQL and Redis; leave postgres.* and redis.* empty, or set embedded to false" }}
+  {{- end }}
+  {{- if include "gateway.scaled" . }}
+  {{- $problems = append $problems "embedded: is one pod; disable autoscaling and keda" }}
+  {{- end }}
+  {{- if .Values.simulator.enabled }}
+  {{- $problems = append $problems "embedded: runs a simulator of its own; set simulator.enabled to false" }}
+  {{- end }}
+{{- else }}
+  {{- range $name, $inline := dict "postgres" "dsn" "redis" "url" }}
+  {{- $server := index $.Values $name }}
+  {{- $given := index $server $inline }}
+  {{- if and $given $server.existingSecret }}
+  {{- $problems = append $problems (printf "%s: set existingSecret or %s, not both" $name $inline) }}
+  {{- else if not (or $given $server.existingSecret) }}
+  {{- $problems = append $problems (printf "%s: set %s.existingSecret to a Secret that holds the address (or %s.%s). To try the chart out without servers, set embedded to true" $name $name $name $inline) }}
+  {{- end }}
+  {{- end }}
+{{- end }}
+{{- $tls := .Values.tls }}
+{{- if include "gateway.tls" . }}
+  {{- $sources := 0 }}
+  {{- if $tls.existingSecret }}{{ $sources = add1 $sources }}{{ end }}
+  {{- if or $tls.certificate $tls.key }}{{ $sources = add1 $sources }}{{ end }}
+  {{- if $tls.certManager.enabled }}{{ $sources = add1 $sources }}{{ end }}
+  {{- if eq (int $sources) 0 }}
+  {{- $problems = append $problems "tls: set tls.existingSecret, tls.certificate and tls.key, or tls.certManager; or set tls.enabled to false, for plain text inside a mesh that encrypts" }}
+  {{- else if gt (int $sources) 1 }}
+  {{- $problems = append $problems "tls: set one of existingSecret, certificate with key, and certManager, not several" }}
+  {{- end }}
+  {{- if ne (empty $tls.certificate) (empty $tls.key) }}
+  {{- $problems = append $problems "tls: certificate and key belong together" }}
+  {{- end }}
+  {{- if and $tls.clientCa.existingSecret $tls.clientCa.certificate }}
+  {{- $problems = append $problems "tls.clientCa: set existingSecret or certificate, not both" }}
+  {{- end }}
+{{- else }}
+  {{- if or $tls.existingSecret $tls.certificate $tls.key $tls.certManager.enabled $tls.clientCa.existingSecret $tls.clientCa.certificate }}
+  {{- $problems = append $problems "tls: certificates are set, but TLS is off; set tls.enabled to true" }}
+  {{- end }}
+  {{- if .Values.grpcRoute.backendTLS.enabled }}
+  {{- $problems = append $problems "grpcRoute.backendTLS: the pods serve without TLS" }}
+  {{- end }}
+{{- end }}
+{{- if and .Values.autoscaling.enabled .Values.keda.enabled }}
+{{- $problems = append $problems "autoscaling and keda: enable one, not both; KEDA makes an autoscaler of its own" }}
+{{- end }}
+{{- range $name := list "autoscaling" "keda" }}
+{{- $scaler := index $.Values $name }}
+{{- if gt (int $scaler.minReplicas) (int $scaler.maxReplicas) }}
+{{- $problems = append $problems (printf "%s: minReplicas must not be greater than maxReplicas" $name) }}
+{{- end }}
+{{- end }}
+{{- if .Values.keda.enabled }}
+  {{- if and .Values.keda.inFlight.enabled (not .Values.keda.inFlight.serverAddress) }}
+  {{- $problems = append $problems "keda.inFlight: needs serverAddress, Prometheus' address" }}
+  {{- end }}
+  {{- if not (or .Values.keda.targetCPUUtilizationPercentage .Values.keda.inFlight.enabled .Values.keda.triggers) }}
+  {{- $problems = append $problems "keda: has nothing to scale on; set targetCPUUtilizationPercentage, inFlight or triggers" }}
+  {{- end }}
+{{- end }}
+{{- if lt (include "gateway.grace" . | int) (include "gateway.graceMin" . | int) }}
+{{- $problems = append $problems (printf "terminationGracePeriodSeconds: %s would kill a pod that drains; at least %s with these drain settings, or null" (include "gateway.grace" .) (include "gateway.graceMin" .)) }}
+{{- end }}
+{{- if and .Values.simulator.enabled (or (hasKey .Values.settings "simulator_url") (hasKey .Values.settings "simulator_profile") (hasKey .Values.secretSettings "simulator_url") (hasKey .Values.secretSettings "simulator_profile")) }}
+{{- $problems = append $problems "simulator: its address and profile follow from simulator.*; take simulator_url and simulator_profile out of the settings" }}
+{{- end }}
+{{- range $name, $_ := .Values.secretSettings }}
+{{- if hasKey $.Values.settings $name }}
+{{- $problems = append $problems (printf "secretSettings.%s: is in settings, too" $name) }}
+{{- end }}
+{{- end }}
+{{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}
+{{- $problems = append $problems "ingress: needs hosts" }}
+{{- end }}
+{{- if and .Values.grpcRoute.enabled (not .Values.grpcRoute.parentRefs) }}
+{{- $problems = append $problems "grpcRoute: needs parentRefs" }}
+{{- end }}
+{{- if .Values.grpcRoute.backendTLS.enabled }}
+  {{- if not .Values.grpcRoute.enabled }}
+  {{- $problems = append $problems "grpcRoute.backendTLS: needs grpcRoute.enabled" }}
+  {{- end }}
+  {{- if not .Values.grpcRoute.backendTLS.hostname }}
+  {{- $problems = append $problems "grpcRoute.backendTLS: needs hostname" }}
+  {{- end }}
+{{- end }}
+{{- if and .Values.tls.certManager.enabled (not .Values.tls.certManager.issuerRef.name) }}
+{{- $problems = append $problems "tls.certManager: needs issuerRef.name" }}
+{{- end }}
+{{- if and .Values.migrations.postgres.existingSecret .Values.embedded }}
+{{- $problems = append $problems "migrations.postgres: embedded migrates its own database" }}
+{{- end }}
+{{- if $problems }}
+{{- fail (printf "\n\nThe values cannot be used:\n- %s\n" (join "\n- " $problems)) }}
+{{- end }}
+{{- end }}
