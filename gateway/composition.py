@@ -1,6 +1,7 @@
 """The composition root: the one place that opens connections and puts the parts together."""
 
 import asyncio
+import gc
 import logging
 import resource
 import signal
@@ -51,6 +52,10 @@ READINESS_INTERVAL_S: Final = 2.0
 """How often readiness is looked at, and the doubts are counted."""
 FINGERPRINT_VERSION: Final = "f1"
 """Part of the claims' generation: another encoding of fingerprints is another cache."""
+
+_GC_THRESHOLDS: Final = (20_000, 20, 50)
+"""How many objects more than a while ago, and then how many younger collections, before each
+generation is looked through. Python's own are 700, 10 and 10."""
 
 _log = logging.getLogger(__name__)
 
@@ -336,12 +341,24 @@ async def serve(
         loop.add_signal_handler(number, stop.set)
     gateway = Gateway(settings, connectors)
     await gateway.start()
+    _spare_garbage_collection()
     try:
         announce(gateway)
         await stop.wait()
         _log.info("draining")
     finally:
         await gateway.stop()
+
+
+def _spare_garbage_collection() -> None:
+    """Look for cycles seldom, and not among what lives as long as the process.
+
+    A call makes hundreds of objects and hardly any cycle: reference counting frees them. With
+    Python's thresholds the collector took some 9 % of the CPU of a busy server.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
 
 
 def run_server(
