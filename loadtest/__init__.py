@@ -1,0 +1,1 @@
+"""Load tests and benchmarks: what the gateway bears, and what it is compared with."""

@@ -1,0 +1,311 @@
+"""The audit after a run: what callers were told against PostgreSQL and the PSP's journal.
+
+Callers' answers are the reference: each has to stand in the database once, with the very answer
+that was given, and each success at the PSP once. A call without an answer is unknown, never a
+failure: it may have been charged, once. Books and comparison are in SQLite on the disk
+(`audit.sql`), and both sides are read as streams.
+"""
+
+import asyncio
+import re
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import asyncpg
+import grpc
+import orjson
+from payments.v1.payment_service_pb2 import GetOperationRequest, GetOperationResponse
+
+from loadtest.calls import SERVICE, Acknowledged
+from loadtest.engine import Target
+
+CHUNK_ROWS: Final = 5_000
+CALLS_MAX: Final = 64
+"""GetOperation calls at once, where there is no database to read."""
+CALL_TIMEOUT_S: Final = 15.0
+SETTLE_TIMEOUT_S: Final = 30.0
+"""How long unfinished operations are waited for."""
+SETTLE_POLL_S: Final = 0.2
+
+_STORED_SQL: Final = """
+SELECT o.idempotency_key, o.operation_id, o.payment_id, o.state, o.amount_minor,
+    coalesce(encode(sha256(o.response), 'hex'), '') AS digest
+FROM unnest($1::text[], $2::text[]) AS told (merchant_id, key)
+JOIN operations o ON o.idempotency_key = told.key AND o.merchant_id = told.merchant_id
+"""
+# PROCESSING and IN_DOUBT.
+_UNFINISHED_SQL: Final = "SELECT count(*) FROM operations WHERE state IN (1, 8)"
+_DISCREPANCIES_SQL: Final = "SELECT count(*) FROM discrepancies"
+
+_STATEMENTS: Final = frozenset({"schema", "indexes", "only_merchant"})
+"""The parts of audit.sql that are no questions."""
+
+Stored = tuple[str, str, str, int, int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What the comparison found. None: the book for it was not at hand."""
+
+    acked: int
+    """Authorizations that a caller was told about."""
+    acked_operations: int
+    """The same, captures and all else too."""
+    missing: int
+    """Acknowledged authorizations and operations that are not in the database, and successes
+    without their charge."""
+    missing_rows: int
+    repeated_rows: int
+    contradicted: int
+    unkept: int | None
+    uncharged: int | None
+    charged_declines: int | None
+    charged_refusals: int | None
+    duplicate_charges: int | None
+    unrecorded_charges: int | None
+    unknown: int
+    """Calls without an answer, whose outcome is open. No failure."""
+    unknown_recorded: int
+    unfinished: int | None
+    """Operations that had no definite outcome yet when the audit began."""
+    discrepancies: int | None
+    """Where the PSP reported something else than was asked for."""
+    source: str
+    """What was compared with."""
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing contradicts what callers were told."""
+        return not any(
+            getattr(self, each.name) for each in fields(self) if each.name not in _NO_FAULT
+        )
+
+    def figures(self) -> dict[str, Any]:
+        """For a summary."""
+        return {**asdict(self), "clean": self.clean}
+
+
+_NO_FAULT: Final = frozenset(
+    {
+        *("acked", "acked_operations", "unknown", "unknown_recorded", "unfinished"),
+        *("discrepancies", "source"),
+    }
+)
+_CHARGES: Final = (
+    *("uncharged", "charged_declines", "charged_refusals"),
+    *("duplicate_charges", "unrecorded_charges"),
+)
+
+
+class Books:
+    """Both sides, on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._queries = _queries(Path(__file__).with_name("audit.sql").read_text("utf-8"))
+        self._database = sqlite3.connect(path, isolation_level=None)
+        # A scratch file: nothing of it has to survive a crash.
+        self._database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;")
+        self._database.executescript(self._queries["schema"])
+
+    def tell(self, told: Iterable[Acknowledged]) -> None:
+        """Enter what callers were told."""
+        self._enter("INSERT INTO told VALUES (?, ?, ?, ?, ?, ?, ?, ?)", told)
+        # A call that named no merchant and was not answered is of the key's only one.
+        self._database.execute(self._queries["only_merchant"])
+
+    def store(self, rows: Iterable[Stored]) -> None:
+        """Enter what the gateway has."""
+        self._enter("INSERT INTO stored VALUES (?, ?, ?, ?, ?, ?)", rows)
+
+    def charge(self, journal: Path) -> None:
+        """Enter what the PSP's journal says."""
+        self._enter("INSERT INTO charges VALUES (?, ?, ?)", _charges(journal))
+        self._enter("INSERT OR IGNORE INTO reversed VALUES (?)", _reversed(journal))
+
+    def portions(self) -> Iterator[list[tuple[str, str]]]:
+        """Merchants and keys of every call, in portions."""
+        last = 0
+        while True:
+            rows = self._database.execute(
+                "SELECT max(rowid), merchant_id, key FROM told WHERE rowid > ? AND rowid <= ?"
+                " GROUP BY merchant_id, key",
+                (last, last + CHUNK_ROWS),
+            ).fetchall()
+            if not rows:
+                return
+            last += CHUNK_ROWS
+            yield [(merchant_id, key) for _, merchant_id, key in rows]
+
+    def compare(
+        self,
+        source: str,
+        *,
+        answers: bool,
+        charges: bool,
+        unfinished: int | None,
+        discrepancies: int | None,
+    ) -> Audit:
+        """The result; `answers` says whether frozen answers were entered, `charges` the journal."""
+        # A key's rows may have come once for each portion that names it: equal ones are one.
+        self._database.executescript(
+            "CREATE TABLE once AS SELECT DISTINCT * FROM stored; DROP TABLE stored;"
+            "ALTER TABLE once RENAME TO stored;"
+        )
+        self._database.executescript(self._queries["indexes"])
+        found: dict[str, Any] = {
+            name: self._database.execute(sql).fetchone()[0]
+            for name, sql in self._queries.items()
+            if name not in _STATEMENTS
+        }
+        if not answers:
+            found["unkept"] = None
+        if not charges:
+            found |= dict.fromkeys(_CHARGES)
+        return Audit(
+            missing=found["missing_rows"] + (found["uncharged"] or 0),
+            unfinished=unfinished,
+            discrepancies=discrepancies,
+            source=source,
+            **found,
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _enter(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        self._database.execute("BEGIN")
+        self._database.executemany(statement, rows)
+        self._database.execute("COMMIT")
+
+
+def audit_by_database(
+    told: Iterable[Acknowledged], dsn: str, journal: Path | None, scratch: Path
+) -> Audit:
+    """Compare with PostgreSQL, and with the simulator's journal where there is one.
+
+    Waits up to SETTLE_TIMEOUT_S for operations without a definite outcome. Raises asyncpg's errors
+    and OSError.
+    """
+    with closing(Books(scratch)) as books:
+        books.tell(told)
+        unfinished, discrepancies = asyncio.run(_read_database(books, dsn))
+        if journal is not None:
+            books.charge(journal)
+        source = "PostgreSQL" if journal is None else "PostgreSQL and the simulator's journal"
+        return books.compare(
+            source,
+            answers=True,
+            charges=journal is not None,
+            unfinished=unfinished,
+            discrepancies=discrepancies,
+        )
+
+
+def audit_by_calls(told: Iterable[Acknowledged], target: Target, scratch: Path) -> Audit:
+    """Compare with what GetOperation says of every key: where no database is within reach.
+
+    Ids, amounts and states are compared, frozen answers and charges cannot be. Raises AioRpcError.
+    """
+    with closing(Books(scratch)) as books:
+        books.tell(told)
+        asyncio.run(_ask_all(books, target))
+        return books.compare(
+            "GetOperation", answers=False, charges=False, unfinished=None, discrepancies=None
+        )
+
+
+async def _read_database(books: Books, dsn: str) -> tuple[int, int]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        unfinished = await _settled(connection)
+        for portion in books.portions():
+            rows = await connection.fetch(
+                _STORED_SQL,
+                [merchant_id for merchant_id, _ in portion],
+                [key for _, key in portion],
+            )
+            books.store(tuple(row) for row in rows)
+        return unfinished, int(await connection.fetchval(_DISCREPANCIES_SQL))
+    finally:
+        await connection.close()
+
+
+async def _settled(connection: asyncpg.Connection) -> int:
+    """How many operations remain unfinished, after a while."""
+    until = asyncio.get_running_loop().time() + SETTLE_TIMEOUT_S
+    while True:
+        unfinished = int(await connection.fetchval(_UNFINISHED_SQL))
+        if not unfinished or asyncio.get_running_loop().time() > until:
+            return unfinished
+        await asyncio.sleep(SETTLE_POLL_S)
+
+
+async def _ask_all(books: Books, target: Target) -> None:
+    channels = target.channels()
+    calls: list[Any] = [channel.unary_unary(f"/{SERVICE}/GetOperation") for channel in channels]
+    metadata = (("authorization", f"Bearer {target.api_key}"),)
+    room = asyncio.Semaphore(CALLS_MAX)
+
+    async def ask(number: int, merchant_id: str, key: str) -> Stored | None:
+        request = GetOperationRequest(merchant_id=merchant_id, idempotency_key=key)
+        async with room:
+            try:
+                data = await calls[number % len(calls)](
+                    request.SerializeToString(), metadata=metadata, timeout=CALL_TIMEOUT_S
+                )
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    return None
+                raise
+        operation = GetOperationResponse.FromString(data).operation
+        return (
+            operation.idempotency_key,
+            operation.operation_id,
+            operation.payment_id,
+            operation.state,
+            operation.amount.amount_minor,
+            "",
+        )
+
+    try:
+        for portion in books.portions():
+            answers = await asyncio.gather(
+                *(ask(number, *each) for number, each in enumerate(portion))
+            )
+            books.store(answer for answer in answers if answer is not None)
+    finally:
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+
+def _effects(journal: Path) -> Iterator[dict[str, Any]]:
+    """The effects of a journal, line by line. A last line without its end was never durable."""
+    with journal.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and b'"type":"effect"' in line:
+                yield orjson.loads(line)
+
+
+def _charges(journal: Path) -> Iterator[tuple[str, str, int]]:
+    for effect in _effects(journal):
+        if effect["effect"] in ("authorization", "charge"):
+            yield effect["authorization_id"], effect["payment_id"], effect["amount_minor"]
+
+
+def _reversed(journal: Path) -> Iterator[tuple[str]]:
+    for effect in _effects(journal):
+        for item in effect.get("takes_back", ()):
+            if item["effect"] in ("authorization", "charge"):
+                yield (item["authorization_id"],)
+
+
+def _queries(text: str) -> dict[str, str]:
+    """The named parts of audit.sql."""
+    parts = re.split(r"^-- (\w+)(?::.*)?\n", text, flags=re.MULTILINE)
+    return dict(zip(islice(parts, 1, None, 2), islice(parts, 2, None, 2), strict=True))

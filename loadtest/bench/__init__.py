@@ -1,0 +1,1 @@
+"""`make bench`: what the gateway does beside an empty echo and a straightforward baseline."""

@@ -1,0 +1,139 @@
+"""Child processes of a benchmark: started, waited for, measured and surely ended."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final, Self
+
+START_TIMEOUT_S: Final = 30.0
+"""A server that does not serve by then hangs."""
+STOP_TIMEOUT_S: Final = 20.0
+"""A process that has not ended by then is killed."""
+POLL_S: Final = 0.02
+LOG_LINES_SHOWN: Final = 20
+
+_PR_SET_PDEATHSIG: Final = 1
+_WITH_PARENT: Final = (
+    "import ctypes, os, sys;"
+    f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)});"
+    "os.execv(sys.argv[1], sys.argv[1:])"
+)
+"""Ends with the thread that started it, and becomes the program."""
+_TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
+
+
+class ProcessFailed(Exception):
+    """A process did not do what it was started for; the text says what it logged."""
+
+
+class Process:
+    """A child that ends with this process, however that ends. Its output goes to a file."""
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
+    ) -> None:
+        self.name = name
+        self._log = log
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                [sys.executable, "-ISc", _WITH_PARENT, *command],
+                env={**_inherited(), **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    @classmethod
+    def python(
+        cls, name: str, arguments: Sequence[str], environment: Mapping[str, str], folder: Path
+    ) -> Self:
+        """A Python program of ours."""
+        return cls(name, [sys.executable, *arguments], environment, folder / f"{name}.log")
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def await_serving(self) -> str:
+        """The address that it serves at, once it has logged it. Raises ProcessFailed."""
+        until = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < until:
+            ended = not self.running
+            for line in self._log.read_text("utf-8", "replace").splitlines():
+                if '"message":"serving"' in line:
+                    address: str = json.loads(line)["address"]
+                    return address
+            if ended:
+                raise self.failure("ended before it served")
+            time.sleep(POLL_S)
+        raise self.failure("does not serve")
+
+    def printed(self) -> str:
+        """What it printed."""
+        return self._log.read_text("utf-8", "replace")
+
+    def forget_log(self) -> None:
+        """Empty the log, so that a long run fills no disk."""
+        os.truncate(self._log, 0)
+
+    def failure(self, what: str) -> ProcessFailed:
+        """What went wrong, with the end of the log."""
+        lines = self._log.read_text("utf-8", "replace").splitlines()[-LOG_LINES_SHOWN:]
+        return ProcessFailed("\n".join([f"{self.name} {what}", *lines]))
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for its end. Raises ProcessFailed where it takes too long or ends with a failure."""
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise self.failure(f"did not end within {timeout_s:g} s") from None
+        if status != 0:
+            raise self.failure(f"ended with status {status}")
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL. Harmless where it has ended."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextmanager
+def stopping(process: Process) -> Iterator[Process]:
+    """The process for as long as the context lasts."""
+    try:
+        yield process
+    finally:
+        process.stop()
+
+
+def _inherited() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+
+
+def cpu_s(pid: int) -> float:
+    """The CPU time that a process and its living children have used, in seconds; see proc(5)."""
+    total = 0.0
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8")
+        fields = stat[stat.rindex(")") + 2 :].split()
+        total = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split():
+            total += cpu_s(int(child))
+    return total

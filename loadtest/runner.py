@@ -1,0 +1,526 @@
+"""One load test from its servers to its verdict: control, schedule, audit, gates, files."""
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+import grpc
+from google.rpc import status_pb2
+from payments.v1.payment_service_pb2 import AuthorizePaymentResponse
+
+from loadtest import environment
+from loadtest.audit import Audit, audit_by_calls, audit_by_database
+from loadtest.calls import SERVICE, Acknowledged, sample_request
+from loadtest.engine import Target
+from loadtest.knee import KneeSearch
+from loadtest.measures import Analysis
+from loadtest.mixes import load_mix
+from loadtest.plan import API_KEY_VARIABLE, Plan
+from loadtest.processes import Observation, Observer, busiest
+from loadtest.samples import (
+    ACKNOWLEDGED_FILE,
+    OUTCOME_FILE,
+    SAMPLES_FILE,
+    read_acknowledged,
+    read_samples,
+)
+from loadtest.servers import Child, Stack, StackFailed, StackOptions, inherited, launch, stop
+from loadtest.slo import Limits, Verdict, evaluate
+
+SUMMARY_FILE: Final = "summary.json"
+REPORT_FILE: Final = "report.html"
+LOCUST_FILE: Final = Path(__file__).with_name("locustfile.py")
+START_ALLOWANCE_S: Final = 60.0
+"""What a generator may take beside its schedule and the last call's deadline."""
+KNEE_WARM_UP_S: Final = 3.0
+REMOTE_PORT: Final = 5557
+"""Where generators on other machines find the master, Locust's own default."""
+GENERATOR: Final = "generator"
+PARTS: Final = ("control", "simulator", "gateway")
+"""What a summary may name as left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """One load test."""
+
+    plan: Plan
+    profile: str
+    folder: Path
+    slo: Path
+    transport: str = "native"
+    workers: int = 0
+    generators: int = 1
+    remote_generators: bool = False
+    """They are started elsewhere, and connect to port 5557 of this machine."""
+    control_s: float = 20.0
+    """0: no control run."""
+    target: str = ""
+    """A deployed gateway; empty: one is started here."""
+    audit_dsn: str = field(default="", repr=False)
+    """The deployed gateway's database; empty: the audit asks the gateway."""
+    web_port: int = 0
+    """Where Locust's web UI is shown; 0: nowhere."""
+    command: tuple[str, ...] = ("-m", "gateway", "serve")
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What is called: a stack of our own, or somebody's gateway."""
+
+    address: str
+    api_key: str = field(repr=False)
+    merchants: Path | None
+    stack: Stack | None
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """The roots of process trees on this machine that are watched."""
+        return self.stack.pids if self.stack is not None else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A schedule that was sent."""
+
+    plan: Plan
+    folder: Path
+    analysis: Analysis
+    observations: list[Observation]
+    started_at: float
+    reasons: Mapping[str, int]
+    lateness: Mapping[str, float] | None
+    """The simulator's; None where it is not ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything about a load test that its report shows."""
+
+    summary: dict[str, Any]
+    verdict: Verdict
+    step: Step
+    """What was measured; of a search, the highest rate that held, or else the first."""
+    steps: Sequence[Step]
+
+
+def run(options: Options) -> Outcome:
+    """Do it all, and say so as it goes on. Raises StackFailed, BadSlo, OSError and AioRpcError."""
+    limits = Limits.load(options.profile, options.slo)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as exit_stack:
+        system = _system(options, exit_stack)
+        plan = replace(
+            options.plan,
+            merchants=f"@{system.merchants}" if system.merchants else options.plan.merchants,
+            shares=options.generators,
+        )
+        first, reply = _first_payment(system, plan)
+        control = _control(options, plan, reply)
+        if options.profile == "knee":
+            steps, knee = _search(options, plan, system, limits, control)
+        else:
+            _say(
+                f"{options.profile}: {plan.rate:g} sends/s for {plan.duration:g} s after"
+                f" {plan.warm_up:g} s of warm-up, mix {plan.mix}"
+            )
+            steps, knee = [_send(options, plan, system, "run")], None
+        audit = _audit(options, plan, system, chain([first], _told(steps)))
+        if system.stack is not None:
+            system.stack.gateway.check()
+        step = _shown(steps, knee)
+        summary = summarize(options, step, control, audit.figures(), system)
+        if knee is not None:
+            summary["knee"] = knee
+        verdict = evaluate(limits, summary)
+        summary |= {
+            "valid": verdict.valid,
+            "slo_met": verdict.met,
+            "gates": [gate.figures() for gate in verdict.gates],
+        }
+        return Outcome(summary, verdict, step, steps)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+# --- what is called -------------------------------------------------------------------------------
+
+
+def _system(options: Options, exit_stack: ExitStack) -> System:
+    if options.target:
+        return System(options.target, os.environ[API_KEY_VARIABLE], None, None)
+    _say(f"starting PostgreSQL, Redis, the PSP simulator and the gateway ({options.transport})")
+    stack = exit_stack.enter_context(
+        Stack(
+            StackOptions(
+                folder=options.folder,
+                transport=options.transport,
+                workers=options.workers,
+                merchants=load_mix(options.plan.mix).merchants,
+                command=options.command,
+            )
+        )
+    )
+    merchants = options.folder / "merchants.txt"
+    merchants.write_text("\n".join(stack.merchant_ids) + "\n", "utf-8")
+    return System(stack.address, stack.api_key, merchants, stack)
+
+
+def _target(system: System, plan: Plan) -> Target:
+    ca_certificate = Path(plan.ca_file).read_bytes() if plan.ca_file else None
+    return Target(
+        system.address,
+        system.api_key,
+        tls=plan.tls or ca_certificate is not None,
+        ca_certificate=ca_certificate,
+        connections=1,
+    )
+
+
+def _first_payment(system: System, plan: Plan) -> tuple[Acknowledged, bytes]:
+    """One authorization: shows that the gateway is there, and gives the echo its answer."""
+    target = _target(system, plan)
+    merchant_id = ""
+    if system.merchants is not None:
+        merchant_id = system.merchants.read_text("utf-8").split()[0]
+    elif plan.merchants:
+        merchant_id = plan.merchants.split(",")[0]
+    key = f"load-{secrets.token_hex(8)}"
+    if target.tls:
+        channel = grpc.secure_channel(
+            target.address, grpc.ssl_channel_credentials(target.ca_certificate)
+        )
+    else:
+        channel = grpc.insecure_channel(target.address)
+    with channel:
+        try:
+            authorize: Any = channel.unary_unary(f"/{SERVICE}/AuthorizePayment")
+            data: bytes = authorize(
+                sample_request(merchant_id, key),
+                metadata=(("authorization", f"Bearer {target.api_key}"),),
+                timeout=plan.deadline,
+            )
+        except grpc.RpcError as error:
+            raise StackFailed(f"{target.address} refuses a payment: {_refusal(error)}") from None
+    operation = AuthorizePaymentResponse.FromString(data).operation
+    told = Acknowledged(
+        "AUTHORIZE",
+        operation.merchant_id,
+        key,
+        operation.operation_id,
+        operation.payment_id,
+        operation.state,
+        operation.amount.amount_minor,
+        "",
+    )
+    return told, data
+
+
+def _refusal(error: Any) -> str:
+    for name, value in error.trailing_metadata() or ():
+        if name == "grpc-status-details-bin":
+            status = status_pb2.Status.FromString(value)
+            return f"{error.code().name}: {status.message}"
+    return f"{error.code().name}: {error.details()}"
+
+
+# --- sending --------------------------------------------------------------------------------------
+
+
+def _control(options: Options, plan: Plan, reply: bytes) -> Step | None:
+    """The same schedule against an echo, for as long as the control lasts."""
+    if not options.control_s:
+        return None
+    duration = min(options.control_s, plan.duration)
+    _say(f"control: {plan.rate:g} sends/s for {duration:g} s against an empty echo")
+    reply_file = options.folder / "echo.bin"
+    reply_file.write_bytes(reply)
+    echo = Child(
+        "echo", ["-m", "loadtest.echo", str(reply_file)], options.folder / "echo.log", inherited()
+    )
+    try:
+        address = json.loads(echo.line_with('"address"'))["address"]
+        against = System(address, "", None, None)
+        control = replace(
+            plan,
+            profile="steady",
+            duration=duration,
+            mix="authorize",
+            control=True,
+            tls=False,
+            ca_file="",
+            merchants="mer_control",
+        )
+        return _send(options, control, against, "control")
+    finally:
+        echo.stop()
+
+
+def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
+    """Have the schedule sent, and read what came of it. Raises StackFailed."""
+    folder = options.folder / name
+    plan = replace(plan, run_id=secrets.token_hex(4), out=str(folder))
+    if system.stack is not None:
+        system.stack.reset_lateness()
+    with ExitStack() as exit_stack:
+        generator, worker_pids = _launch(options, plan, system, exit_stack)
+        watched = {name: [pid] for name, pid in system.pids.items()}
+        observer = Observer({**watched, GENERATOR: [generator.pid, *worker_pids]})
+        with observer.watching():
+            limit_s = plan.schedule.duration_s + plan.deadline + START_ALLOWANCE_S
+            try:
+                status = generator.wait(None if options.web_port else limit_s)
+            except subprocess.TimeoutExpired:
+                raise StackFailed(f"the generator did not end within {limit_s:g} s") from None
+    if status != 0:
+        raise StackFailed(f"the generator ended with status {status}")
+    told = json.loads((folder / OUTCOME_FILE).read_text("utf-8"))
+    schedule = plan.schedule
+    return Step(
+        plan=plan,
+        folder=folder,
+        analysis=Analysis(read_samples(folder / SAMPLES_FILE), schedule.segments),
+        observations=observer.observations,
+        started_at=told["started_at"],
+        reasons=told["reasons"],
+        lateness=system.stack.lateness() if system.stack is not None else None,
+    )
+
+
+def _launch(
+    options: Options, plan: Plan, system: System, exit_stack: ExitStack
+) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """Start Locust: alone, or a master and the workers whose process ids follow."""
+    variables = inherited(**{API_KEY_VARIABLE: system.api_key})
+    locust = ["-m", "locust", "-f", str(LOCUST_FILE), "--skip-log-setup"]
+    command = [*locust, "--host", system.address, "-u", str(plan.shares), "-r", str(plan.shares)]
+    command += ["--only-summary", *plan.arguments()]
+    if options.web_port and not plan.control:
+        _say(f"Locust's web UI: http://127.0.0.1:{options.web_port}")
+        command += ["--web-host", "127.0.0.1", "--web-port", str(options.web_port)]
+        command.append("--autostart")
+    else:
+        command.append("--headless")
+    port = REMOTE_PORT if options.remote_generators else environment.free_port()
+    if plan.shares > 1:
+        host = "*" if options.remote_generators else "127.0.0.1"
+        command += ["--master", "--master-bind-host", host, "--master-bind-port", str(port)]
+        command += ["--expect-workers", str(plan.shares)]
+        if options.remote_generators:
+            _say(
+                f"waiting for {plan.shares} generators: on each machine, with {API_KEY_VARIABLE}"
+                " set, locust -f loadtest/locustfile.py --worker --master-host <this machine>"
+            )
+    process = launch(command, None, variables)
+    exit_stack.callback(stop, process)
+    worker_pids: list[int] = []
+    if plan.shares > 1 and not options.remote_generators:
+        for number in range(plan.shares):
+            worker = Child(
+                f"generator {number}",
+                [*locust, "--worker", "--master-host", "127.0.0.1", "--master-port", str(port)],
+                options.folder / f"generator-{number}.log",
+                variables,
+            )
+            exit_stack.callback(worker.stop)
+            worker_pids.append(worker.pid)
+    return process, worker_pids
+
+
+# --- the search -----------------------------------------------------------------------------------
+
+
+def _search(
+    options: Options, plan: Plan, system: System, limits: Limits, control: Step | None
+) -> tuple[list[Step], dict[str, Any]]:
+    """Step by step to the highest rate that holds the SLO."""
+    search = KneeSearch(plan.rate)
+    steps: list[Step] = []
+    told: list[dict[str, Any]] = []
+    single = replace(limits, knee_rate_min=None)
+    while not search.done:
+        rate = round(search.rate, 1)
+        _say(f"knee, step {search.steps + 1}: {rate:g} sends/s for {plan.duration:g} s")
+        attempt = replace(plan, rate=rate, profile="steady", warm_up=KNEE_WARM_UP_S)
+        step = _send(options, attempt, system, f"step-{search.steps + 1}")
+        summary = summarize(options, step, control, None, system)
+        verdict = evaluate(single, summary)
+        missed = [gate.name for gate in verdict.gates if not gate.met]
+        search.record(held=verdict.met)
+        steps.append(step)
+        used = busiest(measured(step))
+        told.append(
+            {
+                "rate": rate,
+                "held": verdict.met,
+                "missed": missed,
+                "added_p99_ms": summary["added_p99_ms"],
+                "errors": summary["errors"],
+                "dropped": summary["dropped"],
+                "achieved_rps": summary["achieved_rps"],
+                "cpu_percent": dict(used),
+                "machine_percent": summary["machine_percent"],
+            }
+        )
+        _say(
+            f"  {'holds' if verdict.met else 'does not hold: ' + ', '.join(missed)};"
+            f" machine {summary['machine_percent']:.0f} % busy, most of it {used[0][0]}"
+        )
+    failing = [each for each in told if not each["held"]]
+    first = min(failing, key=lambda each: float(each["rate"]), default=None)
+    return steps, {
+        "rate": search.holding,
+        "steps": told,
+        "saturates_first": next(iter(first["cpu_percent"])) if first is not None else None,
+        "machine_percent": first["machine_percent"] if first is not None else None,
+    }
+
+
+def _shown(steps: Sequence[Step], knee: Mapping[str, Any] | None) -> Step:
+    if knee is not None:
+        for step, told in zip(steps, knee["steps"], strict=True):
+            if told["held"] and told["rate"] == round(knee["rate"], 1):
+                return step
+    return steps[0]
+
+
+# --- what came of it ------------------------------------------------------------------------------
+
+
+def _told(steps: Iterable[Step]) -> Iterable[Acknowledged]:
+    return chain.from_iterable(read_acknowledged(each.folder / ACKNOWLEDGED_FILE) for each in steps)
+
+
+def _audit(options: Options, plan: Plan, system: System, told: Iterable[Acknowledged]) -> Audit:
+    scratch = options.folder / "audit.sqlite"
+    began = time.monotonic()
+    if system.stack is not None:
+        audit = audit_by_database(told, system.stack.dsn, system.stack.simulator.journal, scratch)
+    elif options.audit_dsn:
+        audit = audit_by_database(told, options.audit_dsn, None, scratch)
+    else:
+        audit = audit_by_calls(told, _target(system, plan), scratch)
+    _say(
+        f"audit: {audit.acked} acknowledged authorizations against {audit.source},"
+        f" {time.monotonic() - began:.1f} s"
+    )
+    return audit
+
+
+def measured(step: Step) -> list[Observation]:
+    """What was observed while the measured part was sent."""
+    begin = step.started_at + step.plan.warm_up
+    end = step.started_at + step.plan.schedule.duration_s
+    return [each for each in step.observations if begin < each.at <= end + 1] or list(
+        step.observations
+    )
+
+
+def summarize(
+    options: Options,
+    step: Step,
+    control: Step | None,
+    audit: dict[str, Any] | None,
+    system: System,
+) -> dict[str, Any]:
+    """The figures of a step, as the summary has them; without an audit where there is none yet."""
+    analysis = step.analysis
+    whole = analysis.whole.figures()
+    duration_s = analysis.duration_s
+    observations = measured(step)
+    left_out = []
+    if control is None:
+        left_out.append("control")
+    if system.stack is None:
+        left_out += ["simulator", "gateway"]
+    summary: dict[str, Any] = {
+        "profile": options.profile,
+        "offered_rps": round(whole["offered"] / duration_s, 2),
+        "achieved_rps": round(whole["ok"] / duration_s, 2),
+        "duration_s": duration_s,
+        **{name: value for name, value in whole.items() if name != "offered"},
+        "offered": whole["offered"],
+        "control_p99_ms": None if control is None else _control_p99(control),
+        "psp_lateness_p99_ms": None if step.lateness is None else step.lateness["p99_ms"],
+        "psp_lateness": step.lateness,
+        "audit": audit if audit is not None else {},
+        "left_out": left_out,
+        "whole": whole,
+        "segments": {name: each.figures() for name, each in analysis.of_segment.items()},
+        "kinds": {name: each.figures() for name, each in analysis.of_kind.items()},
+        "codes": environment.named_codes(analysis.whole.codes),
+        "reasons": dict(step.reasons),
+        "gateway_memory": _memory(observations),
+        "cpu_percent": dict(busiest(observations)),
+        "machine_percent": round(
+            sum(each.machine_percent for each in observations) / max(len(observations), 1), 1
+        ),
+        "config": environment.configuration(asdict(step.plan), asdict(options)),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
+        "started_at": step.started_at,
+    }
+    if options.profile == "overload":
+        summary["overload"] = _overload(step, summary)
+    return summary
+
+
+def _control_p99(control: Step) -> float:
+    """From the intended times; what was not answered at all makes it infinite in effect."""
+    figures = control.analysis.whole.figures()
+    if figures["ok"] < figures["offered"]:
+        return control.plan.deadline * 1000
+    p99_ms: float = figures["p99_ms"]
+    return p99_ms
+
+
+def _memory(observations: Sequence[Observation]) -> dict[str, float | None]:
+    """Of the gateway's largest process."""
+    series = [each.of["gateway"].largest_mb for each in observations if "gateway" in each.of]
+    if not series:
+        return {"max_mb": None, "growth_mb": None}
+    quarter = max(len(series) // 4, 1)
+    second, last = series[quarter : 2 * quarter] or series, series[-quarter:]
+    return {
+        "max_mb": max(series),
+        "growth_mb": round(sum(last) / len(last) - sum(second) / len(second), 1),
+    }
+
+
+def _overload(step: Step, summary: Mapping[str, Any]) -> dict[str, Any]:
+    base, beyond = summary["segments"]["base"], summary["segments"]["overload"]
+    durations = {each.name: each.duration_s for each in step.analysis.segments}
+    base_rps = base["ok"] / durations["base"]
+    goodput_rps = beyond["ok"] / durations["overload"]
+    refusals = step.analysis.refusals
+    return {
+        "factor": step.plan.overload_factor,
+        "base_rps": round(base_rps, 1),
+        "goodput_rps": round(goodput_rps, 1),
+        "goodput_ratio": round(goodput_rps / base_rps, 3) if base_rps else None,
+        "accepted_p99_ratio": (
+            round(beyond["added_p99_ms"] / base["added_p99_ms"], 2)
+            if base["added_p99_ms"]
+            else None
+        ),
+        "refusals": refusals.count,
+        "refusal_p99_ms": round(refusals.percentile(99), 2),
+        "refusals_without_retry_info": sum(
+            count
+            for reason, count in step.reasons.items()
+            if reason.startswith("RESOURCE_EXHAUSTED") and not reason.endswith("RetryInfo")
+        ),
+    }

@@ -1,0 +1,283 @@
+"""The gates of a run: limits from a file, values from a summary, and the verdict. Pure."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final, Self
+
+SLO_FILE: Final = Path(__file__).with_name("slo.toml")
+PROFILES: Final = ("ramp", "spike", "soak", "overload", "knee")
+
+
+class BadSlo(ValueError):
+    """The file of the gates cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one profile is held to. None: not gated."""
+
+    control_p99_ms_max: float
+    psp_lateness_p99_ms_max: float
+    added_p99_ms_max: float
+    added_p999_ms_max: float
+    added_p999_from_s: float
+    error_ratio_max: float
+    dropped_max: int
+    gateway_memory_mb_max: float
+    gated_segments: tuple[str, ...] | None = None
+    """Whose latencies and errors count; None: all that is measured."""
+    memory_growth_mb_max: float | None = None
+    memory_growth_from_s: float | None = None
+    goodput_ratio_min: Mapping[str, float] | None = None
+    accepted_p99_ratio_max: float | None = None
+    refusal_p99_ms_max: float | None = None
+    refusals_without_retry_info_max: int | None = None
+    knee_rate_min: float | None = None
+
+    @classmethod
+    def load(cls, profile: str, path: Path = SLO_FILE) -> Self:
+        """The limits of a profile. Raises BadSlo, which says what is wrong."""
+        try:
+            tables = tomllib.loads(path.read_text("utf-8"))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise BadSlo(f"{path}: {error}") from error
+        unknown = tables.keys() - {"validity", "slo", *PROFILES}
+        if unknown:
+            raise BadSlo(f"{path}: no profile is called {', '.join(sorted(unknown))}")
+        values = {**tables.get("validity", {}), **tables.get("slo", {}), **tables.get(profile, {})}
+        known = {each.name for each in fields(cls)}
+        if values.keys() - known:
+            names = ", ".join(sorted(values.keys() - known))
+            raise BadSlo(f"{path}: no such limit: {names}")
+        for name, value in values.items():
+            _check(path, name, value)
+        if "gated_segments" in values:
+            values["gated_segments"] = tuple(values["gated_segments"])
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise BadSlo(f"{path}: a limit of [validity] or [slo] is missing: {error}") from error
+
+
+def _check(path: Path, name: str, value: object) -> None:
+    if name == "gated_segments":
+        good = isinstance(value, list) and all(isinstance(each, str) for each in value)
+    elif name == "goodput_ratio_min":
+        good = isinstance(value, dict) and all(
+            _is_number(each) and _is_number_text(factor) for factor, each in value.items()
+        )
+    else:
+        good = _is_number(value)
+    if not good:
+        raise BadSlo(f"{path}: {name} has a value that is no limit: {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number_text(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One comparison."""
+
+    name: str
+    value: float | None
+    """None: it was not measured, which meets no gate."""
+    limit: float
+    at_least: bool = False
+    """Whether the limit is a lower one."""
+    validity: bool = False
+    """Missed, it makes the run invalid, not failed."""
+
+    @property
+    def met(self) -> bool:
+        """Whether the value is within its limit."""
+        if self.value is None:
+            return False
+        return self.value >= self.limit if self.at_least else self.value <= self.limit
+
+    def figures(self) -> dict[str, Any]:
+        """For a summary."""
+        return {
+            "name": self.name,
+            "value": self.value,
+            "limit": self.limit,
+            "at_least": self.at_least,
+            "validity": self.validity,
+            "met": self.met,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What all gates say together."""
+
+    gates: tuple[Gate, ...]
+
+    @property
+    def valid(self) -> bool:
+        """Whether the run says anything."""
+        return all(gate.met for gate in self.gates if gate.validity)
+
+    @property
+    def met(self) -> bool:
+        """Whether the SLO is met; never by an invalid run."""
+        return all(gate.met for gate in self.gates)
+
+    @property
+    def exit_status(self) -> int:
+        """0 met, 1 missed, 3 invalid. A failed audit is a failure on whatever machine."""
+        if any(gate.name.startswith("audit") and not gate.met for gate in self.gates):
+            return 1
+        if not self.valid:
+            return 3
+        return 0 if self.met else 1
+
+    def without_validity(self) -> "Verdict":
+        """The gates of the gateway alone."""
+        return replace(self, gates=tuple(gate for gate in self.gates if not gate.validity))
+
+
+def evaluate(limits: Limits, summary: Mapping[str, Any]) -> Verdict:
+    """Compare a summary's figures with the limits."""
+    gates = [
+        *_validity(limits, summary),
+        *_latency(limits, summary),
+        *_memory(limits, summary),
+        *_overload(limits, summary),
+        *_knee(limits, summary),
+        *_audit(summary),
+    ]
+    return Verdict(tuple(gates))
+
+
+def _validity(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
+    gates = []
+    # What was left out on purpose, or is no part of the system, gates nothing.
+    if "control" not in summary["left_out"]:
+        gates.append(
+            Gate(
+                "control p99, ms",
+                summary["control_p99_ms"],
+                limits.control_p99_ms_max,
+                validity=True,
+            )
+        )
+    if "simulator" not in summary["left_out"]:
+        gates.append(
+            Gate(
+                "simulator's lateness p99, ms",
+                summary["psp_lateness_p99_ms"],
+                limits.psp_lateness_p99_ms_max,
+                validity=True,
+            )
+        )
+    return gates
+
+
+def _latency(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
+    if limits.gated_segments is None:
+        parts = {"": summary["whole"]}
+    else:
+        parts = {f"{name}: ": summary["segments"][name] for name in limits.gated_segments}
+    gates = []
+    for prefix, figures in parts.items():
+        offered = figures["offered"]
+        gates += [
+            Gate(
+                f"{prefix}added p99, ms",
+                figures["added_p99_ms"] if figures["ok"] else None,
+                limits.added_p99_ms_max,
+            ),
+            Gate(
+                f"{prefix}error ratio",
+                figures["errors"] / offered if offered else None,
+                limits.error_ratio_max,
+            ),
+            Gate(f"{prefix}dropped sends", figures["dropped"], limits.dropped_max),
+        ]
+        if summary["duration_s"] >= limits.added_p999_from_s:
+            gates.append(
+                Gate(
+                    f"{prefix}added p99.9, ms",
+                    figures["added_p999_ms"] if figures["ok"] else None,
+                    limits.added_p999_ms_max,
+                )
+            )
+    return gates
+
+
+def _memory(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
+    if "gateway" in summary["left_out"]:
+        return []
+    memory = summary["gateway_memory"]
+    gates = [Gate("gateway's memory, MB", memory["max_mb"], limits.gateway_memory_mb_max)]
+    from_s = limits.memory_growth_from_s
+    if (
+        limits.memory_growth_mb_max is not None
+        and from_s is not None
+        and summary["duration_s"] >= from_s
+    ):
+        gates.append(
+            Gate("gateway's memory growth, MB", memory["growth_mb"], limits.memory_growth_mb_max)
+        )
+    return gates
+
+
+def _overload(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
+    overload = summary.get("overload")
+    if overload is None or limits.goodput_ratio_min is None:
+        return []
+    gates = []
+    floor = floor_for(limits.goodput_ratio_min, overload["factor"])
+    if floor is not None:
+        gates.append(Gate("goodput ÷ base", overload["goodput_ratio"], floor, at_least=True))
+    for name, value, limit in (
+        ("accepted p99 ÷ base", overload["accepted_p99_ratio"], limits.accepted_p99_ratio_max),
+        ("refusal p99, ms", overload["refusal_p99_ms"], limits.refusal_p99_ms_max),
+        (
+            "refusals without RetryInfo",
+            overload["refusals_without_retry_info"],
+            limits.refusals_without_retry_info_max,
+        ),
+    ):
+        if limit is not None:
+            gates.append(Gate(name, value, limit))
+    return gates
+
+
+def _knee(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
+    if limits.knee_rate_min is None or "knee" not in summary:
+        return []
+    return [Gate("knee, sends/s", summary["knee"]["rate"], limits.knee_rate_min, at_least=True)]
+
+
+def floor_for(floors: Mapping[str, float], factor: float) -> float | None:
+    """The limit of the smallest factor that is not below this one; None beyond the largest."""
+    at_or_above = [text for text in floors if float(text) >= factor]
+    return floors[min(at_or_above, key=float)] if at_or_above else None
+
+
+def _audit(summary: Mapping[str, Any]) -> list[Gate]:
+    audit = summary["audit"]
+    if not audit:  # a step of a search: the audit follows the last one
+        return []
+    faults = {
+        "missing": "audit: acknowledged and missing",
+        "repeated_rows": "audit: keys stored twice",
+        "contradicted": "audit: answers contradicted",
+        "unkept": "audit: answers not kept",
+        "duplicate_charges": "audit: duplicate charges",
+        "charged_declines": "audit: declines charged",
+        "charged_refusals": "audit: refusals charged",
+        "unrecorded_charges": "audit: charges unrecorded",
+    }
+    return [
+        Gate(title, audit[name], 0) for name, title in faults.items() if audit[name] is not None
+    ]

@@ -1,0 +1,278 @@
+"""Load tests as their users run them, and the honesty of the generator behind every figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from loadtest.arrivals import Schedule
+from loadtest.audit import Audit, audit_by_database
+from loadtest.calls import DROPPED, OK, Acknowledged
+from loadtest.engine import Chunk
+from loadtest.generator import read_frames
+from loadtest.measures import Analysis
+from loadtest.plan import API_KEY_VARIABLE, Plan
+from loadtest.samples import read_acknowledged, unpack_samples
+from tests.harness import asyncio_run, running_system
+
+if TYPE_CHECKING:
+    import asyncpg
+
+    from storage.embedded import EmbeddedRedis
+    from tests.harness import GatewayProcess, System
+    from tests.servers import PostgresForTests
+
+PAUSE_S = 2.0
+RUN_TIMEOUT_S = 150.0
+
+
+@pytest.fixture
+def system(postgres: PostgresForTests, redis: EmbeddedRedis) -> Iterator[System]:
+    with running_system(postgres, redis) as running:
+        yield running
+
+
+@dataclass
+class Sent:
+    """What a generator handed over."""
+
+    schedule: Schedule
+    samples: bytes = b""
+    lines: bytes = b""
+    failures: list[str] = field(default_factory=list)
+    first: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def analysis(self) -> Analysis:
+        return Analysis(unpack_samples(self.samples), self.schedule.segments)
+
+    @property
+    def intended(self) -> int:
+        return len(list(self.schedule.arrivals()))
+
+    def told(self, folder: Path) -> list[Acknowledged]:
+        path = folder / "acknowledged"
+        path.write_bytes(self.lines)
+        return list(read_acknowledged(path))
+
+    def audit(self, system: System, folder: Path) -> Audit:
+        return audit_by_database(
+            self.told(folder), system.dsn, system.simulator.journal, folder / "audit.sqlite"
+        )
+
+
+@contextmanager
+def sending(system: System, gateway: GatewayProcess, plan: Plan) -> Iterator[Sent]:
+    """A generator at work; what it sent is complete when the context has ended."""
+    plan = replace(plan, run_id=os.urandom(4).hex())
+    sent = Sent(plan.schedule)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loadtest.generator"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, API_KEY_VARIABLE: system.shop.api_key},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    output = process.stdout
+
+    def read() -> None:
+        for frame in read_frames(output):
+            if isinstance(frame, Chunk):
+                sent.samples += frame.samples
+                sent.lines += frame.acknowledged
+            else:
+                sent.failures.append(frame)
+            sent.first.set()
+        sent.first.set()
+
+    reader = threading.Thread(target=read)
+    try:
+        job = {"plan": asdict(plan), "address": gateway.address, "share": 0}
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        process.stdin.flush()
+        reader.start()
+        yield sent
+        reader.join(RUN_TIMEOUT_S)
+        assert not reader.is_alive(), "the generator does not end"
+        assert process.wait(RUN_TIMEOUT_S) == 0, sent.failures
+    finally:
+        process.stdin.close()
+        process.kill()
+        process.wait()
+        if reader.ident is not None:
+            reader.join(RUN_TIMEOUT_S)
+        process.stdout.close()
+
+
+def pause(gateway: GatewayProcess, seconds: float) -> float:
+    """Stop the server for a while; returns for how long it was stopped at least."""
+    gateway.pause()
+    begun = time.monotonic()
+    try:
+        time.sleep(seconds)
+    finally:
+        paused_s = time.monotonic() - begun
+        gateway.resume()
+    return paused_s
+
+
+def test_stall_of_the_server_shows_in_the_percentiles(system: System, tmp_path: Path) -> None:
+    gateway = system.start_gateway()
+    plan = Plan(rate=50, duration=6, warm_up=0, arrivals="constant")
+    with sending(system, gateway, plan) as sent:
+        assert sent.first.wait(RUN_TIMEOUT_S)
+        paused_ms = 1000 * pause(gateway, PAUSE_S)
+    whole = sent.analysis.whole
+    # A third of all sends was intended while nothing was answered: a closed loop, or latencies from
+    # the real send, would show a stall of one call for each of its users.
+    assert whole.offered == sent.intended == 300
+    assert whole.latency.max_ms >= 0.9 * paused_ms
+    assert whole.latency.percentile(99) >= 0.75 * paused_ms
+    assert whole.latency.percentile(90) >= 0.4 * paused_ms
+    assert (whole.ok, whole.dropped) == (whole.offered, 0)
+    assert sent.audit(system, tmp_path).clean
+
+
+def test_sends_beyond_the_limit_in_flight_are_counted_as_dropped(
+    system: System, tmp_path: Path
+) -> None:
+    gateway = system.start_gateway()
+    plan = Plan(rate=50, duration=4, warm_up=0, in_flight_max=5)
+    with sending(system, gateway, plan) as sent:
+        assert sent.first.wait(RUN_TIMEOUT_S)
+        pause(gateway, 1.5)
+    whole = sent.analysis.whole
+    assert whole.dropped > 0
+    assert whole.codes == {OK: whole.ok, DROPPED: whole.dropped}
+    assert whole.offered == sent.intended
+    assert len(sent.told(tmp_path)) == whole.ok
+
+
+def test_calls_that_time_out_are_unknown_and_never_lost(system: System, tmp_path: Path) -> None:
+    gateway = system.start_gateway()
+    plan = Plan(rate=50, duration=4, warm_up=0, deadline=1)
+    with sending(system, gateway, plan) as sent:
+        assert sent.first.wait(RUN_TIMEOUT_S)
+        pause(gateway, 2 * plan.deadline)
+    whole = sent.analysis.whole
+    audit = sent.audit(system, tmp_path)
+    assert whole.errors > 0
+    assert audit.clean
+    assert audit.unknown == whole.errors
+    assert audit.acked == whole.ok
+
+
+def test_audit_finds_what_was_lost_or_changed_after_it_was_acknowledged(
+    system: System, tmp_path: Path
+) -> None:
+    gateway = system.start_gateway()
+    with sending(system, gateway, Plan(rate=30, duration=2, warm_up=0)) as sent:
+        pass
+    assert sent.audit(system, tmp_path).clean
+    lost, changed, *_ = sent.told(tmp_path)
+
+    async def spoil() -> None:
+        connection: asyncpg.Connection = await connect(system.dsn)
+        try:
+            await connection.execute(
+                "DELETE FROM operations WHERE operation_id = $1", lost.operation_id
+            )
+            await connection.execute(
+                "UPDATE operations SET response = response || 'x' WHERE operation_id = $1",
+                changed.operation_id,
+            )
+        finally:
+            await connection.close()
+
+    asyncio_run(spoil)
+    audit = sent.audit(system, tmp_path)
+    assert not audit.clean
+    assert (audit.missing, audit.contradicted, audit.unrecorded_charges) == (1, 1, 1)
+
+
+async def connect(dsn: str) -> asyncpg.Connection:
+    import asyncpg  # noqa: PLC0415
+
+    return await asyncpg.connect(dsn)
+
+
+def load_test(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "loadtest", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+        env={**os.environ, **variables},
+        check=False,
+    )
+
+
+def summary_in(folder: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
+    return summary
+
+
+def test_short_run_leaves_a_clean_audit_a_summary_and_a_report(tmp_path: Path) -> None:
+    done = load_test(
+        *("--rate", "30", "--duration", "4", "--warm-up", "1", "--control", "2"),
+        *("--mix", "everything", "--batch-items", "3", "--folder", str(tmp_path)),
+    )
+    assert done.returncode in {0, 1, 3}, done.stdout + done.stderr
+    summary = summary_in(tmp_path)
+    for name in (
+        *("offered_rps", "achieved_rps", "dropped", "errors", "duration_s", "p50_ms", "p99_ms"),
+        *("p999_ms", "max_ms", "added_p50_ms", "added_p99_ms", "added_p999_ms"),
+        *("control_p99_ms", "psp_lateness_p99_ms", "valid", "audit", "slo_met"),
+    ):
+        assert name in summary
+    assert summary["duration_s"] == 4
+    assert summary["audit"]["clean"]
+    assert summary["audit"]["acked"] > summary["kinds"]["authorize"]["ok"] > 0
+    assert summary["audit"]["acked_operations"] > summary["audit"]["acked"]
+    assert (summary["audit"]["missing"], summary["audit"]["duplicate_charges"]) == (0, 0)
+    assert summary["errors"] == 0, summary["codes"]
+    # The PSP works for a median of 120 ms, which is not the gateway's doing.
+    assert summary["added_p50_ms"] + 50 < summary["kinds"]["authorize"]["p50_ms"]
+    assert summary["control_p99_ms"] > 0
+    statuses = {(True, True): 0, (True, False): 1, (False, False): 3}
+    assert done.returncode == statuses[summary["valid"], summary["slo_met"]]
+    assert " answers/s " in done.stdout
+    report = (tmp_path / "report.html").read_text("utf-8")
+    assert report.count("<svg") >= 7
+    for outside in ("http://", "https://", "<script", "<link", "@import", "url("):
+        assert outside not in report
+
+
+def test_deployed_gateway_is_called_by_several_generators_and_audited_by_its_own_answers(
+    system: System, tmp_path: Path
+) -> None:
+    gateway = system.start_gateway()
+    done = load_test(
+        *("--target", gateway.address, "--merchants", system.shop.merchant_id),
+        *("--rate", "40", "--duration", "3", "--warm-up", "0", "--control", "0"),
+        *("--generators", "2", "--folder", str(tmp_path)),
+        **{API_KEY_VARIABLE: system.shop.api_key},
+    )
+    assert done.returncode in {0, 1}, done.stdout + done.stderr
+    summary = summary_in(tmp_path)
+    assert summary["audit"]["source"] == "GetOperation"
+    assert summary["audit"]["clean"]
+    assert summary["audit"]["acked"] == summary["ok"] + 1  # the first one is sent before the run
+    assert summary["audit"]["duplicate_charges"] is None
+    assert "charges were not compared" in done.stdout
+    assert summary["left_out"] == ["control", "simulator", "gateway"]
+    plan = Plan(rate=40, duration=3, warm_up=0)
+    assert summary["offered"] == len(list(plan.schedule.arrivals()))
+    assert system.shop.api_key not in done.stdout + done.stderr + json.dumps(summary)

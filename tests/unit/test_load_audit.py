@@ -1,0 +1,185 @@
+"""The audit's comparison: clean books are clean, and each fault is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from loadtest.audit import CHUNK_ROWS, Audit, Books, Stored
+from loadtest.calls import Acknowledged
+
+TOLD = Acknowledged("AUTHORIZE", "mer_a", "k1", "op_1", "pay_1", 4, 100, "d1")
+STORED: Stored = ("k1", "op_1", "pay_1", 4, 100, "d1")
+CHARGE: dict[str, Any] = {
+    "type": "effect",
+    "effect": "authorization",
+    "authorization_id": "auth_1",
+    "payment_id": "pay_1",
+    "amount_minor": 100,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+def compare(
+    folder: Path,
+    told: Iterable[Acknowledged] = (TOLD,),
+    stored: Iterable[Stored] = (STORED,),
+    journal: Iterable[dict[str, Any]] = (CHARGE,),
+    *,
+    charges: bool = True,
+    answers: bool = True,
+) -> Audit:
+    path = folder / "journal"
+    path.write_bytes(b"".join(orjson.dumps(each) + b"\n" for each in journal) + b'{"type":"eff')
+    with closing(Books(folder / "audit.sqlite")) as books:
+        books.tell(told)
+        books.store(stored)
+        if charges:
+            books.charge(path)
+        return books.compare(
+            "a test", answers=answers, charges=charges, unfinished=0, discrepancies=0
+        )
+
+
+def faults(audit: Audit) -> set[str]:
+    harmless = {"acked", "acked_operations", "unknown", "unknown_recorded", "source"}
+    return {name for name, value in audit.figures().items() if value and name not in harmless} - {
+        "clean"
+    }
+
+
+def told_with(**changes: Any) -> Acknowledged:
+    return TOLD._replace(**changes)
+
+
+def test_equal_books_are_clean(folder: Path) -> None:
+    audit = compare(folder, told=[TOLD, TOLD], stored=[STORED, STORED])
+    assert audit.clean
+    assert audit.acked == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "books"),
+    [
+        ({"missing", "missing_rows", "uncharged"}, {"stored": [], "journal": []}),
+        ({"missing", "missing_rows", "unrecorded_charges"}, {"stored": []}),
+        ({"missing", "uncharged"}, {"journal": []}),
+        ({"missing", "uncharged"}, {"journal": [{**CHARGE, "amount_minor": 99}]}),
+        (
+            {"missing", "uncharged"},
+            {
+                "journal": [
+                    CHARGE,
+                    {"type": "effect", "effect": "reversal", "takes_back": [CHARGE]},
+                ]
+            },
+        ),
+        ({"contradicted"}, {"stored": [("k1", "op_2", "pay_1", 4, 100, "d1")]}),
+        ({"contradicted"}, {"stored": [("k1", "op_1", "pay_1", 4, 101, "d1")]}),
+        ({"contradicted"}, {"stored": [("k1", "op_1", "pay_1", 4, 100, "d2")]}),
+        ({"contradicted"}, {"stored": [("k1", "op_1", "pay_1", 5, 100, "d1")]}),
+        ({"contradicted"}, {"told": [TOLD, told_with(digest="d2")]}),
+        ({"unkept"}, {"stored": [("k1", "op_1", "pay_1", 4, 100, "")]}),
+        ({"repeated_rows"}, {"stored": [STORED, ("k1", "op_1", "pay_1", 4, 100, "")]}),
+        (
+            {"duplicate_charges"},
+            {"journal": [CHARGE, {**CHARGE, "authorization_id": "auth_2"}]},
+        ),
+        (
+            {"unrecorded_charges"},
+            {"journal": [CHARGE, {**CHARGE, "authorization_id": "a2", "payment_id": "pay_2"}]},
+        ),
+        (
+            {"charged_declines"},
+            {
+                "told": [told_with(kind="DECLINE", state=5)],
+                "stored": [("k1", "op_1", "pay_1", 5, 100, "d1")],
+            },
+        ),
+        (
+            {"charged_refusals"},
+            {"told": [told_with(operation_id="", payment_id="", state=-8, digest="")]},
+        ),
+    ],
+)
+def test_each_fault_is_found(folder: Path, found: set[str], books: dict[str, Any]) -> None:
+    audit = compare(folder, **books)
+    assert not audit.clean
+    assert found <= faults(audit)
+    if found != {"repeated_rows"}:
+        assert faults(audit) == found
+
+
+@pytest.mark.parametrize("code", [1, 2, 4, 10, 13, 14])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_call_without_an_answer_is_unknown_and_no_fault(
+    folder: Path, code: int, *, recorded: bool
+) -> None:
+    silent = told_with(operation_id="", payment_id="", state=-code, digest="")
+    books: dict[str, Any] = {} if recorded else {"stored": [], "journal": []}
+    audit = compare(folder, told=[silent], **books)
+    assert audit.clean
+    assert (audit.acked, audit.unknown, audit.unknown_recorded) == (0, 1, int(recorded))
+
+
+def test_answer_after_time_outs_counts_as_the_answer(folder: Path) -> None:
+    silent = told_with(operation_id="", payment_id="", state=-4, digest="")
+    refused = told_with(operation_id="", payment_id="", state=-8, digest="")
+    audit = compare(folder, told=[silent, TOLD, refused])
+    assert audit.clean
+    assert (audit.acked, audit.unknown) == (1, 0)
+
+
+def test_answer_in_doubt_is_held_to_its_ids_alone(folder: Path) -> None:
+    in_doubt = told_with(state=8, digest="")
+    assert compare(folder, told=[in_doubt]).clean
+    assert not compare(folder, told=[in_doubt], stored=[]).clean
+
+
+def test_charge_that_was_taken_back_and_made_again_is_one_charge(folder: Path) -> None:
+    again = {**CHARGE, "authorization_id": "auth_2"}
+    taken_back = {"type": "effect", "effect": "cancel", "takes_back": [CHARGE]}
+    assert compare(folder, journal=[CHARGE, taken_back, again]).clean
+
+
+def test_charges_are_not_judged_without_a_journal(folder: Path) -> None:
+    audit = compare(folder, charges=False)
+    assert audit.clean
+    assert audit.duplicate_charges is None
+
+
+def test_frozen_answers_are_not_judged_where_only_the_gateway_can_be_asked(folder: Path) -> None:
+    stored = [("k1", "op_1", "pay_1", 4, 100, "")]
+    assert not compare(folder, stored=stored).clean
+    assert compare(folder, stored=stored, answers=False).clean
+    stored = [("k1", "op_2", "pay_1", 4, 100, "")]
+    assert compare(folder, stored=stored, answers=False).contradicted == 1
+
+
+def test_unanswered_call_without_a_merchant_is_of_the_only_one(folder: Path) -> None:
+    silent = told_with(key="k2", merchant_id="", state=-4)
+    for told, merchants in (
+        ([TOLD, silent], {"mer_a"}),
+        ([TOLD, told_with(key="k3", merchant_id="mer_b"), silent], {"mer_a", "mer_b", ""}),
+    ):
+        with closing(Books(folder / "audit.sqlite")) as books:
+            books.tell(told)
+            assert {each for portion in books.portions() for each, _ in portion} == merchants
+
+
+def test_every_key_is_looked_up_however_many_there_are(folder: Path) -> None:
+    count = 2 * CHUNK_ROWS + 17
+    with closing(Books(folder / "audit.sqlite")) as books:
+        books.tell(told_with(key=f"k{number // 2}") for number in range(count))
+        keys = {key for portion in books.portions() for _, key in portion}
+        assert all(len(portion) <= CHUNK_ROWS for portion in books.portions())
+    assert keys == {f"k{number // 2}" for number in range(count)}
