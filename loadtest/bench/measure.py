@@ -155,8 +155,10 @@ class Bench:
             # Fewer callers are better where they do as much; more have to earn their place. Where
             # calls are refused, there are too many callers.
             while 0 <= index + step < len(choices):
-                refused = step < 0 and not rate(index)
-                if rate(index + step) <= gain_min * rate(index) and not refused:
+                if not rate(index):
+                    if step > 0:
+                        break
+                elif rate(index + step) <= gain_min * rate(index):
                     break
                 index += step
         self.tries[side] = seen

@@ -860,8 +860,8 @@ _EXPECTED_INDEXES = {
 }
 
 
-async def test_the_plans_of_an_empty_database_are_those_of_a_full_one(dsn: str) -> None:
-    """Plans are kept while the tables grow: one that scans would go on scanning."""
+async def check_plans(dsn: str) -> None:
+    """The plans that a connection makes now are those that are right for a full database."""
     async with lane_session(dsn) as connection:
         for (file, name), expected in _EXPECTED_INDEXES.items():
             statement = queries(file)[name]
@@ -875,13 +875,29 @@ async def test_the_plans_of_an_empty_database_are_those_of_a_full_one(dsn: str) 
             assert "Seq Scan" not in plan, name
             # Each lookup has its whole key, not its first column alone.
             for index, condition in re.findall(
-                r'"Index Name": "(\w+_pkey|operations_payment|operations_idempotency_key)",.*?'
+                r'"Index Name": "(\w+_pkey|operations_idempotency_key)",.*?'
                 r'"Index Cond": "([^"]*)"',
-                plan,
+                plan.replace('\\"', ""),
                 re.DOTALL,
             ):
                 if index != "recovery_watermark_pkey":
                     assert " AND " in condition, (name, index)
+
+
+async def test_the_plans_of_an_empty_database_are_those_of_a_full_one(dsn: str) -> None:
+    """Plans are kept while the tables grow: one that scans would go on scanning."""
+    await check_plans(dsn)
+
+
+async def test_the_plans_of_every_small_database_are_those_of_a_full_one(
+    store: PostgresStore, dsn: str
+) -> None:
+    """An index may have a page less than the right one for a while, with nothing analyzed yet."""
+    fetch(dsn, "ALTER TABLE operations SET (autovacuum_enabled = off)")
+    fetch(dsn, "ALTER TABLE payments SET (autovacuum_enabled = off)")
+    for _ in range(60):
+        await asyncio.gather(*(store.write_intent(authorize()) for _ in range(10)))
+        await check_plans(dsn)
 
 
 async def test_outcomes_touch_no_index(store: PostgresStore, dsn: str) -> None:

@@ -1,11 +1,13 @@
--- The reads of a payment's data. Each one names the merchant: another's ids find nothing.
+-- The reads of a payment's data. Each one names the merchant: another's ids find nothing. Where it is
+-- named with another collation, an index other than the primary key is meant (the first migration says
+-- why).
 
 -- :name find_by_key
 SELECT input.number, {{operation_columns}}, {{payment_columns}}
 FROM unnest(:merchant_id::text[], :idempotency_key::text[]) WITH ORDINALITY
     AS input (merchant_id, idempotency_key, number)
 JOIN operations AS operation
-    ON operation.merchant_id = input.merchant_id
+    ON operation.merchant_id COLLATE "POSIX" = input.merchant_id
     AND operation.idempotency_key = input.idempotency_key
 JOIN payments AS payment
     ON payment.merchant_id = operation.merchant_id AND payment.payment_id = operation.payment_id;
@@ -28,7 +30,8 @@ FROM unnest(:merchant_id::text[], :payment_id::text[]) WITH ORDINALITY
 JOIN payments AS payment
     ON payment.merchant_id = input.merchant_id AND payment.payment_id = input.payment_id
 JOIN operations AS operation
-    ON operation.merchant_id = input.merchant_id AND operation.payment_id = input.payment_id
+    ON operation.merchant_id COLLATE "default" = payment.merchant_id
+    AND operation.payment_id = payment.payment_id
 ORDER BY input.number, operation.created_at, operation.operation_id;
 
 -- :name list_payments
