@@ -138,7 +138,7 @@ class Gateway:
                     entries_max=settings.auth_cache_entries_max,
                 ),
             ),
-            RpcObserver(self.metrics, settings.log_sample_success_every),
+            RpcObserver(self.metrics, settings.log_successes_per_s_max),
             RpcLimits(
                 message_bytes_max=settings.message_bytes_max,
                 batch_wait_s_max=settings.batch_wait_s_max,

@@ -294,14 +294,14 @@ class Settings(BaseSettings):
         64, "Calls of ListPayments at once.", ge=1, le=128, unit="calls"
     )
     admission_target_ms: float = _field(
-        15.0,
+        100.0,
         "By how much the gateway's own stages may take longer than twice their unhindered time"
         " before calls are refused.",
         gt=0,
         le=60_000,
     )
     admission_bulk_target_ms: float = _field(
-        100.0,
+        1000.0,
         "The same while only items of batches and streams come, which want throughput.",
         gt=0,
         le=60_000,
@@ -378,12 +378,13 @@ class Settings(BaseSettings):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = _field(
         "INFO", "The lowest level that is logged."
     )
-    log_sample_success_every: int = _field(
-        1,
-        "One of so many successful calls is logged; failures always.",
-        ge=1,
+    log_successes_per_s_max: int = _field(
+        50,
+        "Successful calls that are logged in a second, at most; of the others only the number is."
+        " Failures always are.",
+        ge=0,
         le=1_000_000,
-        unit="calls",
+        unit="calls/s",
     )
 
     @field_validator("listen_address", "metrics_address")

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from itertools import count
+from collections.abc import Callable
 from typing import Final
 
 from gateway.domain.errors import Reason
@@ -20,10 +20,19 @@ cost more than the refusal."""
 class RpcObserver:
     """Implements `gateway.rpc.service.Observer`."""
 
-    def __init__(self, metrics: Metrics, log_success_every: int) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        log_successes_per_s_max: int,
+        *,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._metrics = metrics
-        self._log_success_every = log_success_every
-        self._successes = count()
+        self._log_successes_per_s_max = log_successes_per_s_max
+        self._clock_s = clock_s
+        self._second_ends_at = float("-inf")
+        self._logged_in_second = 0
+        self._successes_not_logged = 0
         self._overloaded = 0
         self._overload_logged_at = float("-inf")
 
@@ -41,33 +50,43 @@ class RpcObserver:
         merchant_id: str,
         payment_id: str,
     ) -> None:
-        """Count a call out, and log it: every failure, and of the successes one in so many.
+        """Count a call out, and log it: every failure, and so many successes in a second.
 
-        Of those refused for overload only the number is logged.
+        Of the further successes, and of the calls refused for overload, only the number is logged.
         """
         self._metrics.rpc_finished(method, code, reason, seconds)
         if reason == Reason.OVERLOADED:
             self._overloaded += 1
             self._log_overload()
             return
-        if code == "OK" and next(self._successes) % self._log_success_every:
+        if code == "OK" and not self._may_log_success():
+            self._successes_not_logged += 1
             return
-        _log.log(
-            logging.ERROR if code in _OUR_FAULT else logging.INFO,
-            "call finished",
-            extra={
-                "method": method,
-                "code": code,
-                "reason": reason,
-                "duration_ms": round(1000 * seconds, 3),
-                "request_id": request_id,
-                "merchant_id": merchant_id,
-                "payment_id": payment_id,
-            },
-        )
+        extra: dict[str, object] = {
+            "method": method,
+            "code": code,
+            "reason": reason,
+            "duration_ms": round(1000 * seconds, 3),
+            "request_id": request_id,
+            "merchant_id": merchant_id,
+            "payment_id": payment_id,
+        }
+        if self._successes_not_logged:
+            extra["successes_not_logged"] = self._successes_not_logged
+            self._successes_not_logged = 0
+        level = logging.ERROR if code in _OUR_FAULT else logging.INFO
+        _log.log(level, "call finished", extra=extra)
+
+    def _may_log_success(self) -> bool:
+        now_s = self._clock_s()
+        if now_s >= self._second_ends_at:
+            self._second_ends_at = now_s + 1
+            self._logged_in_second = 0
+        self._logged_in_second += 1
+        return self._logged_in_second <= self._log_successes_per_s_max
 
     def _log_overload(self) -> None:
-        now = time.monotonic()
+        now = self._clock_s()
         if now - self._overload_logged_at < OVERLOAD_LOG_S:
             return
         self._overload_logged_at = now

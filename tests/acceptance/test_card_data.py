@@ -244,7 +244,7 @@ def place(
         transport=request.param,
         trusted_front=True,
         log_level="DEBUG",
-        log_sample_success_every=1,
+        log_successes_per_s_max=1_000_000,
         metrics_address=f"127.0.0.1:{port}",
     ) as system:
         client = Redis.from_url(redis.url)
