@@ -106,6 +106,7 @@ class Gateway:
             cache_bytes_max=settings.replay_cache_bytes_max,
             timeout_ms=settings.redis_timeout_ms,
             retry_after_ms=settings.redis_retry_after_ms,
+            linger_ms_max=self._linger_ms_max,
             metrics=self.metrics,
         )
         await self.claims.start()
@@ -177,6 +178,10 @@ class Gateway:
         await http.start()
         self._stack.push_async_callback(http.stop)
 
+    @property
+    def _linger_ms_max(self) -> float:
+        return self.settings.batch_linger_ms_max if self.settings.transport == "grpcio" else 0.0
+
     @asynccontextmanager
     async def _open_store(self) -> AsyncIterator[PostgresStore]:
         settings = self.settings
@@ -187,7 +192,7 @@ class Gateway:
                 rows_max=settings.batch_rows_max,
                 queue_max=settings.batch_queue_max,
                 retry_s_max=retry_s_max,
-                linger_ms_max=settings.batch_linger_ms_max,
+                linger_ms_max=self._linger_ms_max,
             )
 
         store = PostgresStore(

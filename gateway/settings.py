@@ -202,7 +202,11 @@ class Settings(BaseSettings):
         20_000, "Rows that may wait for a batch, in each lane.", ge=1, le=1_000_000, unit="rows"
     )
     batch_linger_ms_max: float = _field(
-        0.0, "How long a batch may wait for more rows. 0: it never waits.", ge=0, le=100
+        3.0,
+        "How long a batch may wait for more rows under load on grpcio, which hands calls over one"
+        " by one; those of native come in bursts and never wait. 0: never.",
+        ge=0,
+        le=100,
     )
     intent_connections: int = _field(
         2, "Connections of the intents' lane.", ge=1, le=64, unit="connections"

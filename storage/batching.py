@@ -26,9 +26,9 @@ from typing import Generic, Protocol, TypeVar
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
-LINGER_ROWS_MIN = 4
-"""A lane lingers only when it expects at least so many more rows within `linger_ms_max`: fewer do
-not pay for the latency that the waiting rows lose."""
+LINGER_ROWS_MIN = 2
+"""A lane lingers only when it expects at least so many rows within `linger_ms_max`. Even two that
+share a round trip cost less than two round trips; a lone row has nothing to wait for."""
 
 LINGER_MS_CAP = 100.0
 """Largest `linger_ms_max`. Lingering is for sharing round trips of a few milliseconds; beyond this

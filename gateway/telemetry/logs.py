@@ -35,8 +35,8 @@ ITEMS_MAX: Final = 100
 DEPTH_MAX: Final = 6
 """Levels of nesting that are logged."""
 WRITE_LINGER_S: Final = 0.02
-"""How long a line waits for others. The writer takes the interpreter's lock from the event loop each
-time that it wakes: for every line of a busy server, that halved what the server did."""
+"""How long a line waits for others. The writer takes the interpreter's lock from the event loop
+each time that it wakes: for every line of a busy server, that halved what the server did."""
 FLUSH_S_MAX: Final = 5.0
 """How long the end of the process waits for the queued lines to be written."""
 _LINES_PER_WRITE_MAX = 200
