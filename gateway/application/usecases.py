@@ -312,6 +312,8 @@ class Payments:
             if not task.done():
                 self._occupancy.carry(merchant_id)
                 task.add_done_callback(lambda _: self._occupancy.release(merchant_id))
+            elif not task.cancelled():
+                task.exception()  # both ended in the same turn
             raise
         return task.result()
 
