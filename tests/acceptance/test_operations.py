@@ -20,12 +20,18 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
+TRANSPORTS = pytest.mark.parametrize("transport", ["grpcio", "native"])
+
+
+@TRANSPORTS
 async def test_metrics_tell_calls_claims_batches_and_psp_calls(
-    postgres: PostgresForTests, redis: EmbeddedRedis
+    postgres: PostgresForTests, redis: EmbeddedRedis, transport: str
 ) -> None:
     port = free_port()
     with running_system(postgres, redis) as system:
-        gateway = system.start_gateway(metrics_address=f"127.0.0.1:{port}")
+        gateway = system.start_gateway(
+            metrics_address=f"127.0.0.1:{port}", transport=transport, trusted_front=True
+        )
         async with calling(gateway, system.shop.api_key) as caller:
             await caller.authorize()
             await caller.authorize(token="tok_declined_insufficient_funds")
@@ -54,9 +60,10 @@ async def _health(address: str) -> int:
         return status
 
 
-async def test_health_follows_the_database(redis: EmbeddedRedis) -> None:
+@TRANSPORTS
+async def test_health_follows_the_database(redis: EmbeddedRedis, transport: str) -> None:
     with postgres_server() as postgres, running_system(postgres, redis) as system:
-        gateway = system.start_gateway()
+        gateway = system.start_gateway(transport=transport, trusted_front=True)
         address = gateway.address
         assert await _health(address) == SERVING
         postgres.server.kill()
