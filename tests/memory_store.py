@@ -219,9 +219,10 @@ class MemoryStore:
         self.operations[key] = operation
         self.payments[payment.merchant_id, payment.payment_id] = payment
         for companion in change.companions:
-            self._insert(companion, 0)
+            self._insert(companion.operation, 0)
         self.discrepancies += change.discrepancies
-        self.events.append((change.event_type, payment.version))
+        types = [change.event_type, *(each.event_type for each in change.companions)]
+        self.events += [(event_type, payment.version) for event_type in types]
         self._schedule(key, change)
         return Stored.WRITTEN
 

@@ -161,6 +161,20 @@ class Doubt:
 
 
 @dataclass(slots=True)
+class Companion:
+    """An operation that begins with a change of another one, and the event that tells it.
+
+    The capture of an automatic authorization, or a reversal, which is PROCESSING and due for
+    recovery at once (recover_after = now).
+    """
+
+    operation: Operation
+    event_id: str
+    event_type: str
+    event: bytes
+
+
+@dataclass(slots=True)
 class Change:
     """A change of an operation and its payment, written whole or not at all (compare and set)."""
 
@@ -175,9 +189,7 @@ class Change:
     event_type: str
     event: bytes
     """The outbox event's payload, which holds its id."""
-    companions: list[Operation] = field(default_factory=list)
-    """Further operations that begin with this change: the capture of an automatic authorization, or
-    a reversal, which is PROCESSING and due for recovery at once (recover_after = now)."""
+    companions: list[Companion] = field(default_factory=list)
     discrepancies: list[Discrepancy] = field(default_factory=list)
     recover_after_s: float = 0.0
     """Where the operation is PROCESSING afterwards (a new attempt): as in Intent."""

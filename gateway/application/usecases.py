@@ -28,6 +28,7 @@ from gateway.application.ports import (
     ClaimOutcome,
     ClaimResult,
     Claims,
+    Companion,
     Connector,
     ConnectorRequest,
     Doubt,
@@ -784,7 +785,7 @@ class Outcomes:
                 expected_epoch=before.epoch,
                 expected_state=before.state,
                 expected_version=payment.version,
-                companions=settled.companions,
+                companions=[self._companion(each, settled.payment) for each in settled.companions],
                 discrepancies=settled.discrepancies,
                 event_id=event_id,
                 event_type=event_type,
@@ -796,6 +797,11 @@ class Outcomes:
         if stored is Stored.WRITTEN:
             _cache(self._claims, operation, generation)
         return stored
+
+    def _companion(self, operation: Operation, payment: Payment) -> Companion:
+        event_id, event_type = ids.new_event_id(), _event_type(operation)
+        _, event = self._encoder.change(event_id, event_type, operation, payment)
+        return Companion(operation, event_id, event_type, event)
 
     async def _fenced_out(self, owned: Operation, answer: ConnectorAnswer) -> Found:
         """Another owner has the operation. A definite answer is a fact, and is never dropped."""

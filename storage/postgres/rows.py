@@ -279,11 +279,19 @@ def change_row(change: Change) -> Row:
 
 
 def companion_rows(changes: Sequence[Change]) -> list[Row]:
-    """The companion_operations that begin with the changes."""
+    """The companion_operations that begin with the changes; their events follow the changes'."""
     return [
-        (change.operation.operation_id, *_new(each))
+        (
+            change.operation.operation_id,
+            *_new(each.operation),
+            change.payment.version,
+            seq,
+            each.event_id,
+            each.event_type,
+            each.event,
+        )
         for change in changes
-        for each in change.companions
+        for seq, each in enumerate(change.companions, 1)
     ]
 
 

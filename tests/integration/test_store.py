@@ -14,7 +14,7 @@ import asyncpg
 import pytest
 
 from gateway.application.accounts import parse_key
-from gateway.application.ports import ListFilter, Stored, StoreUnavailable
+from gateway.application.ports import Companion, ListFilter, Stored, StoreUnavailable
 from gateway.domain import ids
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
@@ -164,6 +164,10 @@ def test_every_field_of_a_payment_that_can_change_is_tried_above(dsn: str) -> No
         assert (f"payment_{name}" if name in renamed else name) in columns
 
 
+def told_by(companion: Operation) -> Companion:
+    return Companion(companion, ids.new_event_id(), "companion.began", b"event")
+
+
 async def test_all_that_a_change_brings_along_is_written_with_it(
     store: PostgresStore, dsn: str
 ) -> None:
@@ -186,7 +190,7 @@ async def test_all_that_a_change_brings_along_is_written_with_it(
             "superseded_attempts": (first,),
             "attempt": Attempt(2, "simulator", "acct_1"),
         },
-        companions=[companion],
+        companions=[Companion(companion, "evt_2", "capture.succeeded", b"capture")],
         discrepancies=[
             Discrepancy(
                 MERCHANT, payment.payment_id, operation.operation_id, "captured_amount", "1", "2"
@@ -201,8 +205,13 @@ async def test_all_that_a_change_brings_along_is_written_with_it(
     assert again == change.operation
     assert begun == companion.copy_with(created_at=begun.created_at, updated_at=begun.updated_at)
     assert count(dsn, "discrepancies") == 1
-    [event] = fetch(dsn, "SELECT payment_version, seq, event_type, payload FROM outbox")
-    assert tuple(event) == (2, 0, "payment.changed", change.event)
+    events = fetch(
+        dsn, "SELECT payment_version, seq, event_id, event_type, payload FROM outbox ORDER BY seq"
+    )
+    assert [tuple(event) for event in events] == [
+        (2, 0, change.event_id, "payment.changed", change.event),
+        (2, 1, "evt_2", "capture.succeeded", b"capture"),
+    ]
 
 
 async def test_a_new_payment_that_already_holds_something_is_a_defect(store: PostgresStore) -> None:
@@ -311,7 +320,7 @@ async def test_a_lost_change_that_moves_no_state_is_not_taken_for_written(
         companion = operation.copy_with(
             operation_id=ids.new_operation_id(), idempotency_key=None, kind=OperationKind.REVERSAL
         )
-        change = outcome(operation, payment, S.NOT_SENT, companions=[companion])
+        change = outcome(operation, payment, S.NOT_SENT, companions=[told_by(companion)])
         return replace(change, operation=operation.copy_with(updated_at=datetime.now(UTC)))
 
     results = [await store.write_change(each) for each in (reversal(), reversal())]

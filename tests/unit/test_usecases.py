@@ -692,6 +692,14 @@ async def test_psp_that_does_not_answer_recovery_leaves_the_doubt() -> None:
     assert gateway.store.by_key("a").state is S.SUCCEEDED
 
 
+async def test_an_automatic_capture_is_told_beside_its_authorization() -> None:
+    gateway = bench(CAPABLE, Step(decides=APPROVED))
+    await gateway.payments.authorize(gateway.authorize("a", 100, AUTOMATIC))
+    [(first, version), (second, same_version)] = gateway.store.events
+    assert (first, second) == ("authorize.succeeded", "capture.succeeded")
+    assert version == same_version
+
+
 async def test_pending_outcome_is_finished_by_query_and_never_cancelled() -> None:
     gateway = bench(CAPABLE, Step(decides=PENDING))
     await gateway.payments.authorize(gateway.authorize())

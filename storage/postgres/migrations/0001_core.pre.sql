@@ -241,7 +241,8 @@ CREATE TYPE companion_operation AS (
     merchant_transaction_id text, state int2, amount_minor int8, final bool, request_id text,
     note text, reason text, next_action_url text, allocations jsonb, attempt_number int4,
     connector text, connector_account_id text, delivery int2, connector_transaction_id text,
-    outcome jsonb, processing_ms float8, response bytea
+    outcome jsonb, processing_ms float8, response bytea,
+    payment_version int8, seq int2, event_id text, event_type text, event bytea
 );
 
 CREATE TYPE superseded_attempt AS (

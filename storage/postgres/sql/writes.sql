@@ -102,13 +102,24 @@ SELECT array(SELECT operation_id FROM changed) AS changed;
 -- :name change_with_more
 -- The same with all that a change can bring along. Its rows name the change by its operation.
 {{changed}},
+begun AS MATERIALIZED (
+    SELECT *
+    FROM unnest(:companions::companion_operation[])
+    WHERE ((merchant_id, changed_by) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
+    ORDER BY merchant_id COLLATE "C", idempotency_key COLLATE "C", operation_id COLLATE "C"
+),
 companions AS (
     INSERT INTO operations ({{operation_fields}}, recover_after, created_at, updated_at)
     -- created_at is the database's time whatever the caller says: recovery's watermark counts on it.
     SELECT {{operation_fields}}, now(), now(), now()
-    FROM unnest(:companions::companion_operation[])
-    WHERE ((merchant_id, changed_by) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
-    ORDER BY merchant_id COLLATE "C", idempotency_key COLLATE "C", operation_id COLLATE "C"
+    FROM begun
+),
+companions_told AS (
+    INSERT INTO outbox (
+        merchant_id, payment_id, payment_version, seq, event_id, event_type, payload
+    )
+    SELECT merchant_id, payment_id, payment_version, seq, event_id, event_type, event
+    FROM begun
 ),
 superseded AS (
     INSERT INTO superseded_attempts (
