@@ -359,7 +359,7 @@ def _spare_garbage_collection() -> None:
     """Look for cycles seldom, and not among what lives as long as the process.
 
     A call makes hundreds of objects and hardly any cycle: reference counting frees them. With
-    Python's thresholds the collector took some 9 % of the CPU of a busy server.
+    Python's thresholds the collector takes a tenth of a busy server (docs/performance.md).
     """
     gc.collect()
     gc.freeze()

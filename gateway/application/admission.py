@@ -431,8 +431,8 @@ class AdmissionLimits:
     in_flight_max: int = 10_000
     reads_max: int = 1000
     lists_max: int = 64
-    target_s: float = 0.015
-    bulk_target_s: float = 0.1
+    target_s: float = 0.1
+    bulk_target_s: float = 1.0
     retry_after_s: float = 0.25
 
 

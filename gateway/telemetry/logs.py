@@ -36,7 +36,7 @@ DEPTH_MAX: Final = 6
 """Levels of nesting that are logged."""
 WRITE_LINGER_S: Final = 0.02
 """How long a line waits for others. The writer takes the interpreter's lock from the event loop
-each time that it wakes: for every line of a busy server, that halved what the server did."""
+each time that it wakes, which for every line of a busy server is often."""
 FLUSH_S_MAX: Final = 5.0
 """How long the end of the process waits for the queued lines to be written."""
 _LINES_PER_WRITE_MAX = 200
