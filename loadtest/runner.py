@@ -35,6 +35,7 @@ from loadtest.samples import (
 )
 from loadtest.servers import Child, Stack, StackFailed, StackOptions, inherited, launch, stop
 from loadtest.slo import Limits, Verdict, evaluate
+from storage.embedded import free_port
 
 SUMMARY_FILE: Final = "summary.json"
 REPORT_FILE: Final = "report.html"
@@ -247,11 +248,14 @@ def _control(options: Options, plan: Plan, reply: bytes) -> Step | None:
     _say(f"control: {plan.rate:g} sends/s for {duration:g} s against an empty echo")
     reply_file = options.folder / "echo.bin"
     reply_file.write_bytes(reply)
-    echo = Child(
-        "echo", ["-m", "loadtest.echo", str(reply_file)], options.folder / "echo.log", inherited()
-    )
+    settings = {
+        **{name: text for name, text in os.environ.items() if not name.startswith("GATEWAY_")},
+        "GATEWAY_LISTEN_ADDRESS": "127.0.0.1:0",
+    }
+    log = options.folder / "echo.log"
+    echo = Child("echo", ["-m", "loadtest.echo", str(reply_file)], log, settings)
     try:
-        address = json.loads(echo.line_with('"address"'))["address"]
+        address = json.loads(echo.line_with('"message":"serving"'))["address"]
         against = System(address, "", None, None)
         control = replace(
             plan,
@@ -313,7 +317,7 @@ def _launch(
         command.append("--autostart")
     else:
         command.append("--headless")
-    port = REMOTE_PORT if options.remote_generators else environment.free_port()
+    port = REMOTE_PORT if options.remote_generators else free_port()
     if plan.shares > 1:
         host = "*" if options.remote_generators else "127.0.0.1"
         command += ["--master", "--master-bind-host", host, "--master-bind-port", str(port)]

