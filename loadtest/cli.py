@@ -12,10 +12,10 @@ from typing import Any, Final, get_args
 import grpc
 
 from loadtest.arrivals import Process, Profile
+from loadtest.children import ProcessFailed
 from loadtest.plan import API_KEY_VARIABLE, BadPlan, Plan
 from loadtest.report import write_report
 from loadtest.runner import REPORT_FILE, SUMMARY_FILE, Options, Outcome, run
-from loadtest.servers import StackFailed
 from loadtest.slo import SLO_FILE, BadSlo
 from storage.embedded import EmbeddedServerError
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = run(options)
     except BadSlo as error:
         parser.error(str(error))
-    except (StackFailed, EmbeddedServerError, OSError, grpc.RpcError) as error:
+    except (ProcessFailed, EmbeddedServerError, OSError, grpc.RpcError) as error:
         sys.stderr.write(f"loadtest: no result: {error}\n")
         return INVALID
     except KeyboardInterrupt:

@@ -3,7 +3,6 @@
 import json
 import os
 import secrets
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from payments.v1.payment_service_pb2 import AuthorizePaymentResponse
 from loadtest import environment
 from loadtest.audit import Audit, audit_by_calls, audit_by_database
 from loadtest.calls import SERVICE, Acknowledged, sample_request
+from loadtest.children import Process, ProcessFailed
 from loadtest.engine import Target
 from loadtest.knee import KneeSearch
 from loadtest.measures import Analysis
@@ -33,7 +33,7 @@ from loadtest.samples import (
     read_acknowledged,
     read_samples,
 )
-from loadtest.servers import Child, Stack, StackFailed, StackOptions, inherited, launch, stop
+from loadtest.servers import Stack, StackOptions
 from loadtest.slo import Limits, Verdict, evaluate
 from storage.embedded import free_port
 
@@ -115,7 +115,10 @@ class Outcome:
 
 
 def run(options: Options) -> Outcome:
-    """Do it all, and say so as it goes on. Raises StackFailed, BadSlo, OSError and AioRpcError."""
+    """Do it all, and say so as it goes on.
+
+    Raises ProcessFailed, BadSlo, OSError and AioRpcError.
+    """
     limits = Limits.load(options.profile, options.slo)
     options.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as exit_stack:
@@ -214,7 +217,7 @@ def _first_payment(system: System, plan: Plan) -> tuple[Acknowledged, bytes]:
                 timeout=plan.deadline,
             )
         except grpc.RpcError as error:
-            raise StackFailed(f"{target.address} refuses a payment: {_refusal(error)}") from None
+            raise ProcessFailed(f"{target.address} refuses a payment: {_refusal(error)}") from None
     operation = AuthorizePaymentResponse.FromString(data).operation
     told = Acknowledged(
         "AUTHORIZE",
@@ -248,14 +251,14 @@ def _control(options: Options, plan: Plan, reply: bytes) -> Step | None:
     _say(f"control: {plan.rate:g} sends/s for {duration:g} s against an empty echo")
     reply_file = options.folder / "echo.bin"
     reply_file.write_bytes(reply)
-    settings = {
-        **{name: text for name, text in os.environ.items() if not name.startswith("GATEWAY_")},
-        "GATEWAY_LISTEN_ADDRESS": "127.0.0.1:0",
-    }
-    log = options.folder / "echo.log"
-    echo = Child("echo", ["-m", "loadtest.echo", str(reply_file)], log, settings)
+    echo = Process.python(
+        "echo",
+        ["-m", "loadtest.echo", str(reply_file)],
+        {"GATEWAY_LISTEN_ADDRESS": "127.0.0.1:0"},
+        options.folder,
+    )
     try:
-        address = json.loads(echo.line_with('"message":"serving"'))["address"]
+        address = echo.await_serving()
         against = System(address, "", None, None)
         control = replace(
             plan,
@@ -273,7 +276,7 @@ def _control(options: Options, plan: Plan, reply: bytes) -> Step | None:
 
 
 def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
-    """Have the schedule sent, and read what came of it. Raises StackFailed."""
+    """Have the schedule sent, and read what came of it. Raises ProcessFailed."""
     folder = options.folder / name
     plan = replace(plan, run_id=secrets.token_hex(4), out=str(folder))
     if system.stack is not None:
@@ -284,12 +287,7 @@ def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
         observer = Observer({**watched, GENERATOR: [generator.pid, *worker_pids]})
         with observer.watching():
             limit_s = plan.schedule.duration_s + plan.deadline + START_ALLOWANCE_S
-            try:
-                status = generator.wait(None if options.web_port else limit_s)
-            except subprocess.TimeoutExpired:
-                raise StackFailed(f"the generator did not end within {limit_s:g} s") from None
-    if status != 0:
-        raise StackFailed(f"the generator ended with status {status}")
+            generator.wait(None if options.web_port else limit_s)
     told = json.loads((folder / OUTCOME_FILE).read_text("utf-8"))
     schedule = plan.schedule
     return Step(
@@ -305,9 +303,9 @@ def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
 
 def _launch(
     options: Options, plan: Plan, system: System, exit_stack: ExitStack
-) -> tuple[subprocess.Popen[bytes], list[int]]:
+) -> tuple[Process, list[int]]:
     """Start Locust: alone, or a master and the workers whose process ids follow."""
-    variables = inherited(**{API_KEY_VARIABLE: system.api_key})
+    variables = {API_KEY_VARIABLE: system.api_key}
     locust = ["-m", "locust", "-f", str(LOCUST_FILE), "--skip-log-setup"]
     command = [*locust, "--host", system.address, "-u", str(plan.shares), "-r", str(plan.shares)]
     command += ["--only-summary", *plan.arguments()]
@@ -327,16 +325,16 @@ def _launch(
                 f"waiting for {plan.shares} generators: on each machine, with {API_KEY_VARIABLE}"
                 " set, locust -f loadtest/locustfile.py --worker --master-host <this machine>"
             )
-    process = launch(command, None, variables)
-    exit_stack.callback(stop, process)
+    process = Process("generator", [sys.executable, *command], variables, None)
+    exit_stack.callback(process.stop)
     worker_pids: list[int] = []
     if plan.shares > 1 and not options.remote_generators:
         for number in range(plan.shares):
-            worker = Child(
-                f"generator {number}",
+            worker = Process.python(
+                f"generator-{number}",
                 [*locust, "--worker", "--master-host", "127.0.0.1", "--master-port", str(port)],
-                options.folder / f"generator-{number}.log",
                 variables,
+                options.folder,
             )
             exit_stack.callback(worker.stop)
             worker_pids.append(worker.pid)

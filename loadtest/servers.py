@@ -5,124 +5,25 @@ directories are kept, so that the next start is quick.
 """
 
 import asyncio
-import json
 import os
 import secrets
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final, Self
+from typing import Final, Self
 
 import asyncpg
 
 from gateway.connectors.simulator.launch import SimulatorControl, SimulatorProcess
+from loadtest.children import Process
 from storage.embedded import EmbeddedPostgres, EmbeddedRedis
 from storage.postgres.accounts import Accounts
 from storage.postgres.migrate import migrate
 
-START_TIMEOUT_S: Final = 60.0
-STOP_TIMEOUT_S: Final = 45.0
-"""A gateway drains for up to GATEWAY_DRAIN_GRACE_S first."""
-POLL_S: Final = 0.02
-LOG_TAIL_LINES: Final = 12
 PSP_LATENCY: Final = "120,380"
 """The simulator's median and 99th percentile in milliseconds, as of the SLO."""
 RETAINED_DATABASES: Final = "load_%"
-
-_PR_SET_PDEATHSIG: Final = 1
-_WITH_PARENT: Final = (
-    "import ctypes, os, sys;"
-    f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)});"
-    "os.execv(sys.argv[1], sys.argv[1:])"
-)
-"""Ends with the thread that started it, and becomes the program."""
-
-
-class StackFailed(Exception):
-    """A process of the load test did not start or did not stay up; the text says what it said."""
-
-
-def launch(
-    command: Sequence[str], output: IO[bytes] | None, environment: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    """A Python process that ends with us; without an `output` it writes where we do.
-
-    In a session of its own: Ctrl-C is for us, who drain first.
-    """
-    return subprocess.Popen(
-        [sys.executable, "-ISc", _WITH_PARENT, sys.executable, *command],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        env=dict(environment),
-        start_new_session=True,
-    )
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, and SIGKILL where that does not end it. Harmless where it has ended."""
-    process.terminate()
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-class Child:
-    """A process with a log."""
-
-    def __init__(
-        self, name: str, command: Sequence[str], log: Path, environment: Mapping[str, str]
-    ) -> None:
-        self.name = name
-        self.log = log
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as file:
-            self._process = launch(command, file, environment)
-
-    @property
-    def pid(self) -> int:
-        """The process id."""
-        return self._process.pid
-
-    def line_with(self, text: str, timeout_s: float = START_TIMEOUT_S) -> str:
-        """The first line of its log with this text; waits for it. Raises StackFailed."""
-        until = time.monotonic() + timeout_s
-        while True:
-            ended = self._process.poll() is not None
-            for line in self.log.read_text("utf-8", "replace").splitlines():
-                if text in line:
-                    return line
-            if ended or time.monotonic() > until:
-                raise StackFailed(f"the {self.name} did not start:\n{self.tail()}")
-            time.sleep(POLL_S)
-
-    def tail(self) -> str:
-        """The end of its log."""
-        lines = self.log.read_text("utf-8", "replace").splitlines()
-        return "\n".join(lines[-LOG_TAIL_LINES:])
-
-    def check(self) -> None:
-        """Raises StackFailed where it has ended."""
-        status = self._process.poll()
-        if status is not None:
-            raise StackFailed(f"the {self.name} ended with status {status}:\n{self.tail()}")
-
-    def stop(self) -> None:
-        """End it, gently first."""
-        stop(self._process)
-
-
-def inherited(**more: str) -> dict[str, str]:
-    """Our environment and what is added to it."""
-    return {**os.environ, **more}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +53,7 @@ class Stack:
     """The roots of the process trees that share the machine."""
     _exit: ExitStack = field(default_factory=ExitStack)
     _simulator: SimulatorProcess | None = None
-    _gateway: Child | None = None
+    _gateway: Process | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -177,7 +78,7 @@ class Stack:
         return self._simulator
 
     @property
-    def gateway(self) -> Child:
+    def gateway(self) -> Process:
         """The gateway, or the supervisor of its workers."""
         assert self._gateway is not None
         return self._gateway
@@ -206,7 +107,7 @@ class Stack:
             "simulator": self._simulator.pid,
         }
 
-    def _start_gateway(self, redis_url: str) -> Child:
+    def _start_gateway(self, redis_url: str) -> Process:
         settings = {
             "GATEWAY_LISTEN_ADDRESS": "127.0.0.1:0",
             "GATEWAY_METRICS_ADDRESS": "127.0.0.1:0",
@@ -223,11 +124,9 @@ class Stack:
         command = list(self.options.command)
         if self.options.workers:
             command += ["--workers", str(self.options.workers)]
-        gateway = Child(
-            "gateway", command, self.options.folder / "gateway.log", inherited(**settings)
-        )
+        gateway = Process.python("gateway", command, settings, self.options.folder)
         self._exit.callback(gateway.stop)
-        self.address = json.loads(gateway.line_with('"message":"serving"'))["address"]
+        self.address = gateway.await_serving()
         return gateway
 
     async def _prepare(self, dsn: str, database: str) -> None:

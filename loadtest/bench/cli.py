@@ -13,10 +13,10 @@ from typing import Final
 from loadtest.bench import report
 from loadtest.bench.figures import FIGURES, GROUPS, OPEN_SECONDS_MIN, Figure, select
 from loadtest.bench.measure import CONCURRENCIES, Bench, Progress
-from loadtest.bench.processes import ProcessFailed
 from loadtest.bench.ratios import PAIRS_MIN
 from loadtest.bench.report import Result
 from loadtest.bench.system import running_system
+from loadtest.children import ProcessFailed
 
 SUMMARY: Final = Path(".local/bench/summary.json")
 BUDGET_S: Final = 570

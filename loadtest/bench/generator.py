@@ -20,7 +20,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from payments.v1 import payment_service_pb2
 
 from loadtest.bench.bulk import API_KEY_VARIABLE, SERVICE
-from loadtest.bench.processes import POLL_S, Process, ProcessFailed, cpu_s, stopping
+from loadtest.children import POLL_S, Process, ProcessFailed, cpu_s, stopping
 from storage.embedded import free_port
 
 WARM_UP_S: Final = 1

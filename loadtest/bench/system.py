@@ -15,7 +15,7 @@ from payments.v1 import money_pb2, payment_method_pb2, payment_service_pb2, paym
 
 from gateway.domain.model import OperationState
 from loadtest.bench.generator import Target
-from loadtest.bench.processes import Process, ProcessFailed, stopping
+from loadtest.children import Process, ProcessFailed, stopping
 from storage.embedded import EmbeddedPostgres, EmbeddedRedis
 from storage.postgres.accounts import Accounts
 from storage.postgres.migrate import migrate

@@ -9,7 +9,7 @@ from loadtest.bench.cli import _run_again
 from loadtest.bench.figures import Figure
 from loadtest.bench.generator import Load
 from loadtest.bench.measure import Bench, Rounds
-from loadtest.bench.processes import ProcessFailed
+from loadtest.children import ProcessFailed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -16,6 +17,8 @@ from gateway.application.commands import Answer
 from gateway.application.ports import (
     Capabilities,
     ClaimOutcome,
+    Intent,
+    IntentResult,
     Lease,
     ListFilter,
     StoreUnavailable,
@@ -500,6 +503,28 @@ async def test_cancelled_caller_leaves_the_work_to_be_finished() -> None:
     await gateway.payments.drain()
     assert gateway.store.by_key("a").state is S.SUCCEEDED
     assert gateway.payments.in_flight == 0
+
+
+async def test_failure_in_the_turn_of_its_callers_cancellation_is_nobodys_surprise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loop = asyncio.get_running_loop()
+    told: list[str] = []
+    loop.set_exception_handler(lambda _, context: told.append(context["message"]))
+    gateway = bench(CAPABLE)
+
+    async def write_intent(_: Intent) -> IntentResult:
+        # Two turns ahead: after the work has ended, and before its caller has heard of it.
+        loop.call_soon(lambda: loop.call_soon(calls[0].cancel))
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(gateway.store, "write_intent", write_intent)
+    calls = [in_background(gateway.payments.authorize(gateway.authorize()))]
+    await asyncio.wait(calls)
+    assert calls.pop().cancelled()  # and gone, with its frames, which hold the work
+    assert gateway.payments.in_flight == 0
+    gc.collect()
+    assert told == []
 
 
 async def test_cancelled_duplicate_does_not_disturb_the_first_call() -> None:

@@ -1,4 +1,4 @@
-"""Child processes of a benchmark: started, waited for, measured and surely ended."""
+"""Child processes of a load test or benchmark: started, waited for and surely ended."""
 
 import contextlib
 import json
@@ -12,17 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Self
 
-START_TIMEOUT_S: Final = 30.0
+START_TIMEOUT_S: Final = 60.0
 """A server that does not serve by then hangs."""
-STOP_TIMEOUT_S: Final = 20.0
-"""A process that has not ended by then is killed."""
+STOP_TIMEOUT_S: Final = 45.0
+"""A process that has not ended by then is killed. A gateway drains first."""
 POLL_S: Final = 0.02
 LOG_LINES_SHOWN: Final = 20
 
 _PR_SET_PDEATHSIG: Final = 1
 _WITH_PARENT: Final = (
     "import ctypes, os, sys;"
-    f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)});"
+    f"ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGTERM)});"
     "os.execv(sys.argv[1], sys.argv[1:])"
 )
 """Ends with the thread that started it, and becomes the program."""
@@ -34,20 +34,29 @@ class ProcessFailed(Exception):
 
 
 class Process:
-    """A child that ends with this process, however that ends. Its output goes to a file."""
+    """A child that ends with this process, however that ends. Its output goes to a file, its log;
+    without one, where ours goes.
+
+    It is in a session of its own: Ctrl-C is for us, who let servers drain. Of our environment it
+    has everything but GATEWAY_* variables.
+    """
 
     def __init__(
-        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path | None
     ) -> None:
         self.name = name
         self._log = log
-        with log.open("ab") as file:
+        with contextlib.ExitStack() as stack:
+            output = None
+            if log is not None:
+                log.parent.mkdir(parents=True, exist_ok=True)
+                output = stack.enter_context(log.open("wb"))
             self._process = subprocess.Popen(
                 [sys.executable, "-ISc", _WITH_PARENT, *command],
                 env={**_inherited(), **environment},
                 stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,
             )
 
@@ -73,7 +82,7 @@ class Process:
         until = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < until:
             ended = not self.running
-            for line in self._log.read_text("utf-8", "replace").splitlines():
+            for line in self.printed().splitlines():
                 if '"message":"serving"' in line:
                     address: str = json.loads(line)["address"]
                     return address
@@ -83,19 +92,25 @@ class Process:
         raise self.failure("does not serve")
 
     def printed(self) -> str:
-        """What it printed."""
-        return self._log.read_text("utf-8", "replace")
+        """What it printed; nothing where it has no log."""
+        return "" if self._log is None else self._log.read_text("utf-8", "replace")
 
     def forget_log(self) -> None:
         """Empty the log, so that a long run fills no disk."""
-        os.truncate(self._log, 0)
+        if self._log is not None:
+            os.truncate(self._log, 0)
 
     def failure(self, what: str) -> ProcessFailed:
         """What went wrong, with the end of the log."""
-        lines = self._log.read_text("utf-8", "replace").splitlines()[-LOG_LINES_SHOWN:]
+        lines = self.printed().splitlines()[-LOG_LINES_SHOWN:]
         return ProcessFailed("\n".join([f"{self.name} {what}", *lines]))
 
-    def wait(self, timeout_s: float) -> None:
+    def check(self) -> None:
+        """Raises ProcessFailed where it has ended."""
+        if not self.running:
+            raise self.failure(f"ended with status {self._process.returncode}")
+
+    def wait(self, timeout_s: float | None) -> None:
         """Wait for its end. Raises ProcessFailed where it takes too long or ends with a failure."""
         try:
             status = self._process.wait(timeout_s)
