@@ -45,7 +45,7 @@ class _Demo:
     ) -> None:
         self._stub = stub
         self._metadata = (("authorization", f"Bearer {api_key}"),)
-        self._run = uuid.uuid4().hex[:12]
+        self._run = uuid.uuid4().hex
         self.good = True
 
     async def run(self) -> None:

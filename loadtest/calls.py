@@ -162,7 +162,8 @@ class Book:
         self._source = source
         self._batch_items = batch_items
         self._echoed = echoed
-        self._key_prefix = f"load-{run_id}-{share:03d}-"
+        # A letter before each number: digits alone may look like a card number, and are refused.
+        self._key_prefix = f"load-r{run_id}-g{share:03d}-n"
         self._number = 0
         self._amounts = [
             (amount_minor, _field(3, _money(amount_minor).SerializeToString()))

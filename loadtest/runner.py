@@ -201,7 +201,7 @@ def _first_payment(system: System, plan: Plan) -> tuple[Acknowledged, bytes]:
         merchant_id = system.merchants.read_text("utf-8").split()[0]
     elif plan.merchants:
         merchant_id = plan.merchants.split(",")[0]
-    key = f"load-{secrets.token_hex(8)}"
+    key = f"load-first-r{secrets.token_hex(8)}"
     if target.tls:
         channel = grpc.secure_channel(
             target.address, grpc.ssl_channel_credentials(target.ca_certificate)

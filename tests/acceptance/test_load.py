@@ -129,7 +129,10 @@ def pause(gateway: GatewayProcess, seconds: float) -> float:
 
 
 def test_stall_of_the_server_shows_in_the_percentiles(system: System, tmp_path: Path) -> None:
-    gateway = system.start_gateway()
+    # The stall ends no wait of the gateway's own early: every call is answered in the end.
+    gateway = system.start_gateway(
+        simulator_connect_timeout_s=30, admission_target_ms=30_000, admission_bulk_target_ms=30_000
+    )
     plan = Plan(rate=50, duration=6, warm_up=0, arrivals="constant")
     with sending(system, gateway, plan) as sent:
         assert sent.first.wait(RUN_TIMEOUT_S)
@@ -141,7 +144,7 @@ def test_stall_of_the_server_shows_in_the_percentiles(system: System, tmp_path: 
     assert whole.latency.max_ms >= 0.9 * paused_ms
     assert whole.latency.percentile(99) >= 0.75 * paused_ms
     assert whole.latency.percentile(90) >= 0.4 * paused_ms
-    assert (whole.ok, whole.dropped) == (whole.offered, 0)
+    assert whole.codes == {OK: whole.offered}, gateway.log
     assert sent.audit(system, tmp_path).clean
 
 

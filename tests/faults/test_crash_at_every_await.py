@@ -79,6 +79,8 @@ NEVER_SENDS: Final = {"send_window_s": 0.000_001, "min_send_budget_s": 0}
 
 COMMON: Final = ("Claims.", "Recovery.run:", "DirectLane.", "_call:")
 """Sites that look alike in every flow: the claim, and the rounds of recovery. Once is enough."""
+NO_CRASH: Final = ("Connection._get_statement", "_check:", "PostgresStore.count_doubts")
+"""Sites of the driver's preparations and of the gateway's readiness."""
 
 Call = tuple[str, Any]
 """A method and its request."""
@@ -455,13 +457,13 @@ async def _trial(
 
 def _worth_a_crash(visits: Sequence[str]) -> list[str]:
     """Without the round trips in which the driver only prepares a statement, those of readiness,
-    which may share a batch with recovery, and the answers to batches: nothing leaves the process
-    between them and what their waiters do next, which are sites as well.
+    which share a batch with recovery by chance, and the answers to batches: nothing leaves the
+    process between them and what their waiters do next, which are sites as well.
     """
 
     def is_worth(site: str) -> bool:
         answer = site.startswith("Lane._send:") and site.partition("#")[0].endswith(AFTER)
-        return not answer and "Connection._get_statement" not in site and "_check:" not in site
+        return not answer and not any(part in site for part in NO_CRASH)
 
     return list(filter(is_worth, visits))
 
