@@ -292,7 +292,8 @@ def running_system(
             "simulator_answer_timeout_s": 2,
             "listen_address": "127.0.0.1:0",
             "metrics_address": "127.0.0.1:0",
-            "send_window_s": 1,
+            # Long beside what a busy machine takes for a step, short beside a test.
+            "send_window_s": 3,
             "recover_margin_s": 1,
             "recovery_interval_ms": 50,
             "recovery_first_check_s": 0.1,

@@ -39,7 +39,15 @@ RUN_TIMEOUT_S = 150.0
 
 @pytest.fixture
 def system(postgres: PostgresForTests, redis: EmbeddedRedis) -> Iterator[System]:
-    with running_system(postgres, redis) as running:
+    # A gateway that is stalled for a while comes to an end with every call that it has.
+    with running_system(
+        postgres,
+        redis,
+        send_window_s=60,
+        simulator_connect_timeout_s=30,
+        admission_target_ms=30_000,
+        admission_bulk_target_ms=30_000,
+    ) as running:
         yield running
 
 
@@ -129,10 +137,7 @@ def pause(gateway: GatewayProcess, seconds: float) -> float:
 
 
 def test_stall_of_the_server_shows_in_the_percentiles(system: System, tmp_path: Path) -> None:
-    # The stall ends no wait of the gateway's own early: every call is answered in the end.
-    gateway = system.start_gateway(
-        simulator_connect_timeout_s=30, admission_target_ms=30_000, admission_bulk_target_ms=30_000
-    )
+    gateway = system.start_gateway()
     plan = Plan(rate=50, duration=6, warm_up=0, arrivals="constant")
     with sending(system, gateway, plan) as sent:
         assert sent.first.wait(RUN_TIMEOUT_S)
