@@ -27,8 +27,12 @@ Row = TypeVar("Row")
 Result = TypeVar("Result")
 
 LINGER_ROWS_MIN = 2
-"""A lane lingers only when it expects at least so many rows within `linger_ms_max`. Even two that
+"""A lane lingers only when it expects at least so many rows meanwhile. Even two that
 share a round trip cost less than two round trips; a lone row has nothing to wait for."""
+
+LINGER_WHOLE_AT_PER_S = 3_000.0
+"""Rows a second at which a lane lingers for the whole of `linger_ms_max`; below it, in proportion
+less. Where few rows come, waiting gathers few and costs each of them as much."""
 
 LINGER_MS_CAP = 100.0
 """Largest `linger_ms_max`. Lingering is for sharing round trips of a few milliseconds; beyond this
@@ -120,6 +124,8 @@ class Lane(Generic[Row, Result]):
         linger_ms_max: longest time that a row waits for company while there is room in flight.
             The lane lingers only under a load that fills a batch meanwhile (`LINGER_ROWS_MIN`), so
             a lone row never waits; 0 turns lingering off, and `LINGER_MS_CAP` is the most.
+        linger_whole_at_per_s: the rate at which it lingers so long, and in proportion below; 0: at
+            every rate.
         partition: rows of different partitions never share a batch. Partitions take turns.
         exclusive: at most one row of a key is in flight; rows without a key (None) are free.
         classify: decides what happens to a batch whose flush raised.
@@ -139,6 +145,7 @@ class Lane(Generic[Row, Result]):
         queue_max: int,
         in_flight_max: int = 1,
         linger_ms_max: float = 0.0,
+        linger_whole_at_per_s: float = LINGER_WHOLE_AT_PER_S,
         partition: Callable[[Row], Hashable] | None = None,
         exclusive: Callable[[Row], Hashable | None] | None = None,
         classify: Callable[[Exception], Failure] = fail_always,
@@ -150,8 +157,8 @@ class Lane(Generic[Row, Result]):
     ) -> None:
         if min(rows_max, queue_max, in_flight_max) < 1:
             raise ValueError(f"lane {name}: rows_max, queue_max and in_flight_max are at least 1")
-        if min(linger_ms_max, retries_max, backoff_ms, backoff_ms_max) < 0:
-            raise ValueError(f"lane {name}: times and retries_max are not negative")
+        if min(linger_ms_max, retries_max, backoff_ms, backoff_ms_max, linger_whole_at_per_s) < 0:
+            raise ValueError(f"lane {name}: times, rates and retries_max are not negative")
         if linger_ms_max > LINGER_MS_CAP:
             raise ValueError(f"lane {name}: linger_ms_max is at most {LINGER_MS_CAP}")
         self.name = name
@@ -160,6 +167,7 @@ class Lane(Generic[Row, Result]):
         self._queue_max = queue_max
         self._in_flight_max = in_flight_max
         self._linger_s_max = linger_ms_max / 1000
+        self._linger_whole_at_per_s = linger_whole_at_per_s
         self._partition = partition
         self._exclusive = exclusive
         self._classify = classify
@@ -182,7 +190,10 @@ class Lane(Generic[Row, Result]):
         self._sending: set[asyncio.Task[None]] = set()
         self._in_flight = 0
 
-        self._pump_scheduled = False
+        # A task has begun that will take a batch, and has not taken it yet.
+        self._taker_begun = False
+        # What it waits for while it lingers, and what ends that.
+        self._linger_end: asyncio.Future[None] | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self._arrived = 0
         self._arrivals_per_s = 0.0
@@ -200,6 +211,14 @@ class Lane(Generic[Row, Result]):
     def in_flight(self) -> int:
         """Batches in flight, those that back off included."""
         return self._in_flight
+
+    @property
+    def linger_s(self) -> float:
+        """How long a row waits for company at the present rate of arrivals; 0: not at all."""
+        linger_s = self._linger_s_max
+        if self._arrivals_per_s < self._linger_whole_at_per_s:
+            linger_s *= self._arrivals_per_s / self._linger_whole_at_per_s
+        return linger_s if self._arrivals_per_s * linger_s >= LINGER_ROWS_MIN else 0.0
 
     def submit(self, row: Row, *, reserved: bool = False) -> asyncio.Future[Result]:
         """Take a row; the future gets its result, or the exception it failed with.
@@ -235,9 +254,11 @@ class Lane(Generic[Row, Result]):
                 return entry.future
             self._held[entry.exclusive] = None
         self._make_ready(entry)
-        may_leave = self._linger_timer is None or self._ready_rows >= self._rows_max
-        if may_leave and not self._pump_scheduled and self._in_flight < self._in_flight_max:
-            self._schedule_pump()
+        if not self._taker_begun:
+            if self._in_flight < self._in_flight_max:
+                self._begin_taker()
+        elif self._linger_end is not None and self._ready_rows >= self._rows_max:
+            self._stop_lingering()
         return entry.future
 
     async def put(self, row: Row, *, reserved: bool = False) -> Result:
@@ -257,8 +278,8 @@ class Lane(Generic[Row, Result]):
         self._closed = True
         if self._is_empty():
             self._drained.set()
-        elif not self._pump_scheduled:
-            self._schedule_pump()
+        else:
+            self._stop_lingering()
         await self._drained.wait()
 
     def _is_empty(self) -> bool:
@@ -281,49 +302,39 @@ class Lane(Generic[Row, Result]):
             queue.append(entry)
         self._ready_rows += 1
 
-    def _schedule_pump(self) -> None:
-        # By way of the loop, so that a batch takes everything that this turn submits.
-        self._pump_scheduled = True
-        self._loop.call_soon(self._pump)
+    def _begin_taker(self) -> None:
+        # A task, since it begins in the loop's next turn: its batch has all that this one submits.
+        self._taker_begun = True
+        task = self._loop.create_task(self._send(), name=self._task_name)
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
 
-    def _linger_is_over(self) -> None:
-        self._linger_timer = None
-        if not self._pump_scheduled:
-            self._pump(lingered=True)
-
-    def _pump(self, *, lingered: bool = False) -> None:
-        """Send what may leave now."""
-        self._pump_scheduled = False
-        if self._linger_timer is not None:
-            self._linger_timer.cancel()
-            self._linger_timer = None
+    async def _linger(self) -> None:
+        """Wait for more rows where that pays: as long as may be, or until a batch is full."""
         now_s = self._clock_s()
-        if self._linger_s_max > 0 and not lingered and self._lingers(now_s):
-            return
-        while self._ready and self._in_flight < self._in_flight_max:
-            self._send_soon(self._take_batch(), now_s)
-        self._metrics.queue_depth(self.name, self.depth)
-
-    def _lingers(self, now_s: float) -> bool:
-        """Set the timer and return True when waiting for more rows pays."""
         elapsed_s = now_s - self._measured_s
         if elapsed_s > 0:
             weight = -math.expm1(-elapsed_s / ARRIVALS_SMOOTHING_S)
             self._arrivals_per_s += weight * (self._arrived / elapsed_s - self._arrivals_per_s)
             self._arrived = 0
             self._measured_s = now_s
-        if self._closed or not self._ready or self._in_flight >= self._in_flight_max:
-            return False
-        if self._ready_rows >= self._rows_max:
-            return False
-        if self._arrivals_per_s * self._linger_s_max < LINGER_ROWS_MIN:
-            return False
+        if self._closed or self._ready_rows >= self._rows_max:
+            return
         oldest = next(iter(self._ready.values()))[0]
-        rest_s = oldest.submitted_s + self._linger_s_max - now_s
+        rest_s = oldest.submitted_s + self.linger_s - now_s
         if rest_s <= 0:
-            return False
-        self._linger_timer = self._loop.call_later(rest_s, self._linger_is_over)
-        return True
+            return
+        self._linger_end = self._loop.create_future()
+        self._linger_timer = self._loop.call_later(rest_s, self._stop_lingering)
+        try:
+            await self._linger_end
+        finally:
+            self._linger_timer.cancel()
+            self._linger_end = self._linger_timer = None
+
+    def _stop_lingering(self) -> None:
+        if self._linger_end is not None and not self._linger_end.done():
+            self._linger_end.set_result(None)
 
     def _take_batch(self) -> list[_Entry[Row, Result]]:
         partition, queue = next(iter(self._ready.items()))
@@ -336,16 +347,19 @@ class Lane(Generic[Row, Result]):
         self._ready_rows -= len(batch)
         return batch
 
-    def _send_soon(self, batch: list[_Entry[Row, Result]], now_s: float) -> None:
+    async def _send(self) -> None:
+        """Take a batch and send it."""
+        if self._linger_s_max > 0:
+            await self._linger()
+        batch = self._take_batch()
         self._in_flight += 1
-        wait_s = now_s - min(entry.submitted_s for entry in batch)
-        self._metrics.batch_sent(self.name, len(batch), wait_s)
-        task = self._loop.create_task(self._send(batch), name=self._task_name)
-        self._sending.add(task)
-        task.add_done_callback(self._sending.discard)
-
-    async def _send(self, batch: list[_Entry[Row, Result]]) -> None:
+        self._taker_begun = False
+        if self._ready and self._in_flight < self._in_flight_max:
+            self._begin_taker()
         try:
+            wait_s = self._clock_s() - min(entry.submitted_s for entry in batch)
+            self._metrics.batch_sent(self.name, len(batch), wait_s)
+            self._metrics.queue_depth(self.name, self.depth)
             await self._flush_all(batch)
         except asyncio.CancelledError:
             for entry in batch:  # the loop is being torn down
@@ -359,10 +373,10 @@ class Lane(Generic[Row, Result]):
         finally:
             self._in_flight -= 1
             self._release_keys(batch)
-            if self._ready and not self._pump_scheduled:
-                # Scheduled behind the callers whose answers were just set: what they submit next
-                # travels with this batch.
-                self._schedule_pump()
+            if self._ready and not self._taker_begun:
+                # It begins behind the callers whose answers were just set: what they submit next
+                # travels with its batch.
+                self._begin_taker()
             if self._closed and self._is_empty():
                 self._drained.set()
 

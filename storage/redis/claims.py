@@ -228,6 +228,7 @@ class Claims:
             rows_max=settle_rows_max,
             queue_max=settle_queue_max,
             linger_ms_max=settle_linger_ms_max,
+            linger_whole_at_per_s=0,  # nobody waits for them
             partition=_bucket_of_settlement,
             metrics=self._metrics,
         )

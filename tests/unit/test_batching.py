@@ -13,7 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.batching import LINGER_MS_CAP, Failure, FlushBroken, Lane, LaneClosed, QueueFull
+from storage.batching import (
+    LINGER_MS_CAP,
+    LINGER_WHOLE_AT_PER_S,
+    Failure,
+    FlushBroken,
+    Lane,
+    LaneClosed,
+    QueueFull,
+)
 
 T = TypeVar("T")
 
@@ -309,6 +317,21 @@ def test_lane_lingers_once_rows_come_thickly_and_no_more_when_it_fell_idle() -> 
         await turns()
         assert echo.batches[-1] == [-1]
         await last
+
+    run(main)
+
+
+def test_lane_lingers_in_proportion_to_the_rate_up_to_its_most() -> None:
+    async def main() -> None:
+        lane: Lane[int, int] = Lane(
+            "test", Echo().flush, rows_max=10, queue_max=10, linger_ms_max=10
+        )
+        lingers_s = []
+        for part in (0.1, 0.5, 1, 2):
+            lane._arrivals_per_s = part * LINGER_WHOLE_AT_PER_S
+            lingers_s.append(lane.linger_s)
+        # At a tenth of the rate there would be no second row.
+        assert lingers_s == [0, 0.005, 0.01, 0.01]
 
     run(main)
 
