@@ -34,7 +34,8 @@ from gateway.rpc.service import PaymentService, RpcLimits
 from gateway.settings import Settings, load_settings, split_address
 from gateway.telemetry.http import MetricsServer
 from gateway.telemetry.logs import configure_logging, loop_exception_handler
-from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.loop import sample_lag
+from gateway.telemetry.metrics import MeasuredOccupancy, Metrics
 from gateway.telemetry.observer import RpcObserver
 from gateway.workers import WorkersFailed, run_workers
 from storage.embedded import EmbeddedServerError
@@ -49,7 +50,7 @@ from storage.postgres.migrate import MigrationBusy, MigrationChanged, migrate
 from storage.redis import Claims, open_client
 
 READINESS_INTERVAL_S: Final = 2.0
-"""How often readiness is looked at, and the doubts are counted."""
+"""How often readiness is looked at, and what is in doubt and in the outbox is counted."""
 FINGERPRINT_VERSION: Final = "f1"
 """Part of the claims' generation: another encoding of fingerprints is another cache."""
 
@@ -113,6 +114,7 @@ class Gateway:
         stack.push_async_callback(self.claims.close)
 
         self.store = await stack.enter_async_context(self._open_store())
+        self.metrics.watch_pools(self.store.pools)
         await self._check_store()
 
         self.connectors = ConnectorRegistry(await self._open_connectors())
@@ -127,7 +129,7 @@ class Gateway:
             encoder,
             self._limits(),
             self.metrics,
-            admission.payments,
+            MeasuredOccupancy(admission.payments, self.metrics),
         )
         self.service = PaymentService(
             self.payments,
@@ -166,6 +168,8 @@ class Gateway:
         if settings.recovery_enabled:
             self._background.append(asyncio.create_task(self.recovery.run(), name="recovery"))
         self._background.append(asyncio.create_task(self._watch_readiness(), name="readiness"))
+        lag = sample_lag(self.metrics.loop_lagged)
+        self._background.append(asyncio.create_task(lag, name="loop-lag"))
 
     async def _serve_metrics(self) -> None:
         async def render() -> bytes:
@@ -276,6 +280,7 @@ class Gateway:
         settings = self.settings
         return Schedule(
             interval_s=settings.recovery_interval_ms / 1000,
+            search_interval_s=settings.recovery_search_interval_ms / 1000,
             lease_s=settings.recovery_lease_s,
             batch_max=settings.recovery_batch_max,
             concurrency_max=settings.recovery_concurrency,
@@ -284,12 +289,12 @@ class Gateway:
         )
 
     async def _watch_readiness(self) -> None:
-        """Serve only while the database can be served from; count what is in doubt."""
+        """Serve only while the database can be served from; count what waits in it."""
         while True:
             try:
                 await self.store.check()
-                count, _ = await self.store.count_doubts()
-                self.metrics.operations_in_doubt(count)
+                self.metrics.operations_in_doubt(*await self.store.count_doubts())
+                self.metrics.outbox_rows(await self.store.estimate_outbox())
                 self.ready = True
             except (StoreUnavailable, NotDurable, SchemaError) as error:
                 _log.warning("not ready: %s", error)

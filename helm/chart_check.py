@@ -3,7 +3,8 @@
 Renders every file of ci/ with Helm 4 (helm-python-sdk), validates each object strictly against
 Kubernetes' own schemas (kubernetes-validate) and, of custom resources, those of schemas/, compares
 with golden/, loads the rendered settings into the gateway, and looks at policies. Values that
-contradict each other must be refused, with a text that says so. Then the chart's scripts run
+contradict each other must be refused, with a text that says so. Where promtool is present, it reads
+the alerts and the dashboards' queries, and runs alerts_test.yaml. Then the chart's scripts run
 against a gateway.
 
 `--write` writes golden/ anew; `--no-live` leaves the running gateway out; `--image` builds what the
@@ -29,6 +30,7 @@ import yaml
 
 import chart_files
 import chart_live
+import chart_queries
 from gateway.settings import PREFIX, SettingsError, load_settings
 
 HERE: Final = Path(__file__).parent
@@ -416,13 +418,14 @@ _Dumper.add_representer(str, _text)
 
 
 def golden_text(objects: list[Object]) -> str:
-    """The objects in a form that changes only with what they say; scripts by name."""
+    """The objects in a form that changes only with what they say; scripts, dashboards by name."""
     shown = copy.deepcopy(sorted(objects, key=title))
     for thing in shown:
         if thing["kind"] == "ConfigMap":
             for name in thing["data"]:
-                if (CHART / "files" / name).exists():
-                    thing["data"][name] = f"files/{name}"
+                for folder in ("files", "dashboards"):
+                    if (CHART / folder / name).exists():
+                        thing["data"][name] = f"{folder}/{name}"
     return "".join(f"---\n{yaml.dump(each, Dumper=_Dumper, width=100)}" for each in shown)
 
 
@@ -475,19 +478,24 @@ def find_envoy() -> Path | None:
 
 
 def rule_problems() -> Iterator[str]:
-    """What promtool says of the alerts."""
+    """What promtool says of the alerts, of their tests, and of the dashboards' queries."""
     promtool = shutil.which("promtool")
-    rules = sorted((CHART / "alerts").glob("*.yaml"))
-    if not rules:
-        return
     if promtool is None:
-        print("  not run: promtool check rules (promtool is not here)")
+        print("  not run: the alerts' tests, and Prometheus' parser (promtool is not on PATH)")
         return
-    checked = subprocess.run(
-        [promtool, "check", "rules", *rules], capture_output=True, text=True, check=False
-    )
-    if checked.returncode:
-        yield f"promtool: {checked.stdout}{checked.stderr}"
+    with tempfile.TemporaryDirectory() as directory:
+        queries = Path(directory) / "dashboards.json"
+        queries.write_text(chart_queries.rule_file(), encoding="utf-8")
+        commands: tuple[tuple[str | Path, ...], ...] = (
+            ("check", "rules", *sorted((CHART / "alerts").glob("*.yaml")), queries),
+            ("test", "rules", HERE / "alerts_test.yaml"),
+        )
+        for arguments in commands:
+            checked = subprocess.run(
+                [promtool, *arguments], capture_output=True, text=True, check=False
+            )
+            if checked.returncode:
+                yield f"promtool: {checked.stdout}{checked.stderr}"
 
 
 def main() -> int:

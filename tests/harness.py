@@ -296,6 +296,7 @@ def running_system(
             "send_window_s": 3,
             "recover_margin_s": 1,
             "recovery_interval_ms": 50,
+            "recovery_search_interval_ms": 0,
             "recovery_first_check_s": 0.1,
             "recovery_backoff_s_min": 0.1,
             "recovery_backoff_s_max": 1,

@@ -685,6 +685,9 @@ class Counts:
         """See Observer."""
         self.calls += 1
 
+    def answered(self, added_s: float) -> None:
+        """See Observer."""
+
     def outcome_lost(self, operation: Operation) -> None:
         """See Observer."""
         self.lost += 1
@@ -714,6 +717,7 @@ LIMITS: Final = Limits(
 
 SCHEDULE: Final = Schedule(
     interval_s=1.0,
+    search_interval_s=0.0,
     lease_s=LEASE_S,
     batch_max=100,
     concurrency_max=10,
@@ -735,6 +739,7 @@ class Bench:
         store: MemoryStore | None = None,
         claims: MemoryClaims | None = None,
         limits: Limits = LIMITS,
+        schedule: Schedule = SCHEDULE,
     ) -> None:
         self.connector = connector or ScriptedConnector()
         self.store = store or MemoryStore()
@@ -744,7 +749,7 @@ class Bench:
         encoder = JsonEncoder()
         self.payments = Payments(self.store, self.claims, self.router, encoder, limits, self.counts)
         self.recovery = Recovery(
-            self.store, self.router, encoder, self.payments.outcomes, SCHEDULE, self.counts
+            self.store, self.router, encoder, self.payments.outcomes, schedule, self.counts
         )
         self._requests: Iterator[int] = itertools.count(1)
 

@@ -1,6 +1,7 @@
 """What the use cases are asked for: calls authenticated, validated and free of card data."""
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 from gateway.domain.model import CaptureMethod, Mode
 
@@ -17,6 +18,8 @@ class Command:
     request_id: str
     deadline: float | None
     """When the caller gives up, as a time of `time.monotonic()`; None where it waits for ever."""
+    begun_at: float = field(default_factory=time.monotonic, compare=False, kw_only=True)
+    """When the call was ready to begin, as a time of `time.monotonic()`."""
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import math
 import random
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,6 +52,9 @@ class Schedule:
 
     interval_s: float
     """The pause between two looks, when there is nothing to do."""
+    search_interval_s: float
+    """The pause between two searches for what dead senders left. Each reads every operation of the
+    store's horizon."""
     lease_s: float
     """For how long an operation is left to the recoverer that took it."""
     batch_max: int
@@ -91,6 +95,7 @@ class Recovery:
         self._outcomes = outcomes
         self._schedule = schedule
         self._observer = observer
+        self._search_at = -math.inf
 
     async def run(self) -> None:
         """Look for work until cancelled."""
@@ -106,7 +111,7 @@ class Recovery:
 
     async def run_once(self) -> int:
         """Take over what is due and try to settle it; how many operations were looked at."""
-        await self._store.expired(self._schedule.batch_max)
+        await self._search()
         leases = await self._store.lease(self._schedule.batch_max, self._schedule.lease_s)
         room = asyncio.Semaphore(self._schedule.concurrency_max)
 
@@ -116,6 +121,14 @@ class Recovery:
 
         await asyncio.gather(*(one(lease) for lease in leases))
         return len(leases)
+
+    async def _search(self) -> None:
+        """Put what dead senders left on the list; at once again where there may be more."""
+        now = time.monotonic()
+        if now < self._search_at:
+            return
+        if await self._store.expired(self._schedule.batch_max) < self._schedule.batch_max:
+            self._search_at = now + self._schedule.search_interval_s * random.uniform(0.8, 1.2)
 
     async def _guarded(self, lease: Lease) -> None:
         operation = lease.operation

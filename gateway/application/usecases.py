@@ -108,6 +108,9 @@ class Observer(Protocol):
     ) -> None:
         """A connector's `send` ended."""
 
+    def answered(self, added_s: float) -> None:
+        """A PSP's answer is written; so long was the call here, without the PSP's seconds."""
+
     def outcome_lost(self, operation: Operation) -> None:
         """An outcome could not be written; recovery settles the operation."""
 
@@ -292,31 +295,21 @@ class Payments:
     async def _detach(self, merchant_id: str, work: Coroutine[Any, Any, Answer]) -> Answer:
         """What comes of `work`, which goes on where its caller is cancelled.
 
-        As asyncio.shield, with one callback instead of its two and a task to forget.
+        As asyncio.shield, but its caller goes on a turn of the event loop earlier: not by a
+        callback of the task's.
         """
         loop = asyncio.get_running_loop()
-        task, ended = loop.create_task(work), loop.create_future()
+        told: asyncio.Future[Answer] = loop.create_future()
+        task = loop.create_task(_tell(told, work))
         self._detached.add(task)
-
-        def end(task: "asyncio.Task[Answer]") -> None:
-            self._detached.discard(task)
-            if not ended.done():
-                ended.set_result(None)
-            elif not task.cancelled():
-                # The caller has gone: what it would have been told is no error of the program.
-                task.exception()
-
-        task.add_done_callback(end)
+        task.add_done_callback(self._detached.discard)
         try:
-            await ended
+            return await told
         except asyncio.CancelledError:
-            if not task.done():
+            if told.cancelled():  # or both ended in the same turn
                 self._occupancy.carry(merchant_id)
                 task.add_done_callback(lambda _: self._occupancy.release(merchant_id))
-            elif not task.cancelled():
-                task.exception()  # both ended in the same turn
             raise
-        return task.result()
 
     async def _guarded(
         self,
@@ -627,6 +620,7 @@ class Payments:
     ) -> Answer:
         """Send the attempt (or accept a cancel request), write what came of it, and answer."""
         operation, payment = begun.operation, begun.payment
+        psp_s: float | None = None
         if begun.cancel_request:
             found = await self._outcomes.accept_cancel_request(operation, payment)
         else:
@@ -650,13 +644,17 @@ class Payments:
                 finally:
                     self._occupancy.come_back(command.merchant_id)
                 now = time.monotonic()
-                self._observer.connector_called(connector.name, operation.kind, answer, now - sent)
+                psp_s = now - sent
+                self._observer.connector_called(connector.name, operation.kind, answer, psp_s)
             try:
                 found = await self._outcomes.write(operation, payment, answer)
             except StoreUnavailable:
                 self._observer.outcome_lost(operation)
                 raise
-            self._occupancy.passed(Stage.OUTCOME, time.monotonic() - now)
+            ended = time.monotonic()
+            self._occupancy.passed(Stage.OUTCOME, ended - now)
+            if psp_s is not None:
+                self._observer.answered(ended - command.begun_at - psp_s)
         operation = found.operation
         response = operation.response or self._encoder.response(operation, found.payment)
         frozen = operation.response is not None
@@ -822,6 +820,21 @@ class Outcomes:
             if event is Event.APPROVED and (not same_attempt or current.state in _WITHOUT_EFFECT):
                 await self.reverse(current, owned.attempt.number, answer)
             return found
+
+
+async def _tell(told: "asyncio.Future[Answer]", work: Coroutine[Any, Any, Answer]) -> None:
+    """Do the work, and tell its caller what came of it, where there still is one."""
+    try:
+        answer = await work
+    except asyncio.CancelledError:
+        told.cancel()
+        raise
+    except Exception as error:  # noqa: BLE001 - its caller's; without one it is nobody's
+        if not told.done():
+            told.set_exception(error)
+    else:
+        if not told.done():
+            told.set_result(answer)
 
 
 _NOT_BY_STATE = frozenset(

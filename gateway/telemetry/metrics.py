@@ -1,141 +1,151 @@
 """The gateway's Prometheus metrics: one object that fills every observer port of the core."""
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
-from typing import Final, Generic, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
-    Gauge,
     GCCollector,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from gateway import __version__
-from gateway.application.admission import Admission
-from gateway.domain.model import ConnectorAnswer, Operation, OperationKind, OperationState
-from gateway.domain.pan import mask_pans
+from gateway.application.admission import Admission, Gate, Stage
+from gateway.application.ports import ClaimOutcome
+from gateway.domain.model import (
+    ConnectorAnswer,
+    Operation,
+    OperationKind,
+    OperationState,
+)
 from gateway.telemetry.merging import OverWorkers, Snapshot, take_snapshot
+from gateway.telemetry.series import Counter, Gauge, Histogram, Labels, Series
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 """Of what `Metrics.render` gives: Prometheus' text exposition format."""
-LABEL_SETS_MAX: Final = 1000
-"""Combinations of label values of one metric; any further one is counted as `other`."""
 
 _NAMESPACE: Final = "gateway"
 _RPC_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _CONNECTOR_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BATCH_ROWS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _BATCH_WAIT_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1)
+_LOOP_LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
-_M = TypeVar("_M", bound=MetricWrapperBase)
+ADDED_S_SLO: Final = 0.015
+"""What the gateway may add to its PSP's time; a bucket's bound, which the alerts are written on."""
+_STAGE_S: Final = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.006, 0.008, 0.01, 0.0125),
+    ADDED_S_SLO,  # dense around it: a quantile is interpolated within its bucket
+    *(0.0175, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 10),
+)
+_PSP: Final = "psp"
 
-
-class _Labelled(Generic[_M]):
-    """A metric whose labelled children are looked up once and kept: `labels()` is slow."""
-
-    __slots__ = ("_children", "_metric")
-
-    def __init__(self, metric: _M) -> None:
-        self._metric = metric
-        self._children: dict[tuple[str, ...], _M] = {}
-
-    def __call__(self, *labels: str) -> _M:
-        child = self._children.get(labels)
-        return self._new(labels) if child is None else child
-
-    def _new(self, labels: tuple[str, ...]) -> _M:
-        if not labels:
-            return self._metric
-        if len(self._children) >= LABEL_SETS_MAX:
-            return self._metric.labels(*("other" for _ in labels))
-        child = self._metric.labels(*map(mask_pans, labels))
-        self._children[labels] = child
-        return child
+_S = TypeVar("_S", bound=Series)
 
 
-class _AdmissionCollector(Collector):
-    """What the gates count, read when it is asked for: calls pay nothing."""
+class Pool(Protocol):
+    """A lane's connections: `storage.postgres.pool.HeldConnections`."""
 
-    def __init__(self, admission: Admission) -> None:
-        self._gates = admission.gates()
+    @property
+    def size(self) -> int:
+        """How many it may hold."""
+
+    @property
+    def connected(self) -> int:
+        """How many are open."""
+
+    @property
+    def busy(self) -> int:
+        """How many are in use."""
+
+    @property
+    def busy_s(self) -> float:
+        """For how long connections were in use, all together, in seconds."""
+
+
+class _Families(Collector):
+    """What is counted here and what is read elsewhere, when it is asked for."""
+
+    def __init__(self) -> None:
+        self.series: list[Series] = []
+        self.readers: list[Callable[[], None]] = []
 
     def collect(self) -> Iterator[Metric]:
-        prefix = f"{_NAMESPACE}_admission"
-        admitted = CounterMetricFamily(
-            f"{prefix}_admitted", "Calls and items admitted.", labels=["class"]
-        )
-        refused = CounterMetricFamily(
-            f"{prefix}_refused", "Calls and items refused.", labels=["class", "bound"]
-        )
-        families = [
-            GaugeMetricFamily(f"{prefix}_{name}", text, labels=["gate"])
-            for name, (text, _) in _GATE_GAUGES.items()
-        ]
-        for name, gate in self._gates.items():
-            for work, calls in gate.admitted.items():
-                admitted.add_metric([work], calls)
-            for (work, bound), calls in gate.refused.items():
-                refused.add_metric([work, bound], calls)
-            values = (
-                gate.limit,
-                gate.engaged,
-                gate.working,
-                gate.in_flight,
-                gate.merchants,
-                gate.delay_s,
-                gate.base_s,
-            )
-            for family, value in zip(families, values, strict=True):
-                family.add_metric([name], value)
-        yield from (admitted, refused, *families)
-
-
-_GATE_GAUGES: Final[dict[str, tuple[str, OverWorkers]]] = {
-    "limit": ("Calls that the gateway may work on at once.", "sum"),
-    "overloaded": ("Whether the limit is lowered for overload: 1 or 0.", "max"),
-    "working": ("Calls that the gateway works on, without those that wait for a PSP.", "sum"),
-    "in_flight": ("Calls inside, those that wait for a PSP included.", "sum"),
-    "merchants": ("Merchants that have calls inside.", "max"),
-    "delay_seconds": ("What the gateway's own stages took lately, together.", "max"),
-    "base_seconds": ("What they take unhindered.", "max"),
-}
+        for read in self.readers:
+            read()
+        for series in self.series:
+            yield series.collect()
 
 
 class Metrics:
     """Everything that is counted, in a registry of its own.
 
-    Durations are in seconds. No method raises, and none blocks.
+    Durations are in seconds. No method raises, and none blocks. All are called by the thread of
+    the event loop; `render` and `snapshot` may be called by any (gateway.telemetry.series).
     """
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
-        self._over_workers: dict[str, OverWorkers] = {}
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
+        self._families = _Families()
+        self._add_calls()
+        self._add_admission()
+        self._add_stores()
+        self._add_connectors()
+        self._add_process()
+        self._families.readers.append(self._read_claims)
+        self.registry.register(self._families)
 
-        counter, gauge = self._counter, self._gauge
-        self._rpcs = counter("rpc_requests", "Calls ended.", "method", "code", "reason")
+    def _add_calls(self) -> None:
+        self._rpcs = self._counter("rpc_requests", "Calls ended.", "method", "code", "reason")
         self._rpc_s = self._histogram("rpc_duration_seconds", "Time to answer.", _RPC_S, "method")
-        self._in_flight = gauge("rpc_in_flight", "Calls being worked on.", "method")
+        self._in_flight = self._gauge("rpc_in_flight", "Calls being worked on.", "method")
+        self.stage_s = self._histogram(
+            "stage_duration_seconds", "Time of a call in a stage.", _STAGE_S, "stage"
+        )
+        self._added_s = self._histogram(
+            "added_duration_seconds",
+            "Time of a call from its claim to its outcome's commit, without its PSP's.",
+            _STAGE_S,
+        )
+        self._replays = self._counter(
+            "replays", "Frozen answers repeated, by their source.", "source"
+        )
+        self._outcomes_lost = self._counter(
+            "outcomes_lost", "Outcomes left to recovery since they could not be written.", "kind"
+        )
+        for kind in OperationKind:  # from 0, or the first one, which is an alert, would be no rise
+            self._outcomes_lost.add((kind,), 0)
+
+    def _add_admission(self) -> None:
+        self._admitted = self._counter("admission_admitted", "Calls and items admitted.", "class")
+        self._refused = self._counter(
+            "admission_refused", "Calls and items refused.", "class", "bound"
+        )
+        self._gates = {
+            name: self._gauge(f"admission_{name}", text, "gate", over_workers=over_workers)
+            for name, (text, over_workers, _) in _GATE_GAUGES.items()
+        }
+
+    def _add_stores(self) -> None:
+        counter, gauge = self._counter, self._gauge
         self._claims = counter("claims", "Idempotency claims, by what they met.", "result")
         self._redis_unavailable = counter(
             "redis_unavailable", "Claims that PostgreSQL decided because Redis gave no answer."
-        )()
-        self._redis_up = gauge("redis_up", "Whether Redis answers: 1 or 0.", over_workers="min")()
+        )
+        self._redis_up = gauge("redis_up", "Whether Redis answers: 1 or 0.", over_workers="min")
+        self._redis_up.set(1)
         self._settlements_dropped = counter(
             "claim_settlements_dropped", "Releases and cache entries lost to Redis.", "reason"
         )
-        self._replays = counter("replays", "Frozen answers repeated, by their source.", "source")
         self._batch_rows = self._histogram("batch_rows", "Rows of a batch.", _BATCH_ROWS, "lane")
         self._batch_wait_s = self._histogram(
             "batch_wait_seconds", "Wait of a batch's oldest row.", _BATCH_WAIT_S, "lane"
@@ -144,8 +154,34 @@ class Metrics:
             "batch_failures", "Batches that raised, by what was done.", "lane", "failure"
         )
         self._queue_depth = gauge("batch_queue_depth", "Rows that wait for a batch.", "lane")
-        self._connector_calls = counter(
+        self._pool_size = gauge(
+            "pool_connections_max", "Connections to PostgreSQL that a lane may hold.", "lane"
+        )
+        self._pool_open = gauge(
+            "pool_connections_open", "Connections to PostgreSQL that are open.", "lane"
+        )
+        self._pool_busy = gauge(
+            "pool_connections_busy", "Connections to PostgreSQL that are in use.", "lane"
+        )
+        self._pool_busy_s = counter(
+            "pool_busy_seconds", "Time that connections were in use, all together.", "lane"
+        )
+        self._outbox_rows = gauge(  # each worker asks for those of all, as for the doubts below
+            "outbox_rows",
+            "Events in the outbox, as PostgreSQL's statistics estimate them.",
+            over_workers="max",
+        )
+
+    def _add_connectors(self) -> None:
+        self._connector_calls = self._counter(
             "connector_calls", "Calls to PSPs.", "connector", "kind", "delivery", "result"
+        )
+        self._connector_outcomes = self._counter(
+            "connector_outcomes",
+            "Answers of PSPs, by their unified response code.",
+            "connector",
+            "kind",
+            "response_code",
         )
         self._connector_s = self._histogram(
             "connector_duration_seconds",
@@ -154,36 +190,51 @@ class Metrics:
             "connector",
             "kind",
         )
-        self._outcomes_lost = counter(
-            "outcomes_lost", "Outcomes left to recovery since they could not be written.", "kind"
-        )
-        self._in_doubt = gauge(  # each worker counts those of all
+        self._in_doubt = self._gauge(
             "operations_in_doubt", "Operations whose outcome is unknown.", over_workers="max"
-        )()
-        self._recoveries = counter("recovery", "Operations recovery looked at.", "kind", "outcome")
-        self._recovery_failures = counter("recovery_failures", "Looks of recovery that failed.")()
-        gauge("build_info", "What runs; always 1.", "version", "python", over_workers="max")(
-            __version__, platform.python_version()
-        ).set(1)
-        self._redis_up.set(1)
+        )
+        self._in_doubt_age_s = self._gauge(
+            "operations_in_doubt_age_seconds",
+            "Age of the oldest operation whose outcome is unknown; 0 where there is none.",
+            over_workers="max",
+        )
+        self._recoveries = self._counter(
+            "recovery", "Operations recovery looked at.", "kind", "outcome"
+        )
+        self._recovery_failures = self._counter(
+            "recovery_failures", "Looks of recovery that failed."
+        )
 
-    def _counter(self, name: str, text: str, *labels: str) -> _Labelled[Counter]:
-        metric = Counter(name, text, labels, namespace=_NAMESPACE, registry=self.registry)
-        return _Labelled(metric)
+    def _add_process(self) -> None:
+        self._loop_lag_s = self._histogram(
+            "event_loop_lag_seconds", "How late the event loop woke a task.", _LOOP_LAG_S
+        )
+        self._gauge(
+            "build_info", "What runs; always 1.", "version", "python", over_workers="max"
+        ).set(1, (__version__, platform.python_version()))
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return self._add(Counter(f"{_NAMESPACE}_{name}", text, *labels))
 
     def _gauge(
         self, name: str, text: str, *labels: str, over_workers: OverWorkers = "sum"
-    ) -> _Labelled[Gauge]:
-        self._over_workers[f"{_NAMESPACE}_{name}"] = over_workers
-        return _Labelled(Gauge(name, text, labels, namespace=_NAMESPACE, registry=self.registry))
+    ) -> Gauge:
+        gauge = Gauge(f"{_NAMESPACE}_{name}", text, *labels, over_workers=over_workers)
+        return self._add(gauge)
 
     def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
-    ) -> _Labelled[Histogram]:
-        metric = Histogram(
-            name, text, labels, namespace=_NAMESPACE, registry=self.registry, buckets=buckets
-        )
-        return _Labelled(metric)
+        self, name: str, text: str, bounds: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        return self._add(Histogram(f"{_NAMESPACE}_{name}", text, bounds, *labels))
+
+    def _add(self, series: _S) -> _S:
+        self._families.series.append(series)
+        return series
+
+    @property
+    def series(self) -> tuple[Series, ...]:
+        """All that is the gateway's own, for the documents."""
+        return tuple(self._families.series)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format, as CONTENT_TYPE says."""
@@ -191,77 +242,123 @@ class Metrics:
 
     def snapshot(self) -> Snapshot:
         """All metrics, to be merged with those of other processes."""
-        return take_snapshot(self.registry, self._over_workers)
+        over_workers = {series.name: series.over_workers for series in self._families.series}
+        return take_snapshot(self.registry, over_workers)
+
+    # What is counted elsewhere, and read when it is asked for: calls pay nothing.
 
     def watch_admission(self, admission: Admission) -> None:
         """Show what these gates count, from now on."""
-        for name, (_, over_workers) in _GATE_GAUGES.items():
-            self._over_workers[f"{_NAMESPACE}_admission_{name}"] = over_workers
-        self.registry.register(_AdmissionCollector(admission))
+        gates = admission.gates()
+        self._families.readers.append(lambda: self._read_admission(gates))
+
+    def _read_admission(self, gates: Mapping[str, Gate]) -> None:
+        for name, gate in gates.items():
+            for work, calls in gate.admitted.copy().items():
+                self._admitted.set(calls, (work,))
+            for (work, bound), calls in gate.refused.copy().items():
+                self._refused.set(calls, (work, bound))
+            for gauge, (_, _, read) in zip(
+                self._gates.values(), _GATE_GAUGES.values(), strict=True
+            ):
+                gauge.set(read(gate), (name,))
+
+    def watch_pools(self, pools: Mapping[str, Pool]) -> None:
+        """Show the use of these lanes' connections, from now on."""
+        self._families.readers.append(lambda: self._read_pools(pools))
+
+    def _read_pools(self, pools: Mapping[str, Pool]) -> None:
+        for lane, pool in pools.items():
+            self._pool_size.set(pool.size, (lane,))
+            self._pool_open.set(pool.connected, (lane,))
+            self._pool_busy.set(pool.busy, (lane,))
+            self._pool_busy_s.set(pool.busy_s, (lane,))
+
+    def _read_claims(self) -> None:
+        self._redis_unavailable.set(self._claims.value((ClaimOutcome.UNAVAILABLE,)))
 
     # Calls.
 
     def rpc_started(self, method: str) -> None:
         """A call began, or an item of a batch or stream."""
-        self._in_flight(method).inc()
+        self._in_flight.add((method,))
 
     def rpc_finished(self, method: str, code: str, reason: str, duration_s: float) -> None:
         """It ended; `code` is gRPC's name, `reason` ours, empty where there is none."""
-        self._in_flight(method).dec()
-        self._rpcs(method, code, reason).inc()
-        self._rpc_s(method).observe(duration_s)
+        of_method: Labels = (method,)
+        self._in_flight.add(of_method, -1)
+        self._rpcs.add((method, code, reason))
+        self._rpc_s.observe(duration_s, of_method)
 
     # gateway.application.usecases.Observer
 
-    def claimed(self, status: Enum) -> None:
+    def claimed(self, outcome: ClaimOutcome) -> None:
         """A call's claim was answered."""
-        self._claims(status.name).inc()
-        if status.name == "UNAVAILABLE":
-            self._redis_unavailable.inc()
+        self._claims.add((outcome,))
 
     def replayed(self, source: str) -> None:
         """A frozen answer was repeated, from `redis` or `postgres`."""
-        self._replays(source).inc()
+        self._replays.add((source,))
 
     def connector_called(
         self, connector: str, kind: OperationKind, answer: ConnectorAnswer, seconds: float
     ) -> None:
         """A call to a PSP ended."""
-        self._connector_calls(connector, kind.name, answer.delivery.name, answer.verdict.name).inc()
-        self._connector_s(connector, kind.name).observe(seconds)
+        self._connector_calls.add((connector, kind, answer.delivery, answer.verdict))
+        if answer.outcome is not None:
+            code = answer.outcome.response_code
+            self._connector_outcomes.add((connector, kind, code))
+        self._connector_s.observe(seconds, (connector, kind))
+        self.stage_s.observe(seconds, (_PSP,))
+
+    def answered(self, added_s: float) -> None:
+        """What a PSP answered is written; so long the call was in the gateway since its claim."""
+        self._added_s.observe(added_s)
 
     def outcome_lost(self, operation: Operation) -> None:
         """An outcome could not be written; recovery settles the operation."""
-        self._outcomes_lost(operation.kind.name).inc()
+        self._outcomes_lost.add((operation.kind,))
 
     # gateway.application.recovery.RecoveryObserver
 
     def recovered(self, kind: OperationKind, state: OperationState) -> None:
         """Recovery looked at an operation; the state that it is in now."""
-        self._recoveries(kind.name, state.name).inc()
+        self._recoveries.add((kind, state))
 
     def recovery_failed(self) -> None:
         """A look of recovery at the store or at an operation failed."""
-        self._recovery_failures.inc()
+        self._recovery_failures.add()
 
-    def operations_in_doubt(self, count: int) -> None:
-        """So many operations are in doubt now."""
+    # The composition root's loops.
+
+    def operations_in_doubt(self, count: int, oldest_age_s: float = 0.0) -> None:
+        """So many operations are in doubt now, the oldest for so long."""
         self._in_doubt.set(count)
+        self._in_doubt_age_s.set(oldest_age_s)
+
+    def outbox_rows(self, rows: int) -> None:
+        """The outbox holds about so many events now."""
+        self._outbox_rows.set(rows)
+
+    def loop_lagged(self, seconds: float) -> None:
+        """The event loop woke a task so much later than it was to."""
+        self._loop_lag_s.observe(seconds)
 
     # storage.batching.LaneMetrics
 
     def batch_sent(self, lane: str, rows: int, wait_s_of_oldest: float) -> None:
         """A batch left; its oldest row had waited so long."""
-        self._batch_rows(lane).observe(rows)
-        self._batch_wait_s(lane).observe(wait_s_of_oldest)
+        of_lane: Labels = (lane,)
+        self._batch_rows.observe(rows, of_lane)
+        self._batch_wait_s.observe(wait_s_of_oldest, of_lane)
 
     def batch_failed(self, lane: str, rows: int, failure: Enum) -> None:  # noqa: ARG002 - the port's
         """A flush raised, and was treated as `failure` says."""
-        self._batch_failures(lane, failure.name).inc()
+        self._batch_failures.add((lane, failure))
 
     def queue_depth(self, lane: str, rows: int) -> None:
         """So many rows wait."""
-        self._queue_depth(lane).set(rows)
+        self._queue_depth.set(rows, (lane,))
 
     # storage.redis.claims.ClaimMetrics
 
@@ -270,8 +367,53 @@ class Metrics:
 
     def settlements_dropped(self, reason: str, settlements: int) -> None:
         """Releases or cache entries did not reach Redis."""
-        self._settlements_dropped(reason).inc(settlements)
+        self._settlements_dropped.add((reason,), settlements)
 
     def redis_available(self, available: bool) -> None:
         """Redis answers again, or no longer."""
         self._redis_up.set(available)
+
+
+_GATE_GAUGES: Final[dict[str, tuple[str, OverWorkers, Callable[[Gate], float]]]] = {
+    "limit": ("Calls that the gateway may work on at once.", "sum", lambda gate: gate.limit),
+    "overloaded": (
+        "Whether the limit is lowered for overload: 1 or 0.",
+        "max",
+        lambda gate: gate.engaged,
+    ),
+    "working": (
+        "Calls that the gateway works on, without those that wait for a PSP.",
+        "sum",
+        lambda gate: gate.working,
+    ),
+    "in_flight": (
+        "Calls inside, those that wait for a PSP included.",
+        "sum",
+        lambda gate: gate.in_flight,
+    ),
+    "merchants": ("Merchants that have calls inside.", "max", lambda gate: gate.merchants),
+    "delay_seconds": (
+        "What the gateway's own stages took lately, together.",
+        "max",
+        lambda gate: gate.delay_s,
+    ),
+    "base_seconds": ("What they take unhindered.", "max", lambda gate: gate.base_s),
+}
+"""Of each gauge of a gate: what it means, what several workers make together, how it is read."""
+
+
+class MeasuredOccupancy:
+    """`gateway.application.usecases.Occupancy`: a gate, whose stages' times are counted besides."""
+
+    def __init__(self, gate: Gate, metrics: Metrics) -> None:
+        self.leave = gate.leave
+        self.come_back = gate.come_back
+        self.carry = gate.carry
+        self.release = gate.release
+        self._gate_passed = gate.passed
+        self._observe = metrics.stage_s.observe
+
+    def passed(self, stage: Stage, seconds: float) -> None:
+        """A call has passed a stage."""
+        self._gate_passed(stage, seconds)
+        self._observe(seconds, (stage,))

@@ -165,6 +165,25 @@ class HeldConnections:
         self._on_generation = on_generation
         self._free = [_Slot() for _ in range(size)]
         self._slots = tuple(self._free)
+        self.busy_s = 0.0
+        """For how long connections were in use, all together, in seconds, since the start."""
+
+    @property
+    def size(self) -> int:
+        """How many it may hold."""
+        return len(self._slots)
+
+    @property
+    def connected(self) -> int:
+        """How many are open."""
+        return sum(
+            slot.connection is not None and not slot.connection.is_closed() for slot in self._slots
+        )
+
+    @property
+    def busy(self) -> int:
+        """How many are in use, those that are being connected included."""
+        return len(self._slots) - len(self._free)
 
     async def open(self) -> None:
         """Connect what can be connected now; the rest follows with its first use."""
@@ -178,6 +197,7 @@ class HeldConnections:
         Raises ConnectionUnavailable at once where the server was away a moment ago. Whatever leaves
         the connection in doubt ends it.
         """
+        began_s = time.monotonic()
         slot = self._free.pop()  # the warmest; never empty: a lane has as many batches in flight
         try:
             connection = slot.connection
@@ -190,6 +210,7 @@ class HeldConnections:
             raise
         finally:
             self._free.append(slot)
+            self.busy_s += time.monotonic() - began_s
 
     async def _connected(self, slot: _Slot) -> Connection:
         if time.monotonic() < slot.retry_at_s:

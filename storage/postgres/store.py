@@ -48,8 +48,10 @@ _POSTPONE = query("recovery", "postpone")
 _FORGET = query("recovery", "forget")
 _ADD_EVIDENCE = query("recovery", "add_evidence")
 _COUNT_DOUBTS = query("recovery", "count_doubts")
+_ESTIMATE_OUTBOX = query("recovery", "estimate_outbox")
 
 _UNFINISHED: Final = sorted(UNFINISHED)
+_OF_UNKNOWN_OUTCOME: Final = [OperationState.PROCESSING, OperationState.IN_DOUBT]
 
 INTENTS: Final = LaneLimits(connections=2, rows_max=500, queue_max=5_000, retry_s_max=1.0)
 FOLLOW_UPS: Final = LaneLimits(connections=1, rows_max=200, queue_max=5_000, retry_s_max=1.0)
@@ -129,7 +131,7 @@ class PostgresStore:
 
         What cannot, and without `connect` everything, is connected with its first use.
         """
-        held = {
+        held = self.pools = {
             name: HeldConnections(
                 self._connection_settings, name, limits.connections, self._on_generation
             )
@@ -379,13 +381,22 @@ class PostgresStore:
         await self._direct.run(delete)
 
     async def count_doubts(self) -> tuple[int, float]:
-        """How many operations recovery has on its list, and the age of the oldest, in seconds."""
+        """How many operations' outcome is unknown, and for how long the oldest's, in seconds."""
 
         async def count(connection: Connection) -> tuple[int, float]:
-            [counted] = await run(connection, _COUNT_DOUBTS)
+            [counted] = await run(connection, _COUNT_DOUBTS, in_doubt=_OF_UNKNOWN_OUTCOME)
             return counted["doubts"], counted["oldest_age_s"] or 0.0
 
         return await self._direct.run(count)
+
+    async def estimate_outbox(self) -> int:
+        """About how many events the outbox holds, as of the server's latest statistics."""
+
+        async def estimate(connection: Connection) -> int:
+            [estimated] = await run(connection, _ESTIMATE_OUTBOX)
+            return int(estimated["events"])
+
+        return await self._direct.run(estimate)
 
 
 @asynccontextmanager

@@ -27,7 +27,7 @@ NOTHING: Final = ""
 
 _CALLS: Final = ("authorize", "capture", "void", "refund", "increment")
 _FLOWS: Final = {
-    CALLS: frozenset({"Payments._guarded", "Payments._restart"}),
+    CALLS: frozenset({"_tell"}),
     RECOVERY: frozenset({"Recovery.run", "Recovery.run_once.<locals>.one"}),
     NOTHING: frozenset[str](),
 }

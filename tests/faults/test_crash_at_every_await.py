@@ -79,8 +79,15 @@ NEVER_SENDS: Final = {"send_window_s": 0.000_001, "min_send_budget_s": 0}
 
 COMMON: Final = ("Claims.", "Recovery.run:", "DirectLane.", "_call:")
 """Sites that look alike in every flow: the claim, and the rounds of recovery. Once is enough."""
-NO_CRASH: Final = ("Connection._get_statement", "_check:", "PostgresStore.count_doubts")
-"""Sites of the driver's preparations and of the gateway's readiness."""
+NO_CRASH: Final = (
+    "Connection._get_statement",
+    "_check:",
+    "PostgresStore.count_doubts",
+    "PostgresStore.estimate_outbox",
+    "Lane._linger:",
+)
+"""Sites of the driver's preparations, of the gateway's readiness, and where rows wait for company,
+which they do by chance."""
 
 Call = tuple[str, Any]
 """A method and its request."""
@@ -368,7 +375,7 @@ async def _leave_unfinished(trial: Trial, flow: Flow, count: int) -> list[str]:
         [site] = [
             site
             for site in await _sites_of_call(trial, flow)
-            if site.endswith(moment) and f".{function}:" in site and site.startswith("Payments._g")
+            if site.endswith(moment) and f".{function}:" in site and site.startswith("_tell:")
         ]
         failures = await _crash_calls(trial, flow, [site] * count)
     else:
@@ -457,8 +464,8 @@ async def _trial(
 
 def _worth_a_crash(visits: Sequence[str]) -> list[str]:
     """Without the round trips in which the driver only prepares a statement, those of readiness,
-    which share a batch with recovery by chance, and the answers to batches: nothing leaves the
-    process between them and what their waiters do next, which are sites as well.
+    which share a batch with recovery by chance, the waits for company, and the answers to batches:
+    nothing leaves the process between them and what their waiters do next, sites as well.
     """
 
     def is_worth(site: str) -> bool:

@@ -1,12 +1,10 @@
 """The Helm chart, as far as it can be seen without Helm; `make chart` does the rest."""
 
-import importlib.util
 import json
 import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,20 +13,11 @@ from gateway import __version__
 from gateway.settings import PREFIX, Settings, variable
 from gateway.telemetry.metrics import Metrics
 from gateway.workers import EXIT_S_MAX, STOP_MARGIN_S
+from tests.chart_scripts import load
 
 ROOT = Path(__file__).parents[2]
 HELM = ROOT / "helm"
 CHART = HELM / "payment-gateway"
-
-
-def load(path: Path) -> ModuleType:
-    """A script beside the chart; they are no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 chart_files = load(HELM / "chart_files.py")

@@ -214,6 +214,10 @@ def test_variables_that_kubernetes_adds_for_services_are_ignored(
         ),
         ({"recovery_horizon_s": "9", "postgres_statement_timeout_s": "10"}, ["recovery_horizon_s"]),
         ({"recovery_horizon_s": "20", "recovery_interval_ms": "20000"}, ["recovery_horizon_s"]),
+        (
+            {"recovery_horizon_s": "20", "recovery_search_interval_ms": "20000"},
+            ["recovery_horizon_s"],
+        ),
         ({"environment": "production"}, ["postgres_dsn", "redis_url"]),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -54,6 +55,7 @@ from tests.memory_store import (
     UNSENT,
     Bench,
     Gate,
+    MemoryStore,
     ScriptedConnector,
     Step,
     answered,
@@ -514,8 +516,8 @@ async def test_failure_in_the_turn_of_its_callers_cancellation_is_nobodys_surpri
     gateway = bench(CAPABLE)
 
     async def write_intent(_: Intent) -> IntentResult:
-        # Two turns ahead: after the work has ended, and before its caller has heard of it.
-        loop.call_soon(lambda: loop.call_soon(calls[0].cancel))
+        # In the next turn: after the work has ended, and before its caller has heard of it.
+        loop.call_soon(calls[0].cancel)
         raise StoreUnavailable("away")
 
     monkeypatch.setattr(gateway.store, "write_intent", write_intent)
@@ -656,6 +658,23 @@ async def test_recovery_leaves_a_sender_its_time() -> None:
     assert await gateway.recovery.run_once() == 0
     gate.opened.set()
     await call
+
+
+async def test_dead_senders_are_searched_at_intervals_and_at_once_while_there_are_more() -> None:
+    store = MemoryStore()
+    searches = []
+
+    async def expired(limit: int) -> int:
+        searches.append(limit)
+        return found.pop()
+
+    store.expired = expired  # type: ignore[method-assign]
+    recovery = Bench(store=store, schedule=replace(SCHEDULE, search_interval_s=math.inf)).recovery
+    most = SCHEDULE.batch_max
+    found = [most - 1, most, most]
+    for _ in range(5):
+        await recovery.run_once()
+    assert searches == [most] * 3
 
 
 async def test_doubt_that_took_effect_is_found_by_query() -> None:

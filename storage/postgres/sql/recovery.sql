@@ -201,5 +201,13 @@ SET evidence = excluded.evidence,
 RETURNING true AS added;
 
 -- :name count_doubts
+-- What waits for a customer or for a PSP's later answer is on recovery's list and in no doubt.
 SELECT count(*) AS doubts, extract(epoch FROM now() - min(since))::float8 AS oldest_age_s
-FROM doubts;
+FROM doubts JOIN operations USING (merchant_id, operation_id)
+WHERE state = ANY (:in_doubt::int2[]);
+
+-- The statistics' estimate: a count would read the whole table, which holds every event.
+-- :name estimate_outbox
+SELECT n_live_tup AS events
+FROM pg_stat_user_tables
+WHERE relid = 'outbox'::regclass;

@@ -1,0 +1,108 @@
+"""What the store tells about itself: doubts, the outbox, and the use of its connections."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+
+from gateway.domain.model import OperationState
+from storage.postgres import PostgresStore
+from tests.harness import eventually
+from tests.servers import fetch
+from tests.store_data import NEVER_S, authorize, new_database, outcome
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from tests.servers import PostgresForTests
+
+S = OperationState
+RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
+
+
+@pytest.fixture
+def dsn(postgres: PostgresForTests) -> Iterator[str]:
+    database = new_database(postgres)
+    yield database
+    postgres.drop_database(database)
+
+
+@pytest.fixture
+async def store(dsn: str) -> AsyncIterator[PostgresStore]:
+    async with PostgresStore(dsn) as opened:
+        yield opened
+
+
+async def write(store: PostgresStore, state: OperationState) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    check_after_s = None if state is S.SUCCEEDED else NEVER_S
+    await store.write_change(
+        outcome(intent.operation, intent.payment, state, check_after_s=check_after_s)
+    )
+
+
+async def test_what_waits_for_a_later_answer_is_in_no_doubt(store: PostgresStore, dsn: str) -> None:
+    await write(store, S.PENDING)
+    assert fetch(dsn, "SELECT count(*) FROM doubts")[0][0] == 1
+    assert await store.count_doubts() == (0, 0.0)
+    await write(store, S.IN_DOUBT)
+    count, age_s = await store.count_doubts()
+    assert (count, age_s > 0) == (1, True)
+
+
+async def test_a_dead_sender_s_operation_is_in_doubt(store: PostgresStore) -> None:
+    await store.write_intent(authorize(recover_after_s=-1))
+    assert await store.expired(100) == 1
+    assert (await store.count_doubts())[0] == 1
+
+
+async def test_the_outbox_is_estimated_by_the_server_s_statistics(
+    store: PostgresStore, dsn: str
+) -> None:
+    for _ in range(3):
+        await write(store, S.SUCCEEDED)
+    events = int(fetch(dsn, "SELECT count(*) FROM outbox")[0][0])
+    assert events >= 3
+    fetch(dsn, "ANALYZE outbox")
+    assert await store.estimate_outbox() == events
+
+
+async def test_a_lane_s_connections_are_open_and_busy_while_a_statement_runs(
+    store: PostgresStore, dsn: str
+) -> None:
+    pool = store.pools["direct"]
+    assert (pool.size, pool.connected, pool.busy) == (2, 2, 0)
+    busy_s = pool.busy_s
+    blocker = await asyncpg.connect(dsn)
+    try:
+        async with blocker.transaction():
+            await blocker.execute("LOCK TABLE doubts IN ACCESS EXCLUSIVE MODE")
+            counting = asyncio.create_task(store.count_doubts())
+            await eventually(
+                lambda: fetch(dsn, "SELECT 1 FROM pg_locks WHERE NOT granted"), "it waits"
+            )
+            assert pool.busy == 1
+            assert pool.busy_s == busy_s
+        await counting
+    finally:
+        await blocker.close()
+    assert pool.busy == 0
+    assert pool.busy_s > busy_s
+
+
+async def test_the_statements_of_runbooks_run_and_find_the_doubt(
+    store: PostgresStore, dsn: str
+) -> None:
+    await write(store, S.PENDING)
+    await write(store, S.IN_DOUBT)
+    text = "".join(path.read_text("utf-8") for path in sorted(RUNBOOKS.glob("*.md")))
+    statements = re.findall(r"^```\n(SELECT .*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert statements
+    for statement in statements:
+        assert len(fetch(dsn, statement)) == 1
