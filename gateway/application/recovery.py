@@ -238,9 +238,12 @@ class Recovery:
         may_be_second = operation.state is not S.PENDING or lease.tries > 0
         if event is Event.APPROVED or not may_be_second:
             return answer
-        # A refusal proves nothing where an earlier sending may be the reason for it.
-        knows = capabilities.query_by_reference or capabilities.idempotent_by_reference
-        return answer if knows else None
+        # A refusal proves nothing where another sending may be the reason for it. That may have come
+        # since the query before this one: from a recoverer whose lease ran out, or from a sender
+        # that was stopped.
+        if capabilities.query_by_reference:
+            return await connector.query(operation.kind, operation.reference) or answer
+        return answer if capabilities.idempotent_by_reference else None
 
     async def _take_back(
         self, lease: Lease, authorization: Operation, connector: Connector
