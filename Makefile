@@ -11,7 +11,7 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3# the Python that .venv is made from
 UV ?= uv# for `make lock` only
-ARGS ?=# more arguments for run, test, bench, chart and lock
+ARGS ?=# more arguments for run, test, load, bench, chaos, chart and lock
 
 # Of `make load`; `make load ARGS=--help` says what they mean, and the API key of a TARGET stands in
 # the environment.
@@ -21,6 +21,10 @@ LOAD_OPTIONS = $(if $(RATE),--rate $(RATE)) $(if $(DURATION),--duration $(DURATI
 	$(if $(GENERATORS),--generators $(GENERATORS)) $(if $(WEB_PORT),--web-port $(WEB_PORT)) \
 	$(if $(TARGET),--target $(TARGET)) $(if $(CA_FILE),--ca-file '$(CA_FILE)') \
 	$(if $(TLS),--tls) $(if $(MERCHANTS),--merchants '$(MERCHANTS)')
+
+# Of `make chaos`; `make chaos ARGS=--list` names the scenarios, and SCENARIO takes several.
+CHAOS_OPTIONS = $(if $(SCENARIO),--scenario $(SCENARIO)) $(if $(TRIALS),--trials $(TRIALS)) \
+	$(if $(SEED),--seed $(SEED)) $(if $(RATE),--rate $(RATE))
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check --no-input
@@ -34,7 +38,7 @@ STUBS_SOURCES := proto/pyproject.toml proto/hatch_build.py proto/stubgen.py prot
 $(shell { test -d proto/gen/python && test "$$(cat .venv/installed)" = "$$(pwd -P)"; } 2>/dev/null \
 	|| rm -f .venv/installed)
 
-.PHONY: help setup run test lint load bench chart format proto lock clean
+.PHONY: help setup run test lint load bench chaos chart format proto lock clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -66,6 +70,9 @@ load: .venv/installed ## prove the SLO under load; RATE=1000 DURATION=60 PROFILE
 
 bench: .venv/installed .venv/bench ## measure side by side, nine minutes; ARGS="--only authorize", ARGS=--help
 	@$(PY) -m loadtest.bench $(ARGS)
+
+chaos: .venv/installed ## faults under load, and an oracle; SCENARIO=gateway-sigkill TRIALS=10 SEED=1, ARGS=--quick
+	@$(PY) -m tests.chaos $(CHAOS_OPTIONS) $(ARGS)
 
 chart: .venv/installed .venv/chart ## lint, render and check the Helm chart; ARGS=--write takes what it renders as right
 	@$(PY) helm/chart_check.py $(ARGS)

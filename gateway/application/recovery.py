@@ -213,7 +213,7 @@ class Recovery:
         return await connector.cancel(operation.kind, operation.reference)
 
     async def _void(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
-        operation, payment = lease.operation, lease.aggregate.payment
+        payment = lease.aggregate.payment
         authorization = next(
             other for other in lease.aggregate.operations if other.kind is K.AUTHORIZE
         )
@@ -230,6 +230,11 @@ class Recovery:
             capabilities.cancel_by_reference and (charged or blind)
         ):
             return await self._take_back(lease, authorization, connector)
+        return await self._repeat_void(lease, connector)
+
+    async def _repeat_void(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
+        """Send a void anew, where the PSP does not know it; None where it settles nothing."""
+        operation, capabilities = lease.operation, connector.capabilities
         answer = await self._repeat(lease, connector)
         event = decisions.event_of(answer)
         if event is Event.NEVER_SENT:
@@ -238,8 +243,8 @@ class Recovery:
         may_be_second = operation.state is not S.PENDING or lease.tries > 0
         if event is Event.APPROVED or not may_be_second:
             return answer
-        # A refusal proves nothing where another sending may be the reason for it. That may have come
-        # since the query before this one: from a recoverer whose lease ran out, or from a sender
+        # A refusal proves nothing where another sending may be the reason for it. It may have come
+        # after the query before this one: from a recoverer whose lease ran out, or from a sender
         # that was stopped.
         if capabilities.query_by_reference:
             return await connector.query(operation.kind, operation.reference) or answer

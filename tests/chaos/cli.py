@@ -1,0 +1,224 @@
+"""The command line of the fault campaign."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any, Final
+
+from loadtest.environment import commit
+from storage.embedded import EmbeddedServerError
+from tests.chaos.clients import LoopThread
+from tests.chaos.history import History
+from tests.chaos.oracle import Violation, judge
+from tests.chaos.scenarios import SCENARIOS
+from tests.chaos.trial import PROFILES, Result, Servers, keep, run_trial
+from tests.harness import forked_gateways
+from tests.nursery import Nursery
+from tests.servers import postgres_server, redis_server
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+CLEAN, VIOLATED, USAGE, NO_RESULT = 0, 1, 2, 3
+INTERRUPTED: Final = 130
+FOLDER: Final = Path(".local/chaos")
+SUMMARY_FILE: Final = "summary.json"
+TRIALS: Final = len(PROFILES)
+TRIALS_MAX: Final = 100_000
+RATE: Final = 150.0
+RATE_MAX: Final = 100_000.0
+SHOWN_MAX: Final = 10
+"""Violations of one trial that are printed; its folder has all."""
+
+_EPILOG: Final = f"""\
+PostgreSQL, Redis, the PSP simulator and two gateways (one on each transport) are started here, on
+free ports of 127.0.0.1, and end with the campaign. Trial n of a scenario has the seed S + n: it
+draws the payments, the moments and the length of the faults, and the PSP ({" or ".join(PROFILES)}).
+So `--scenario NAME --trials 1 --seed N` does the same again, though processes never meet in exactly
+the same order twice.
+
+The journals of a trial with a violation stay in {FOLDER}/NAME-SEED/, with the gateways' logs.
+`--judge` gives journals to the oracle anew.
+
+exit status:
+  0  no violation
+  1  a violation
+  2  the options make no sense
+  3  no result: a server did not start, or the journals cannot be read
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the campaign; returns the exit status."""
+    parser = _parser()
+    given = parser.parse_args(argv)
+    try:
+        if given.list:
+            for scenario in SCENARIOS.values():
+                print(f"{scenario.name:<24}{scenario.meaning}")
+            return CLEAN
+        if given.judge is not None:
+            return _judge_again(given.judge)
+        names = _names(parser, given)
+        return _run(names, given)
+    except (EmbeddedServerError, OSError) as error:
+        sys.stderr.write(f"chaos: no result: {error}\n")
+        return NO_RESULT
+    except KeyboardInterrupt:
+        sys.stderr.write("chaos: interrupted, no result\n")
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos",
+        description="The fault campaign: faults while calls are under way, and an oracle that"
+        " compares what clients were told, what the PSP did and what the database holds.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--scenario",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="only these; --list names them (default: all)",
+    )
+    parser.add_argument(
+        "--trials", type=int, metavar="N", help=f"of each scenario (default {TRIALS}, one a PSP)"
+    )
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="default 1")
+    parser.add_argument(
+        "--rate", type=float, default=RATE, metavar="R", help=f"calls a second (default {RATE:g})"
+    )
+    parser.add_argument("--quick", action="store_true", help="one trial of each: under 3 minutes")
+    parser.add_argument("--list", action="store_true", help="list the scenarios, and end")
+    parser.add_argument("--judge", type=Path, metavar="DIR", help="judge kept journals, and end")
+    parser.add_argument("--folder", type=Path, default=FOLDER, metavar="DIR", help=f"{FOLDER}")
+    return parser
+
+
+def _names(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[str]:
+    unknown = [name for name in given.scenario if name not in SCENARIOS]
+    if unknown:
+        parser.error(f"no scenario {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
+    if given.quick and given.trials is not None:
+        parser.error("--quick is --trials 1")
+    if given.trials is None:
+        given.trials = 1 if given.quick else TRIALS
+    if not 1 <= given.trials <= TRIALS_MAX:
+        parser.error(f"--trials must be from 1 to {TRIALS_MAX}")
+    if not 0 <= given.seed < 2**63:
+        parser.error("--seed must be from 0 to 2^63 - 1")
+    if not 1 <= given.rate <= RATE_MAX:
+        parser.error(f"--rate must be from 1 to {RATE_MAX:g}")
+    return list(dict.fromkeys(given.scenario)) or list(SCENARIOS)
+
+
+def _run(names: Sequence[str], given: argparse.Namespace) -> int:
+    results: dict[str, list[Result]] = defaultdict(list)
+    begun_s = time.monotonic()
+    with ExitStack() as stack:
+        nursery = stack.enter_context(Nursery.open())
+        stack.enter_context(forked_gateways(nursery))
+        postgres = stack.enter_context(postgres_server())
+        redis = stack.enter_context(redis_server())
+        servers = Servers(postgres, redis, stack.enter_context(LoopThread()))
+        for name in names:
+            for number in range(given.trials):
+                result = run_trial(servers, SCENARIOS[name], given.seed + number, rate=given.rate)
+                _report(result, number + 1, given)
+                result.drop_journals()
+                results[name].append(result)
+    rows = [_row(name, results[name]) for name in names]
+    given.folder.mkdir(parents=True, exist_ok=True)
+    summary_file = given.folder / SUMMARY_FILE
+    summary = {"scenarios": rows, "seed": given.seed, "commit": commit()}
+    summary_file.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    print("\n" + "\n".join(_table(rows)))
+    violations = sum(row["violations"] for row in rows)
+    verdict = f"{violations} VIOLATIONS" if violations else "no violation"
+    print(f"\n{verdict} in {time.monotonic() - begun_s:.0f} s   summary  {summary_file}")
+    return VIOLATED if violations else CLEAN
+
+
+def _report(result: Result, number: int, given: argparse.Namespace) -> None:
+    """A line for a trial; all about one with violations."""
+    recovery = "-" if result.recovery_s is None else f"{result.recovery_s:.1f} s"
+    others = ", ".join(
+        f"{count} {status}" for status, count in result.statuses.most_common() if status != "OK"
+    )
+    print(
+        f"{result.scenario} {number}/{given.trials}: seed {result.seed}, {result.history.profile},"
+        f" {result.acked} acknowledged, recovered in {recovery}, {result.duration_s:.1f} s,"
+        f" {len(result.violations)} violations; tries not OK: {others or 'none'}",
+        flush=True,
+    )
+    if result.violations:
+        folder = given.folder / f"{result.scenario}-{result.seed}"
+        keep(result, folder)
+        _show(result.violations)
+        print(f"  seed {result.seed}, journals in {folder}", flush=True)
+
+
+def _show(violations: Sequence[Violation]) -> None:
+    for violation in violations[:SHOWN_MAX]:
+        print(f"  {violation}")
+    if len(violations) > SHOWN_MAX:
+        print(f"  and {len(violations) - SHOWN_MAX} more")
+
+
+def _judge_again(folder: Path) -> int:
+    try:
+        history = History.load(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.stderr.write(f"chaos: no result: {folder} holds no journals of a trial: {error}\n")
+        return NO_RESULT
+    violations = judge(history)
+    for violation in violations:
+        print(violation)
+    print(f"{len(violations)} violations")
+    return VIOLATED if violations else CLEAN
+
+
+def _row(name: str, results: Sequence[Result]) -> dict[str, Any]:
+    recoveries = [each.recovery_s for each in results if each.recovery_s is not None]
+    return {
+        "name": name,
+        "trials": len(results),
+        "acked": sum(each.acked for each in results),
+        "lost_acks": sum(each.lost_acks for each in results),
+        "double_charges": sum(each.double_charges for each in results),
+        "unresolved": sum(each.unresolved for each in results),
+        "violations": sum(len(each.violations) for each in results),
+        "recovery_p50_s": round(median(recoveries), 3) if recoveries else None,
+        "recovery_max_s": round(max(recoveries), 3) if recoveries else None,
+    }
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
+    heads = (
+        *("scenario", "trials", "acked", "lost acks", "double charges", "unresolved"),
+        *("violations", "recovery p50 s", "max s"),
+    )
+    yield f"{heads[0]:<24}" + "".join(f"{head:>{len(head) + 2}}" for head in heads[1:])
+    for row in rows:
+        name, *cells = row.values()
+        yield f"{name:<24}" + "".join(
+            f"{_cell(cell):>{len(head) + 2}}" for head, cell in zip(heads[1:], cells, strict=True)
+        )
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

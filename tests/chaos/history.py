@@ -1,0 +1,202 @@
+"""The journals of a trial: what clients sent and were told, what the PSP did, what is recorded.
+
+They are plain values that go into files and come back the same: a trial can be judged again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final
+
+import grpc
+from payments.v1 import payment_pb2, payment_service_pb2
+
+from gateway.connectors.simulator.profiles import find_profile
+from gateway.domain.model import OperationKind
+from tests.faults.checker import REPEATABLE
+from tests.harness import System, bytes_without_replay
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from gateway.connectors.simulator.journal import Record
+
+Row = dict[str, Any]
+"""A row of the database by its columns' names."""
+
+OK: Final = grpc.StatusCode.OK.name
+
+_CLIENTS, _PSP, _DATABASE = "clients.json", "psp.jsonl", "database.json"
+
+_RESPONSES: Final = {
+    OperationKind.AUTHORIZE: payment_service_pb2.AuthorizePaymentResponse,
+    OperationKind.VERIFY: payment_service_pb2.AuthorizePaymentResponse,
+    OperationKind.CAPTURE: payment_service_pb2.CapturePaymentResponse,
+    OperationKind.VOID: payment_service_pb2.VoidPaymentResponse,
+    OperationKind.REFUND: payment_service_pb2.RefundPaymentResponse,
+    OperationKind.INCREMENT: payment_service_pb2.IncrementAuthorizationResponse,
+}
+
+_OPERATIONS_SQL: Final = """
+SELECT operation_id, payment_id, idempotency_key, kind, origin, state, amount_minor, epoch,
+    attempt_number, parent_operation_id, response
+FROM operations
+ORDER BY created_at, operation_id
+"""
+_PAYMENTS_SQL: Final = """
+SELECT payment_id, version, state, requested_minor, authorized_minor, capture_pending_minor,
+    captured_minor, refund_pending_minor, refunded_minor, voided_minor, increment_pending_minor,
+    cancel_requested
+FROM payments
+ORDER BY created_at, payment_id
+"""
+_EVENTS_SQL: Final = """
+SELECT payment_id, payment_version, seq, payload
+FROM outbox
+ORDER BY payment_id, payment_version, seq
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a client wants under one idempotency key."""
+
+    key: str
+    kind: OperationKind
+    payment_id: str
+    """The payment that it is about; empty for an authorization."""
+    amount_minor: int | None
+    """Minor units; None: whatever is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How one try of a call ended."""
+
+    key: str
+    sent: int
+    """The clients' own order of events: when the try was sent."""
+    answered: int
+    """When it ended. A try that was sent later than another one had ended came after it."""
+    status: str
+    """The gRPC status by its name."""
+    reason: str = ""
+    """Of a refusal, by its ErrorInfo."""
+    operation_id: str = ""
+    payment_id: str = ""
+    kind: int = 0
+    state: int = 0
+    amount_minor: int = 0
+    replayed: bool = False
+    digest: str = ""
+    """Of the answer without its `replay` field."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether it tells of an operation."""
+        return self.status == OK
+
+    @property
+    def refused(self) -> bool:
+        """Whether it says that nothing was begun. Any other failure tells nothing."""
+        return not self.ok and bool(self.reason) and self.status not in _UNKNOWN
+
+
+_UNKNOWN: Final = frozenset(code.name for code in REPEATABLE) | {"INTERNAL", "UNKNOWN"}
+
+
+@dataclass(slots=True)
+class History:
+    """All that is known after a trial."""
+
+    profile: str
+    """Of the PSP simulator."""
+    calls: list[Call] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+    """In the order in which they came."""
+    failed: list[str] = field(default_factory=list)
+    """Keys of calls that had no answer after all tries of the clients' retry policy."""
+    calls_may_fail: bool = True
+    """Whether a call may end so. It is repeated at the end."""
+    psp: list[Record] = field(default_factory=list)
+    """The simulator's journal, docs/simulator.md."""
+    operations: list[Row] = field(default_factory=list)
+    payments: list[Row] = field(default_factory=list)
+    events: list[Row] = field(default_factory=list)
+    """The outbox: payment_id, payment_version, seq, payment_state, operation_id and _state."""
+    broken: str = ""
+    """Why the trial could not be carried to its end."""
+
+    @property
+    def settles(self) -> bool:
+        """Whether the PSP helps to end every doubt."""
+        profile = find_profile(self.profile)
+        return profile.query_by_reference or profile.cancel_by_reference
+
+    def save(self, folder: Path) -> None:
+        """Write the journals into a directory. Raises OSError."""
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = asdict(self)
+        database = {name: whole.pop(name) for name in ("operations", "payments", "events")}
+        psp: Iterable[Record] = whole.pop("psp")
+        (folder / _CLIENTS).write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
+        (folder / _DATABASE).write_text(json.dumps(database, indent=1) + "\n", "utf-8")
+        (folder / _PSP).write_text("".join(json.dumps(record) + "\n" for record in psp), "utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> History:
+        """The history that was saved. Raises OSError, ValueError, KeyError, TypeError."""
+        values: dict[str, Any] = json.loads((folder / _CLIENTS).read_text("utf-8"))
+        values |= json.loads((folder / _DATABASE).read_text("utf-8"))
+        calls = [Call(**{**call, "kind": OperationKind(call["kind"])}) for call in values["calls"]]
+        return cls(
+            **{
+                **values,
+                "calls": calls,
+                "answers": [Answer(**answer) for answer in values["answers"]],
+                "psp": [
+                    json.loads(line) for line in (folder / _PSP).read_text("utf-8").splitlines()
+                ],
+            }
+        )
+
+
+def digest_of(response: Any) -> str:
+    """The digest of a money response without its `replay` field."""
+    return sha256(bytes_without_replay(response)).hexdigest()
+
+
+def read_database(history: History, system: System) -> None:
+    """Enter what the gateway believes. Raises asyncpg's errors."""
+    history.operations = [_operation(row) for row in system.fetch(_OPERATIONS_SQL)]
+    history.payments = [dict(row) for row in system.fetch(_PAYMENTS_SQL)]
+    history.events = [_event(row) for row in system.fetch(_EVENTS_SQL)]
+
+
+def _operation(record: Any) -> Row:
+    row = dict(record)
+    stored = row.pop("response")
+    row["digest"] = ""
+    if stored is not None:
+        response = _RESPONSES[OperationKind(row["kind"])]()
+        response.ParseFromString(stored)
+        row["digest"] = digest_of(response)
+    return row
+
+
+def _event(record: Any) -> Row:
+    row = dict(record)
+    event = payment_pb2.PaymentEvent.FromString(row.pop("payload"))
+    return row | {
+        "payment_state": event.payment.state,
+        "operation_id": event.operation.operation_id,
+        "operation_state": event.operation.state,
+    }
+
+
+def last_answer(answers: Sequence[Answer]) -> Answer | None:
+    """The latest answer that tells of an operation or refuses it."""
+    return next((each for each in reversed(answers) if each.ok or each.refused), None)

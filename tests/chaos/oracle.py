@@ -1,0 +1,660 @@
+"""The oracle: rules that the journals of a trial must keep, whatever happened. Pure.
+
+It knows the published rules (docs/states.md, docs/simulator.md) and asks no gateway. A violation
+says which rule, which payment and operation, what is, and what should be.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations, pairwise
+from typing import TYPE_CHECKING, Final
+
+from gateway.connectors.simulator.journal import standing_charges
+from gateway.connectors.simulator.profiles import find_profile
+from gateway.domain.model import OperationKind, OperationOrigin, PaymentState
+from gateway.domain.model import OperationState as S
+from gateway.domain.states import (
+    FROZEN,
+    OPERATION_TRANSITIONS,
+    PAYMENT_TRANSITIONS,
+    UNFINISHED,
+    next_state,
+)
+from tests.chaos.history import Answer, Call, History, Row, last_answer
+from tests.faults.checker import Books
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from gateway.connectors.simulator.journal import Record
+
+K = OperationKind
+
+SENDS_MAX: Final = 2
+"""How often a request goes to an idempotent PSP at most: once more where its answer was lost."""
+
+_EFFECTS: Final = {
+    K.AUTHORIZE: frozenset({"authorization", "charge"}),
+    K.CAPTURE: frozenset({"capture"}),
+    K.VOID: frozenset({"void"}),
+    K.REFUND: frozenset({"refund"}),
+    K.INCREMENT: frozenset({"increment"}),
+}
+_MONEY_KINDS: Final = frozenset({"authorize", "capture", "refund", "increment"})
+"""Kinds of request that move money, or hold more of it. Voids and reversals release it: recovery
+repeats those until the PSP confirms them."""
+
+
+class Rule(enum.StrEnum):
+    """What must hold."""
+
+    ACKNOWLEDGED_IS_DURABLE = "acknowledged-is-durable"
+    """What a client was told stands in the database, with its ids, amount and answer."""
+    STATE_IS_REACHABLE = "state-is-reachable"
+    """The table of transitions leads from each state told or recorded to all later ones."""
+    REPLAY_EQUALS_FIRST = "replay-equals-first"
+    """Once an answer is final, every repeat gets the same one, and only the first is no repeat."""
+    REFUSED_HAS_NO_EFFECT = "refused-has-no-effect"
+    """What was always refused has no operation, and the payment's state gave the ground."""
+    EVERY_CALL_IS_ANSWERED = "every-call-is-answered"
+    """In the end each call has an answer; none is an internal error."""
+    NO_CALL_FAILS = "no-call-fails"
+    """Where nothing may fail, the clients' retry policy is enough for every call."""
+    SERVICE_GOES_ON = "service-goes-on"
+    """The trial reached its end: calls were answered during and after the faults."""
+    AT_MOST_ONE_CHARGE = "at-most-one-charge"
+    """No payment is charged twice, and no operation takes effect twice."""
+    SUCCESS_IS_CHARGED = "success-is-charged"
+    """Each success has its effect at the PSP, to the same amount."""
+    CHARGE_IS_A_SUCCESS = "charge-is-a-success"
+    """Each effect that stands at the PSP is that of an operation that succeeded."""
+    INTENT_BEFORE_SEND = "intent-before-send"
+    """Whatever was sent to the PSP is an attempt that the database knows."""
+    SENT_ONCE = "sent-once"
+    """No attempt is sent again, but by the connector's declared idempotency."""
+    RESTART_ONLY_WITHOUT_EFFECT = "restart-only-without-effect"
+    """A new attempt is sent only while nothing of the earlier ones stands."""
+    AMOUNTS_ADD_UP = "amounts-add-up"
+    """A payment's amounts are the sums of its operations, and authorized ≥ captured ≥ refunded."""
+    TOTALS_ADD_UP = "totals-add-up"
+    """The sums over all payments are those of the PSP."""
+    NOTHING_UNFINISHED = "nothing-unfinished"
+    """Every operation has a definite outcome, but doubts that the PSP does not help to end."""
+
+
+LOST_ACKS: Final = frozenset({Rule.ACKNOWLEDGED_IS_DURABLE, Rule.STATE_IS_REACHABLE})
+"""Violations by which something acknowledged is gone or contradicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """A rule that does not hold."""
+
+    rule: Rule
+    payment_id: str
+    operation_id: str
+    found: str
+    expected: str
+
+    def __str__(self) -> str:
+        where = " ".join(part for part in (self.payment_id, self.operation_id) if part)
+        return f"{self.rule}: {where or 'all'}: {self.found}; should be: {self.expected}"
+
+
+def judge(history: History) -> list[Violation]:
+    """Every violation, in the order of the rules."""
+    books = _Books(history)
+    return [violation for check in _CHECKS for violation in check(books)]
+
+
+def unresolved(history: History) -> list[Row]:
+    """The operations without a definite outcome."""
+    return [row for row in history.operations if row["state"] in UNFINISHED]
+
+
+@cache
+def reachable_states(kind: K, state: S) -> frozenset[S]:
+    """The states that an operation may be in after it was in this one, itself included."""
+    found, looked_at = {state}, set[S]()
+    while found - looked_at:
+        at = (found - looked_at).pop()
+        looked_at.add(at)
+        events = [event for before, event in OPERATION_TRANSITIONS if before is at]
+        after = (next_state(kind, at, event) for event in events)
+        found.update(each for each in after if each is not None)
+    return frozenset(found)
+
+
+@cache
+def reachable_payment_states(state: PaymentState) -> frozenset[PaymentState]:
+    """The same for a payment."""
+    found, looked_at = {state}, set[PaymentState]()
+    while found - looked_at:
+        at = (found - looked_at).pop()
+        looked_at.add(at)
+        found |= PAYMENT_TRANSITIONS[at]
+    return frozenset(found)
+
+
+class _Books:
+    """The journals, by what the rules ask for."""
+
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.profile = find_profile(history.profile)
+        self.calls = {call.key: call for call in history.calls}
+        self.operations = {row["operation_id"]: row for row in history.operations}
+        self.by_key = {row["idempotency_key"]: row for row in history.operations}
+        self.payments = {row["payment_id"]: row for row in history.payments}
+        self.answers: dict[str, list[Answer]] = defaultdict(list)
+        for answer in history.answers:
+            self.answers[answer.key].append(answer)
+        self.of_payment: dict[str, list[Row]] = defaultdict(list)
+        for row in history.operations:
+            self.of_payment[row["payment_id"]].append(row)
+        self.unfinished = {row["payment_id"] for row in unresolved(history)}
+        self.standings = [each for each in standing_charges(history.psp) if not each.reversed]
+        self.effects: dict[str, list[Record]] = defaultdict(list)
+        """What stands at the PSP, by the operation's id."""
+        for effect in _standing_effects(history.psp).values():
+            self.effects[_operation_of(effect["reference"])].append(effect)
+
+
+def _operation_of(reference: str) -> str:
+    return reference.rpartition("-")[0]
+
+
+def _standing_effects(records: Iterable[Record]) -> dict[str, Record]:
+    """The effects that were not taken back, by the PSP's transaction id."""
+    standing: dict[str, Record] = {}
+    for record in records:
+        _enter_effect(standing, record)
+    return standing
+
+
+def _enter_effect(standing: dict[str, Record], record: Record) -> None:
+    if record["type"] != "effect":
+        return
+    if "takes_back" not in record:
+        standing[record["transaction_id"]] = record
+        return
+    for item in record["takes_back"]:
+        standing.pop(item["transaction_id"], None)
+        if item["effect"] in ("authorization", "charge"):
+            # With an authorization goes all that was done to it.
+            of_it = [
+                transaction_id
+                for transaction_id, effect in standing.items()
+                if effect["authorization_id"] == item["authorization_id"]
+            ]
+            for transaction_id in of_it:
+                del standing[transaction_id]
+
+
+# --- what clients were told -----------------------------------------------------------------------
+
+
+def _acknowledged(books: _Books) -> Iterator[Violation]:
+    rule = Rule.ACKNOWLEDGED_IS_DURABLE
+    for key, answers in books.answers.items():
+        row = books.by_key.get(key)
+        for told in answers:
+            if not told.ok:
+                continue
+            if row is None:
+                yield Violation(
+                    rule, told.payment_id, told.operation_id, f"{key} is not there", "recorded"
+                )
+                break
+            yield from _differences(rule, books.calls[key], told, row)
+            frozen = S(told.state) in FROZEN
+            if frozen and told.digest != row["digest"]:
+                yield Violation(
+                    rule,
+                    row["payment_id"],
+                    row["operation_id"],
+                    f"the stored answer {row['digest'][:12] or '(none)'}",
+                    f"the answer that was given, {told.digest[:12]}",
+                )
+    for row in books.operations.values():
+        if row["payment_id"] not in books.payments:
+            yield Violation(
+                rule, row["payment_id"], row["operation_id"], "no payment's row", "a payment"
+            )
+
+
+def _differences(rule: Rule, call: Call, told: Answer, row: Row) -> Iterator[Violation]:
+    asked = (call.kind, call.payment_id or told.payment_id)
+    # A new attempt at "whatever is left" may find another amount.
+    if call.amount_minor is None and S(told.state) not in FROZEN:
+        amount_minor = row["amount_minor"]
+    else:
+        amount_minor = told.amount_minor
+    for what, found, expected in (
+        ("operation", row["operation_id"], told.operation_id),
+        ("payment", row["payment_id"], told.payment_id),
+        ("kind", row["kind"], told.kind),
+        ("amount", row["amount_minor"], amount_minor),
+        ("told kind and payment", (told.kind, told.payment_id), asked),
+        (
+            "told amount",
+            told.amount_minor,
+            told.amount_minor if call.amount_minor is None else call.amount_minor,
+        ),
+    ):
+        if found != expected:
+            yield Violation(
+                rule, row["payment_id"], row["operation_id"], f"{what} {found}", f"{expected}"
+            )
+
+
+def _told_states(books: _Books) -> Iterator[Violation]:
+    rule = Rule.STATE_IS_REACHABLE
+    for key, answers in books.answers.items():
+        row = books.by_key.get(key)
+        if row is None:
+            continue
+        told = [each for each in answers if each.ok]
+        steps = [(each.state, row["state"]) for each in told]
+        for one, other in combinations(told, 2):
+            first, second = sorted((one, other), key=lambda each: each.sent)
+            if first.answered < second.sent:
+                steps.append((first.state, second.state))
+        yield from _unreachable(rule, row, steps)
+
+
+def _unreachable(rule: Rule, row: Row, steps: Iterable[tuple[int, int]]) -> Iterator[Violation]:
+    for before, after in dict.fromkeys(steps):
+        if S(after) not in reachable_states(K(row["kind"]), S(before)):
+            yield Violation(
+                rule,
+                row["payment_id"],
+                row["operation_id"],
+                S(after).name,
+                f"a state that follows {S(before).name}",
+            )
+
+
+def _replays(books: _Books) -> Iterator[Violation]:
+    rule = Rule.REPLAY_EQUALS_FIRST
+    for key, answers in books.answers.items():
+        frozen = [each for each in answers if each.ok and S(each.state) in FROZEN]
+        if not frozen:
+            continue
+        first = frozen[0]
+
+        def violation(found: str, expected: str, first: Answer = first) -> Violation:
+            return Violation(rule, first.payment_id, first.operation_id, found, expected)
+
+        others = {each.digest for each in frozen} - {first.digest}
+        if others:
+            yield violation(f"{len(others) + 1} answers for {key}", "one")
+        firsts = sum(not each.replayed for each in frozen)
+        if firsts > 1:
+            yield violation(f"{firsts} answers that are no replay", "at most one")
+        for later in answers:
+            after = later.sent > min(each.answered for each in frozen)
+            if after and (later.refused or (later.ok and S(later.state) not in FROZEN)):
+                told = S(later.state).name if later.ok else later.reason
+                yield violation(f"{told} after the final answer", S(first.state).name)
+
+
+def _refusals(books: _Books) -> Iterator[Violation]:
+    rule = Rule.REFUSED_HAS_NO_EFFECT
+    for key, answers in books.answers.items():
+        row = books.by_key.get(key)
+        if row is not None and all(each.refused for each in answers):
+            yield Violation(
+                rule,
+                row["payment_id"],
+                row["operation_id"],
+                f"{S(row['state']).name}, and {key} was always refused",
+                "no operation",
+            )
+        for each in answers:
+            call = books.calls[key]
+            # A void by an authorization's key may be the first to arrive.
+            early = call.kind is K.VOID and not call.payment_id and each.status == "NOT_FOUND"
+            if each.refused and each.status != "FAILED_PRECONDITION" and not early:
+                yield Violation(
+                    rule,
+                    call.payment_id,
+                    "",
+                    f"{key} was refused by {each.status} {each.reason}",
+                    "no such refusal of a good call",
+                )
+
+
+def _unanswered(books: _Books) -> Iterator[Violation]:
+    rule = Rule.EVERY_CALL_IS_ANSWERED
+    for key, call in books.calls.items():
+        answers = books.answers[key]
+        last = last_answer(answers)
+        if last is None or (last.ok and S(last.state) is S.PROCESSING):
+            told = last.status if last else "nothing"
+            yield Violation(rule, call.payment_id, "", f"{key} was told {told}", "an outcome")
+        for each in answers:
+            if each.reason == "INTERNAL":
+                yield Violation(rule, call.payment_id, "", f"{key}: INTERNAL", "no internal error")
+
+
+def _failed(books: _Books) -> Iterator[Violation]:
+    if not books.history.calls_may_fail:
+        for key in books.history.failed:
+            yield Violation(
+                Rule.NO_CALL_FAILS,
+                books.calls[key].payment_id,
+                "",
+                f"{key} failed after all tries: {Counter(a.status for a in books.answers[key])}",
+                "an answer",
+            )
+
+
+def _broken(books: _Books) -> Iterator[Violation]:
+    if books.history.broken:
+        yield Violation(Rule.SERVICE_GOES_ON, "", "", books.history.broken, "a trial to its end")
+
+
+# --- what the PSP did -----------------------------------------------------------------------------
+
+
+def _charges(books: _Books) -> Iterator[Violation]:
+    own = defaultdict(list)
+    for standing in books.standings:
+        own[standing.payment_id].append(standing)
+    for payment_id, standings in own.items():
+        if len(standings) > 1:
+            references = ", ".join(each.reference for each in standings)
+            yield Violation(
+                Rule.AT_MOST_ONE_CHARGE, payment_id, "", f"charges stand: {references}", "one"
+            )
+        if payment_id not in books.payments:
+            yield Violation(
+                Rule.CHARGE_IS_A_SUCCESS, payment_id, "", "a charge stands", "a payment's row"
+            )
+    for payment_id, payment in books.payments.items():
+        if payment_id in books.unfinished:
+            continue
+        at_psp, expected = Books.of_standings(own[payment_id]), Books.of_payment(payment)
+        if at_psp != expected:
+            yield Violation(
+                Rule.SUCCESS_IS_CHARGED, payment_id, "", f"at the PSP {at_psp}", f"{expected}"
+            )
+
+
+def _effects(books: _Books) -> Iterator[Violation]:
+    for operation_id, row in books.operations.items():
+        kinds = _EFFECTS.get(K(row["kind"]))
+        if kinds is None:
+            continue
+        found = [each for each in books.effects[operation_id] if each["effect"] in kinds]
+        if len(found) > 1:
+            references = ", ".join(each["reference"] for each in found)
+            yield Violation(
+                Rule.AT_MOST_ONE_CHARGE, row["payment_id"], operation_id, references, "one effect"
+            )
+        elif row["state"] in UNFINISHED:
+            continue
+        elif row["state"] == S.SUCCEEDED:
+            yield from _success(books, row, found)
+        elif found:
+            yield Violation(
+                Rule.CHARGE_IS_A_SUCCESS,
+                row["payment_id"],
+                operation_id,
+                f"{found[0]['effect']} stands at the PSP, the operation is {S(row['state']).name}",
+                "SUCCEEDED",
+            )
+    for operation_id, effects in books.effects.items():
+        if operation_id not in books.operations:
+            yield Violation(
+                Rule.CHARGE_IS_A_SUCCESS,
+                effects[0]["payment_id"],
+                operation_id,
+                f"{effects[0]['effect']} of an operation that is not there",
+                "an operation",
+            )
+
+
+def _success(books: _Books, row: Row, found: list[Record]) -> Iterator[Violation]:
+    """The effect of an operation that succeeded."""
+    payment = books.payments.get(row["payment_id"])
+    taken_back = payment is not None and payment["state"] == PaymentState.VOIDED
+    if row["kind"] == K.VOID or (row["kind"] == K.AUTHORIZE and taken_back and not found):
+        # A void may have found nothing to release, or have taken the authorization back as a whole.
+        return
+    if row["kind"] == K.CAPTURE and row["origin"] == OperationOrigin.GATEWAY:
+        # The PSP did it with the authorization.
+        found = [
+            each
+            for each in books.effects[row["parent_operation_id"] or ""]
+            if each["effect"] == "charge"
+        ]
+    amounts = [each["amount_minor"] for each in found]
+    if amounts != [row["amount_minor"]]:
+        yield Violation(
+            Rule.SUCCESS_IS_CHARGED,
+            row["payment_id"],
+            row["operation_id"],
+            f"effects of {amounts} minor units",
+            f"one of {row['amount_minor']}",
+        )
+
+
+def _sends(books: _Books) -> Iterator[Violation]:
+    sends: dict[str, list[Record]] = defaultdict(list)
+    standing: dict[str, Record] = {}
+    for record in books.history.psp:
+        _enter_effect(standing, record)
+        if record["type"] != "received" or record["method"] != "send":
+            continue
+        reference = record["reference"]
+        if not sends[reference] and record["kind"] in _MONEY_KINDS:
+            yield from _restarted(record, standing)
+        sends[reference].append(record)
+    for reference, records in sends.items():
+        yield from _sent(books, reference, records)
+
+
+def _restarted(record: Record, standing: dict[str, Record]) -> Iterator[Violation]:
+    operation_id, _, number = record["reference"].rpartition("-")
+    if number == "1":
+        return
+    for effect in standing.values():
+        of, _, earlier = effect["reference"].rpartition("-")
+        # A request may be late, and meet an attempt that came after it: the PSP refuses it then.
+        if of == operation_id and int(earlier) < int(number):
+            yield Violation(
+                Rule.RESTART_ONLY_WITHOUT_EFFECT,
+                record["payment_id"],
+                operation_id,
+                f"{record['reference']} was sent while {effect['reference']} stood",
+                "sent when nothing of the earlier attempts stands",
+            )
+
+
+def _sent(books: _Books, reference: str, records: list[Record]) -> Iterator[Violation]:
+    operation_id, _, number = reference.rpartition("-")
+    first = records[0]
+    row = books.operations.get(operation_id)
+    known = row is not None and row["payment_id"] == first["payment_id"]
+    if row is None or not known or int(number) > row["attempt_number"]:
+        yield Violation(
+            Rule.INTENT_BEFORE_SEND,
+            first["payment_id"],
+            operation_id,
+            f"{reference} was sent, the database has "
+            + ("no such operation" if row is None else f"attempt {row['attempt_number']}"),
+            "recorded before",
+        )
+        return
+    if first["kind"] not in _MONEY_KINDS:
+        return
+    sends_max = SENDS_MAX if books.profile.idempotent_by_reference else 1
+    contents = {
+        (each["kind"], each["amount_minor"], each["currency"], each["payment_id"])
+        for each in records
+    }
+    if len(records) > sends_max or len(contents) > 1:
+        yield Violation(
+            Rule.SENT_ONCE,
+            first["payment_id"],
+            operation_id,
+            f"{reference} was sent {len(records)} times with {len(contents)} contents",
+            f"at most {sends_max} times, the same each time",
+        )
+    if int(number) == row["attempt_number"] and first["amount_minor"] != row["amount_minor"]:
+        yield Violation(
+            Rule.SENT_ONCE,
+            first["payment_id"],
+            operation_id,
+            f"{reference} was sent for {first['amount_minor']}",
+            f"{row['amount_minor']}",
+        )
+
+
+# --- what the database holds ----------------------------------------------------------------------
+
+
+def _amounts(books: _Books) -> Iterator[Violation]:
+    for payment_id, payment in books.payments.items():
+        done: Counter[K] = Counter()
+        pending: Counter[K] = Counter()
+        for row in books.of_payment[payment_id]:
+            if row["state"] in UNFINISHED:
+                pending[K(row["kind"])] += row["amount_minor"]
+            elif row["state"] == S.SUCCEEDED:
+                done[K(row["kind"])] += row["amount_minor"]
+        for name, expected in (
+            ("authorized_minor", done[K.AUTHORIZE] + done[K.INCREMENT]),
+            ("captured_minor", done[K.CAPTURE]),
+            ("refunded_minor", done[K.REFUND]),
+            ("capture_pending_minor", pending[K.CAPTURE]),
+            ("refund_pending_minor", pending[K.REFUND]),
+            ("increment_pending_minor", pending[K.INCREMENT]),
+        ):
+            if payment[name] != expected:
+                yield Violation(
+                    Rule.AMOUNTS_ADD_UP,
+                    payment_id,
+                    "",
+                    f"{name} {payment[name]}",
+                    f"{expected} by its operations",
+                )
+        yield from _bounds(Rule.AMOUNTS_ADD_UP, payment_id, payment)
+
+
+def _bounds(rule: Rule, payment_id: str, sums: Row) -> Iterator[Violation]:
+    captured = sums["captured_minor"] + sums["capture_pending_minor"]
+    refunded = sums["refunded_minor"] + sums["refund_pending_minor"]
+    if not sums["authorized_minor"] >= captured + sums["voided_minor"] >= captured:
+        yield Violation(
+            rule,
+            payment_id,
+            "",
+            f"captured and being captured {captured}, voided {sums['voided_minor']}",
+            f"at most the {sums['authorized_minor']} authorized",
+        )
+    if not sums["captured_minor"] >= refunded >= 0:
+        yield Violation(
+            rule,
+            payment_id,
+            "",
+            f"refunded and being refunded {refunded}",
+            f"at most the {sums['captured_minor']} captured",
+        )
+
+
+def _totals(books: _Books) -> Iterator[Violation]:
+    rows = list(books.payments.values())
+    if rows:
+        names = [name for name in rows[0] if name.endswith("_minor")]
+        sums: Row = {name: sum(row[name] for row in rows) for name in names}
+        yield from _bounds(Rule.TOTALS_ADD_UP, "", sums)
+    if books.unfinished:
+        return  # what is in doubt may stand, or not
+    ours = [Books.of_payment(row) for row in rows]
+    theirs = Books.of_standings(books.standings)
+    total = Books(
+        sum(each.open_minor for each in ours),
+        sum(each.captured_minor for each in ours),
+        sum(each.refunded_minor for each in ours),
+    )
+    if total != theirs:
+        yield Violation(Rule.TOTALS_ADD_UP, "", "", f"{total}", f"{theirs}, as at the PSP")
+
+
+def _unfinished(books: _Books) -> Iterator[Violation]:
+    for row in unresolved(books.history):
+        if books.history.settles or row["state"] != S.IN_DOUBT:
+            yield Violation(
+                Rule.NOTHING_UNFINISHED,
+                row["payment_id"],
+                row["operation_id"],
+                f"{K(row['kind']).name} is {S(row['state']).name}",
+                "a definite outcome",
+            )
+
+
+def _paths(books: _Books) -> Iterator[Violation]:
+    """The events tell a path of the tables that ends in what the rows say."""
+    rule = Rule.STATE_IS_REACHABLE
+    of_payment: dict[str, list[Row]] = defaultdict(list)
+    of_operation: dict[str, list[int]] = defaultdict(lambda: [S.PROCESSING])
+    for event in sorted(
+        books.history.events, key=lambda each: (each["payment_version"], each["seq"])
+    ):
+        of_payment[event["payment_id"]].append(event)
+        of_operation[event["operation_id"]].append(event["operation_state"])
+    for operation_id, row in books.operations.items():
+        if row["state"] != S.PROCESSING:
+            # A new attempt has no event of its own, so the row may be PROCESSING after NOT_SENT.
+            last = of_operation[operation_id][-1]
+            if last != row["state"]:
+                yield Violation(
+                    rule,
+                    row["payment_id"],
+                    operation_id,
+                    S(row["state"]).name,
+                    f"{S(last).name}, as the last event says",
+                )
+        yield from _unreachable(rule, row, pairwise(of_operation[operation_id]))
+    for payment_id, payment in books.payments.items():
+        path = of_payment[payment_id]
+        states = [int(PaymentState.PROCESSING), *(each["payment_state"] for each in path)]
+        for before, after in dict.fromkeys(pairwise([*states, payment["state"]])):
+            if PaymentState(after) not in reachable_payment_states(PaymentState(before)):
+                yield Violation(
+                    rule,
+                    payment_id,
+                    "",
+                    PaymentState(after).name,
+                    f"a state that follows {PaymentState(before).name}",
+                )
+        latest = path[-1]["payment_version"] if path else 0
+        if payment_id not in books.unfinished and latest != payment["version"]:
+            yield Violation(
+                rule, payment_id, "", f"the last event is of version {latest}", payment["version"]
+            )
+
+
+_CHECKS: Final[tuple[Callable[[_Books], Iterator[Violation]], ...]] = (
+    _acknowledged,
+    _told_states,
+    _paths,
+    _replays,
+    _refusals,
+    _unanswered,
+    _failed,
+    _broken,
+    _charges,
+    _effects,
+    _sends,
+    _amounts,
+    _totals,
+    _unfinished,
+)

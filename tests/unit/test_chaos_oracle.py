@@ -1,0 +1,604 @@
+"""The oracle of the fault campaign: good histories pass, and each rule rejects bad ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+
+from gateway.domain.model import OperationKind as K
+from gateway.domain.model import OperationOrigin, PaymentState
+from gateway.domain.model import OperationState as S
+from tests.chaos.history import OK, Answer, Call, History
+from tests.chaos.oracle import Rule, judge, unresolved
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+SENDS: Final = {K.AUTHORIZE: "authorization"}
+
+
+class Book:
+    """A history that is written step by step, as a system that keeps every rule would leave it."""
+
+    def __init__(self, profile: str = "non_idempotent") -> None:
+        self.history = History(profile)
+        self.order = 0
+        self.transactions = 0
+
+    def tell(self, key: str, state: S, **fields: Any) -> None:
+        """One more answer to a call, a replay but for the first."""
+        call = next(each for each in self.history.calls if each.key == key)
+        row = self.row(key)
+        told = [each for each in self.history.answers if each.key == key]
+        self.order += 2
+        answer = Answer(
+            key,
+            self.order - 1,
+            self.order,
+            OK,
+            operation_id=row["operation_id"],
+            payment_id=row["payment_id"],
+            kind=call.kind,
+            state=state,
+            amount_minor=row["amount_minor"],
+            replayed=bool(told),
+            digest=row["digest"] or f"{key} {state.name}",
+        )
+        self.history.answers.append(replace(answer, **fields))
+
+    def fail(self, key: str, status: str, reason: str = "") -> None:
+        """A try without an answer, or refused."""
+        self.order += 2
+        self.history.answers.append(Answer(key, self.order - 1, self.order, status, reason))
+
+    def row(self, key: str) -> dict[str, Any]:
+        return next(each for each in self.history.operations if each["idempotency_key"] == key)
+
+    def payment(self, payment_id: str = "pay_1") -> dict[str, Any]:
+        return next(each for each in self.history.payments if each["payment_id"] == payment_id)
+
+    def begin(self, key: str, kind: K, amount_minor: int, payment_id: str = "pay_1") -> None:
+        """A call and its intent."""
+        named = "" if kind is K.AUTHORIZE else payment_id
+        self.history.calls.append(Call(key, kind, named, amount_minor))
+        self.history.operations.append(
+            {
+                "operation_id": f"op_{key}",
+                "payment_id": payment_id,
+                "idempotency_key": key,
+                "kind": kind,
+                "origin": OperationOrigin.CLIENT,
+                "state": S.PROCESSING,
+                "amount_minor": amount_minor,
+                "epoch": 1,
+                "attempt_number": 1,
+                "parent_operation_id": None,
+                "digest": "",
+            }
+        )
+        if kind is K.AUTHORIZE:
+            amounts = ("authorized", "capture_pending", "captured", "refund_pending", "refunded")
+            self.history.payments.append(
+                {
+                    "payment_id": payment_id,
+                    "version": 1,
+                    "state": PaymentState.PROCESSING,
+                    "requested_minor": amount_minor,
+                    **{f"{name}_minor": 0 for name in (*amounts, "voided", "increment_pending")},
+                    "cancel_requested": False,
+                }
+            )
+
+    def send(self, key: str, number: int = 1) -> None:
+        """The PSP receives an attempt."""
+        row = self.row(key)
+        self.history.psp.append(
+            {
+                "type": "received",
+                "method": "send",
+                "kind": K(row["kind"]).name.lower(),
+                "reference": f"{row['operation_id']}-{number}",
+                "payment_id": row["payment_id"],
+                "amount_minor": row["amount_minor"],
+                "currency": "EUR",
+            }
+        )
+
+    def take_effect(self, key: str, number: int = 1, effect: str = "") -> None:
+        """The PSP does what an attempt asks for."""
+        row = self.row(key)
+        self.transactions += 1
+        kind = K(row["kind"])
+        transaction_id = f"tx_{self.transactions}"
+        opening = kind is K.AUTHORIZE
+        authorizations = [
+            each["authorization_id"]
+            for each in self.history.psp
+            if each["type"] == "effect" and each["payment_id"] == row["payment_id"]
+        ]
+        self.history.psp.append(
+            {
+                "type": "effect",
+                "method": "send",
+                "effect": effect or SENDS.get(kind, kind.name.lower()),
+                "transaction_id": transaction_id,
+                "authorization_id": transaction_id if opening else authorizations[0],
+                "amount_minor": row["amount_minor"],
+                "released_minor": 0,
+                "reference": f"{row['operation_id']}-{number}",
+                "payment_id": row["payment_id"],
+                "account": "account",
+                "currency": "EUR",
+                "token": "tok_visa",
+            }
+        )
+
+    def cancel(self, number: int) -> None:
+        """The PSP takes back an effect that it made."""
+        effect = [each for each in self.history.psp if each["type"] == "effect"][number]
+        names = ("effect", "transaction_id", "authorization_id", "amount_minor", "released_minor")
+        self.history.psp.append(
+            {
+                "type": "effect",
+                "method": "cancel",
+                "effect": "cancel",
+                "takes_back": [{name: effect[name] for name in names}],
+                "payment_id": effect["payment_id"],
+                "authorization_id": effect["authorization_id"],
+            }
+        )
+
+    def end(self, key: str, state: S, payment_state: PaymentState, **amounts: int) -> None:
+        """The outcome, with its event."""
+        row = self.row(key)
+        payment = self.payment(row["payment_id"])
+        row["state"] = state
+        if state not in (S.NOT_SENT, S.IN_DOUBT):
+            row["digest"] = f"{key} {state.name}"
+        payment["state"] = payment_state
+        payment["version"] += 1
+        for name, amount_minor in amounts.items():
+            payment[f"{name}_minor"] = amount_minor
+        self.history.events.append(
+            {
+                "payment_id": row["payment_id"],
+                "payment_version": payment["version"],
+                "seq": 0,
+                "payment_state": payment_state,
+                "operation_id": row["operation_id"],
+                "operation_state": state,
+            }
+        )
+
+    def succeed(self, key: str, payment_state: PaymentState, **amounts: int) -> None:
+        """Sent, done, recorded, told."""
+        self.send(key)
+        self.take_effect(key)
+        self.end(key, S.SUCCEEDED, payment_state, **amounts)
+        self.tell(key, S.SUCCEEDED)
+
+
+def good() -> Book:
+    """A payment captured and refunded in part, one declined, one that was restarted, a refusal."""
+    book = Book()
+    book.begin("a", K.AUTHORIZE, 1000)
+    book.fail("a", "UNAVAILABLE")
+    book.succeed("a", PaymentState.AUTHORIZED, authorized=1000)
+    book.begin("c", K.CAPTURE, 600)
+    book.succeed("c", PaymentState.PARTIALLY_CAPTURED, captured=600)
+    book.tell("c", S.SUCCEEDED)
+    book.begin("r", K.REFUND, 200)
+    book.succeed("r", PaymentState.PARTIALLY_REFUNDED, refunded=200)
+    book.history.calls.append(Call("v", K.INCREMENT, "pay_1", 250))
+    book.fail("v", "FAILED_PRECONDITION", "INCREMENT_NOT_ALLOWED")
+
+    book.begin("d", K.AUTHORIZE, 700, "pay_2")
+    book.send("d")
+    book.end("d", S.DECLINED, PaymentState.DECLINED)
+    book.tell("d", S.DECLINED)
+
+    book.begin("n", K.AUTHORIZE, 500, "pay_3")
+    book.send("n")
+    book.take_effect("n")
+    book.end("n", S.IN_DOUBT, PaymentState.IN_DOUBT)
+    book.tell("n", S.IN_DOUBT)
+    book.cancel(3)
+    book.end("n", S.NOT_SENT, PaymentState.NOT_SENT)
+    book.row("n")["attempt_number"] = 2
+    book.send("n", 2)
+    book.take_effect("n", 2)
+    book.end("n", S.SUCCEEDED, PaymentState.AUTHORIZED, authorized=500)
+    book.tell("n", S.SUCCEEDED)
+    return book
+
+
+def in_doubt_for_ever() -> Book:
+    """A PSP that can neither be asked nor told to cancel."""
+    book = Book("no_query")
+    book.begin("a", K.AUTHORIZE, 1000)
+    book.send("a")
+    book.take_effect("a")
+    book.end("a", S.IN_DOUBT, PaymentState.IN_DOUBT)
+    book.tell("a", S.IN_DOUBT)
+    return book
+
+
+def automatic() -> Book:
+    """The PSP charges at once; the gateway records a capture of its own."""
+    book = Book("idempotent")
+    book.begin("a", K.AUTHORIZE, 1000)
+    book.send("a")
+    book.send("a")
+    book.take_effect("a", effect="charge")
+    book.end("a", S.SUCCEEDED, PaymentState.CAPTURED, authorized=1000, captured=1000)
+    book.tell("a", S.SUCCEEDED)
+    capture = {
+        **book.row("a"),
+        "operation_id": "op_capture",
+        "idempotency_key": None,
+        "kind": K.CAPTURE,
+        "origin": OperationOrigin.GATEWAY,
+        "parent_operation_id": "op_a",
+    }
+    book.history.operations.append(capture)
+    book.history.events.append(
+        {**book.history.events[-1], "seq": 1, "operation_id": "op_capture"},
+    )
+    return book
+
+
+def voided() -> Book:
+    """A void releases what was held."""
+    book = Book()
+    book.begin("a", K.AUTHORIZE, 1000)
+    book.succeed("a", PaymentState.AUTHORIZED, authorized=1000)
+    book.begin("i", K.INCREMENT, 250)
+    book.succeed("i", PaymentState.AUTHORIZED, authorized=1250)
+    book.begin("v", K.VOID, 1250)
+    book.send("v")  # a void that is repeated does no harm
+    book.succeed("v", PaymentState.VOIDED, voided=1250)
+    return book
+
+
+@pytest.mark.parametrize("make", [Book, good, in_doubt_for_ever, automatic, voided])
+def test_a_history_that_keeps_the_rules_is_accepted(make: Callable[[], Book]) -> None:
+    assert judge(make().history) == []
+
+
+def test_doubts_that_the_psp_cannot_end_are_listed() -> None:
+    history = in_doubt_for_ever().history
+    assert [row["operation_id"] for row in unresolved(history)] == ["op_a"]
+
+
+def _answer(book: Book, key: str, number: int = -1, **fields: Any) -> None:
+    """Change one of the answers to a call."""
+    at = [i for i, each in enumerate(book.history.answers) if each.key == key][number]
+    book.history.answers[at] = replace(book.history.answers[at], **fields)
+
+
+def _forget(book: Book, key: str) -> None:
+    book.history.operations.remove(book.row(key))
+
+
+def _effect(book: Book, number: int) -> dict[str, Any]:
+    return [each for each in book.history.psp if each["type"] == "effect"][number]
+
+
+def _lose_the_row(book: Book) -> None:
+    _forget(book, "c")
+
+
+def _lose_the_payment(book: Book) -> None:
+    book.history.payments.remove(book.payment())
+
+
+def _store_another_answer(book: Book) -> None:
+    book.row("d")["digest"] = "another"
+
+
+def _lose_the_answer(book: Book) -> None:
+    book.row("d")["digest"] = ""
+
+
+def _tell_another_amount(book: Book) -> None:
+    _answer(book, "c", 0, amount_minor=601)
+
+
+def _record_another_amount(book: Book) -> None:
+    book.row("d")["amount_minor"] = 701
+
+
+def _tell_of_another_operation(book: Book) -> None:
+    _answer(book, "r", operation_id="op_c")
+
+
+def _tell_of_another_payment(book: Book) -> None:
+    _answer(book, "d", payment_id="pay_1")
+
+
+def _serve_the_wrong_call(book: Book) -> None:
+    book.history.calls[1] = replace(book.history.calls[1], amount_minor=599)
+
+
+def _forget_a_success(book: Book) -> None:
+    book.row("a")["state"] = S.DECLINED
+
+
+def _revive_a_decline(book: Book) -> None:
+    _answer(book, "d", state=S.SUCCEEDED)
+
+
+def _doubt_after_success(book: Book) -> None:
+    book.tell("a", S.IN_DOUBT)
+
+
+def _jump_in_the_events(book: Book) -> None:
+    event = next(each for each in book.history.events if each["operation_id"] == "op_d")
+    book.history.events.append({**event, "payment_version": 3, "operation_state": S.SUCCEEDED})
+    book.payment("pay_2")["version"] = 3
+
+
+def _jump_of_a_payment(book: Book) -> None:
+    event = next(each for each in book.history.events if each["operation_id"] == "op_d")
+    event["payment_state"] = PaymentState.AUTHORIZED
+
+
+def _lose_the_last_event(book: Book) -> None:
+    book.history.events = [e for e in book.history.events if e["operation_id"] != "op_r"]
+
+
+def _change_without_event(book: Book) -> None:
+    book.payment()["version"] += 1
+
+
+def _answer_otherwise(book: Book) -> None:
+    _answer(book, "c", digest="another")
+
+
+def _execute_twice(book: Book) -> None:
+    _answer(book, "c", replayed=False)
+
+
+def _refuse_a_repeat(book: Book) -> None:
+    book.fail("c", "FAILED_PRECONDITION", "PAYMENT_CLOSED_FOR_CAPTURE")
+
+
+def _thaw_an_answer(book: Book) -> None:
+    book.tell("d", S.PROCESSING)
+
+
+def _do_what_was_refused(book: Book) -> None:
+    book.history.answers = [each for each in book.history.answers if each.key != "d"]
+    book.fail("d", "FAILED_PRECONDITION", "PAYMENT_NOT_AUTHORIZED")
+
+
+def _lose_what_it_is_about(book: Book) -> None:
+    _answer(book, "v", status="NOT_FOUND", reason="PAYMENT_NOT_FOUND")
+
+
+def _never_answer(book: Book) -> None:
+    _answer(book, "v", status="DEADLINE_EXCEEDED", reason="")
+
+
+def _keep_processing(book: Book) -> None:
+    book.history.answers = [each for each in book.history.answers if each.key != "d"]
+    book.tell("d", S.PROCESSING)
+
+
+def _fail_inside(book: Book) -> None:
+    _answer(book, "a", 0, status="INTERNAL", reason="INTERNAL")
+
+
+def _fail_a_call(book: Book) -> None:
+    book.history.calls_may_fail = False
+    book.history.failed.append("a")
+
+
+def _break_off(book: Book) -> None:
+    book.history.broken = "no answers"
+
+
+def _charge_twice(book: Book) -> None:
+    book.take_effect("a")
+
+
+def _charge_a_second_attempt(book: Book) -> None:
+    book.take_effect("n", 1)
+
+
+def _capture_twice(book: Book) -> None:
+    # So that the sums are right, and the operation is not.
+    book.take_effect("c")
+    _effect(book, -1)["amount_minor"] = 0
+
+
+def _lose_the_charge(book: Book) -> None:
+    book.history.psp.remove(_effect(book, 4))
+
+
+def _charge_more(book: Book) -> None:
+    _effect(book, 0)["amount_minor"] = 1001
+
+
+def _succeed_without_effect(book: Book) -> None:
+    _effect(book, 1)["reference"] = "op_a-1"
+
+
+def _take_back_a_success(book: Book) -> None:
+    book.cancel(1)
+
+
+def _charge_a_decline(book: Book) -> None:
+    book.take_effect("d")
+
+
+def _charge_the_unknown(book: Book) -> None:
+    book.history.psp.append(
+        _effect(book, 0)
+        | {
+            "payment_id": "pay_9",
+            "reference": "op_9-1",
+            "transaction_id": "tx_9",
+            "authorization_id": "tx_9",
+        }
+    )
+
+
+def _leave_a_cancelled_one(book: Book) -> None:
+    book.history.psp = [each for each in book.history.psp if "takes_back" not in each]
+
+
+def _send_without_intent(book: Book) -> None:
+    _forget(book, "d")
+    book.history.answers = [each for each in book.history.answers if each.key != "d"]
+
+
+def _send_an_unknown_attempt(book: Book) -> None:
+    book.row("n")["attempt_number"] = 1
+
+
+def _send_for_another_payment(book: Book) -> None:
+    book.history.psp[0]["payment_id"] = "pay_2"
+
+
+def _send_twice(book: Book) -> None:
+    book.send("c")
+
+
+def _send_another_amount(book: Book) -> None:
+    next(each for each in book.history.psp if each["reference"] == "op_d-1")["amount_minor"] = 7
+
+
+def _restart_too_early(book: Book) -> None:
+    cancel = next(each for each in book.history.psp if "takes_back" in each)
+    book.history.psp.remove(cancel)
+    book.history.psp.append(cancel)
+
+
+def _capture_more_than_authorized(book: Book) -> None:
+    book.payment()["captured_minor"] = 1001
+
+
+def _keep_a_reservation(book: Book) -> None:
+    book.payment()["refund_pending_minor"] = 100
+
+
+def _refund_more_than_captured(book: Book) -> None:
+    book.payment()["refunded_minor"] = 700
+
+
+def _shift_between_payments(book: Book) -> None:
+    book.payment()["authorized_minor"] -= 100
+    book.payment("pay_3")["authorized_minor"] += 200
+
+
+def _stay_in_doubt(book: Book) -> None:
+    book.row("d")["state"] = S.IN_DOUBT
+
+
+BAD: Final[dict[Callable[[Book], None], Rule]] = {
+    _lose_the_row: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _lose_the_payment: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _store_another_answer: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _lose_the_answer: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _tell_another_amount: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _record_another_amount: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _tell_of_another_operation: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _tell_of_another_payment: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _serve_the_wrong_call: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _forget_a_success: Rule.STATE_IS_REACHABLE,
+    _revive_a_decline: Rule.STATE_IS_REACHABLE,
+    _doubt_after_success: Rule.STATE_IS_REACHABLE,
+    _jump_in_the_events: Rule.STATE_IS_REACHABLE,
+    _jump_of_a_payment: Rule.STATE_IS_REACHABLE,
+    _lose_the_last_event: Rule.STATE_IS_REACHABLE,
+    _change_without_event: Rule.STATE_IS_REACHABLE,
+    _answer_otherwise: Rule.REPLAY_EQUALS_FIRST,
+    _execute_twice: Rule.REPLAY_EQUALS_FIRST,
+    _refuse_a_repeat: Rule.REPLAY_EQUALS_FIRST,
+    _thaw_an_answer: Rule.REPLAY_EQUALS_FIRST,
+    _do_what_was_refused: Rule.REFUSED_HAS_NO_EFFECT,
+    _lose_what_it_is_about: Rule.REFUSED_HAS_NO_EFFECT,
+    _never_answer: Rule.EVERY_CALL_IS_ANSWERED,
+    _keep_processing: Rule.EVERY_CALL_IS_ANSWERED,
+    _fail_inside: Rule.EVERY_CALL_IS_ANSWERED,
+    _fail_a_call: Rule.NO_CALL_FAILS,
+    _break_off: Rule.SERVICE_GOES_ON,
+    _charge_twice: Rule.AT_MOST_ONE_CHARGE,
+    _charge_a_second_attempt: Rule.AT_MOST_ONE_CHARGE,
+    _capture_twice: Rule.AT_MOST_ONE_CHARGE,
+    _lose_the_charge: Rule.SUCCESS_IS_CHARGED,
+    _charge_more: Rule.SUCCESS_IS_CHARGED,
+    _succeed_without_effect: Rule.SUCCESS_IS_CHARGED,
+    _take_back_a_success: Rule.SUCCESS_IS_CHARGED,
+    _charge_a_decline: Rule.CHARGE_IS_A_SUCCESS,
+    _charge_the_unknown: Rule.CHARGE_IS_A_SUCCESS,
+    _send_without_intent: Rule.INTENT_BEFORE_SEND,
+    _send_an_unknown_attempt: Rule.INTENT_BEFORE_SEND,
+    _send_for_another_payment: Rule.INTENT_BEFORE_SEND,
+    _send_twice: Rule.SENT_ONCE,
+    _send_another_amount: Rule.SENT_ONCE,
+    _restart_too_early: Rule.RESTART_ONLY_WITHOUT_EFFECT,
+    _leave_a_cancelled_one: Rule.RESTART_ONLY_WITHOUT_EFFECT,
+    _capture_more_than_authorized: Rule.AMOUNTS_ADD_UP,
+    _keep_a_reservation: Rule.AMOUNTS_ADD_UP,
+    _refund_more_than_captured: Rule.AMOUNTS_ADD_UP,
+    _shift_between_payments: Rule.TOTALS_ADD_UP,
+    _stay_in_doubt: Rule.NOTHING_UNFINISHED,
+}
+
+
+@pytest.mark.parametrize("spoil", BAD, ids=lambda spoil: spoil.__name__.strip("_"))
+def test_a_history_that_breaks_a_rule_is_rejected_by_it(spoil: Callable[[Book], None]) -> None:
+    book = good()
+    spoil(book)
+    violations = judge(book.history)
+    assert BAD[spoil] in {violation.rule for violation in violations}
+    for violation in violations:
+        assert violation.found
+        assert violation.expected
+
+
+def test_every_rule_rejects_something() -> None:
+    assert set(BAD.values()) == set(Rule)
+
+
+def test_a_violation_says_rule_payment_operation_what_is_and_what_should_be() -> None:
+    book = good()
+    _charge_a_decline(book)
+    texts = [str(violation) for violation in judge(book.history)]
+    assert (
+        "charge-is-a-success: pay_2 op_d: authorization stands at the PSP, the operation is"
+        " DECLINED; should be: SUCCEEDED"
+    ) in texts
+
+
+def test_an_idempotent_psp_may_be_sent_the_same_request_once_more_and_no_other() -> None:
+    book = automatic()
+    book.send("a")
+    assert [violation.rule for violation in judge(book.history)] == [Rule.SENT_ONCE]
+    book = automatic()
+    book.history.psp[1]["amount_minor"] = 999
+    assert [violation.rule for violation in judge(book.history)] == [Rule.SENT_ONCE]
+
+
+def test_answers_that_crossed_are_in_no_order() -> None:
+    """A doubt told after a success is wrong, but not where its try began before that came."""
+    book = good()
+    book.tell("n", S.IN_DOUBT)
+    last, before = book.history.answers[-1], book.history.answers[-2]
+    assert Rule.STATE_IS_REACHABLE in {each.rule for each in judge(book.history)}
+    book.history.answers[-1] = replace(last, sent=before.sent, answered=before.answered)
+    assert judge(book.history) == []
+
+
+def test_kept_journals_are_judged_the_same_again(tmp_path: Path) -> None:
+    book = good()
+    _charge_twice(book)
+    book.history.save(tmp_path)
+    loaded = History.load(tmp_path)
+    assert loaded == book.history
+    assert judge(loaded) == judge(book.history)
