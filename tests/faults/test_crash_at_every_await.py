@@ -8,18 +8,21 @@ so many of each flow, drawn with that seed, and say so.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import os
 import random
 from collections import defaultdict
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from payments.v1 import payment_service_pb2 as rpc
 from payments.v1.payment_pb2 import OperationState
+from redis import Redis
 
 from gateway.domain.states import UNFINISHED
+from storage.redis.claims import KEY_DIGEST_BYTES, NONCE_BYTES
 from tests.faults.checker import REPEAT_AFTER_S, TRIES_MAX, Books, Client, check, settled
 from tests.faults.crashing_gateway import CALLS, NOTHING, RECOVERY, CrashingGateway
 from tests.faults.stepping import AFTER, BEFORE
@@ -50,7 +53,7 @@ SEED: Final = int(os.environ.get("GATEWAY_TESTS_CRASH_SEED", "1"))
 AT_ONCE: Final = 3
 """How many gateways are killed at once: some of their time is waiting."""
 CRASH_TRIES_MAX: Final = 5
-"""A few sites are on one of two ways, by when an earlier claim is released."""
+"""A few sites are on one of two ways, by which of two waits ends first."""
 NOT_REACHED_S: Final = 20.0
 """A gateway that has not come by its site by then never will."""
 LEASE_S: Final = 600
@@ -91,6 +94,8 @@ which they do by chance."""
 
 Call = tuple[str, Any]
 """A method and its request."""
+Claim = Literal["released", "held"]
+"""What stands in Redis when a call is repeated."""
 
 
 @dataclass
@@ -193,27 +198,52 @@ def _cancel_request(capture_method: str) -> Callable[[Trial], AbstractAsyncConte
     return prepare
 
 
-@asynccontextmanager
-async def _repeated_authorization(trial: Trial) -> AsyncIterator[Call]:
+def _repeated_authorization(
+    claim: Claim,
+) -> Callable[[Trial], AbstractAsyncContextManager[Call]]:
     """The repeat of an authorization that was NOT_SENT."""
-    request = authorize_request()
-    await _not_sent(trial, "AuthorizePayment", request)
-    yield "AuthorizePayment", request
+
+    @asynccontextmanager
+    async def prepare(trial: Trial) -> AsyncIterator[Call]:
+        request = authorize_request()
+        await _not_sent(trial, "AuthorizePayment", request, claim)
+        yield "AuthorizePayment", request
+
+    return prepare
 
 
-@asynccontextmanager
-async def _repeated_capture(trial: Trial) -> AsyncIterator[Call]:
+def _repeated_capture(claim: Claim) -> Callable[[Trial], AbstractAsyncContextManager[Call]]:
     """The repeat of a capture that was NOT_SENT."""
-    async with _follow_up("CapturePayment", amount_minor=400)(trial) as (method, request):
-        await _not_sent(trial, method, request)
-        yield method, request
+
+    @asynccontextmanager
+    async def prepare(trial: Trial) -> AsyncIterator[Call]:
+        async with _follow_up("CapturePayment", amount_minor=400)(trial) as (method, request):
+            await _not_sent(trial, method, request, claim)
+            yield method, request
+
+    return prepare
 
 
-async def _not_sent(trial: Trial, method: str, request: Any) -> None:
+async def _not_sent(trial: Trial, method: str, request: Any, claim: Claim) -> None:
     client = Client(trial.late)
     response = await client.call(method, request)
     assert response.operation.state == OperationState.OPERATION_STATE_NOT_SENT, response
     trial.client.told[request.idempotency_key] += client.told[request.idempotency_key]
+    await _await_claim(trial, request.idempotency_key, claim)
+
+
+async def _await_claim(trial: Trial, key: str, claim: Claim) -> None:
+    """Wait until a claim is released; put another's in its place, where one shall stand there."""
+    digest = hashlib.blake2b(key.encode(), digest_size=KEY_DIGEST_BYTES).hexdigest()
+    with Redis.from_url(trial.system.redis_url) as client:
+        await eventually(
+            lambda: not list(client.scan_iter(match=f"*:idem:*:{digest}")), "the claim is released"
+        )
+        if claim == "held":
+            # All keys of a merchant begin alike.
+            other = next(client.scan_iter(match=f"*:idem:{trial.system.shop.merchant_id}:*"))
+            name = other.decode().rpartition(":")[0] + f":{digest}"
+            client.set(name, b"C" + os.urandom(NONCE_BYTES), px=1000 * LEASE_S)
 
 
 CALL_FLOWS: Final = (
@@ -230,8 +260,11 @@ CALL_FLOWS: Final = (
     Flow("refund", _follow_up("RefundPayment", "AUTOMATIC", amount_minor=300), Books(0, 1000, 300)),
     Flow("void", _follow_up("VoidPayment"), Books(0, 0, 0)),
     Flow("increment", _follow_up("IncrementAuthorization", amount_minor=500), Books(1500, 0, 0)),
-    Flow("authorize-again", _repeated_authorization, Books(1000, 0, 0)),
-    Flow("capture-again", _repeated_capture, Books(600, 400, 0)),
+    # A repeat goes another way while the claim of the first call still stands.
+    Flow("authorize-again", _repeated_authorization("released"), Books(1000, 0, 0)),
+    Flow("authorize-again-claimed", _repeated_authorization("held"), Books(1000, 0, 0)),
+    Flow("capture-again", _repeated_capture("released"), Books(600, 400, 0)),
+    Flow("capture-again-claimed", _repeated_capture("held"), Books(600, 400, 0)),
     Flow("void-in-flight", _cancel_request("MANUAL"), Books(0, 0, 0), alone=True),
 )
 
