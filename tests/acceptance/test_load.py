@@ -44,7 +44,8 @@ def system(postgres: PostgresForTests, redis: EmbeddedRedis) -> Iterator[System]
         postgres,
         redis,
         send_window_s=60,
-        simulator_connect_timeout_s=30,
+        simulator_connect_timeout_s=60,
+        simulator_answer_timeout_s=60,
         admission_target_ms=30_000,
         admission_bulk_target_ms=30_000,
     ) as running:
