@@ -203,7 +203,7 @@ class Settings(BaseSettings):
     )
     batch_linger_ms_max: float = _field(
         10.0,
-        "How long a batch waits for more rows on grpcio at 3,000 rows a second and more; in"
+        "How long a batch waits for more rows on grpcio at 1,500 rows a second and more; in"
         " proportion less at lower rates, not at all for a lone row. grpcio hands calls over one by"
         " one; those of native come in bursts and never wait. 0: never.",
         ge=0,

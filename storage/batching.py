@@ -30,7 +30,7 @@ LINGER_ROWS_MIN = 2
 """A lane lingers only when it expects at least so many rows meanwhile. Even two that
 share a round trip cost less than two round trips; a lone row has nothing to wait for."""
 
-LINGER_WHOLE_AT_PER_S = 3_000.0
+LINGER_WHOLE_AT_PER_S = 1_500.0
 """Rows a second at which a lane lingers for the whole of `linger_ms_max`; below it, in proportion
 less. Where few rows come, waiting gathers few and costs each of them as much."""
 
