@@ -53,7 +53,6 @@ from tests.store_data import (
     authorize,
     authorized,
     capture,
-    new_database,
     outcome,
     stored,
 )
@@ -70,19 +69,6 @@ S = OperationState
 def postgres() -> Iterator[PostgresForTests]:
     with postgres_server() as server:
         yield server
-
-
-@pytest.fixture
-def dsn(postgres: PostgresForTests) -> Iterator[str]:
-    database = new_database(postgres)
-    yield database
-    postgres.drop_database(database)
-
-
-@pytest.fixture
-async def store(dsn: str) -> AsyncIterator[PostgresStore]:
-    async with PostgresStore(dsn) as opened:
-        yield opened
 
 
 @pytest.fixture

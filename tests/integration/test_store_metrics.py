@@ -8,34 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncpg
-import pytest
 
 from gateway.domain.model import OperationState
 from storage.postgres import PostgresStore
 from tests.harness import eventually
 from tests.servers import fetch
-from tests.store_data import NEVER_S, authorize, new_database, outcome
+from tests.store_data import NEVER_S, authorize, outcome
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-
-    from tests.servers import PostgresForTests
+    pass
 
 S = OperationState
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
-
-
-@pytest.fixture
-def dsn(postgres: PostgresForTests) -> Iterator[str]:
-    database = new_database(postgres)
-    yield database
-    postgres.drop_database(database)
-
-
-@pytest.fixture
-async def store(dsn: str) -> AsyncIterator[PostgresStore]:
-    async with PostgresStore(dsn) as opened:
-        yield opened
 
 
 async def write(store: PostgresStore, state: OperationState) -> None:

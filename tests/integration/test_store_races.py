@@ -30,7 +30,6 @@ from tests.store_data import (
     authorize,
     authorized,
     capture,
-    new_database,
     outcome,
     stored,
 )
@@ -50,13 +49,6 @@ OUTAGE = LaneLimits(connections=1, retry_s_max=WAIT_S)
 def postgres() -> Iterator[PostgresForTests]:
     with postgres_server() as server:
         yield server
-
-
-@pytest.fixture
-def dsn(postgres: PostgresForTests) -> Iterator[str]:
-    database = new_database(postgres)
-    yield database
-    postgres.drop_database(database)
 
 
 class Failures:
