@@ -47,7 +47,7 @@ from storage.postgres import (
     SchemaError,
 )
 from storage.postgres.migrate import MigrationBusy, MigrationChanged, migrate
-from storage.redis import Claims, open_client
+from storage.redis import Claims, RedisClient
 
 READINESS_INTERVAL_S: Final = 2.0
 """How often readiness is looked at, and what is in doubt and in the outbox is counted."""
@@ -92,13 +92,15 @@ class Gateway:
 
     async def _start(self) -> None:
         settings, stack = self.settings, self._stack
-        redis = open_client(
-            settings.redis_url.get_secret_value(),
-            timeout_ms=settings.redis_timeout_ms,
-            connect_timeout_ms=settings.redis_connect_timeout_ms,
-            connections_max=8,
-        )
-        stack.push_async_callback(redis.aclose)
+        try:
+            redis = RedisClient(
+                settings.redis_url.get_secret_value(),
+                timeout_ms=settings.redis_timeout_ms,
+                connect_timeout_ms=settings.redis_connect_timeout_ms,
+            )
+        except ValueError as error:
+            raise StartError(f"GATEWAY_REDIS_URL: {error}") from error
+        stack.push_async_callback(redis.close)
         self.claims = Claims(
             redis,
             buckets=settings.redis_buckets,

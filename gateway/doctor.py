@@ -8,13 +8,12 @@ from typing import Any
 
 import aiohttp
 import asyncpg
-from redis.exceptions import RedisError
 
 from gateway.local import LocalState
 from gateway.settings import Settings, split_address
 from storage.postgres import SchemaError, check_schema, durability_problems
 from storage.postgres.store import DIRECT, FOLLOW_UPS
-from storage.redis.claims import open_client
+from storage.redis import RedisAway, RedisClient, RedisRefused
 
 CLOCK_DIFFERENCE_S_MAX = 2.0
 """How far this machine's clock may be from the database's before it is worth a word."""
@@ -102,23 +101,25 @@ async def _connections(connection: "asyncpg.Connection[Any]", settings: Settings
 async def _redis(url: str, settings: Settings) -> Finding:
     if not url:
         return Finding(False, "Redis: no address; set GATEWAY_REDIS_URL")
-    client = open_client(
-        url,
-        timeout_ms=settings.redis_timeout_ms,
-        connect_timeout_ms=settings.redis_connect_timeout_ms,
-        connections_max=1,
-    )
+    try:
+        client = RedisClient(
+            url,
+            timeout_ms=settings.redis_timeout_ms,
+            connect_timeout_ms=settings.redis_connect_timeout_ms,
+        )
+    except ValueError as error:
+        return Finding(False, f"GATEWAY_REDIS_URL: {error}")
     try:
         started = time.monotonic()
-        await client.ping()
+        await client.execute("PING")
         return Finding(True, f"Redis answers in {1000 * (time.monotonic() - started):.1f} ms")
-    except (RedisError, OSError, TimeoutError) as error:
+    except (RedisAway, RedisRefused) as error:
         return Finding(
             False,
             f"Redis: {type(error).__name__}: {error}; payments go on without it, slower",
         )
     finally:
-        await client.aclose()
+        await client.close()
 
 
 async def _simulator(url: str) -> Finding:

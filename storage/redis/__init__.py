@@ -5,13 +5,15 @@ from storage.redis.claims import (
     ClaimMetrics,
     Claims,
     NoClaimMetrics,
-    open_client,
 )
+from storage.redis.connection import RedisAway, RedisClient, RedisRefused
 
 __all__ = [
     "NONCE_BYTES",
     "ClaimMetrics",
     "Claims",
     "NoClaimMetrics",
-    "open_client",
+    "RedisAway",
+    "RedisClient",
+    "RedisRefused",
 ]

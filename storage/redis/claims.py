@@ -23,15 +23,9 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, NamedTuple, Protocol
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError
-from redis.maint_notifications import MaintNotificationsConfig
-
 from gateway.application.ports import ClaimOutcome, ClaimResult
 from storage.batching import Lane, LaneMetrics, NoLaneMetrics, QueueFull
+from storage.redis.connection import Part, RedisAway, RedisClient, RedisRefused
 
 NONCE_BYTES = 16
 """Size of an owner's nonce: random enough that no two claims ever share one."""
@@ -76,33 +70,6 @@ class NoClaimMetrics(NoLaneMetrics):
 
     def redis_available(self, available: bool) -> None:
         """Discard it."""
-
-
-def open_client(
-    url: str, *, timeout_ms: float, connect_timeout_ms: float, connections_max: int
-) -> Redis:
-    """A client for `Claims`: it fails quickly and repeats nothing by itself.
-
-    redis-py's own defaults take seconds to give up on a closed port and tens of seconds on a
-    stopped server. Nothing is connected until the first command.
-
-    Args:
-        url: `redis://`, `rediss://` or `unix://`.
-        timeout_ms: longest wait for one reply.
-        connect_timeout_ms: longest wait for one connection.
-        connections_max: most connections; at least the claims' `in_flight_max` + 2.
-    """
-    client: Redis = Redis.from_url(
-        url,
-        socket_timeout=timeout_ms / 1000,
-        socket_connect_timeout=connect_timeout_ms / 1000,
-        retry=Retry(NoBackoff(), 0),
-        max_connections=connections_max,
-        decode_responses=False,
-        # Server-sent notices that relax the time-outs above are for managed services.
-        maint_notifications_config=MaintNotificationsConfig(enabled=False),
-    )
-    return client
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +126,7 @@ class Claims:
     Made inside a running event loop. It needs Redis 7 or Valkey (SET with both NX and GET).
 
     Args:
-        client: as `open_client` makes it; it must not decode responses. It stays the caller's:
-            `close` leaves it open.
+        client: it stays the caller's: `close` leaves it open.
         buckets: hash tags that merchants are spread over: 1 on one node, some 256 on a cluster.
             All gateways of one Redis use the same number.
         claim_life_ms: life of a bare claim whose owner never settles it.
@@ -169,7 +135,7 @@ class Claims:
             request's id included. `settle_queue_max` of these is the most that waiting costs.
         rows_max: most keys in one script.
         queue_max: most claims waiting; beyond it they are UNAVAILABLE at once.
-        in_flight_max: most claim scripts in flight, each on a connection.
+        in_flight_max: most claim scripts in flight.
         linger_ms_max: see `storage.batching.Lane`; for claims.
         settle_rows_max, settle_queue_max, settle_linger_ms_max: the same for releases and cache
             entries, which are off the path: beyond the queue they are dropped.
@@ -179,7 +145,7 @@ class Claims:
 
     def __init__(
         self,
-        client: Redis,
+        client: RedisClient,
         *,
         buckets: int,
         claim_life_ms: int,
@@ -198,9 +164,8 @@ class Claims:
     ) -> None:
         if min(buckets, claim_life_ms, cache_life_s, timeout_ms, retry_after_ms) <= 0:
             raise ValueError("claims: buckets, lives, timeout_ms and retry_after_ms are positive")
-        if client.get_connection_kwargs().get("decode_responses"):  # type: ignore[no-untyped-call]
-            raise ValueError("claims: the client must not decode responses, entries are binary")
         self._client = client
+        self._loop = asyncio.get_running_loop()
         self._buckets = buckets
         self._claim_life_ms = claim_life_ms
         self._cache_life_ms = cache_life_s * 1000
@@ -452,28 +417,35 @@ class Claims:
         if not self._available:
             raise _Away
         try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._send(script, keys, args)
+            return await self._send((script.sha, len(keys), *keys, *args), script)
         except Exception as error:
             self._open_circuit(error)
             raise
 
-    async def _send(self, script: _Script, keys: list[bytes], args: list[int | bytes]) -> Any:
+    async def _send(self, arguments: tuple[Part, ...], script: _Script) -> Any:
         # Sending again is safe: a claim that meets its own nonce has won, and settling twice is
         # settling once.
+        until = self._until()
         for _ in range(SENDS_MAX - 1):
             try:
-                return await self._client.evalsha(script.sha, len(keys), *keys, *args)
-            except NoScriptError:
-                await self._client.script_load(script.text)
-            except RedisConnectionError:
-                pass  # most likely an idle connection that was closed meanwhile
-        return await self._client.evalsha(script.sha, len(keys), *keys, *args)
+                return await self._client.execute("EVALSHA", *arguments, until=until)
+            except RedisRefused as refusal:
+                if refusal.code != "NOSCRIPT":
+                    raise
+                await self._client.execute("SCRIPT", "LOAD", script.text, until=until)
+            except RedisAway:
+                # Most likely an idle connection that was closed meanwhile.
+                if self._loop.time() >= until:
+                    raise
+        return await self._client.execute("EVALSHA", *arguments, until=until)
 
     async def _load_scripts(self) -> None:
-        async with asyncio.timeout(self._timeout_s):
-            for script in (_CLAIM, _SETTLE):
-                await self._client.script_load(script.text)
+        until = self._until()
+        for script in (_CLAIM, _SETTLE):
+            await self._client.execute("SCRIPT", "LOAD", script.text, until=until)
+
+    def _until(self) -> float:
+        return self._loop.time() + self._timeout_s
 
     def _open_circuit(self, error: Exception) -> None:
         if not self._available:
@@ -482,8 +454,7 @@ class Claims:
         self._available = False
         self._metrics.redis_available(False)
         if not self._closed:
-            loop = asyncio.get_running_loop()
-            self._probe = loop.create_task(self._probe_until_back(), name="redis-probe")
+            self._probe = self._loop.create_task(self._probe_until_back(), name="redis-probe")
 
     async def _probe_until_back(self) -> None:
         while True:

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from redis.asyncio import Redis
-from redis.exceptions import ConnectionError as RedisConnectionError
 
 from gateway.application.ports import ClaimOutcome, ClaimResult
 from storage.batching import LINGER_MS_CAP, NoLaneMetrics
-from storage.redis import Claims, open_client
+from storage.redis import Claims, RedisAway, RedisClient
 from tests.servers import redis_server
 
 if TYPE_CHECKING:
@@ -111,15 +110,8 @@ async def rig_on(
 ) -> AsyncIterator[Rig]:
     """A rig. Its time-outs are so long that only a server that is away meets them."""
     metrics = Recorder()
-    client = open_client(
-        server.url,
-        timeout_ms=10_000,
-        connect_timeout_ms=10_000,
-        connections_max=8,
-    )
-    looking = open_client(
-        server.url, timeout_ms=10_000, connect_timeout_ms=10_000, connections_max=4
-    )
+    client = RedisClient(server.url, timeout_ms=10_000, connect_timeout_ms=10_000)
+    looking = Redis.from_url(server.url)
     defaults = {
         "buckets": 1,
         "claim_life_ms": 600_000,
@@ -137,7 +129,7 @@ async def rig_on(
         yield Rig(claims, looking, metrics)
     finally:
         await claims.close()
-        await client.aclose()
+        await client.close()
         await looking.aclose()
 
 
@@ -205,16 +197,16 @@ async def test_claim_that_meets_its_own_nonce_has_won(
     server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with rig_on(server) as rig:
-        send = rig.claims._client.evalsha
+        send = rig.claims._client.execute
         answers = []
 
-        async def lose_the_first_answer(*args: Any) -> Any:
-            answers.append(await send(*args))
+        async def lose_the_first_answer(*command: Any, **options: Any) -> Any:
+            answers.append(await send(*command, **options))
             if len(answers) == 1:
-                raise RedisConnectionError
+                raise RedisAway
             return answers[-1]
 
-        monkeypatch.setattr(rig.claims._client, "evalsha", lose_the_first_answer)
+        monkeypatch.setattr(rig.claims._client, "execute", lose_the_first_answer)
         assert (await rig.claim()).outcome is NEW
         assert answers == [[b"N"], [b"N"]]
         assert (await rig.claim()).outcome is IN_FLIGHT
@@ -507,15 +499,15 @@ async def test_claims_behind_a_dead_batch_are_answered_without_asking(
 ) -> None:
     async with rig_on(mortal_server, timeout_ms=300, rows_max=1, in_flight_max=1) as rig:
         await until(lambda: rig.claims.available)
-        evalsha = rig.claims._client.evalsha
+        execute = rig.claims._client.execute
         asked = 0
 
-        async def counting(*args: Any) -> Any:
+        async def counting(*command: Any, **options: Any) -> Any:
             nonlocal asked
             asked += 1
-            return await evalsha(*args)
+            return await execute(*command, **options)
 
-        monkeypatch.setattr(rig.claims._client, "evalsha", counting)
+        monkeypatch.setattr(rig.claims._client, "execute", counting)
         mortal_server.pause()
         results = await asyncio.gather(*(rig.claim(str(number)) for number in range(50)))
         assert {result.outcome for result in results} == {UNAVAILABLE}
@@ -573,9 +565,3 @@ async def test_text_that_is_none_is_answered_not_raised(server: EmbeddedRedis) -
         await rig.settled()
         assert rig.metrics.dropped == {"REFUSED": 1}
         assert rig.claims.available
-
-
-async def test_client_that_decodes_is_refused(server: EmbeddedRedis) -> None:
-    async with Redis.from_url(server.url, decode_responses=True) as client:
-        with pytest.raises(ValueError, match="decode"):
-            Claims(client, buckets=1, claim_life_ms=1, cache_life_s=1)
