@@ -37,6 +37,13 @@ def with_test_files(config: str) -> str:
     )
 
 
+def with_local_addresses(config: str, front: int, gateway: int, admin: int) -> str:
+    """The same on ports of 127.0.0.1: its own, the gateway's, and its admin interface's."""
+    for rendered, here in (("50051", front), ("50052", gateway), ("9901", admin)):
+        config = config.replace(f"port_value: {rendered}", f"port_value: {here}")
+    return config.replace('address: "0.0.0.0"', "address: 127.0.0.1")
+
+
 def image_problems(settings: dict[str, str]) -> Iterator[str]:
     """What the image holds, built without Docker, in the embedded case."""
     with tempfile.TemporaryDirectory() as directory:
@@ -73,10 +80,7 @@ def native_problems(settings: dict[str, str], config: str, envoy: Path) -> Itera
     """The TLS case: the same through Envoy with client certificates, which then leads them away."""
     with tempfile.TemporaryDirectory() as directory:
         port, metrics, front, admin = free_ports(4)
-        config = with_test_files(config)
-        for rendered, here in (("50051", front), ("50052", port), ("9901", admin)):
-            config = config.replace(f"port_value: {rendered}", f"port_value: {here}")
-        config = config.replace('address: "0.0.0.0"', "address: 127.0.0.1")
+        config = with_local_addresses(with_test_files(config), front, port, admin)
         path = Path(directory) / "envoy.yaml"
         path.write_text(config)
         tls = Path(directory) / "tls"

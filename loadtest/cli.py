@@ -105,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         "--remote-generators", action="store_true", help="they are started on other machines"
     )
     how.add_argument("--connections", type=int, default=4, help="of each generator (default 4)")
+    how.add_argument(
+        "--retries",
+        action="store_true",
+        help="repeat refusals as the published service config says, as ordinary clients do",
+    )
     how.add_argument("--deadline", type=float, default=15.0, help="seconds of a call (default 15)")
     how.add_argument(
         "--in-flight-max", type=int, default=20_000, help="more calls at once are dropped (20000)"
@@ -160,6 +165,7 @@ def _options(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Opti
             merchants=_merchants(parser, given.merchants),
             tls=given.tls,
             ca_file=given.ca_file,
+            retries=given.retries,
         )
     except BadPlan as error:
         parser.error(str(error))

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any, Final
 
 import grpc
@@ -38,15 +39,20 @@ class Target:
     """The CA to trust in PEM; None: the system's."""
     connections: int = 4
     """Connections to the server; one carries as many calls at once as the server allows it."""
+    retries: bool = False
+    """Whether refusals are repeated, as the published service config says."""
 
     def channels(self) -> list[grpc.aio.Channel]:
         """Channels that share no connection."""
-        options = (
+        options: tuple[tuple[str, Any], ...] = (
             ("grpc.use_local_subchannel_pool", 1),
             # A repeat by the client would hide a refusal.
-            ("grpc.enable_retries", 0),
+            ("grpc.enable_retries", int(self.retries)),
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
         )
+        if self.retries:
+            published = files("payments.v1") / "service_config.json"
+            options += (("grpc.service_config", published.read_text("utf-8")),)
         if not self.tls:
             return [
                 grpc.aio.insecure_channel(self.address, options) for _ in range(self.connections)

@@ -59,6 +59,7 @@ class Plan:
     )
     tls: bool = _option(False, "call over TLS")
     ca_file: str = _option("", "the CA to trust in PEM, the system's without it; implies TLS")
+    retries: bool = _option(False, "repeat refusals as the published service config says")
     run_id: str = _option("", "part of every idempotency key, never used before")
     out: str = _option("", "folder for samples and acknowledgements")
     control: bool = _option(False, "a control run: answers are echoes and acknowledge nothing")
@@ -106,6 +107,7 @@ class Plan:
             tls=self.tls or bool(self.ca_file),
             ca_certificate=Path(self.ca_file).read_bytes() if self.ca_file else None,
             connections=self.connections,
+            retries=self.retries,
         )
         book = Book(
             load_mix(self.mix),
