@@ -404,6 +404,24 @@ async def demo(target: str | None, api_key: str | None) -> None:
 
 
 @main.command()
+@click.option(
+    "--live", is_flag=True, help="Ask only whether it answers at all, not whether it serves."
+)
+def health(live: bool) -> None:
+    """Ask the gateway of this host whether it serves, at GATEWAY_METRICS_ADDRESS.
+
+    For engines whose health checks are commands: ends with status 0 where calls are served, 1 where
+    they are not (starting, draining, no database), and prints why.
+    """
+    from gateway.probe import ask_health
+
+    good, text = ask_health(_settings().metrics_address, "livez" if live else "readyz")
+    if not good:
+        fail(text)
+    click.echo(text)
+
+
+@main.command()
 @_async
 async def doctor() -> None:
     """Check settings, servers, durability and clock, and say what to do about each finding."""

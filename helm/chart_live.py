@@ -66,6 +66,7 @@ def embedded_problems(
         folder = Path(directory) / "gateway"
         with running_gateway(folder, settings, port, metrics, python) as gateway:
             yield from probe_problems(metrics)
+            yield from health_problems(metrics, python)
             state = folder / "local.json"
             yield from script_problems(
                 "chart_test.py",
@@ -123,6 +124,21 @@ def probe_problems(metrics: int) -> Iterator[str]:
                 pass
         except OSError as error:
             yield f"live: {path}: {error}"
+
+
+def health_problems(metrics: int, python: Path) -> Iterator[str]:
+    """Whether the image's HEALTHCHECK finds it well."""
+    asked = subprocess.run(
+        [python, "-m", "gateway", "health"],
+        cwd=SCRIPTS,  # not the checkout, whose packages would win
+        env=environment() | {"GATEWAY_METRICS_ADDRESS": f"0.0.0.0:{metrics}"},
+        capture_output=True,
+        text=True,
+        timeout=SCRIPT_S_MAX,
+        check=False,
+    )
+    if asked.returncode:
+        yield f"live: gateway health: {asked.stdout}{asked.stderr}"
 
 
 def script_problems(

@@ -306,6 +306,31 @@ async def test_doctor_tells_good_from_bad(
         assert any("gateway migrate" in line for line in complaints)
 
 
+async def test_health_is_0_only_where_calls_are_served(
+    postgres: PostgresForTests, redis: EmbeddedRedis, alone: CommandLine
+) -> None:
+    with running_system(postgres, redis, simulator_answer_timeout_s=30) as system:
+        address = f"0.0.0.0:{free_port()}"
+        nobody = await asyncio.to_thread(alone.run, "health", metrics_address=address)
+        assert (nobody.returncode, f"no gateway answers at {address}" in nobody.stderr) == (1, True)
+        gateway = system.start_gateway(metrics_address=address)
+        async with calling(await gateway.serving(), system.shop.api_key) as caller:
+            serving = await asyncio.to_thread(alone.run, "health", metrics_address=address)
+            assert (serving.returncode, serving.stderr) == (0, "")
+            await system.control.hold("before_answer")
+            waiting = asyncio.ensure_future(caller.authorize())
+            await system.control.await_held()
+            stopping = asyncio.ensure_future(asyncio.to_thread(gateway.stop))
+            await eventually(lambda: '"draining"' in gateway.log, "the gateway drains")
+            draining = await asyncio.to_thread(alone.run, "health", metrics_address=address)
+            assert (draining.returncode, "not ready" in draining.stderr) == (1, True), draining
+            live = await asyncio.to_thread(alone.run, "health", "--live", metrics_address=address)
+            assert live.returncode == 0, live
+            await system.control.release()
+            await waiting
+            assert await stopping == 0
+
+
 async def test_run_brings_everything_keeps_its_data_and_ends_what_it_started(
     tmp_path: Path,
 ) -> None:
