@@ -3,9 +3,10 @@
 Renders every file of ci/ with Helm 4 (helm-python-sdk), validates each object strictly against
 Kubernetes' own schemas (kubernetes-validate) and, of custom resources, those of schemas/, compares
 with golden/, loads the rendered settings into the gateway, and looks at policies. Values that
-contradict each other must be refused, with a text that says so. Where promtool is present, it reads
-the alerts and the dashboards' queries, and runs alerts_test.yaml. Then the chart's scripts run
-against a gateway.
+contradict each other must be refused, with a text that says so, and values at random be refused
+likewise or render to what passes the same checks (chart_fuzz.py). Where promtool is present, it
+reads the alerts and the dashboards' queries, and runs alerts_test.yaml. Then the chart's scripts
+run against a gateway.
 
 `--write` writes golden/ anew; `--no-live` leaves the running gateway out; `--image` builds what the
 image holds (a minute) and runs that too.
@@ -13,6 +14,7 @@ image holds (a minute) and runs that too.
 
 import copy
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -29,14 +31,16 @@ import kubernetes_validate
 import yaml
 
 import chart_files
+import chart_fuzz
 import chart_live
 import chart_queries
 from gateway.settings import PREFIX, SettingsError, load_settings
 
 HERE: Final = Path(__file__).parent
 CHART: Final = chart_files.CHART
-KUBERNETES_VERSIONS: Final = ("1.30", "1.34", "1.37")
-"""The oldest that Chart.yaml allows, one between, and the newest that there are schemas for."""
+KUBERNETES_VERSIONS: Final = tuple(f"1.{minor}" for minor in range(30, 38))
+"""From the oldest that Chart.yaml allows to the newest that there are schemas for."""
+_FIRST, *_, _LAST = KUBERNETES_VERSIONS
 RELEASE: Final = "pay"
 NAMESPACE: Final = "payments"
 LINT_WARNING: Final = 2
@@ -66,9 +70,11 @@ def read_values(path: Path) -> Object:
     return values
 
 
-def render(chart: helm_python.Chart, values: Object) -> tuple[list[Object], str]:
+def render(
+    chart: helm_python.Chart, values: Object, name: str = RELEASE, namespace: str = NAMESPACE
+) -> tuple[list[Object], str]:
     """The objects and the notes. Raises HelmError and yaml.YAMLError."""
-    rendered = chart.render(values, name=RELEASE, namespace=NAMESPACE)
+    rendered = chart.render(values, name=name, namespace=namespace)
     notes = ""
     objects: list[Object] = []
     for path, text in sorted(rendered.items()):
@@ -92,7 +98,7 @@ def named(objects: list[Object], kind: str) -> dict[str, Object]:
 # --- schemas --------------------------------------------------------------------------------------
 
 
-def schema_problems(objects: list[Object]) -> Iterator[str]:
+def schema_problems(objects: list[Object], versions: tuple[str, ...]) -> Iterator[str]:
     """What Kubernetes, or a custom resource's schema, would refuse."""
     for thing in objects:
         custom = HERE / "schemas" / f"{thing['kind'].lower()}.json"
@@ -101,7 +107,7 @@ def schema_problems(objects: list[Object]) -> Iterator[str]:
             for error in validator.iter_errors(thing):
                 yield f"{title(thing)}: {error.json_path}: {error.message}"
             continue
-        for version in KUBERNETES_VERSIONS:
+        for version in versions:
             try:
                 kubernetes_validate.validate(thing, version, strict=True)
             except kubernetes_validate.ValidationError as error:
@@ -297,10 +303,11 @@ def variables_of(objects: list[Object], container: Object) -> dict[str, str]:
     configs = named(objects, "ConfigMap")
     variables: dict[str, str] = {}
     for source in container.get("envFrom", []):
-        if (name := source["configMapRef"]["name"]) in configs:  # else the user's
+        if (name := source.get("configMapRef", {}).get("name")) in configs:  # else the user's
             variables |= configs[name]["data"]
     for each in container["env"]:
-        variables[each["name"]] = each["value"] if "value" in each else forms[each["name"]]
+        if "value" in each or each["name"] in forms:
+            variables[each["name"]] = each.get("value", forms.get(each["name"]))
     return variables
 
 
@@ -317,6 +324,7 @@ REFUSED: Final[tuple[tuple[Object, str], ...]] = (
     ({}, "set redis.existingSecret"),
     ({}, "set tls.existingSecret"),
     (_PLAIN | {"replicas": 3}, "replicas"),
+    (_PLAIN | {"fullnameOverride": "1-pay"}, "begins with a letter"),
     (_PLAIN | {"replicaCount": "three"}, "replicaCount"),
     (_PLAIN | {"settings": {"worker": 2}}, "worker"),
     (_PLAIN | {"settings": {"workers": 0}}, "workers"),
@@ -393,6 +401,34 @@ def refusal_problems(chart: helm_python.Chart) -> Iterator[str]:
             yield f"{values}: is not refused ({expected})"
 
 
+# --- values at random -----------------------------------------------------------------------------
+
+
+def random_problems(chart: helm_python.Chart) -> Iterator[str]:
+    """Values that the schema lets in, and that render to what cannot be used."""
+    source = random.Random(chart_fuzz.SEED)
+    refused = 0
+    for number in range(chart_fuzz.DRAWS):
+        values, name, namespace = chart_fuzz.draw(source)
+        where = f"draw {number} of seed {chart_fuzz.SEED} ({name} in {namespace})"
+        try:
+            objects, notes = render(chart, values, name, namespace)
+        except helm_python.HelmError as error:
+            refused += 1
+            if "The values cannot be used" not in str(error):
+                yield f"{where}: fails in Helm's words: {error}\n{values}"
+            continue
+        except yaml.YAMLError as error:
+            yield f"{where}: is no YAML: {error}\n{values}"
+            continue
+        found = list(case_problems(objects, notes, namespace, (_LAST,)))
+        if found:
+            yield f"{where}: {'; '.join(found)}\n{values}"
+    print(f"== {chart_fuzz.DRAWS} draws of values, {refused} of them refused")
+    if refused * 2 > chart_fuzz.DRAWS:
+        yield f"{refused} of {chart_fuzz.DRAWS} draws are refused: they show little"
+
+
 # --- the whole ------------------------------------------------------------------------------------
 
 
@@ -457,17 +493,22 @@ def envoy_problems(objects: list[Object], envoy: Path) -> Iterator[str]:
             yield f"Envoy refuses its configuration: {checked.stdout}{checked.stderr}"
 
 
-def case_problems(case: str, objects: list[Object], notes: str) -> Iterator[str]:
+def case_problems(
+    objects: list[Object],
+    notes: str,
+    namespace: str = NAMESPACE,
+    versions: tuple[str, ...] = KUBERNETES_VERSIONS,
+) -> Iterator[str]:
     """All that is looked at in every case."""
-    yield from schema_problems(objects)
+    yield from schema_problems(objects, versions)
     yield from policy_problems(objects)
     yield from reference_problems(objects)
     yield from settings_problems(objects)
     titles = [title(each) for each in objects]
     for each in sorted({each for each in titles if titles.count(each) > 1}):
         yield f"{each} is rendered twice"
-    if f"{NAMESPACE} rollout status" not in notes or re.search(r"<no value>|%!", notes):
-        yield f"the notes of {case} are not what they should be"
+    if f"{namespace} rollout status" not in notes or re.search(r"<no value>|%!", notes):
+        yield "the notes are not what they should be"
 
 
 def find_envoy() -> Path | None:
@@ -518,14 +559,15 @@ def main() -> int:
                 problems.append(f"{case}: {error}")
                 continue
             rendered[case] = objects
-            found += case_problems(case, objects, notes)
+            found += case_problems(objects, notes)
             found += golden_problems(case, objects, write=write)
             if envoy is not None:
                 found += envoy_problems(objects, envoy)
-            print(f"== {case}: {len(objects)} objects, Kubernetes {', '.join(KUBERNETES_VERSIONS)}")
+            print(f"== {case}: {len(objects)} objects, Kubernetes {_FIRST} to {_LAST}")
             problems += [f"{case}: {each}" for each in found]
         print(f"== {len(REFUSED)} refusals")
         problems += refusal_problems(chart)
+        problems += random_problems(chart)
     problems += rule_problems()
     if not {"embedded", "tls"} <= set(rendered):
         live = False  # what does not render cannot run

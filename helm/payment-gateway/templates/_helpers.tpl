@@ -4,37 +4,43 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{- /* At most 48 characters, so that every suffix of the chart fits into a DNS label. */}}
+{{- /* At most 47 characters, so that every suffix of the chart fits into a DNS label. */}}
 {{- define "gateway.fullname" -}}
-{{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 48 | trimSuffix "-" }}
-{{- else }}
 {{- $name := include "gateway.name" . }}
-{{- if contains $name .Release.Name }}
-{{- .Release.Name | trunc 48 | trimSuffix "-" }}
-{{- else }}
-{{- printf "%s-%s" .Release.Name $name | trunc 48 | trimSuffix "-" }}
+{{- $full := printf "%s-%s" .Release.Name $name }}
+{{- if .Values.fullnameOverride }}
+{{- $full = .Values.fullnameOverride }}
+{{- else if contains $name .Release.Name }}
+{{- $full = .Release.Name }}
 {{- end }}
-{{- end }}
+{{- $full | trunc 47 | regexFind "^.*[^-]" }}
 {{- end }}
 
 {{- define "gateway.labels" -}}
-helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-" }}
-app.kubernetes.io/name: {{ include "gateway.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
-app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
-{{- with .Values.commonLabels }}
-{{ toYaml . }}
+{{- include "gateway.labelsOf" (dict "root" .) }}
 {{- end }}
+
+{{- /* Of a component, and with more: (dict "root" $ "component" "gateway" "more" .Values.podLabels).
+A label stands once, whoever gives it, and selectors hang on the chart's own. */}}
+{{- define "gateway.labelsOf" -}}
+{{- $own := dict
+  "helm.sh/chart" (printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" | trunc 63 | trimSuffix "-")
+  "app.kubernetes.io/name" (include "gateway.name" .root)
+  "app.kubernetes.io/instance" .root.Release.Name
+  "app.kubernetes.io/version" .root.Chart.AppVersion
+  "app.kubernetes.io/managed-by" .root.Release.Service }}
+{{- with .component }}
+{{- $_ := set $own "app.kubernetes.io/component" . }}
+{{- end }}
+{{- merge $own (default dict .more) .root.Values.commonLabels | toYaml }}
 {{- end }}
 
 {{- /* Of a component: (dict "root" $ "component" "gateway"). Never change them: a Deployment's
 selector cannot. */}}
 {{- define "gateway.selector" -}}
-app.kubernetes.io/name: {{ include "gateway.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
-app.kubernetes.io/component: {{ .component }}
+app.kubernetes.io/name: {{ include "gateway.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
+app.kubernetes.io/component: {{ .component | quote }}
 {{- end }}
 
 {{- define "gateway.image" -}}
@@ -97,6 +103,14 @@ server on loopback behind Envoy, the probes are HTTP's. */}}
 {{- else if .Values.autoscaling.enabled }}{{ .Values.autoscaling.minReplicas | int }}
 {{- else if .Values.keda.enabled }}{{ .Values.keda.minReplicas | int }}
 {{- else }}{{ .Values.replicaCount | int }}
+{{- end }}
+{{- end }}
+
+{{- /* The greatest. */}}
+{{- define "gateway.podsMax" -}}
+{{- if .Values.autoscaling.enabled }}{{ .Values.autoscaling.maxReplicas | int }}
+{{- else if .Values.keda.enabled }}{{ .Values.keda.maxReplicas | int }}
+{{- else }}{{ include "gateway.podsMin" . }}
 {{- end }}
 {{- end }}
 

@@ -97,6 +97,9 @@ problems are told at once. */}}
 {{- if and .Values.migrations.postgres.existingSecret .Values.embedded }}
 {{- $problems = append $problems "migrations.postgres: embedded migrates its own database" }}
 {{- end }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "gateway.fullname" .)) }}
+{{- $problems = append $problems (printf "%s: cannot be a Service's name, which begins with a letter and has no dots; set fullnameOverride" (include "gateway.fullname" .)) }}
+{{- end }}
 {{- if $problems }}
 {{- fail (printf "\n\nThe values cannot be used:\n- %s\n" (join "\n- " $problems)) }}
 {{- end }}
