@@ -74,8 +74,9 @@ bench: .venv/installed .venv/bench ## measure side by side, nine minutes; ARGS="
 chaos: .venv/installed ## faults under load, and an oracle; SCENARIO=gateway-sigkill TRIALS=10 SEED=1, ARGS=--quick
 	@$(PY) -m tests.chaos $(CHAOS_OPTIONS) $(ARGS)
 
-chart: .venv/installed .venv/chart ## lint, render and check the Helm chart; ARGS=--write takes what it renders as right
+chart: .venv/installed .venv/chart ## check the Helm chart and all that deploys; ARGS=--write takes what it renders as right
 	@$(PY) helm/chart_check.py $(ARGS)
+	@$(PY) helm/deploy_check.py
 
 format: .venv/installed ## mend style: ruff's fixes and format, buf's format
 	@$(PY) -m ruff check --fix-only
