@@ -176,13 +176,21 @@ async def _apply(connection: Connection, migration: Migration) -> bool:
 
 
 async def check_schema(connection: Connection) -> None:
-    """Raise SchemaError for a database that lacks what this version of the code needs.
+    """Raise SchemaError for a database that lacks what this version of the code needs, or from
+    which a newer version's `post` phase has removed it.
 
-    A newer database is right: its `pre` phase is made to be borne by the code before.
+    A newer database is right until then: its `pre` phase is made to be borne by the code before.
     """
     present = await connection.fetchval("SELECT to_regclass('schema_migrations') IS NOT NULL")
     applied = await connection.fetch(_SELECT) if present else []
     done = {(record["version"], record["phase"]) for record in applied}
+    known = {each.version for each in _ours()}
+    newer = sorted({v for v, phase in done if phase == "post" and v not in known})
+    if newer:
+        raise SchemaError(
+            f"The database is a newer version's: its migration {newer[-1]:04} (post) has removed"
+            " what this one may need. Run the version that brought it; the schema does not go back."
+        )
     missing = [
         f"{each.version:04}_{each.name}"
         for each in _ours()

@@ -306,6 +306,21 @@ async def test_doctor_tells_good_from_bad(
         assert any("gateway migrate" in line for line in complaints)
 
 
+def test_serve_on_a_schema_that_lacks_something_ends_with_the_command_to_run(
+    postgres: PostgresForTests, redis: EmbeddedRedis, alone: CommandLine
+) -> None:
+    served = alone.run(
+        "serve",
+        postgres_dsn=postgres.create_database(),
+        redis_url=redis.url,
+        listen_address="127.0.0.1:0",
+        metrics_address="127.0.0.1:0",
+    )
+    assert served.returncode == 1
+    assert "Run `gateway migrate`" in served.stderr
+    assert '"serving"' not in served.stderr
+
+
 async def test_health_is_0_only_where_calls_are_served(
     postgres: PostgresForTests, redis: EmbeddedRedis, alone: CommandLine
 ) -> None:

@@ -72,6 +72,28 @@ async def test_an_empty_database_gets_everything_and_a_second_run_does_nothing(d
     assert fetch(dsn, "SELECT * FROM schema_migrations") == before
 
 
+async def test_a_newer_database_is_served_from_until_its_post_phase_has_run(
+    dsn: str, tmp_path: Path
+) -> None:
+    await migrate(dsn)
+    number = required_version() + 1
+    newer = read_migrations(
+        files(
+            tmp_path,
+            **{
+                f"m{number:04}_next__pre": "CREATE TABLE next_added (id int);",
+                f"m{number:04}_next__post": "DROP TABLE next_added;",
+            },
+        )
+    )
+    await migrate(dsn, "pre", migrations=newer)
+    assert await is_complete(dsn)
+    await migrate(dsn, "post", migrations=newer)
+    async with PostgresStore(dsn) as store:
+        with pytest.raises(SchemaError, match=f"{number:04}.*Run the version that brought it"):
+            await store.check()
+
+
 async def test_every_payment_of_the_previous_version_is_still_there(dsn: str) -> None:
     previous = tuple(each for each in OURS if each.version < required_version())
     assert previous
