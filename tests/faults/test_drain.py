@@ -42,6 +42,9 @@ ANSWERS: Final = 150
 RECONNECT_MS_MAX: Final = 300
 """Less than what four retries of the published policy wait for altogether."""
 
+AGED_S_MAX: Final = 60.0
+"""A connection that was not asked to go by then never is."""
+
 SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 
 
@@ -170,6 +173,31 @@ async def test_a_draining_gateway_sends_its_clients_to_another_one_but_on_native
             assert after.operation.state == SUCCEEDED
         await control.close()
         assert system.unfinished() == []
+        check(system, client)
+
+
+async def test_a_connection_is_asked_to_go_at_its_age_and_no_call_is_lost_by_it(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    with running_system(
+        postgres, redis, simulator_answer_timeout_s=30, connection_age_max_s=1
+    ) as system:
+        gateway, control = system.start_gateway(), system.control
+        async with calling(await gateway.serving(), system.shop.api_key) as caller:
+            client = Client(caller)
+            await control.hold("before_answer")
+            old = asyncio.ensure_future(client.call("AuthorizePayment", authorize_request()))
+            await control.await_held()
+            # The channel leaves its connection, on which the call goes on.
+            async with asyncio.timeout(AGED_S_MAX):
+                await caller.channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+            new = asyncio.ensure_future(client.call("AuthorizePayment", authorize_request()))
+            await control.await_held(2)
+            assert not old.done()
+            await control.release()
+            assert (await old).operation.state == SUCCEEDED
+            assert (await new).operation.state == SUCCEEDED
+        await control.close()
         check(system, client)
 
 
