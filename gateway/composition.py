@@ -117,6 +117,7 @@ class Gateway:
 
         self.store = await stack.enter_async_context(self._open_store())
         self.metrics.watch_pools(self.store.pools)
+        self.metrics.watch_queues({**self.claims.queues, **self.store.queues})
         await self._check_store()
 
         self.connectors = ConnectorRegistry(await self._open_connectors())

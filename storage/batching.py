@@ -79,9 +79,6 @@ class LaneMetrics(Protocol):
     def batch_failed(self, lane: str, rows: int, failure: Failure) -> None:
         """A flush of `rows` rows raised and was treated as `failure` says."""
 
-    def queue_depth(self, lane: str, rows: int) -> None:
-        """`rows` rows are waiting, those in flight not counted."""
-
 
 class NoLaneMetrics:
     """Discards everything."""
@@ -90,9 +87,6 @@ class NoLaneMetrics:
         """Discard it."""
 
     def batch_failed(self, lane: str, rows: int, failure: Failure) -> None:
-        """Discard it."""
-
-    def queue_depth(self, lane: str, rows: int) -> None:
         """Discard it."""
 
 
@@ -359,7 +353,6 @@ class Lane(Generic[Row, Result]):
         try:
             wait_s = self._clock_s() - min(entry.submitted_s for entry in batch)
             self._metrics.batch_sent(self.name, len(batch), wait_s)
-            self._metrics.queue_depth(self.name, self.depth)
             await self._flush_all(batch)
         except asyncio.CancelledError:
             for entry in batch:  # the loop is being torn down

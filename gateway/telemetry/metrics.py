@@ -69,6 +69,14 @@ class Pool(Protocol):
         """For how long connections were in use, all together, in seconds."""
 
 
+class Queue(Protocol):
+    """A lane's queue: `storage.batching.Lane`."""
+
+    @property
+    def depth(self) -> int:
+        """Rows that wait, those in flight not counted."""
+
+
 class _Families(Collector):
     """What is counted here and what is read elsewhere, when it is asked for."""
 
@@ -274,6 +282,14 @@ class Metrics:
             self._pool_busy.set(pool.busy, (lane,))
             self._pool_busy_s.set(pool.busy_s, (lane,))
 
+    def watch_queues(self, queues: Mapping[str, Queue]) -> None:
+        """Show how many rows wait in these lanes, from now on: also where no batch leaves."""
+        self._families.readers.append(lambda: self._read_queues(queues))
+
+    def _read_queues(self, queues: Mapping[str, Queue]) -> None:
+        for lane, queue in queues.items():
+            self._queue_depth.set(queue.depth, (lane,))
+
     def _read_claims(self) -> None:
         self._redis_unavailable.set(self._claims.value((ClaimOutcome.UNAVAILABLE,)))
 
@@ -355,10 +371,6 @@ class Metrics:
     def batch_failed(self, lane: str, rows: int, failure: Enum) -> None:  # noqa: ARG002 - the port's
         """A flush raised, and was treated as `failure` says."""
         self._batch_failures.add((lane, failure))
-
-    def queue_depth(self, lane: str, rows: int) -> None:
-        """So many rows wait."""
-        self._queue_depth.set(rows, (lane,))
 
     # storage.redis.claims.ClaimMetrics
 

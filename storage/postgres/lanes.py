@@ -98,6 +98,11 @@ class PostgresLane(Generic[Value, Result]):
             metrics=metrics,
         )
 
+    @property
+    def depth(self) -> int:
+        """Values waiting, those in flight not counted."""
+        return self._lane.depth
+
     async def put(
         self, value: Value, *, reserved: bool = False, retry_s_max: float | None = None
     ) -> Result:
@@ -176,6 +181,11 @@ class DirectLane:
             retry_after_s=retry_after_s,
             metrics=metrics,
         )
+
+    @property
+    def depth(self) -> int:
+        """Calls waiting, those in flight not counted."""
+        return self._lane.depth
 
     async def run(
         self, call: Callable[[Connection], Awaitable[T]], *, retry_s_max: float | None = None

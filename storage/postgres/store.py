@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import asyncpg
 
@@ -180,6 +180,13 @@ class PostgresStore:
             retry_after_s=self._retry_after_s,
             metrics=self._metrics,
         )
+        self.queues: dict[str, PostgresLane[Any, Any] | DirectLane] = {
+            "intents": self._intents,
+            "follow_ups": self._follow_ups,
+            "changes": self._changes,
+            "reads": self._reads,
+            "direct": self._direct,
+        }
         self.accounts = Accounts(self._direct)
         if connect:
             await asyncio.gather(*(connections.open() for connections in held.values()))

@@ -199,6 +199,11 @@ class Claims:
         )
 
     @property
+    def queues(self) -> dict[str, Lane[Any, Any]]:
+        """The lanes by their names, for who asks how many rows wait."""
+        return {lane.name: lane for lane in (self._claim_lane, self._settle_lane)}
+
+    @property
     def available(self) -> bool:
         """Whether the circuit is closed: the last that was heard of Redis was good."""
         return self._available

@@ -65,8 +65,6 @@ class Failures:
     def batch_failed(self, lane: str, rows: int, failure: Failure) -> None:
         self.seen.append((lane, failure))
 
-    def queue_depth(self, lane: str, rows: int) -> None: ...
-
 
 # --- deadlocks ---
 

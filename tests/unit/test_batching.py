@@ -43,16 +43,12 @@ class Recorder:
 
     sent: list[tuple[int, float]] = field(default_factory=list)
     failed: list[tuple[int, Failure]] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
 
     def batch_sent(self, lane: str, rows: int, wait_s_of_oldest: float) -> None:
         self.sent.append((rows, wait_s_of_oldest))
 
     def batch_failed(self, lane: str, rows: int, failure: Failure) -> None:
         self.failed.append((rows, failure))
-
-    def queue_depth(self, lane: str, rows: int) -> None:
-        self.depths.append(rows)
 
 
 class Gate:
@@ -512,7 +508,6 @@ def test_poisoned_row_fails_alone_and_the_others_keep_their_order() -> None:
         assert recorder.failed[0] == (16, Failure.BISECT)
         assert recorder.failed[-1] == (1, Failure.FAIL)
         assert [rows for rows, _ in recorder.sent] == [16]
-        assert recorder.depths[-1] == 0
 
     run(main)
 

@@ -31,9 +31,10 @@ from gateway.telemetry.loop import sample_lag
 from gateway.telemetry.merging import MergedMetrics
 from gateway.telemetry.metrics import ADDED_S_SLO, MeasuredOccupancy, Metrics
 from gateway.telemetry.reference import table
+from storage.batching import Lane
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).parents[2]
 # A published test number of Visa, and one that is masked alike.
@@ -257,6 +258,27 @@ async def test_a_loop_that_is_kept_busy_is_seen_to_lag() -> None:
         lags.append(await seen.get())
     sampling.cancel()
     assert min(lags) >= 0
+
+
+async def test_rows_that_wait_are_shown_while_no_batch_leaves() -> None:
+    sent, stuck = asyncio.Event(), asyncio.Event()
+
+    async def flush(rows: Sequence[int]) -> list[int]:
+        sent.set()
+        await stuck.wait()
+        return list(rows)
+
+    metrics = Metrics()
+    lane: Lane[int, int] = Lane("intents", flush, rows_max=1, queue_max=10, metrics=metrics)
+    metrics.watch_queues({"intents": lane})
+    rows = [lane.submit(number) for number in range(3)]
+    await sent.wait()
+    rows += [lane.submit(number) for number in range(4)]
+    depth = 'gateway_batch_queue_depth{lane="intents"}'
+    assert read(metrics.render())[depth] == 6
+    stuck.set()
+    await asyncio.gather(*rows)
+    assert read(metrics.render())[depth] == 0
 
 
 # --- the documents --------------------------------------------------------------------------------

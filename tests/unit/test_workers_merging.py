@@ -1,6 +1,7 @@
 """gateway.telemetry.merging: several processes' metrics as those of one."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_the_gateways_own_gauges_say_what_several_workers_make_together() -> Non
     merged = MergedMetrics()
     one, other = Metrics(), Metrics()
     for metrics, rows, doubts in ((one, 3, 7), (other, 4, 6)):
-        metrics.queue_depth("intents", rows)
+        metrics.watch_queues({"intents": SimpleNamespace(depth=rows)})
         metrics.operations_in_doubt(doubts)
     other.redis_available(False)
     merged.update("1", one.snapshot())
