@@ -90,7 +90,7 @@ proto: .venv/installed ## write the contract for every language into proto/gen
 	@echo 'proto/gen/descriptor_set.binpb  all of it as a FileDescriptorSet'
 
 lock: ## for maintainers: resolve requirements*.lock anew (needs uv); ARGS=--upgrade for newer versions
-	@$(UV) pip compile pyproject.toml --group dev --generate-hashes --universal \
+	@$(UV) pip compile pyproject.toml --group dev --group telemetry --generate-hashes --universal \
 		--python-version 3.11 --only-binary :all: --no-emit-package payment-gateway-stubs \
 		--custom-compile-command 'make lock' --quiet --output-file requirements.lock $(ARGS)
 	@$(UV) pip compile --group bench --constraint requirements.lock --generate-hashes --universal \

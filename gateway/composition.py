@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 import uvloop
@@ -30,13 +30,15 @@ from gateway.local import LocalServers, LocalState, write_state
 from gateway.rpc.auth import Authenticator, AuthLimits
 from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.server import GrpcServer, ServerOptions
-from gateway.rpc.service import PaymentService, RpcLimits
+from gateway.rpc.service import Observer, PaymentService, RpcLimits
 from gateway.settings import Settings, load_settings, split_address
 from gateway.telemetry.http import MetricsServer
-from gateway.telemetry.logs import configure_logging, loop_exception_handler
+from gateway.telemetry.logs import loop_exception_handler
 from gateway.telemetry.loop import sample_lag
+from gateway.telemetry.merging import Encode
 from gateway.telemetry.metrics import MeasuredOccupancy, Metrics
-from gateway.telemetry.observer import RpcObserver
+from gateway.telemetry.observer import MerchantObserver, RpcObserver
+from gateway.telemetry.setup import start_logging
 from gateway.workers import WorkersFailed, run_workers
 from storage.embedded import EmbeddedServerError
 from storage.postgres import (
@@ -48,6 +50,9 @@ from storage.postgres import (
 )
 from storage.postgres.migrate import MigrationBusy, MigrationChanged, migrate
 from storage.redis import Claims, RedisClient
+
+if TYPE_CHECKING:
+    from gateway.telemetry.tracing import Tracing
 
 READINESS_INTERVAL_S: Final = 2.0
 """How often readiness is looked at, and what is in doubt and in the outbox is counted."""
@@ -76,7 +81,7 @@ class Gateway:
     def __init__(self, settings: Settings, connectors: Sequence[Connector] = ()) -> None:
         self.settings = settings
         self._given_connectors = connectors
-        self.metrics = Metrics()
+        self.metrics = Metrics(_trace_id_source(settings))
         self.ready = False
         """Whether calls are served: started, not draining, and the database is there."""
         self._stack = AsyncExitStack()
@@ -92,6 +97,9 @@ class Gateway:
 
     async def _start(self) -> None:
         settings, stack = self.settings, self._stack
+        tracing = open_tracing(settings)
+        if tracing is not None:
+            stack.push_async_callback(tracing.close)  # after all that makes spans
         try:
             redis = RedisClient(
                 settings.redis_url.get_secret_value(),
@@ -111,23 +119,24 @@ class Gateway:
             retry_after_ms=settings.redis_retry_after_ms,
             linger_ms_max=self._linger_ms_max,
             metrics=self.metrics,
+            tracer=tracing,
         )
         await self.claims.start()
         stack.push_async_callback(self.claims.close)
 
-        self.store = await stack.enter_async_context(self._open_store())
+        self.store = await stack.enter_async_context(self._open_store(tracing))
         self.metrics.watch_pools(self.store.pools)
         self.metrics.watch_queues({**self.claims.queues, **self.store.queues})
         await self._check_store()
 
-        self.connectors = ConnectorRegistry(await self._open_connectors())
+        self.connectors = ConnectorRegistry(await self._open_connectors(tracing))
         stack.push_async_callback(self.connectors.close)
         encoder = ContractEncoder()
         admission = open_gates(self._admission_limits())
         self.metrics.watch_admission(admission)
         self.payments = Payments(
-            self.store,
-            self.claims,
+            self.store if tracing is None else tracing.store(self.store),
+            self.claims if tracing is None else tracing.claims(self.claims),
             self.connectors,
             encoder,
             self._limits(),
@@ -135,7 +144,7 @@ class Gateway:
             MeasuredOccupancy(admission.payments, self.metrics),
         )
         self.service = PaymentService(
-            self.payments,
+            self.payments if tracing is None else tracing.use_cases(self.payments),
             Authenticator(
                 self.store.accounts.load_key,
                 AuthLimits(
@@ -144,7 +153,7 @@ class Gateway:
                     entries_max=settings.auth_cache_entries_max,
                 ),
             ),
-            RpcObserver(self.metrics, settings.log_successes_per_s_max),
+            self._observer(tracing),
             RpcLimits(
                 message_bytes_max=settings.message_bytes_max,
                 batch_wait_s_max=settings.batch_wait_s_max,
@@ -160,7 +169,8 @@ class Gateway:
             self._schedule(),
             self.metrics,
         )
-        self.server = GrpcServer(self.service, server_options(settings))
+        wrap = None if tracing is None else tracing.handlers
+        self.server = GrpcServer(self.service, server_options(settings), wrap)
         try:
             if settings.workers == 1:  # of several workers, the supervisor serves them
                 await self._serve_metrics()
@@ -175,8 +185,8 @@ class Gateway:
         self._background.append(asyncio.create_task(lag, name="loop-lag"))
 
     async def _serve_metrics(self) -> None:
-        async def render() -> bytes:
-            return self.metrics.render()
+        async def render(encode: Encode) -> bytes:
+            return self.metrics.render(encode)
 
         async def ready() -> tuple[bool, str]:
             return self.ready, "ready" if self.ready else "not ready"
@@ -185,12 +195,21 @@ class Gateway:
         await http.start()
         self._stack.push_async_callback(http.stop)
 
+    def _observer(self, tracing: "Tracing | None") -> Observer:
+        settings = self.settings
+        observer: Observer = RpcObserver(
+            self.metrics, settings.log_successes_per_s_max, trace_id=_trace_id_source(settings)
+        )
+        if settings.metrics_merchants_max:
+            observer = MerchantObserver(observer, self.metrics, settings.metrics_merchants_max)
+        return observer if tracing is None else tracing.observer(observer)
+
     @property
     def _linger_ms_max(self) -> float:
         return self.settings.batch_linger_ms_max if self.settings.transport == "grpcio" else 0.0
 
     @asynccontextmanager
-    async def _open_store(self) -> AsyncIterator[PostgresStore]:
+    async def _open_store(self, tracing: "Tracing | None") -> AsyncIterator[PostgresStore]:
         settings = self.settings
 
         def lane(connections: int, retry_s_max: float = 1.0) -> LaneLimits:
@@ -212,6 +231,7 @@ class Gateway:
             statement_timeout_s=settings.postgres_statement_timeout_s,
             recovery_horizon_s=settings.recovery_horizon_s,
             metrics=self.metrics,
+            tracer=tracing,
             on_generation=self._set_generation,
         )
         async with store:
@@ -230,10 +250,16 @@ class Gateway:
         except (NotDurable, SchemaError) as error:
             raise StartError(str(error)) from error
 
-    async def _open_connectors(self) -> list[Connector]:
+    async def _open_connectors(self, tracing: "Tracing | None") -> list[Connector]:
+        connectors = [*self._given_connectors]
+        if self.settings.simulator_url:
+            connectors.append(await self._open_simulator())
+        if tracing is None:
+            return connectors
+        return [tracing.connector(connector) for connector in connectors]
+
+    async def _open_simulator(self) -> Connector:
         settings = self.settings
-        if not settings.simulator_url:
-            return [*self._given_connectors]
         connector = SimulatorConnector(
             settings.simulator_url,
             PROFILES[settings.simulator_profile],
@@ -242,13 +268,14 @@ class Gateway:
                 connections_max=settings.simulator_connections_max,
                 connect_timeout_s=settings.simulator_connect_timeout_s,
             ),
+            more_headers=_outgoing_headers(settings),
         )
         try:
             if not await connector.check():
                 _log.warning("the PSP simulator does not answer yet")
         except ProfileMismatch as error:
             raise StartError(str(error)) from error
-        return [*self._given_connectors, connector]
+        return connector
 
     def _limits(self) -> Limits:
         settings = self.settings
@@ -321,6 +348,40 @@ class Gateway:
         await self._stack.aclose()
 
 
+def open_tracing(settings: Settings) -> "Tracing | None":
+    """What makes spans; None where nobody wants them, and then OpenTelemetry is not even loaded."""
+    if not settings.tracing_endpoint:
+        return None
+    from gateway.telemetry.tracing import Tracing, TracingOptions  # noqa: PLC0415 - as it says
+
+    return Tracing(
+        TracingOptions(
+            endpoint=settings.tracing_endpoint,
+            sample_ratio=settings.tracing_sample_ratio,
+            calls_per_s_max=settings.tracing_calls_per_s_max,
+            service_name=settings.tracing_service_name,
+            links_max=settings.batch_rows_max,
+            merchant_id=settings.tracing_merchant_id,
+        )
+    )
+
+
+def _trace_id_source(settings: Settings) -> Callable[[], str] | None:
+    if not settings.tracing_endpoint:
+        return None
+    from gateway.telemetry.tracing import current_trace_id  # noqa: PLC0415 - as above
+
+    return current_trace_id
+
+
+def _outgoing_headers(settings: Settings) -> Callable[[], str] | None:
+    if not settings.tracing_endpoint:
+        return None
+    from gateway.telemetry.tracing import outgoing_headers  # noqa: PLC0415 - as above
+
+    return outgoing_headers
+
+
 def server_options(settings: Settings) -> ServerOptions:
     """The door, as the settings say."""
     return ServerOptions(
@@ -383,7 +444,7 @@ def run_server(
 
     `connectors` are served beside those that the settings name.
     """
-    configure_logging(settings.log_level)
+    start_logging(settings)
 
     def announce(gateway: Gateway) -> None:
         _log.info(
@@ -418,7 +479,7 @@ def _raise_open_files_limit() -> None:
 
 def run_local(settings: Settings) -> None:
     """`gateway run`: embedded servers where the settings name none, and a demo merchant."""
-    configure_logging(settings.log_level)
+    start_logging(settings)
     folder = Path(settings.embedded_dir)
     dsn = settings.postgres_dsn.get_secret_value()
     redis_url = settings.redis_url.get_secret_value()

@@ -399,17 +399,70 @@ class Settings(BaseSettings):
         unit="calls/s",
     )
 
+    # Traces, error reports, and what metrics tell of merchants.
+    tracing_endpoint: str = _field(
+        "",
+        "Where traces are sent by OTLP over HTTP, as `http://collector:4318/v1/traces`. Empty:"
+        " nothing is traced, and that costs nothing.",
+    )
+    tracing_sample_ratio: float = _field(
+        0.01,
+        "The part of the calls that is traced, of those whose caller does not say by `traceparent`"
+        " whether to.",
+        ge=0,
+        le=1,
+        unit="ratio",
+    )
+    tracing_calls_per_s_max: int = _field(
+        100,
+        "Calls that are traced in a second, at most, whoever decided it.",
+        ge=1,
+        le=1_000_000,
+        unit="calls/s",
+    )
+    tracing_service_name: str = _field("payment-gateway", "The `service.name` of the spans.")
+    tracing_merchant_id: bool = _field(False, "Whether a call's span tells its merchant's id.")
+    sentry_dsn: SecretStr = _field(
+        SecretStr(""),
+        "Where unexpected exceptions are reported, scrubbed as the logs are: the DSN of a Sentry"
+        " project. Empty: nowhere.",
+    )
+    metrics_merchants_max: int = _field(
+        0,
+        "How many merchants, those with the most calls, have a label of their own in"
+        " `gateway_merchant_requests_total`, in each worker. 0: no merchant is told.",
+        ge=0,
+        le=50,
+        unit="merchants",
+    )
+
     @field_validator("listen_address", "metrics_address")
     @classmethod
     def _address(cls, value: str) -> str:
         split_address(value)
         return value
 
-    @field_validator("simulator_url")
+    @field_validator("simulator_url", "tracing_endpoint")
     @classmethod
     def _http(cls, value: str) -> str:
         if value and not re.fullmatch(r"https?://[^\s/@]+(?:/\S*)?", value):
             raise ValueError("an http:// or https:// address without credentials, or empty")
+        return value
+
+    @field_validator("tracing_service_name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.fullmatch(r"[\x21-\x7e]{1,128}", value):
+            raise ValueError("1 to 128 visible ASCII characters")
+        return value
+
+    @field_validator("sentry_dsn")
+    @classmethod
+    def _sentry(cls, value: SecretStr) -> SecretStr:
+        if not re.fullmatch(
+            r"(?:https?://\w+(?::\w+)?@[^\s/@]+/\S*\d+)?", value.get_secret_value()
+        ):
+            raise ValueError("a DSN as https://key@host/project, or empty")
         return value
 
     @field_validator("postgres_dsn")

@@ -35,8 +35,9 @@ from pydantic import SecretStr
 from gateway import __version__
 from gateway.settings import Settings, SettingsError, load_settings, split_address
 from gateway.telemetry.http import MetricsServer
-from gateway.telemetry.logs import configure_logging, loop_exception_handler
-from gateway.telemetry.merging import MergedMetrics, take_snapshot
+from gateway.telemetry.logs import loop_exception_handler
+from gateway.telemetry.merging import Encode, MergedMetrics, take_snapshot
+from gateway.telemetry.setup import start_logging
 
 if TYPE_CHECKING:
     from asyncio import StreamReader, StreamWriter
@@ -463,13 +464,13 @@ class Supervisor:
 
     # What is served over HTTP.
 
-    async def _render(self) -> bytes:
+    async def _render(self, encode: Encode) -> bytes:
         answers = await asyncio.gather(*(place.ask("metrics") for place in self._places))
         for place, answer in zip(self._places, answers, strict=True):
             self._up.labels(place.name).set(answer is not None)
             self._ready.labels(place.name).set(answer is not None and answer["ready"])
         self._merged.update(_SUPERVISOR, take_snapshot(self._registry, {}))
-        return self._merged.render()
+        return self._merged.render(encode)
 
     async def _readiness(self) -> tuple[bool, str]:
         if self._stop.is_set():
@@ -516,7 +517,7 @@ def run_workers(settings: Settings, announce: Callable[[str], None]) -> None:
 
 def serve_with_workers(settings: Settings) -> None:
     """`gateway serve` with several workers. Raises WorkersFailed."""
-    configure_logging(settings.log_level)
+    start_logging(settings)
 
     def announce(address: str) -> None:
         _log.info(
@@ -550,7 +551,7 @@ def work(descriptor: int) -> int:
     except SettingsError as error:
         channel.sendall(_frame({"failed": str(error)}))
         return 1
-    logs = configure_logging(settings.log_level)
+    logs = start_logging(settings)
 
     def mark(record: logging.LogRecord) -> bool:
         record.worker = job["worker"]

@@ -298,6 +298,7 @@ def variables_of(objects: list[Object], container: Object) -> dict[str, str]:
     forms = {
         "GATEWAY_POSTGRES_DSN": "postgresql://gateway@127.0.0.1/payments",
         "GATEWAY_REDIS_URL": "redis://127.0.0.1",
+        "GATEWAY_SENTRY_DSN": "https://key@127.0.0.1/1",
         "GATEWAY_SIMULATOR_URL": "http://127.0.0.1:9400",
     }
     configs = named(objects, "ConfigMap")

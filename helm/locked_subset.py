@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
-_ROOTS: Final = {"payment-gateway (pyproject.toml)", "payment-gateway-stubs"}
+_ROOTS: Final = {
+    "payment-gateway (pyproject.toml)",
+    "payment-gateway (pyproject.toml:telemetry)",
+    "payment-gateway-stubs",
+}
 
 
 def read_lock(text: str) -> tuple[dict[str, str], dict[str, set[str]]]:

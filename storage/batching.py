@@ -20,11 +20,12 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
+Answers = TypeVar("Answers")
 
 LINGER_ROWS_MIN = 2
 """A lane lingers only when it expects at least so many rows meanwhile. Even two that
@@ -80,6 +81,18 @@ class LaneMetrics(Protocol):
         """A flush of `rows` rows raised and was treated as `failure` says."""
 
 
+class LaneTracer(Protocol):
+    """What tells which requests' rows a batch carried."""
+
+    def carried(self) -> object | None:
+        """What a batch's span is to be linked to, for a row submitted now; None: nothing."""
+
+    def flush(
+        self, lane: str, rows: int, carried: Sequence[object], sending: Awaitable[Answers]
+    ) -> Awaitable[Answers]:
+        """Await `sending`, a flush of `rows` rows, some of which were `carried`. Raises as it."""
+
+
 class NoLaneMetrics:
     """Discards everything."""
 
@@ -102,6 +115,8 @@ class _Entry(Generic[Row, Result]):
     partition: Hashable
     exclusive: Hashable | None
     submitted_s: float
+    traced: object | None = field(init=False)
+    """Set only where there is a tracer."""
 
 
 class Lane(Generic[Row, Result]):
@@ -127,6 +142,7 @@ class Lane(Generic[Row, Result]):
             them the rows get the exception. A batch that backs off keeps its place in flight.
         backoff_ms: mean pause before the first repetition; doubles with each one, fully jittered.
         backoff_ms_max: longest pause before a repetition.
+        tracer: makes a span of each flush; None: there are none.
         clock_s: monotonic seconds.
     """
 
@@ -147,6 +163,7 @@ class Lane(Generic[Row, Result]):
         backoff_ms: float = 2.0,
         backoff_ms_max: float = 50.0,
         metrics: LaneMetrics | None = None,
+        tracer: LaneTracer | None = None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         if min(rows_max, queue_max, in_flight_max) < 1:
@@ -169,6 +186,7 @@ class Lane(Generic[Row, Result]):
         self._backoff_s = backoff_ms / 1000
         self._backoff_s_max = backoff_ms_max / 1000
         self._metrics: LaneMetrics = metrics if metrics is not None else NoLaneMetrics()
+        self._tracer = tracer
         self._clock_s = clock_s
         self._loop = asyncio.get_running_loop()
         self._task_name = f"lane-{name}"
@@ -241,6 +259,8 @@ class Lane(Generic[Row, Result]):
             self._exclusive(row) if self._exclusive is not None else None,
             self._clock_s(),
         )
+        if self._tracer is not None:
+            entry.traced = self._tracer.carried()
         self._arrived += 1
         if entry.exclusive is not None:
             if entry.exclusive in self._held:
@@ -404,7 +424,11 @@ class Lane(Generic[Row, Result]):
         self, part: list[_Entry[Row, Result]]
     ) -> Sequence[Result | BaseException]:
         try:
-            results = await self._flush([entry.row for entry in part])
+            sending = self._flush([entry.row for entry in part])
+            if self._tracer is not None:
+                carried = [entry.traced for entry in part if entry.traced is not None]
+                sending = self._tracer.flush(self.name, len(part), carried, sending)
+            results = await sending
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():

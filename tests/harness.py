@@ -152,10 +152,14 @@ class GatewayProcess:
         return "".join(self.lines)
 
 
-def _execute(environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    command = (sys.executable, "-m", "gateway", "serve")
+_SERVE = ("-m", "gateway", "serve")
+
+
+def _execute(
+    environment: Mapping[str, str], arguments: Sequence[str] = _SERVE
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-ISc", _WITH_PARENT, *command],
+        [sys.executable, "-ISc", _WITH_PARENT, sys.executable, *arguments],
         env={**inherited_environment(), **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -203,6 +207,22 @@ class System:
         gateway = GatewayProcess(_nursery.fork(target, arguments, environment))
         self.gateways.append(gateway)
         return gateway
+
+    def start_program(self, program: str, **settings: object) -> GatewayProcess:
+        """Start a gateway by a program of its own."""
+        environment = self.settings | _environment(settings)
+        gateway = GatewayProcess(_execute(environment, ("-c", program)))
+        self.gateways.append(gateway)
+        return gateway
+
+    def run_python(self, program: str) -> None:
+        """Run a program with the system's settings; it fails where the program does."""
+        subprocess.run(
+            [sys.executable, "-c", program],
+            env={**inherited_environment(), **self.settings},
+            check=True,
+            timeout=START_TIMEOUT_S,
+        )
 
     def fetch(self, sql: str, *arguments: object) -> list[Any]:
         """The rows of a statement."""

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, cast
 from urllib.parse import urlsplit
@@ -64,12 +65,21 @@ class Limits:
 class HttpClient:
     """Requests to one `http://host:port`, over a bounded pool of kept connections."""
 
-    def __init__(self, base_url: str, limits: Limits | None = None) -> None:
-        """Connects to nothing yet. Raises ValueError for anything but http://host[:port]."""
+    def __init__(
+        self,
+        base_url: str,
+        limits: Limits | None = None,
+        more_headers: Callable[[], str] | None = None,
+    ) -> None:
+        """Connects to nothing yet. Raises ValueError for anything but http://host[:port].
+
+        `more_headers` gives further lines of a request's head, each ended by CR LF.
+        """
         url = urlsplit(base_url)
         if url.scheme != "http" or not url.hostname or url.path.strip("/") or url.query:
             raise ValueError("the URL must be http://host:port")
         self._limits = limits or Limits()
+        self._more_headers = more_headers
         self._host = url.hostname
         self._port = url.port or 80
         self._host_header = url.netloc.rpartition("@")[2]
@@ -96,8 +106,9 @@ class HttpClient:
         NotSent (CONNECT_FAILED, CONNECTOR_BUSY, SEND_WINDOW_PASSED) and MaybeSent
         (ANSWER_TIMED_OUT, CONNECTION_LOST, ANSWER_UNUSABLE).
         """
+        more = "" if self._more_headers is None else self._more_headers()
         request = (
-            f"{method} {target} HTTP/1.1\r\nHost: {self._host_header}\r\n"
+            f"{method} {target} HTTP/1.1\r\nHost: {self._host_header}\r\n{more}"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         ).encode("ascii") + body
         for _ in range(STALE_CONNECTIONS_MAX):

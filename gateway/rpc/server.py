@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -90,11 +90,18 @@ class ServerOptions:
 class GrpcServer:
     """Serves PaymentService with health and reflection. `start`, then `drain`.
 
-    Raises ServerConfigError where the options contradict each other.
+    `wrap` may put something around PaymentService's handlers. Raises ServerConfigError where the
+    options contradict each other.
     """
 
-    def __init__(self, service: PaymentService, options: ServerOptions) -> None:
+    def __init__(
+        self,
+        service: PaymentService,
+        options: ServerOptions,
+        wrap: Callable[[Handlers], Handlers] | None = None,
+    ) -> None:
         _check(options)
+        self._wrap = wrap
         self._service = service
         self._options = options
         # The native transport reserves the trailer's name: a call that ends with it never ends.
@@ -131,12 +138,13 @@ class GrpcServer:
         return self.port
 
     def _services(self) -> Iterator[tuple[str, Handlers]]:
-        yield SERVICE_NAME, self._service.method_handlers()
+        handlers = self._service.method_handlers()
+        yield SERVICE_NAME, handlers if self._wrap is None else self._wrap(handlers)
         yield HEALTH_SERVICE, self._health.method_handlers()
         if self._options.reflection:
-            handlers = Reflection((SERVICE_NAME,)).method_handlers()
+            reflection = Reflection((SERVICE_NAME,)).method_handlers()
             for name in REFLECTION_SERVICES:
-                yield name, handlers
+                yield name, reflection
 
     async def set_serving(self, serving: bool) -> None:
         """Report SERVING or NOT_SERVING by health; ignored once draining has begun."""

@@ -1,26 +1,29 @@
 """Metrics and health over HTTP, for Prometheus and for probes, on a port of their own.
 
-`/metrics` is Prometheus' text format. `/livez` answers 200 for as long as this process answers at
+`/metrics` is Prometheus' text format, or OpenMetrics where that is asked for, which alone can show
+exemplars. `/livez` answers 200 for as long as this process answers at
 all; `/readyz` 200 where calls are served, 503 where they are not (starting, draining, no database).
 """
 
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from prometheus_client import generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
 
 from gateway.settings import split_address
-from gateway.telemetry.metrics import CONTENT_TYPE
+from gateway.telemetry.merging import Encode
 
 
 class MetricsServer:
     """Serves `/metrics`, `/livez` and `/readyz`.
 
-    `render` gives the metrics, `ready` whether calls are served and a line for people.
+    `render` gives the metrics in a format, `ready` whether calls are served and a line for people.
     """
 
     def __init__(
         self,
-        render: Callable[[], Awaitable[bytes]],
+        render: Callable[[Encode], Awaitable[bytes]],
         ready: Callable[[], Awaitable[tuple[bool, str]]],
         address: str,
     ) -> None:
@@ -51,8 +54,9 @@ class MetricsServer:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _serve_metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=await self._render(), headers={"Content-Type": CONTENT_TYPE})
+    async def _serve_metrics(self, request: web.Request) -> web.Response:
+        encode, content_type = _format(",".join(request.headers.getall("Accept", ())))
+        return web.Response(body=await self._render(encode), headers={"Content-Type": content_type})
 
     async def _serve_live(self, _: web.Request) -> web.Response:
         return web.Response(text="alive\n")
@@ -60,3 +64,11 @@ class MetricsServer:
     async def _serve_ready(self, _: web.Request) -> web.Response:
         ready, text = await self._ready()
         return web.Response(text=f"{text}\n", status=200 if ready else 503)
+
+
+def _format(accept: str) -> tuple[Encode, str]:
+    """What a scraper asks for, by its Accept header; plain text where that is unclear."""
+    try:
+        return choose_encoder(accept)
+    except ValueError:  # a version that is no number
+        return generate_latest, CONTENT_TYPE_PLAIN_0_0_4

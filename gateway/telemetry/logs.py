@@ -131,8 +131,8 @@ def _is_secret_key(key: str) -> bool:
     return reduced in _SECRET_KEYS or reduced.endswith(_SECRET_KEY_ENDS)
 
 
-def _clean(value: object, depth: int = DEPTH_MAX) -> object:  # noqa: PLR0911 - one for each type
-    """`value` as JSON can hold it, redacted."""
+def clean(value: object, depth: int = DEPTH_MAX) -> object:  # noqa: PLR0911 - one for each type
+    """`value` as JSON can hold it, redacted, to `depth` levels of nesting."""
     if isinstance(value, str):
         return _bounded(str(value))
     if value is None or isinstance(value, bool):
@@ -154,7 +154,7 @@ def _clean(value: object, depth: int = DEPTH_MAX) -> object:  # noqa: PLR0911 - 
 
 def _clean_safely(value: object) -> object:
     try:
-        return _clean(value)
+        return clean(value)
     except Exception:  # noqa: BLE001 - a field that cannot be read must not cost the log line
         return f"<{type(value).__name__}>"
 
@@ -175,8 +175,8 @@ def _clean_mapping(value: Mapping[Any, Any], depth: int) -> dict[str, object]:
         if number == ITEMS_MAX:
             cleaned["…"] = f"{len(value) - ITEMS_MAX} more"
             break
-        name = str(_clean(key, 0))
-        cleaned[name] = REDACTED if _is_secret_key(name) else _clean(item, depth - 1)
+        name = str(clean(key, 0))
+        cleaned[name] = REDACTED if _is_secret_key(name) else clean(item, depth - 1)
     return cleaned
 
 
@@ -184,10 +184,10 @@ def _clean_items(value: Iterable[Any], depth: int) -> list[object]:
     items: list[object] = list(value)
     # A pair such as ("authorization", "…") is how metadata is written.
     if len(items) == 2:
-        key = _clean(items[0], 0)
+        key = clean(items[0], 0)
         if isinstance(key, str) and _is_secret_key(key):
             return [key, REDACTED]
-    cleaned = [_clean(item, depth - 1) for item in items[:ITEMS_MAX]]
+    cleaned = [clean(item, depth - 1) for item in items[:ITEMS_MAX]]
     if len(items) > ITEMS_MAX:
         cleaned.append(f"… {len(items) - ITEMS_MAX} more")
     # A number may be spread over the items, as ["4111", "1111", "1111", "1111"].
@@ -217,9 +217,7 @@ class JsonFormatter(logging.Formatter):
             "logger": _bounded(record.name),
             "message": _bounded(_message_of(record)),
         }
-        for key, value in record.__dict__.items():
-            if key in _RECORD_ATTRIBUTES:
-                continue
+        for key, value in extra_of(record).items():
             name = _bounded(key)
             if name in _OWN_FIELDS:
                 name = "extra_" + name
@@ -231,6 +229,11 @@ class JsonFormatter(logging.Formatter):
         if record.stack_info:
             fields["stack"] = _bounded_end(record.stack_info)
         return _json(fields)
+
+
+def extra_of(record: logging.LogRecord) -> dict[str, Any]:
+    """The facts that a record was given by `extra`, as they are."""
+    return {key: value for key, value in record.__dict__.items() if key not in _RECORD_ATTRIBUTES}
 
 
 def _message_of(record: logging.LogRecord) -> str:

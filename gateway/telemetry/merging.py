@@ -1,19 +1,23 @@
 """The metrics of several processes as those of one: pure functions on what each of them counted."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
 from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 
 OverWorkers: TypeAlias = Literal["sum", "max", "min", "apart"]
 """What the values of several workers make together; `apart`: each keeps its own, by a label."""
 Snapshot: TypeAlias = list[list[Any]]
 """What one process counted, as JSON can hold it: of each family its name, its help text, its type,
-its OverWorkers, and its samples, each a name, labels and a value."""
+its OverWorkers, and its samples, each a name, labels, a value and, where there is one, an exemplar:
+its labels, its value and its time."""
+Encode: TypeAlias = Callable[[Collector], bytes]
+"""A text format for metrics."""
 
 WORKER_LABEL: Final = "worker"
 _GROWING: Final = frozenset({"counter", "histogram", "summary"})
@@ -34,7 +38,11 @@ def take_snapshot(registry: Collector, over_workers: Mapping[str, OverWorkers]) 
             family.documentation,
             family.type,
             "apart" if family.name.startswith(_PROCESS) else over_workers.get(family.name, "sum"),
-            [[sample.name, dict(sample.labels), sample.value] for sample in family.samples],
+            [
+                [sample.name, dict(sample.labels), sample.value]
+                + ([list(sample.exemplar)] if sample.exemplar is not None else [])
+                for sample in family.samples
+            ],
         ]
         for family in registry.collect()
     ]
@@ -46,6 +54,7 @@ class _Family:
     kind: str
     over_workers: OverWorkers
     samples: dict[_Key, float] = field(default_factory=dict)
+    exemplars: dict[_Key, Exemplar] = field(default_factory=dict)
 
     def add(self, key: _Key, value: float, over_workers: OverWorkers) -> None:
         known = self.samples.get(key)
@@ -57,6 +66,21 @@ class _Family:
             self.samples[key] = min(known, value)
         else:
             self.samples[key] = known + value
+
+    def show(self, key: _Key, exemplar: Exemplar) -> None:
+        """Keep the latest exemplar of a sample."""
+        known = self.exemplars.get(key)
+        if known is None or _time(known) < _time(exemplar):
+            self.exemplars[key] = exemplar
+
+    def copy(self) -> "_Family":
+        """One that may be added to."""
+        samples, exemplars = dict(self.samples), dict(self.exemplars)
+        return _Family(self.text, self.kind, self.over_workers, samples, exemplars)
+
+
+def _time(exemplar: Exemplar) -> float:
+    return float(exemplar.timestamp or 0)
 
 
 class MergedMetrics:
@@ -79,14 +103,12 @@ class MergedMetrics:
         snapshot = self._last.pop(worker, [])
         _merge(self._gone, worker, (family for family in snapshot if family[2] in _GROWING))
 
-    def render(self) -> bytes:
-        """All in Prometheus' text format."""
-        families: dict[str, _Family] = {}
-        for name, gone in self._gone.items():
-            families[name] = _Family(gone.text, gone.kind, gone.over_workers, dict(gone.samples))
+    def render(self, encode: Encode = generate_latest) -> bytes:
+        """All in Prometheus' text format, or another one."""
+        families = {name: gone.copy() for name, gone in self._gone.items()}
         for worker, snapshot in self._last.items():
             _merge(families, worker, snapshot)
-        return generate_latest(_Rendered(families))
+        return encode(_Rendered(families))
 
 
 class _Rendered(Collector):
@@ -96,8 +118,10 @@ class _Rendered(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, family in self._families.items():
             metric = Metric(name, family.text, family.kind)
-            for (sample, labels), value in family.samples.items():
-                metric.add_sample(sample, dict(labels), value)
+            for key, value in family.samples.items():
+                sample, labels = key
+                exemplar = family.exemplars.get(key)
+                metric.add_sample(sample, dict(labels), value, exemplar=exemplar)
             yield metric
 
 
@@ -106,7 +130,9 @@ def _merge(families: dict[str, _Family], worker: str, snapshot: Iterable[list[An
         family = families.get(name)
         if family is None:
             family = families[name] = _Family(text, kind, over_workers)
-        for sample, labels, value in samples:
+        for sample, labels, value, *exemplars in samples:
             own = {**labels, WORKER_LABEL: worker} if over_workers == "apart" else labels
             key = (sample, tuple(sorted(own.items())))
             family.add(key, math.nan if value is None else value, over_workers)
+            for exemplar in exemplars:
+                family.show(key, Exemplar(*exemplar))

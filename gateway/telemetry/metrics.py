@@ -24,11 +24,8 @@ from gateway.domain.model import (
     OperationKind,
     OperationState,
 )
-from gateway.telemetry.merging import OverWorkers, Snapshot, take_snapshot
-from gateway.telemetry.series import Counter, Gauge, Histogram, Labels, Series
-
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-"""Of what `Metrics.render` gives: Prometheus' text exposition format."""
+from gateway.telemetry.merging import Encode, OverWorkers, Snapshot, take_snapshot
+from gateway.telemetry.series import Counter, ExemplarHistogram, Gauge, Histogram, Labels, Series
 
 _NAMESPACE: Final = "gateway"
 _RPC_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -96,9 +93,11 @@ class Metrics:
 
     Durations are in seconds. No method raises, and none blocks. All are called by the thread of
     the event loop; `render` and `snapshot` may be called by any (gateway.telemetry.series).
+    With `trace_id`, which tells the running code's trace, latencies have exemplars.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trace_id: Callable[[], str] | None = None) -> None:
+        self._trace_id = trace_id
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -114,12 +113,18 @@ class Metrics:
 
     def _add_calls(self) -> None:
         self._rpcs = self._counter("rpc_requests", "Calls ended.", "method", "code", "reason")
-        self._rpc_s = self._histogram("rpc_duration_seconds", "Time to answer.", _RPC_S, "method")
+        self._rpc_s = self._latency("rpc_duration_seconds", "Time to answer.", _RPC_S, "method")
         self._in_flight = self._gauge("rpc_in_flight", "Calls being worked on.", "method")
-        self.stage_s = self._histogram(
+        self._merchant_rpcs = self._counter(
+            "merchant_requests",
+            "Calls and items ended, of the merchants with the most of them, where that is set.",
+            "merchant",
+            "code",
+        )
+        self.stage_s = self._latency(
             "stage_duration_seconds", "Time of a call in a stage.", _STAGE_S, "stage"
         )
-        self._added_s = self._histogram(
+        self._added_s = self._latency(
             "added_duration_seconds",
             "Time of a call from its claim to its outcome's commit, without its PSP's.",
             _STAGE_S,
@@ -191,7 +196,7 @@ class Metrics:
             "kind",
             "response_code",
         )
-        self._connector_s = self._histogram(
+        self._connector_s = self._latency(
             "connector_duration_seconds",
             "Time of a call to a PSP.",
             _CONNECTOR_S,
@@ -235,6 +240,12 @@ class Metrics:
     ) -> Histogram:
         return self._add(Histogram(f"{_NAMESPACE}_{name}", text, bounds, *labels))
 
+    def _latency(self, name: str, text: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
+        if self._trace_id is None:
+            return self._histogram(name, text, bounds, *labels)
+        name = f"{_NAMESPACE}_{name}"
+        return self._add(ExemplarHistogram(name, text, bounds, *labels, trace_id=self._trace_id))
+
     def _add(self, series: _S) -> _S:
         self._families.series.append(series)
         return series
@@ -244,9 +255,9 @@ class Metrics:
         """All that is the gateway's own, for the documents."""
         return tuple(self._families.series)
 
-    def render(self) -> bytes:
-        """All metrics in Prometheus' text format, as CONTENT_TYPE says."""
-        return generate_latest(self.registry)
+    def render(self, encode: Encode = generate_latest) -> bytes:
+        """All metrics in Prometheus' text format, or another one."""
+        return encode(self.registry)
 
     def snapshot(self) -> Snapshot:
         """All metrics, to be merged with those of other processes."""
@@ -305,6 +316,16 @@ class Metrics:
         self._in_flight.add(of_method, -1)
         self._rpcs.add((method, code, reason))
         self._rpc_s.observe(duration_s, of_method)
+
+    def merchant_finished(self, merchant: str, code: str) -> None:
+        """A call of this merchant ended, or of one that stands for many."""
+        self._merchant_rpcs.add((merchant, code))
+
+    def forget_merchant(self, merchant: str) -> None:
+        """Show this merchant no longer."""
+        for labels in self._merchant_rpcs.labels_shown():
+            if labels[0] == merchant:
+                self._merchant_rpcs.remove(labels)
 
     # gateway.application.usecases.Observer
 

@@ -1,4 +1,4 @@
-"""One metric sample and one log line for each finished call."""
+"""What is told of each finished call: a metric sample, a log line, its merchant's count."""
 
 import logging
 import time
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Final
 
 from gateway.domain.errors import Reason
+from gateway.rpc.service import Observer
 from gateway.telemetry.metrics import Metrics
 
 _log = logging.getLogger("gateway.rpc")
@@ -15,6 +16,12 @@ _OUR_FAULT = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
 OVERLOAD_LOG_S: Final = 1.0
 """Calls refused for overload are logged together, at most once in so long: a line for each would
 cost more than the refusal."""
+MERCHANTS_ELECTED_S: Final = 60.0
+"""How often it is settled anew which merchants have the most calls."""
+MERCHANTS_COUNTED_MAX: Final = 10_000
+"""Merchants whose calls are counted between two elections; those that come later are left out."""
+OTHER_MERCHANTS: Final = "other"
+"""The label of all merchants that have none of their own."""
 
 
 class RpcObserver:
@@ -25,9 +32,11 @@ class RpcObserver:
         metrics: Metrics,
         log_successes_per_s_max: int,
         *,
+        trace_id: Callable[[], str] | None = None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics
+        self._trace_id = trace_id
         self._log_successes_per_s_max = log_successes_per_s_max
         self._clock_s = clock_s
         self._second_ends_at = float("-inf")
@@ -71,6 +80,8 @@ class RpcObserver:
             "merchant_id": merchant_id,
             "payment_id": payment_id,
         }
+        if self._trace_id is not None and (trace_id := self._trace_id()):
+            extra["trace_id"] = trace_id
         if self._successes_not_logged:
             extra["successes_not_logged"] = self._successes_not_logged
             self._successes_not_logged = 0
@@ -92,3 +103,66 @@ class RpcObserver:
         self._overload_logged_at = now
         _log.warning("calls refused for overload", extra={"calls_refused": self._overloaded})
         self._overloaded = 0
+
+
+class MerchantObserver:
+    """Implements `gateway.rpc.service.Observer`: counts calls by merchant, of those with the most.
+
+    At most `merchants_max` have a label at a time. A free one goes to whoever comes; every
+    MERCHANTS_ELECTED_S those keep or get one that had the most calls meanwhile. A merchant's series
+    begins at 0 when it gets a label, and ends when it loses it.
+    """
+
+    def __init__(
+        self,
+        inner: Observer,
+        metrics: Metrics,
+        merchants_max: int,
+        *,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.rpc_started = inner.rpc_started
+        self._finished = inner.rpc_finished
+        self._metrics = metrics
+        self._merchants_max = merchants_max
+        self._clock_s = clock_s
+        self._shown: set[str] = set()
+        self._calls: dict[str, int] = {}
+        self._elect_at = clock_s() + MERCHANTS_ELECTED_S
+
+    def rpc_finished(
+        self,
+        method: str,
+        code: str,
+        reason: str,
+        seconds: float,
+        request_id: str,
+        merchant_id: str,
+        payment_id: str,
+    ) -> None:
+        """Count the call, and pass it on. Of one that was refused early no merchant is known."""
+        self._finished(method, code, reason, seconds, request_id, merchant_id, payment_id)
+        if not merchant_id:
+            return
+        if self._clock_s() >= self._elect_at:
+            self._elect()
+        if merchant_id in self._calls or len(self._calls) < MERCHANTS_COUNTED_MAX:
+            self._calls[merchant_id] = self._calls.get(merchant_id, 0) + 1
+        if merchant_id not in self._shown and len(self._shown) < self._merchants_max:
+            self._shown.add(merchant_id)
+        shown = merchant_id if merchant_id in self._shown else OTHER_MERCHANTS
+        self._metrics.merchant_finished(shown, code)
+
+    def _elect(self) -> None:
+        def rank(merchant_id: str) -> tuple[int, bool]:
+            return self._calls[merchant_id], merchant_id in self._shown
+
+        elected = set(sorted(self._calls, key=rank, reverse=True)[: self._merchants_max])
+        if len(elected) < self._merchants_max:  # who was silent keeps what nobody else needs
+            silent = sorted(self._shown - elected)
+            elected |= set(silent[: self._merchants_max - len(elected)])
+        for merchant_id in self._shown - elected:
+            self._metrics.forget_merchant(merchant_id)
+        self._shown = elected
+        self._calls = {}
+        self._elect_at = self._clock_s() + MERCHANTS_ELECTED_S

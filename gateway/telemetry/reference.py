@@ -89,13 +89,22 @@ def _of_client(family: Metric, together: str) -> Documented:
 _HEAD: Final = f"""\
 # Metrics
 
-`/metrics` of GATEWAY_METRICS_ADDRESS, in Prometheus' text format. Written by
-`python -m gateway.telemetry.reference`; do not edit.
+`/metrics` of GATEWAY_METRICS_ADDRESS, in Prometheus' text format, or in OpenMetrics where the
+scraper asks for it. Written by `python -m gateway.telemetry.reference`; do not edit.
 
 A counter's `_total` is part of its name here; a histogram has `_bucket` (label `le`), `_count` and
-`_sum`. No label holds a merchant or anything else of a caller: methods, codes and reasons are those
-of the contract, connectors those of the configuration. Past a thousand combinations of a metric's
-labels, further ones are counted as `other`.
+`_sum`. No label holds anything of a caller: methods, codes and reasons are those of the contract,
+connectors those of the configuration. Past a thousand combinations of a metric's labels, further
+ones are counted as `other`.
+
+One metric tells merchants, where GATEWAY_METRICS_MERCHANTS_MAX says how many:
+`gateway_merchant_requests_total`. Each worker gives labels to those with the most calls of its last
+minute and counts the rest as `other`; a series begins at 0 with its label and ends with it, so look
+at rates. Calls refused before their merchant was known are not in it.
+
+Where calls are traced (`docs/tracing.md`), OpenMetrics has exemplars, the `trace_id` of the latest
+traced call of each bucket, for `gateway_rpc_duration_seconds`, `gateway_stage_duration_seconds`,
+`gateway_added_duration_seconds` and `gateway_connector_duration_seconds`.
 
 *Workers* says what several of them (GATEWAY_WORKERS) make together; those that are kept apart have
 the label `{WORKER_LABEL}`, which there is not with one worker. Counters of a worker that has ended

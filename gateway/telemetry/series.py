@@ -7,13 +7,15 @@ misses of a write under way, the next scrape has. A histogram's count is the sum
 buckets, and so always agrees with them.
 """
 
+import time
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from enum import Enum
 from typing import Final, Literal, TypeAlias
 
 from prometheus_client.core import Metric
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 from gateway.domain.pan import mask_pans
@@ -89,6 +91,14 @@ class _Scalar(Series):
         except KeyError:
             self._values[_bounded(labels, self._values)] = [value]
 
+    def remove(self, labels: Labels) -> None:
+        """Show these labels no longer."""
+        self._values.pop(labels, None)
+
+    def labels_shown(self) -> list[Labels]:
+        """The combinations that have a value."""
+        return list(self._values)
+
     def value(self, labels: Labels = ()) -> float:
         """The value of these labels; 0 where there is none."""
         return self._values.get(labels, [0])[0]
@@ -151,12 +161,56 @@ class Histogram(Series):
             texts = _texts(labels)
             before = summed.get(texts, self._cell())
             summed[texts] = [a + b for a, b in zip(before, cell.copy(), strict=True)]
+        exemplars = self._exemplars_shown()
         for texts, (*buckets, total) in summed.items():
             shown = self._shown(texts)
             count = 0.0
-            for bound, inside in zip(bounds, buckets, strict=True):
+            for index, (bound, inside) in enumerate(zip(bounds, buckets, strict=True)):
                 count += inside
-                family.add_sample(f"{self.name}_bucket", {**shown, "le": bound}, count)
+                exemplar = exemplars.get((texts, index))
+                labelled = {**shown, "le": bound}
+                family.add_sample(f"{self.name}_bucket", labelled, count, exemplar=exemplar)
             family.add_sample(f"{self.name}_count", shown, count)
             family.add_sample(f"{self.name}_sum", shown, total)
         return family
+
+    def _exemplars_shown(self) -> dict[tuple[tuple[str, ...], int], Exemplar]:
+        """The exemplars by the labels as they are shown, and the bucket's place."""
+        return {}
+
+
+class ExemplarHistogram(Histogram):
+    """A histogram that keeps of each bucket the latest value of a call that is traced.
+
+    `trace_id` tells the running code's trace; empty where it is not traced.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        bounds: tuple[float, ...],
+        *labels: str,
+        trace_id: Callable[[], str],
+    ) -> None:
+        super().__init__(name, text, bounds, *labels)
+        self._trace_id = trace_id
+        self._exemplars: dict[Labels, dict[int, Exemplar]] = {}
+
+    def observe(self, value: float, labels: Labels = ()) -> None:
+        """Count a value, and keep it where it is of a traced call."""
+        super().observe(value, labels)
+        trace_id = self._trace_id()
+        if trace_id:
+            if labels not in self._cells:
+                labels = tuple(_OTHER for _ in labels)
+            exemplar = Exemplar({"trace_id": trace_id}, value, time.time())
+            kept = self._exemplars.setdefault(labels, {})
+            kept[bisect_left(self.bounds, value)] = exemplar
+
+    def _exemplars_shown(self) -> dict[tuple[tuple[str, ...], int], Exemplar]:
+        return {
+            (_texts(labels), index): exemplar
+            for labels, kept in self._exemplars.copy().items()
+            for index, exemplar in kept.copy().items()
+        }

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar, cast
 
 from gateway.application.ports import StoreUnavailable
 from gateway.domain.errors import GatewayError, Reason
-from storage.batching import Failure, Lane, LaneClosed, LaneMetrics, QueueFull
+from storage.batching import Failure, Lane, LaneClosed, LaneMetrics, LaneTracer, QueueFull
 from storage.postgres.errors import NotDurable, SchemaError, classify, refusal
 from storage.postgres.pool import Connection, HeldConnections
 
@@ -76,6 +76,7 @@ class PostgresLane(Generic[Value, Result]):
         partition: Callable[[Value], Hashable] | None = None,
         exclusive: Callable[[Value], Hashable | None] | None = None,
         metrics: LaneMetrics | None = None,
+        tracer: LaneTracer | None = None,
     ) -> None:
         self._name = name
         self._connections = connections
@@ -96,6 +97,7 @@ class PostgresLane(Generic[Value, Result]):
             backoff_ms=BACKOFF_MS,
             backoff_ms_max=BACKOFF_MS_MAX,
             metrics=metrics,
+            tracer=tracer,
         )
 
     @property
@@ -172,6 +174,7 @@ class DirectLane:
         *,
         retry_after_s: float = 1.0,
         metrics: LaneMetrics | None = None,
+        tracer: LaneTracer | None = None,
     ) -> None:
         self._lane: PostgresLane[Callable[[Connection], Awaitable[object]], object] = PostgresLane(
             name,
@@ -180,6 +183,7 @@ class DirectLane:
             _call,
             retry_after_s=retry_after_s,
             metrics=metrics,
+            tracer=tracer,
         )
 
     @property

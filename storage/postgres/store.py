@@ -21,7 +21,7 @@ from gateway.application.ports import (
 )
 from gateway.domain.model import Aggregate, ConnectorAnswer, Operation, OperationState
 from gateway.domain.states import UNFINISHED
-from storage.batching import LaneMetrics
+from storage.batching import LaneMetrics, LaneTracer
 from storage.postgres import rows
 from storage.postgres.accounts import Accounts
 from storage.postgres.errors import NotDurable, SchemaError
@@ -79,6 +79,7 @@ class PostgresStore:
         recovery_horizon_s: how far behind now the scan for dead senders begins; more than a
             statement may take, and more than the pause between two scans.
         metrics: what the lanes tell.
+        tracer: makes spans of the lanes' batches.
         on_generation: called with the server's generation at every new connection.
     """
 
@@ -99,6 +100,7 @@ class PostgresStore:
         list_scan_max: int = LIST_SCAN_MAX,
         recovery_horizon_s: float | None = None,
         metrics: LaneMetrics | None = None,
+        tracer: LaneTracer | None = None,
         on_generation: Callable[[str], None] | None = None,
     ) -> None:
         if recovery_horizon_s is None:
@@ -124,6 +126,7 @@ class PostgresStore:
         self._list_scan_max = list_scan_max
         self._horizon_s = recovery_horizon_s
         self._metrics = metrics
+        self._tracer = tracer
         self._on_generation = on_generation
 
     async def open(self, *, connect: bool = True) -> None:
@@ -144,6 +147,7 @@ class PostgresStore:
             _write_authorize_intents,
             retry_after_s=self._retry_after_s,
             metrics=self._metrics,
+            tracer=self._tracer,
         )
         self._follow_ups: PostgresLane[Intent, IntentResult] = PostgresLane(
             "follow_ups",
@@ -153,6 +157,7 @@ class PostgresStore:
             retry_after_s=self._retry_after_s,
             exclusive=lambda intent: (intent.payment.merchant_id, intent.payment.payment_id),
             metrics=self._metrics,
+            tracer=self._tracer,
         )
         self._changes: PostgresLane[Change, Stored] = PostgresLane(
             "changes",
@@ -163,6 +168,7 @@ class PostgresStore:
             partition=_is_plain,
             exclusive=lambda change: (change.payment.merchant_id, change.payment.payment_id),
             metrics=self._metrics,
+            tracer=self._tracer,
         )
         self._reads: PostgresLane[_Read, Aggregate | None] = PostgresLane(
             "reads",
@@ -172,6 +178,7 @@ class PostgresStore:
             retry_after_s=self._retry_after_s,
             partition=lambda read: read[0].name,
             metrics=self._metrics,
+            tracer=self._tracer,
         )
         self._direct = DirectLane(
             "direct",
@@ -179,6 +186,7 @@ class PostgresStore:
             self._limits["direct"],
             retry_after_s=self._retry_after_s,
             metrics=self._metrics,
+            tracer=self._tracer,
         )
         self.queues: dict[str, PostgresLane[Any, Any] | DirectLane] = {
             "intents": self._intents,

@@ -24,7 +24,7 @@ from importlib import resources
 from typing import Any, NamedTuple, Protocol
 
 from gateway.application.ports import ClaimOutcome, ClaimResult
-from storage.batching import Lane, LaneMetrics, NoLaneMetrics, QueueFull
+from storage.batching import Lane, LaneMetrics, LaneTracer, NoLaneMetrics, QueueFull
 from storage.redis.connection import Part, RedisAway, RedisClient, RedisRefused
 
 NONCE_BYTES = 16
@@ -141,6 +141,7 @@ class Claims:
             entries, which are off the path: beyond the queue they are dropped.
         timeout_ms: longest time for one batch, connecting and sending again included.
         retry_after_ms: mean time between two probes while Redis is away.
+        tracer: makes spans of the lanes' batches.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class Claims:
         timeout_ms: float = 50.0,
         retry_after_ms: float = 250.0,
         metrics: ClaimMetrics | None = None,
+        tracer: LaneTracer | None = None,
     ) -> None:
         if min(buckets, claim_life_ms, cache_life_s, timeout_ms, retry_after_ms) <= 0:
             raise ValueError("claims: buckets, lives, timeout_ms and retry_after_ms are positive")
@@ -186,6 +188,7 @@ class Claims:
             linger_ms_max=linger_ms_max,
             partition=_bucket_of_claim,
             metrics=self._metrics,
+            tracer=tracer,
         )
         self._settle_lane: Lane[_Settlement, None] = Lane(
             "redis-settle",
@@ -196,6 +199,7 @@ class Claims:
             linger_whole_at_per_s=0,  # nobody waits for them
             partition=_bucket_of_settlement,
             metrics=self._metrics,
+            tracer=tracer,
         )
 
     @property

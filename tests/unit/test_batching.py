@@ -542,6 +542,52 @@ def test_retries_are_bounded_and_send_the_same_rows(failures: int, wins: bool) -
     run(main)
 
 
+class Tracer:
+    """Tells a test what each flush carried."""
+
+    def __init__(self) -> None:
+        self.request: str | None = None
+        self.flushes: list[tuple[int, list[object]]] = []
+
+    def carried(self) -> object | None:
+        return self.request
+
+    async def flush(
+        self, lane: str, rows: int, carried: Sequence[object], sending: Awaitable[T]
+    ) -> T:
+        self.flushes.append((rows, list(carried)))
+        return await sending
+
+
+def test_each_flush_is_told_with_the_requests_whose_rows_it_carries() -> None:
+    async def flush(rows: Sequence[int]) -> list[int]:
+        if 1 in rows:
+            raise Poisoned
+        return list(rows)
+
+    async def main() -> None:
+        tracer = Tracer()
+        lane: Lane[int, int] = Lane(
+            "test",
+            flush,
+            rows_max=10,
+            queue_max=10,
+            classify=lambda _: Failure.BISECT,
+            tracer=tracer,
+        )
+        futures = []
+        for row, request in enumerate(("a", None, None, "d")):
+            tracer.request = request
+            futures.append(lane.submit(row))
+        futures[3].cancel()  # its row is sent, and so its request's
+        answers = await asyncio.gather(*futures, return_exceptions=True)
+        assert [answers[0], answers[2]] == [0, 2]
+        assert isinstance(answers[1], Poisoned)
+        assert tracer.flushes == [(4, ["a", "d"]), (2, ["a"]), (1, ["a"]), (1, []), (2, ["d"])]
+
+    run(main)
+
+
 def test_unknown_failure_fails_every_row_once() -> None:
     calls = 0
 

@@ -14,6 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.application.admission import AdmissionLimits, Stage, Work, open_gates
@@ -260,6 +264,73 @@ async def test_a_loop_that_is_kept_busy_is_seen_to_lag() -> None:
     assert min(lags) >= 0
 
 
+# --- exemplars ------------------------------------------------------------------------------------
+
+
+class Traces:
+    """Metrics whose calls are traced as the test says."""
+
+    def __init__(self) -> None:
+        self.trace_id = ""
+        self.metrics = Metrics(lambda: self.trace_id)
+
+    def ended(self, seconds: float, trace_id: str = "") -> None:
+        self.trace_id = trace_id
+        self.metrics.rpc_started("GetPayment")
+        self.metrics.rpc_finished("GetPayment", "OK", "", seconds)
+
+
+def exemplars(text: bytes) -> dict[str, tuple[str, float]]:
+    """Trace and value of each bucket's exemplar, by the bucket's bound."""
+    families = openmetrics_families(text.decode())  # type: ignore[no-untyped-call]
+    return {
+        sample.labels["le"]: (sample.exemplar.labels["trace_id"], sample.exemplar.value)
+        for family in families
+        for sample in family.samples
+        if sample.exemplar is not None
+    }
+
+
+def test_a_bucket_names_the_trace_of_its_latest_traced_call_and_no_other() -> None:
+    traces = Traces()
+    traces.ended(0.002)
+    assert exemplars(traces.metrics.render(generate_openmetrics)) == {}
+    traces.ended(0.002, "a" * 32)
+    traces.ended(0.0021, "b" * 32)
+    traces.ended(0.0022)
+    traces.ended(100, "c" * 32)
+    assert exemplars(traces.metrics.render(generate_openmetrics)) == {
+        "0.0025": ("b" * 32, 0.0021),
+        "+Inf": ("c" * 32, 100),
+    }
+    assert b"trace_id" not in traces.metrics.render()
+
+
+def test_exemplars_beyond_the_limit_of_labels_are_those_of_the_others() -> None:
+    histogram = series.ExemplarHistogram(
+        "wait", "A wait.", (1.0,), "label", trace_id=lambda: "a" * 32
+    )
+    for number in range(series.LABEL_SETS_MAX + 100):
+        histogram.observe(0.5, (str(number),))
+    shown = [each for each in histogram.collect().samples if each.exemplar is not None]
+    assert len(shown) == series.LABEL_SETS_MAX + 1
+    assert len(histogram._exemplars) == series.LABEL_SETS_MAX + 1
+
+
+def test_of_several_workers_the_latest_exemplar_of_a_bucket_is_shown() -> None:
+    merged = MergedMetrics()
+    workers = Traces(), Traces(), Traces()
+    for worker, trace_id in zip(workers, "abc", strict=True):
+        worker.ended(0.002, trace_id * 32)
+    workers[0].ended(100, "d" * 32)
+    for name in (2, 0, 1):  # in whatever order they are heard of
+        merged.update(str(name), json.loads(json.dumps(workers[name].metrics.snapshot())))
+    latest = {"0.0025": ("c" * 32, 0.002), "+Inf": ("d" * 32, 100)}
+    assert exemplars(merged.render(generate_openmetrics)) == latest
+    merged.retire("2")  # its calls are still counted
+    assert exemplars(merged.render(generate_openmetrics)) == latest
+
+
 async def test_rows_that_wait_are_shown_while_no_batch_leaves() -> None:
     sent, stuck = asyncio.Event(), asyncio.Event()
 
@@ -289,6 +360,11 @@ def test_the_documented_metrics_are_those_that_exist() -> None:
     assert committed == table(), "run `python -m gateway.telemetry.reference > docs/metrics.md`"
 
 
-def test_no_metric_has_a_merchant_among_its_labels() -> None:
-    labels = {label for each in Metrics().series for label in each.labels}
-    assert not {label for label in labels if "merchant" in label or "payment" in label}
+def test_one_metric_alone_has_a_merchant_among_its_labels() -> None:
+    named = {
+        (each.name, label)
+        for each in Metrics().series
+        for label in each.labels
+        if "merchant" in label or "payment" in label
+    }
+    assert named == {("gateway_merchant_requests", "merchant")}

@@ -99,7 +99,9 @@ def test_a_number_out_of_bounds_is_refused(monkeypatch: pytest.MonkeyPatch, valu
     assert problem.startswith("GATEWAY_WAIT_S_MAX: expected number from 0 to 120")
 
 
-@pytest.mark.parametrize("name", ["GATEWAY_POSTGRES_DSN", "GATEWAY_REDIS_URL"])
+@pytest.mark.parametrize(
+    "name", ["GATEWAY_POSTGRES_DSN", "GATEWAY_REDIS_URL", "GATEWAY_SENTRY_DSN"]
+)
 def test_the_value_of_a_secret_is_never_shown(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "mysql://user:hunter2@host/db")
     with pytest.raises(SettingsError) as caught:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import quote
@@ -151,9 +151,13 @@ class SimulatorConnector:
         mode: Mode = Mode.TEST,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
         limits: Limits | None = None,
+        more_headers: Callable[[], str] | None = None,
     ) -> None:
-        """Connects to nothing yet. Raises ValueError for a URL that is not http://host[:port]."""
-        self._http = HttpClient(url, limits)
+        """Connects to nothing yet. Raises ValueError for a URL that is not http://host[:port].
+
+        `limits` and `more_headers` are those of HttpClient.
+        """
+        self._http = HttpClient(url, limits, more_headers)
         self._profile = profile
         self._name = name
         self._capabilities = Capabilities(
