@@ -5,13 +5,18 @@ import sys
 from collections.abc import Callable, Coroutine
 from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, NoReturn, ParamSpec, TypeVar, cast
+from typing import Any, Final, Literal, NoReturn, ParamSpec, TypeVar, cast
 
 import click
 
 from gateway import __version__
 from gateway.local import LocalState, read_state
 from gateway.settings import WORKERS_MAX, Settings, SettingsError, load_settings
+
+DOUBTS_PER_PAGE: Final = 200
+REASON_CHARACTERS_MIN: Final = 10
+REASON_CHARACTERS_MAX: Final = 1000
+"""As ResolveInDoubtRequest.reason."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -278,7 +283,7 @@ def keys() -> None:
     "scopes",
     multiple=True,
     required=True,
-    type=click.Choice(["payments:read", "payments:write", "admin"]),
+    type=click.Choice(["payments:read", "payments:write", "payments:admin", "admin"]),
     help="What the key may do; repeat for several.",
 )
 @click.option("--mode", type=click.Choice(["test", "live"]), required=True)
@@ -375,6 +380,159 @@ async def payments_show(payment_id: str, merchant_id: str) -> None:
         fail(f"The merchant {merchant_id} has no payment {payment_id}.")
     shown = GetPaymentResponse.FromString(encode_aggregate(aggregate))
     click.echo(MessageToJson(shown, preserving_proto_field_name=True))
+
+
+# --- administration -------------------------------------------------------------------------------
+
+
+@main.group()
+def doubts() -> None:
+    """Operations whose outcome is unknown, of all merchants (docs/operations.md)."""
+
+
+@doubts.command("list")
+@click.option("--merchant", "merchant_id", help="Only those of this merchant.")
+@click.option("--needs-person", is_flag=True, help="Only those that recovery leaves to a person.")
+@_async
+async def doubts_list(merchant_id: str | None, needs_person: bool) -> None:
+    """List the doubts, the oldest first: what to ask the PSP about, and what recovery does."""
+    from datetime import UTC, datetime
+
+    from gateway.application.administration import AdminFilter
+    from storage.postgres import open_reader
+
+    merchants = None if merchant_id is None else frozenset({merchant_id})
+    page_of = AdminFilter(merchants, None, DOUBTS_PER_PAGE)
+    now = datetime.now(UTC)
+    async with open_reader(_postgres_dsn(_settings())) as store:
+        while True:
+            page = await store.list_doubts(page_of, needs_person_only=needs_person)
+            for each in page.doubts:
+                operation = each.operation
+                click.echo(
+                    "  ".join(
+                        (
+                            operation.merchant_id,
+                            operation.reference,
+                            operation.attempt.connector,
+                            operation.kind.name,
+                            operation.state.name,
+                            f"{operation.amount_minor} {operation.currency}",
+                            f"{(now - each.since).total_seconds():.0f}s",
+                            f"tries={each.tries}",
+                            each.cause.name,
+                            f"next={each.next_check_at:%Y-%m-%dT%H:%M:%SZ}",
+                            "NEEDS_PERSON" if each.needs_person else "recovery",
+                        )
+                    )
+                )
+            if page.next_after is None:
+                return
+            page_of = AdminFilter(merchants, None, DOUBTS_PER_PAGE, page.next_after)
+
+
+@doubts.command("resolve")
+@click.argument("reference", metavar="REFERENCE")
+@click.option("--merchant", "merchant_id", required=True, help="The merchant's id, mer_….")
+@click.option(
+    "--outcome",
+    required=True,
+    type=click.Choice(["took-effect", "no-effect", "declined", "failed", "canceled"]),
+    help="What the PSP says became of it.",
+)
+@click.option(
+    "--connector-transaction-id", default="", callback=_no_card_number, help="The PSP's id of it."
+)
+@click.option(
+    "--amount-reported-minor",
+    type=click.IntRange(0, 10**12),
+    help="The PSP's amount in minor units, where it differs.",
+)
+@click.option(
+    "--reason",
+    required=True,
+    callback=_no_card_number,
+    help="How it was found out, for the audit record: 10 characters or more.",
+)
+@_async
+async def doubts_resolve(
+    reference: str,
+    merchant_id: str,
+    outcome: str,
+    connector_transaction_id: str,
+    amount_reported_minor: int | None,
+    reason: str,
+) -> None:
+    """End the doubt of an attempt by what you found out at its PSP.
+
+    REFERENCE is the attempt's, as `doubts list` prints it: the operation's id, "-", the number.
+    """
+    import getpass
+
+    from gateway.application.administration import Administration
+    from gateway.application.ports import Resolution
+    from gateway.application.usecases import DatabaseClock, NoCache, Outcomes
+    from gateway.domain.model import DoubtOutcome
+    from gateway.rpc.conversion import ContractEncoder
+    from storage.postgres import open_reader
+
+    operation_id, _, number = reference.rpartition("-")
+    if not (operation_id and number.isascii() and number.isdecimal() and len(number) < 10):
+        raise click.BadParameter("an attempt's reference, op_…-1")
+    if not REASON_CHARACTERS_MIN <= len(reason) <= REASON_CHARACTERS_MAX:
+        raise click.BadParameter(
+            f"the reason has {REASON_CHARACTERS_MIN} to {REASON_CHARACTERS_MAX} characters"
+        )
+    async with open_reader(_postgres_dsn(_settings())) as store:
+        # A decided operation is definite: nothing is left to take over, and nothing to check.
+        outcomes = Outcomes(
+            store, NoCache(), ContractEncoder(), DatabaseClock(), 0.0, lambda _: 0.0
+        )
+        resolved = await Administration(store, outcomes).resolve(
+            merchant_id,
+            None,
+            operation_id,
+            Resolution(
+                attempt_number=int(number),
+                outcome=DoubtOutcome[outcome.upper().replace("-", "_")],
+                connector_transaction_id=connector_transaction_id,
+                amount_reported_minor=amount_reported_minor,
+                reason=reason,
+                resolved_by=f"login:{getpass.getuser()}",
+            ),
+        )
+    said = "decided before: " if resolved.replayed else ""
+    click.echo(f"{said}{operation_id} is {resolved.found.operation.state.name}")
+
+
+@main.command()
+@click.option("--merchant", "merchant_id", help="Only the payments of this merchant.")
+@click.option(
+    "--psp-journal",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The simulator's journal, to compare with.",
+)
+@_async
+async def verify(merchant_id: str | None, psp_journal: Path | None) -> None:
+    """Audit every payment in the database: amounts, states, events, stored answers, doubts.
+
+    Reads only, a page at a time, also while gateways are at work. Exit status 1 where a rule does
+    not hold (docs/operations.md explains each). With the PSP's journal every success must have its
+    one charge and the reverse; take it when no payment is on its way.
+    """
+    from gateway.application.administration import AdminFilter
+    from gateway.connectors.simulator.journal import JournalError
+    from gateway.verify import verify_all
+    from storage.postgres import open_reader
+
+    merchants = None if merchant_id is None else frozenset({merchant_id})
+    async with open_reader(_postgres_dsn(_settings())) as store:
+        try:
+            good = await verify_all(store.audit, AdminFilter(merchants, None, 0), psp_journal)
+        except JournalError as error:
+            fail(str(error))
+    if not good:
+        sys.exit(1)
 
 
 @main.command()

@@ -17,18 +17,22 @@ import uvloop
 
 from gateway import __version__
 from gateway.application.accounts import parse_key
+from gateway.application.administration import Administration
 from gateway.application.admission import AdmissionLimits, open_gates
 from gateway.application.ports import Connector, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
 from gateway.application.usecases import Limits, Payments
+from gateway.application.verification import Audit
 from gateway.connectors.http import Limits as HttpLimits
 from gateway.connectors.registry import ConnectorRegistry
 from gateway.connectors.simulator.connector import ProfileMismatch, SimulatorConnector
 from gateway.connectors.simulator.launch import SimulatorFailed
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.local import LocalServers, LocalState, write_state
+from gateway.rpc.admin import AdminService
 from gateway.rpc.auth import Authenticator, AuthLimits
 from gateway.rpc.conversion import ContractEncoder
+from gateway.rpc.decoding import ContractDecoder
 from gateway.rpc.server import GrpcServer, ServerOptions
 from gateway.rpc.service import Observer, PaymentService, RpcLimits
 from gateway.settings import Settings, load_settings, split_address
@@ -170,7 +174,13 @@ class Gateway:
             self.metrics,
         )
         wrap = None if tracing is None else tracing.handlers
-        self.server = GrpcServer(self.service, server_options(settings), wrap)
+        admin = AdminService(
+            self.service,
+            admission.lists,
+            Administration(self.store, self.payments.outcomes),
+            lambda filter_: Audit(self.store.audit, ContractDecoder(), filter_),
+        )
+        self.server = GrpcServer(self.service, server_options(settings), wrap, admin)
         try:
             if settings.workers == 1:  # of several workers, the supervisor serves them
                 await self._serve_metrics()
@@ -316,6 +326,8 @@ class Gateway:
             concurrency_max=settings.recovery_concurrency,
             backoff_s_min=settings.recovery_backoff_s_min,
             backoff_s_max=settings.recovery_backoff_s_max,
+            tries_max=settings.recovery_tries_max,
+            person_interval_s=settings.recovery_person_interval_s,
         )
 
     async def _watch_readiness(self) -> None:

@@ -360,6 +360,20 @@ class Settings(BaseSettings):
     recovery_backoff_s_max: float = _field(
         300.0, "The longest such pause; each is twice the one before.", gt=0, le=86_400
     )
+    recovery_tries_max: int = _field(
+        50,
+        "Looks at an operation in doubt after which a person has to settle it: it stays IN_DOUBT,"
+        " is listed as needing a person, and is looked at seldom.",
+        ge=1,
+        le=1_000_000,
+        unit="looks",
+    )
+    recovery_person_interval_s: float = _field(
+        3600.0,
+        "The pause between two looks at an operation that needs a person.",
+        gt=0,
+        le=604_800,
+    )
     recovery_concurrency: int = _field(
         16, "PSP calls of recovery at once.", ge=1, le=1000, unit="calls"
     )

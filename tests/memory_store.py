@@ -42,6 +42,7 @@ from gateway.domain.model import (
     ConnectorAnswer,
     Delivery,
     Discrepancy,
+    DoubtCause,
     Mode,
     Operation,
     OperationKind,
@@ -60,6 +61,8 @@ RECOVER_MARGIN_S: Final = 1.0
 FIRST_CHECK_S: Final = 1.0
 LEASE_S: Final = 30.0
 BACKOFF_S_MAX: Final = 60.0
+TRIES_MAX: Final = 50
+PERSON_INTERVAL_S: Final = 3600.0
 TAKEOVER_S: Final = SEND_WINDOW_S + ANSWER_TIMEOUT_S + RECOVER_MARGIN_S
 """How long after an intent recovery may take over."""
 LONG_S: Final = TAKEOVER_S + LEASE_S + 2 * BACKOFF_S_MAX
@@ -105,6 +108,8 @@ class DoubtRow:
     tries: int = 0
     evidence: ConnectorAnswer | None = None
     evidence_leased: bool = False
+    cause: DoubtCause = DoubtCause.UNSPECIFIED
+    needs_person: bool = False
 
     @property
     def has_unseen_evidence(self) -> bool:
@@ -346,13 +351,21 @@ class MemoryStore:
             leases.append(Lease(copy.deepcopy(operation), aggregate, row.tries - 1, evidence))
         return leases
 
-    async def postpone(self, operation: Operation, check_after_s: float) -> None:
+    async def postpone(
+        self,
+        operation: Operation,
+        check_after_s: float,
+        cause: DoubtCause = DoubtCause.UNSPECIFIED,
+        *,
+        needs_person: bool = False,
+    ) -> None:
         """See the port."""
         await self.before("postpone")
         row = self.doubts.get((operation.merchant_id, operation.operation_id))
         if row is not None:
             wait_s = 0.0 if row.has_unseen_evidence else check_after_s
             row.check_at, row.lease_until = self.now + timedelta(seconds=wait_s), None
+            row.cause, row.needs_person = cause, needs_person
 
     async def forget(self, operation: Operation) -> None:
         """See the port."""
@@ -723,6 +736,8 @@ SCHEDULE: Final = Schedule(
     concurrency_max=10,
     backoff_s_min=1.0,
     backoff_s_max=BACKOFF_S_MAX,
+    tries_max=TRIES_MAX,
+    person_interval_s=PERSON_INTERVAL_S,
 )
 
 

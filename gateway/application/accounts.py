@@ -31,8 +31,10 @@ class Scope(StrEnum):
     """AuthorizePayment, CapturePayment, VoidPayment, RefundPayment, IncrementAuthorization."""
     PAYMENTS_READ = "payments:read"
     """GetPayment, ListPayments, GetOperation."""
+    PAYMENTS_ADMIN = "payments:admin"
+    """All of AdminService: settling doubts, discrepancies, the audit."""
     ADMIN = "admin"
-    """Reserved for administration; opens no method of PaymentService."""
+    """Reserved for the administration of accounts; opens no method."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from gateway.domain.model import (
     Aggregate,
     ConnectorAnswer,
     Discrepancy,
+    DoubtCause,
+    DoubtOutcome,
     Mode,
     Operation,
     OperationKind,
@@ -161,6 +163,38 @@ class Doubt:
 
 
 @dataclass(slots=True)
+class Resolution:
+    """A person's decision on an operation in doubt; with what it changed, its audit record."""
+
+    attempt_number: int
+    outcome: DoubtOutcome
+    connector_transaction_id: str
+    amount_reported_minor: int | None
+    """The PSP's amount in minor units, where it differs from the operation's."""
+    reason: str
+    resolved_by: str
+    """An API key's id, or `login:` and a name."""
+    request_id: str = ""
+    resolved_at: datetime | None = None
+    """By the database's clock; None until it is written."""
+    state_before: OperationState = OperationState.IN_DOUBT
+    state_after: OperationState = OperationState.IN_DOUBT
+    payment_state_before: PaymentState = PaymentState.IN_DOUBT
+    payment_state_after: PaymentState = PaymentState.IN_DOUBT
+    payment_version: int = 0
+    """The payment's version that it made."""
+
+    def same_decision(self, other: "Resolution") -> bool:
+        """Whether both say the same of the same attempt, whoever said it and why."""
+        return (
+            self.attempt_number == other.attempt_number
+            and self.outcome is other.outcome
+            and self.connector_transaction_id == other.connector_transaction_id
+            and self.amount_reported_minor == other.amount_reported_minor
+        )
+
+
+@dataclass(slots=True)
 class Companion:
     """An operation that begins with a change of another one, and the event that tells it.
 
@@ -195,6 +229,8 @@ class Change:
     """Where the operation is PROCESSING afterwards (a new attempt): as in Intent."""
     doubt: Doubt | None = None
     """With it recovery looks at the operation again; without it recovery forgets the operation."""
+    resolution: Resolution | None = None
+    """Where a person decided on it: recorded in the same transaction."""
 
 
 @dataclass(slots=True)
@@ -285,8 +321,15 @@ class Store(Protocol):
         held them before is fenced out.
         """
 
-    async def postpone(self, operation: Operation, check_after_s: float) -> None:
-        """Look at a leased operation again later."""
+    async def postpone(
+        self,
+        operation: Operation,
+        check_after_s: float,
+        cause: DoubtCause = DoubtCause.UNSPECIFIED,
+        *,
+        needs_person: bool = False,
+    ) -> None:
+        """Look at a leased operation again later, and keep for people why it is not settled."""
 
     async def forget(self, operation: Operation) -> None:
         """Take an operation that has a definite outcome off recovery's list."""

@@ -30,6 +30,7 @@ from gateway.domain.model import (
     CaptureMethod,
     ConnectorAnswer,
     Delivery,
+    DoubtCause,
     Operation,
     OperationKind,
     OperationState,
@@ -65,6 +66,10 @@ class Schedule:
     """The first pause between two looks at one operation; doubled up to the next."""
     backoff_s_max: float
     """The longest pause."""
+    tries_max: int
+    """After so many looks at an operation in doubt, it needs a person."""
+    person_interval_s: float
+    """The pause between two looks at one that needs a person."""
 
 
 class RecoveryObserver(Protocol):
@@ -162,11 +167,24 @@ class Recovery:
             answer = evidence
         if answer is None or not _is_news(payment, operation, answer):
             if operation.state is not S.PROCESSING:
-                await self._store.postpone(operation, self._backoff_s(lease.tries))
+                await self._postpone(lease, connector)
                 return operation.state
             answer = _NO_ANSWER
         found = await self._outcomes.write(operation, payment, answer)
         return found.operation.state
+
+    async def _postpone(self, lease: Lease, connector: Connector | None) -> None:
+        """Look again later; seldom where recovery has asked often enough, and a person has to."""
+        operation, schedule = lease.operation, self._schedule
+        cause = _cause(lease, connector)
+        is_given_up = operation.state is S.IN_DOUBT and lease.tries + 1 >= schedule.tries_max
+        needs_person = is_given_up or (
+            operation.state is S.IN_DOUBT and cause is DoubtCause.NO_MEANS
+        )
+        pause_s = self._backoff_s(lease.tries)
+        if is_given_up:
+            pause_s = max(pause_s, schedule.person_interval_s)
+        await self._store.postpone(operation, pause_s, cause, needs_person=needs_person)
 
     async def _evidence(self, lease: Lease) -> ConnectorAnswer | None:
         """The evidence, where it is of the present attempt.
@@ -304,6 +322,21 @@ class Recovery:
         schedule = self._schedule
         pause_s: float = schedule.backoff_s_min * 2 ** min(tries, 30)
         return min(pause_s, schedule.backoff_s_max) * random.uniform(0.8, 1.2)
+
+
+def _cause(lease: Lease, connector: Connector | None) -> DoubtCause:
+    """Why a look did not settle the operation."""
+    if connector is None:
+        return DoubtCause.CONNECTOR_MISSING
+    if lease.operation.kind is K.VOID and any(
+        other.kind is K.AUTHORIZE and other.state in states.UNFINISHED
+        for other in lease.aggregate.operations
+    ):
+        return DoubtCause.WAITS_FOR_OPERATION
+    capabilities = connector.capabilities
+    if not (capabilities.query_by_reference or capabilities.cancel_by_reference):
+        return DoubtCause.NO_MEANS
+    return DoubtCause.NO_ANSWER
 
 
 def _is_news(payment: Payment, operation: Operation, answer: ConnectorAnswer) -> bool:

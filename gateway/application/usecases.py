@@ -37,6 +37,7 @@ from gateway.application.ports import (
     Intent,
     ListFilter,
     Page,
+    Resolution,
     Router,
     Store,
     Stored,
@@ -661,13 +662,53 @@ class Payments:
         return Answer(response, False, "", operation.payment_id, frozen)
 
 
+class AnswerCache(Protocol):
+    """What keeps frozen answers for repeats: a part of Claims."""
+
+    @property
+    def generation(self) -> str | None:
+        """See Claims."""
+
+    def cache(
+        self,
+        merchant_id: str,
+        idempotency_key: str,
+        nonce: bytes | None,
+        *,
+        fingerprint: bytes,
+        first_request_id: str,
+        response: bytes,
+        generation: str | None = None,
+    ) -> None:
+        """See Claims."""
+
+
+class NoCache:
+    """For commands that reach no Redis: PostgreSQL has every answer."""
+
+    generation: str | None = None
+
+    def cache(
+        self,
+        merchant_id: str,
+        idempotency_key: str,
+        nonce: bytes | None,
+        *,
+        fingerprint: bytes,
+        first_request_id: str,
+        response: bytes,
+        generation: str | None = None,
+    ) -> None:
+        """Nothing."""
+
+
 class Outcomes:
     """Writes what came of an attempt, whatever else happens to its payment meanwhile."""
 
     def __init__(
         self,
         store: Store,
-        claims: Claims,
+        claims: AnswerCache,
         encoder: Encoder,
         clock: DatabaseClock,
         first_check_s: float,
@@ -705,6 +746,45 @@ class Outcomes:
             operation, payment = found.operation, found.payment
             if (operation.epoch, operation.attempt.number) != (owned.epoch, owned.attempt.number):
                 return await self._fenced_out(owned, answer)
+
+    async def resolve(
+        self, found: Found, answer: ConnectorAnswer, resolution: Resolution
+    ) -> Found | None:
+        """End an operation's doubt by a person's decision, whoever owns it: the raised epoch fences
+        out a live recoverer, whose answer then is as late as any other. None where the attempt is
+        not in doubt any more. Raises StoreUnavailable.
+        """
+        while True:
+            operation, payment = found.operation, found.payment
+            if (
+                operation.state is not OperationState.IN_DOUBT
+                or operation.attempt.number != resolution.attempt_number
+            ):
+                return None
+            settled = decisions.settle(
+                payment,
+                operation,
+                answer,
+                self._clock.after(payment.updated_at),
+                ids.new_operation_id(),
+            )
+            if settled is None:
+                return None
+            settled.operation.epoch = operation.epoch + 1
+            record = replace(
+                resolution,
+                state_before=operation.state,
+                state_after=settled.operation.state,
+                payment_state_before=payment.state,
+                payment_state_after=settled.payment.state,
+                payment_version=settled.payment.version,
+            )
+            if await self._commit(operation, payment, settled, record) is Stored.WRITTEN:
+                return Found(settled.operation, settled.payment)
+            again = await self._store.find_operation(operation.merchant_id, operation.operation_id)
+            if again is None:
+                raise StoreUnavailable("the operation's row is missing")
+            found = again
 
     async def accept_cancel_request(self, operation: Operation, payment: Payment) -> Found:
         """Make a void of an unfinished authorization PENDING. Raises StoreUnavailable."""
@@ -766,7 +846,13 @@ class Outcomes:
             if await self._commit(found.operation, found.payment, settled) is Stored.WRITTEN:
                 return
 
-    async def _commit(self, before: Operation, payment: Payment, settled: Settled) -> Stored:
+    async def _commit(
+        self,
+        before: Operation,
+        payment: Payment,
+        settled: Settled,
+        resolution: Resolution | None = None,
+    ) -> Stored:
         operation = settled.operation
         event_id, event_type = ids.new_event_id(), _event_type(operation)
         response, event = self._encoder.change(event_id, event_type, operation, settled.payment)
@@ -790,6 +876,7 @@ class Outcomes:
                 event=event,
                 recover_after_s=self._takeover_after_s(operation) if sending else 0.0,
                 doubt=Doubt(self._first_check_s) if unfinished and not sending else None,
+                resolution=resolution,
             )
         )
         if stored is Stored.WRITTEN:
@@ -912,7 +999,7 @@ def _begin(command: FollowUp, aggregate: Aggregate, origin: Origin) -> Begun:
             )
 
 
-def _cache(claims: Claims, operation: Operation, generation: str | None) -> None:
+def _cache(claims: AnswerCache, operation: Operation, generation: str | None) -> None:
     """Cache a frozen answer that is committed; `generation` is from before the commit or read."""
     if (
         operation.response is not None

@@ -104,6 +104,27 @@ class Verdict(IntEnum):
     UNKNOWN = 8
 
 
+class DoubtCause(IntEnum):
+    """Why recovery has not settled an operation."""
+
+    UNSPECIFIED = 0
+    SENDER_SILENT = 1
+    NO_ANSWER = 2
+    NO_MEANS = 3
+    CONNECTOR_MISSING = 4
+    WAITS_FOR_OPERATION = 5
+
+
+class DoubtOutcome(IntEnum):
+    """What a person found out about an operation in doubt."""
+
+    TOOK_EFFECT = 1
+    NO_EFFECT = 2
+    DECLINED = 3
+    FAILED = 4
+    CANCELED = 5
+
+
 class ResponseCode(IntEnum):
     """The unified response code (the contract's ResponseCode names the ISO 8583 codes)."""
 

@@ -130,6 +130,15 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
         Reason.CAPTURE_NOT_REFUNDABLE: Rule(
             _C.FAILED_PRECONDITION, "Name a capture of this payment that succeeded, or none."
         ),
+        Reason.OPERATION_NOT_IN_DOUBT: Rule(
+            _C.FAILED_PRECONDITION,
+            "Nothing is to be decided about this attempt, or another decision was taken; read the "
+            "operation with GetOperation.",
+        ),
+        Reason.OUTCOME_NOT_ALLOWED: Rule(
+            _C.FAILED_PRECONDITION,
+            "Operations of this kind cannot have this outcome; the metadata names the kind.",
+        ),
         Reason.OPERATION_IN_PROGRESS: Rule(
             _C.FAILED_PRECONDITION,
             "Repeat once the payment's unfinished operation has its outcome.",
@@ -187,6 +196,7 @@ OPERATION_REASONS: Final[Mapping[Reason, str]] = MappingProxyType(
         Reason.CONNECTOR_BUSY: "No connection to the PSP was free in time; nothing was sent.",
         Reason.REFERENCE_CANCELED: "Its reference was made unusable at the PSP.",
         Reason.RECOVERED: "Recovery took it over after its sender had died.",
+        Reason.RESOLVED_BY_PERSON: "A person found out what became of it at the PSP.",
     }
 )
 """Reasons that stand in `Operation.reason` only, never in an error."""

@@ -1,13 +1,15 @@
-"""The page tokens of ListPayments: opaque, versioned, and bound to the filters they were made for.
+"""The page tokens of the lists: opaque, versioned, and bound to the filters they were made for.
 
 A token is no secret and proves nothing: whatever it says, the query is held to the caller's
-merchant and mode. It is written in hexadecimal, one token too long to look like a card number.
+merchants and mode. It is written in hexadecimal, one token too long to look like a card number.
 """
 
+from collections.abc import Callable
 from datetime import datetime
 from hashlib import sha256
-from typing import Final
+from typing import Final, TypeAlias
 
+from payments.v1.admin_service_pb2 import ListDiscrepanciesRequest, ListInDoubtRequest
 from payments.v1.payment_service_pb2 import ListPaymentsRequest
 
 from gateway.domain.errors import GatewayError, Reason
@@ -20,10 +22,12 @@ _TIME_BYTES: Final = 8
 _HEAD_BYTES: Final = len(_VERSION) + _FILTER_BYTES + _TIME_BYTES
 
 
-def filter_digest(request: ListPaymentsRequest, caller: Caller) -> bytes:
+ListRequest: TypeAlias = ListPaymentsRequest | ListInDoubtRequest | ListDiscrepanciesRequest
+
+
+def filter_digest(request: ListRequest, caller: Caller) -> bytes:
     """What a token is bound to: the filters, the merchant and the mode; not the page's size."""
-    filters = ListPaymentsRequest()
-    filters.CopyFrom(request)
+    filters = type(request).FromString(request.SerializeToString())
     filters.merchant_id = caller.merchant_id
     filters.ClearField("page_size")
     filters.ClearField("page_token")
@@ -33,14 +37,16 @@ def filter_digest(request: ListPaymentsRequest, caller: Caller) -> bytes:
 
 
 def encode_page_token(digest: bytes, after: tuple[datetime, str]) -> str:
-    """The token of the page that begins after the given sort key (created_at, payment_id)."""
-    created_at, payment_id = after
-    time = to_microseconds(created_at).to_bytes(_TIME_BYTES, signed=True)
-    return (_VERSION + digest + time + payment_id.encode()).hex()
+    """The token of the page that begins after the given sort key (time, id)."""
+    at, row_id = after
+    time = to_microseconds(at).to_bytes(_TIME_BYTES, signed=True)
+    return (_VERSION + digest + time + row_id.encode()).hex()
 
 
-def decode_page_token(digest: bytes, token: str) -> tuple[datetime, str] | None:
-    """The sort key of a token; None for the first page's empty one.
+def decode_page_token(
+    digest: bytes, token: str, is_id: Callable[[str], bool] = is_payment_id
+) -> tuple[datetime, str] | None:
+    """The sort key of a token; None for the first page's empty one. `is_id` knows the rows' ids.
 
     Raises GatewayError(PAGE_TOKEN_INVALID) for what is no token, or another filter's.
     """
@@ -48,15 +54,15 @@ def decode_page_token(digest: bytes, token: str) -> tuple[datetime, str] | None:
         return None
     try:
         data = bytes.fromhex(token)
-        created_at = from_microseconds(
+        at = from_microseconds(
             int.from_bytes(data[_HEAD_BYTES - _TIME_BYTES : _HEAD_BYTES], signed=True)
         )
-        payment_id = data[_HEAD_BYTES:].decode("ascii")
+        row_id = data[_HEAD_BYTES:].decode("ascii")
     except (ValueError, OverflowError):
         raise _invalid() from None
     # Nothing but what was given out: no other spelling of it, no time beyond the calendar.
-    after = (created_at, payment_id)
-    if not is_payment_id(payment_id) or encode_page_token(digest, after) != token:
+    after = (at, row_id)
+    if not is_id(row_id) or encode_page_token(digest, after) != token:
         raise _invalid()
     return after
 

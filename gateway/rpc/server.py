@@ -20,6 +20,9 @@ import pygrpc_native.aio
 from grpc import aio
 
 from gateway.rpc import validation
+from gateway.rpc.admin import REQUEST_TYPES as ADMIN_REQUEST_TYPES
+from gateway.rpc.admin import SERVICE_NAME as ADMIN_SERVICE_NAME
+from gateway.rpc.admin import AdminService
 from gateway.rpc.service import SERVICE_NAME, PaymentService
 from gateway.rpc.system import (
     HEALTH_SERVICE,
@@ -88,7 +91,9 @@ class ServerOptions:
 
 
 class GrpcServer:
-    """Serves PaymentService with health and reflection. `start`, then `drain`.
+    """Serves PaymentService, and AdminService where there is one, with health and reflection.
+
+    `start`, then `drain`.
 
     `wrap` may put something around PaymentService's handlers. Raises ServerConfigError where the
     options contradict each other.
@@ -99,14 +104,17 @@ class GrpcServer:
         service: PaymentService,
         options: ServerOptions,
         wrap: Callable[[Handlers], Handlers] | None = None,
+        admin: AdminService | None = None,
     ) -> None:
         _check(options)
         self._wrap = wrap
         self._service = service
+        self._admin = admin
+        self._names = (SERVICE_NAME,) if admin is None else (SERVICE_NAME, ADMIN_SERVICE_NAME)
         self._options = options
         # The native transport reserves the trailer's name: a call that ends with it never ends.
         service.pushback = options.transport != "native"
-        self._health = Health((SERVICE_NAME,))
+        self._health = Health(self._names)
         self._server: aio.Server | None = None
         self._drained: asyncio.Task[None] | None = None
         self.port = 0
@@ -119,7 +127,7 @@ class GrpcServer:
 
     async def start(self) -> int:
         """Bind, serve, and return the port. Raises ServerConfigError."""
-        validation.warm()
+        validation.warm(ADMIN_REQUEST_TYPES if self._admin is not None else ())
         options = self._options
         if options.transport == "native":
             _remove_litter()
@@ -140,9 +148,11 @@ class GrpcServer:
     def _services(self) -> Iterator[tuple[str, Handlers]]:
         handlers = self._service.method_handlers()
         yield SERVICE_NAME, handlers if self._wrap is None else self._wrap(handlers)
+        if self._admin is not None:
+            yield ADMIN_SERVICE_NAME, self._admin.method_handlers()
         yield HEALTH_SERVICE, self._health.method_handlers()
         if self._options.reflection:
-            reflection = Reflection((SERVICE_NAME,)).method_handlers()
+            reflection = Reflection(self._names).method_handlers()
             for name in REFLECTION_SERVICES:
                 yield name, reflection
 
@@ -166,6 +176,8 @@ class GrpcServer:
         await asyncio.sleep(self._options.drain_notice_s)
         until = time.monotonic() + grace_s
         self._service.begin_drain()
+        if self._admin is not None:
+            self._admin.begin_drain()
         self._health.close()
         await self._wait_quiet()
         if self._options.transport == "native":

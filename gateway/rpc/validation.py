@@ -79,9 +79,9 @@ _validator = Validator()
 _M = TypeVar("_M", bound=Message)
 
 
-def warm() -> None:
+def warm(further: Sequence[type[Message]] = ()) -> None:
     """Compile the contract's rules: the first validation of each message takes milliseconds."""
-    for message_type in REQUEST_TYPES:
+    for message_type in (*REQUEST_TYPES, *further):
         _validator.collect_violations(message_type())
 
 

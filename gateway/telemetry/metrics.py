@@ -1,7 +1,8 @@
 """The gateway's Prometheus metrics: one object that fills every observer port of the core."""
 
+import math
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Final, Protocol, TypeVar
 
@@ -211,6 +212,18 @@ class Metrics:
             "Age of the oldest operation whose outcome is unknown; 0 where there is none.",
             over_workers="max",
         )
+        self._unresolved = self._gauge(
+            "operations_unresolved",
+            "Operations whose outcome is unknown, by whether recovery leaves them to a person.",
+            "needs_person",
+            over_workers="max",
+        )
+        self._in_doubt_by_age = self._gauge(
+            "operations_in_doubt_by_age",
+            "Operations whose outcome is unknown and that are at most `le` seconds old.",
+            "le",
+            over_workers="max",
+        )
         self._recoveries = self._counter(
             "recovery", "Operations recovery looked at.", "kind", "outcome"
         )
@@ -368,10 +381,24 @@ class Metrics:
 
     # The composition root's loops.
 
-    def operations_in_doubt(self, count: int, oldest_age_s: float = 0.0) -> None:
-        """So many operations are in doubt now, the oldest for so long."""
+    def operations_in_doubt(
+        self,
+        count: int,
+        oldest_age_s: float = 0.0,
+        needs_person: int = 0,
+        by_age: Sequence[tuple[float, int]] = (),
+    ) -> None:
+        """So many operations are in doubt now, the oldest for so long; so many need a person.
+
+        `by_age` tells how many are at most so old, in seconds, for ascending ages.
+        """
         self._in_doubt.set(count)
         self._in_doubt_age_s.set(oldest_age_s)
+        self._unresolved.set(needs_person, ("true",))
+        self._unresolved.set(count - needs_person, ("false",))
+        for bound_s, inside in (*by_age, (math.inf, count)):
+            bound = "+Inf" if math.isinf(bound_s) else f"{bound_s:g}"
+            self._in_doubt_by_age.set(inside, (bound,))
 
     def outbox_rows(self, rows: int) -> None:
         """The outbox holds about so many events now."""

@@ -8,7 +8,8 @@ from typing import Any
 import asyncpg
 import orjson
 
-from gateway.application.ports import Change, Intent
+from gateway.application.administration import DoubtEntry
+from gateway.application.ports import Change, Intent, Resolution
 from gateway.domain.model import (
     AdviceAction,
     Attempt,
@@ -17,6 +18,8 @@ from gateway.domain.model import (
     ConnectorAnswer,
     CvvResult,
     Delivery,
+    DoubtCause,
+    DoubtOutcome,
     Mode,
     Operation,
     OperationKind,
@@ -295,6 +298,31 @@ def companion_rows(changes: Sequence[Change]) -> list[Row]:
     ]
 
 
+def resolution_rows(changes: Sequence[Change]) -> list[Row]:
+    """The doubt_resolutions of the changes that a person decided on."""
+    return [
+        (
+            change.operation.merchant_id,
+            change.operation.operation_id,
+            each.attempt_number,
+            change.operation.payment_id,
+            each.resolved_by,
+            each.outcome,
+            each.connector_transaction_id,
+            each.amount_reported_minor,
+            each.reason,
+            each.request_id,
+            each.state_before,
+            each.state_after,
+            each.payment_state_before,
+            each.payment_state_after,
+            each.payment_version,
+        )
+        for change in changes
+        if (each := change.resolution) is not None
+    ]
+
+
 def superseded_rows(operations: Iterable[Operation]) -> list[Row]:
     """The superseded_attempts before the present ones."""
     return [
@@ -426,4 +454,40 @@ def payment_of(row: asyncpg.Record) -> Payment:
         details=row["details"],
         created_at=row["payment_created_at"],
         updated_at=row["payment_updated_at"],
+    )
+
+
+def doubt_of(row: asyncpg.Record) -> DoubtEntry:
+    """The doubt in a row of list_doubts."""
+    operation = operation_of(row)
+    silent = operation.state is OperationState.PROCESSING
+    return DoubtEntry(
+        operation=operation,
+        mode=Mode(row["mode"]),
+        payment_state=PaymentState(row["payment_state"]),
+        since=row["since"],
+        tries=row["tries"],
+        next_check_at=row["check_at"],
+        leased_until=row["lease_until"],
+        cause=DoubtCause.SENDER_SILENT if silent else DoubtCause(row["cause"]),
+        needs_person=row["needs_person"],
+    )
+
+
+def resolution_of(row: asyncpg.Record) -> Resolution:
+    """The audit record in a row of find_resolution."""
+    return Resolution(
+        attempt_number=row["attempt_number"],
+        outcome=DoubtOutcome(row["outcome"]),
+        connector_transaction_id=row["connector_transaction_id"],
+        amount_reported_minor=row["amount_reported_minor"],
+        reason=row["reason"],
+        resolved_by=row["resolved_by"],
+        request_id=row["request_id"],
+        resolved_at=row["resolved_at"],
+        state_before=OperationState(row["state_before"]),
+        state_after=OperationState(row["state_after"]),
+        payment_state_before=PaymentState(row["payment_state_before"]),
+        payment_state_after=PaymentState(row["payment_state_after"]),
+        payment_version=row["payment_version"],
     )

@@ -5,10 +5,16 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import asyncpg
 
+from gateway.application.administration import (
+    AdminFilter,
+    DiscrepancyPage,
+    DoubtPage,
+    RecordedDiscrepancy,
+)
 from gateway.application.ports import (
     Change,
     Found,
@@ -17,13 +23,21 @@ from gateway.application.ports import (
     Lease,
     ListFilter,
     Page,
+    Resolution,
     Stored,
 )
-from gateway.domain.model import Aggregate, ConnectorAnswer, Operation, OperationState
+from gateway.domain.model import (
+    Aggregate,
+    ConnectorAnswer,
+    DoubtCause,
+    Operation,
+    OperationState,
+)
 from gateway.domain.states import UNFINISHED
 from storage.batching import LaneMetrics, LaneTracer
 from storage.postgres import rows
 from storage.postgres.accounts import Accounts
+from storage.postgres.audit import PostgresAudit
 from storage.postgres.errors import NotDurable, SchemaError
 from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
 from storage.postgres.migrate import check_schema
@@ -49,6 +63,9 @@ _FORGET = query("recovery", "forget")
 _ADD_EVIDENCE = query("recovery", "add_evidence")
 _COUNT_DOUBTS = query("recovery", "count_doubts")
 _ESTIMATE_OUTBOX = query("recovery", "estimate_outbox")
+_LIST_DOUBTS = query("reads", "list_doubts")
+_LIST_DISCREPANCIES = query("admin", "list_discrepancies")
+_FIND_RESOLUTION = query("admin", "find_resolution")
 
 _UNFINISHED: Final = sorted(UNFINISHED)
 _OF_UNKNOWN_OUTCOME: Final = [OperationState.PROCESSING, OperationState.IN_DOUBT]
@@ -63,6 +80,21 @@ LIST_SCAN_MAX: Final = 2_000
 """How many payments a page of ListPayments looks at; where a filter matches few, it ends early."""
 RECOVERY_HORIZON_S_MIN: Final = 60.0
 """How far behind now the scan for dead senders begins, where nothing else is said."""
+
+
+DOUBT_AGE_BOUNDS_S: Final = (10.0, 60.0, 300.0, 900.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0)
+"""The ages up to which doubts are counted, in seconds."""
+
+
+class DoubtCount(NamedTuple):
+    """The operations whose outcome is unknown."""
+
+    operations: int
+    oldest_age_s: float
+    needs_person: int
+    """How many of them recovery has given up asking often."""
+    by_age: tuple[tuple[float, int], ...]
+    """(age in seconds, how many are at most so old)."""
 
 
 class PostgresStore:
@@ -196,6 +228,7 @@ class PostgresStore:
             "direct": self._direct,
         }
         self.accounts = Accounts(self._direct)
+        self.audit = PostgresAudit(self._direct, _load_aggregates)
         if connect:
             await asyncio.gather(*(connections.open() for connections in held.values()))
 
@@ -367,7 +400,14 @@ class PostgresStore:
 
         return await self._direct.run(take)
 
-    async def postpone(self, operation: Operation, check_after_s: float) -> None:
+    async def postpone(
+        self,
+        operation: Operation,
+        check_after_s: float,
+        cause: DoubtCause = DoubtCause.UNSPECIFIED,
+        *,
+        needs_person: bool = False,
+    ) -> None:
         """See Store."""
 
         async def update(connection: Connection) -> None:
@@ -377,6 +417,8 @@ class PostgresStore:
                 merchant_id=operation.merchant_id,
                 operation_id=operation.operation_id,
                 check_after_s=check_after_s,
+                cause=cause,
+                needs_person=needs_person,
             )
 
         await self._direct.run(update)
@@ -395,14 +437,89 @@ class PostgresStore:
 
         await self._direct.run(delete)
 
-    async def count_doubts(self) -> tuple[int, float]:
-        """How many operations' outcome is unknown, and for how long the oldest's, in seconds."""
+    async def count_doubts(self) -> DoubtCount:
+        """How many operations' outcome is unknown, of all merchants, and for how long."""
 
-        async def count(connection: Connection) -> tuple[int, float]:
-            [counted] = await run(connection, _COUNT_DOUBTS, in_doubt=_OF_UNKNOWN_OUTCOME)
-            return counted["doubts"], counted["oldest_age_s"] or 0.0
+        async def count(connection: Connection) -> DoubtCount:
+            [counted] = await run(
+                connection,
+                _COUNT_DOUBTS,
+                in_doubt=_OF_UNKNOWN_OUTCOME,
+                age_bounds_s=DOUBT_AGE_BOUNDS_S,
+            )
+            return DoubtCount(
+                counted["doubts"],
+                counted["oldest_age_s"] or 0.0,
+                counted["needs_person"],
+                tuple(zip(DOUBT_AGE_BOUNDS_S, counted["by_age"], strict=True)),
+            )
 
         return await self._direct.run(count)
+
+    # --- administration ---
+
+    async def list_doubts(self, filter_: AdminFilter, *, needs_person_only: bool) -> DoubtPage:
+        """See AdminStore."""
+        after_at, after_id = filter_.after or (None, "")
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(
+                connection,
+                _LIST_DOUBTS,
+                all_merchants=filter_.merchant_ids is None,
+                merchant_ids=sorted(filter_.merchant_ids or ()),
+                mode=filter_.mode,
+                states=_OF_UNKNOWN_OUTCOME,
+                needs_person_only=needs_person_only,
+                after_since=after_at,
+                after_operation_id=after_id,
+                page_size=filter_.page_size,
+            )
+
+        records = await self._direct.run(select)
+        doubts = [rows.doubt_of(record) for record in records[: filter_.page_size]]
+        if len(records) <= filter_.page_size:
+            return DoubtPage(doubts, None)
+        return DoubtPage(doubts, (doubts[-1].since, doubts[-1].operation.operation_id))
+
+    async def list_discrepancies(self, filter_: AdminFilter) -> DiscrepancyPage:
+        """See AdminStore."""
+        after_at, after_id = filter_.after or (None, "")
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(
+                connection,
+                _LIST_DISCREPANCIES,
+                all_merchants=filter_.merchant_ids is None,
+                merchant_ids=sorted(filter_.merchant_ids or ()),
+                mode=filter_.mode,
+                after_created_at=after_at,
+                after_discrepancy_id=after_id,
+                page_size=filter_.page_size,
+            )
+
+        records = await self._direct.run(select)
+        found = [RecordedDiscrepancy(**record) for record in records[: filter_.page_size]]
+        if len(records) <= filter_.page_size:
+            return DiscrepancyPage(found, None)
+        return DiscrepancyPage(found, (found[-1].created_at, found[-1].discrepancy_id))
+
+    async def find_resolution(
+        self, merchant_id: str, operation_id: str, attempt_number: int
+    ) -> Resolution | None:
+        """See AdminStore."""
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(
+                connection,
+                _FIND_RESOLUTION,
+                merchant_id=merchant_id,
+                operation_id=operation_id,
+                attempt_number=attempt_number,
+            )
+
+        records = await self._direct.run(select)
+        return rows.resolution_of(records[0]) if records else None
 
     async def estimate_outbox(self) -> int:
         """About how many events the outbox holds, as of the server's latest statistics."""
@@ -528,6 +645,7 @@ async def _write_changes(
             companions=rows.companion_rows(changes),
             superseded=rows.superseded_rows([change.operation for change in changes]),
             discrepancies=rows.discrepancy_rows(changes),
+            resolutions=rows.resolution_rows(changes),
         )
     written = set(answer["changed"])
     missing = [c for c in changes if c.operation.operation_id not in written]
@@ -574,6 +692,12 @@ async def _aggregates(
             aggregate = found[number] = Aggregate(rows.payment_of(record))
         aggregate.operations.append(rows.operation_of(record))
     return found
+
+
+async def _load_aggregates(
+    connection: Connection, keys: Sequence[tuple[str, str]]
+) -> list[Aggregate | None]:
+    return await _aggregates(connection, _LOAD, keys)
 
 
 def _found(aggregate: Aggregate | None) -> Found | None:

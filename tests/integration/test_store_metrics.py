@@ -34,9 +34,9 @@ async def write(store: PostgresStore, state: OperationState) -> None:
 async def test_what_waits_for_a_later_answer_is_in_no_doubt(store: PostgresStore, dsn: str) -> None:
     await write(store, S.PENDING)
     assert fetch(dsn, "SELECT count(*) FROM doubts")[0][0] == 1
-    assert await store.count_doubts() == (0, 0.0)
+    assert (await store.count_doubts())[:2] == (0, 0.0)
     await write(store, S.IN_DOUBT)
-    count, age_s = await store.count_doubts()
+    count, age_s, *_ = await store.count_doubts()
     assert (count, age_s > 0) == (1, True)
 
 

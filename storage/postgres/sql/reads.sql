@@ -94,6 +94,31 @@ LEFT JOIN (
 ) ON true
 ORDER BY page.created_at DESC, page.payment_id DESC;
 
+-- :name list_doubts
+-- The oldest first. The table of doubts is small: it is read whole.
+SELECT
+    doubt.since, doubt.tries, doubt.check_at, doubt.lease_until, doubt.needs_person, doubt.cause,
+    payment.mode, payment.state AS payment_state,
+    {{operation_columns}}
+FROM doubts AS doubt
+CROSS JOIN LATERAL (
+    SELECT * FROM operations
+    WHERE merchant_id = doubt.merchant_id AND operation_id = doubt.operation_id
+) AS operation
+CROSS JOIN LATERAL (
+    SELECT mode, state FROM payments
+    WHERE merchant_id = doubt.merchant_id AND payment_id = doubt.payment_id
+) AS payment
+WHERE (:all_merchants::bool OR doubt.merchant_id = ANY (:merchant_ids::text[]))
+    AND (:mode::int2 IS NULL OR payment.mode = :mode::int2)
+    AND operation.state = ANY (:states::int2[])
+    AND (doubt.needs_person OR NOT :needs_person_only::bool)
+    AND (doubt.since, doubt.operation_id)
+        > (coalesce(:after_since::timestamptz, '-infinity'), :after_operation_id::text)
+ORDER BY doubt.since, doubt.operation_id
+-- One more, to know whether there is one more.
+LIMIT :page_size::int4 + 1;
+
 -- :fragment operation_columns
 operation.merchant_id, operation.operation_id, operation.payment_id, operation.kind,
 operation.origin, operation.state, operation.amount_minor, operation.currency, operation.epoch,

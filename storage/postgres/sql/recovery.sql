@@ -156,7 +156,9 @@ SET check_at = CASE
         WHEN evidence IS NOT NULL AND NOT evidence_leased THEN now()
         ELSE now() + :check_after_s::float8 * interval '1 second'
     END,
-    lease_until = NULL
+    lease_until = NULL,
+    cause = :cause::int2,
+    needs_person = :needs_person::bool
 WHERE merchant_id = :merchant_id::text AND operation_id = :operation_id::text;
 
 -- :name forget
@@ -202,9 +204,20 @@ RETURNING true AS added;
 
 -- :name count_doubts
 -- What waits for a customer or for a PSP's later answer is on recovery's list and in no doubt.
-SELECT count(*) AS doubts, extract(epoch FROM now() - min(since))::float8 AS oldest_age_s
-FROM doubts JOIN operations USING (merchant_id, operation_id)
-WHERE state = ANY (:in_doubt::int2[]);
+WITH ages AS MATERIALIZED (
+    SELECT extract(epoch FROM now() - since)::float8 AS age_s, needs_person
+    FROM doubts JOIN operations USING (merchant_id, operation_id)
+    WHERE state = ANY (:in_doubt::int2[])
+)
+SELECT
+    (SELECT count(*) FROM ages) AS doubts,
+    (SELECT max(age_s) FROM ages) AS oldest_age_s,
+    (SELECT count(*) FROM ages WHERE needs_person) AS needs_person,
+    array(
+        SELECT (SELECT count(*) FROM ages WHERE age_s <= bound)
+        FROM unnest(:age_bounds_s::float8[]) WITH ORDINALITY AS bounds (bound, number)
+        ORDER BY number
+    ) AS by_age;
 
 -- The statistics' estimate: a count would read the whole table, which holds every event.
 -- :name estimate_outbox

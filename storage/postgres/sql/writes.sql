@@ -140,6 +140,19 @@ differing AS (
     FROM unnest(:discrepancies::reported_discrepancy[])
     WHERE ((merchant_id, changed_by) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
 ),
+resolved AS (
+    INSERT INTO resolutions (
+        merchant_id, operation_id, attempt_number, payment_id, resolved_by, outcome,
+        connector_transaction_id, amount_reported_minor, reason, request_id, state_before,
+        state_after, payment_state_before, payment_state_after, payment_version
+    )
+    SELECT
+        merchant_id, operation_id, attempt_number, payment_id, resolved_by, outcome,
+        connector_transaction_id, amount_reported_minor, reason, request_id, state_before,
+        state_after, payment_state_before, payment_state_after, payment_version
+    FROM unnest(:resolutions::doubt_resolution[])
+    WHERE ((merchant_id, operation_id) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
+),
 doubted AS (
     INSERT INTO doubts AS doubt (merchant_id, operation_id, payment_id, check_at)
     SELECT
