@@ -9,6 +9,7 @@ import pytest
 from payments.v1 import payment_pb2
 from payments.v1.payment_service_pb2 import CapturePaymentRequest, RefundPaymentRequest
 
+from gateway.cli import main
 from gateway.domain.model import OperationState as S
 from storage.embedded._process import is_frozen
 from storage.postgres.queries import query
@@ -166,6 +167,58 @@ async def test_what_a_sender_sends_after_recovery_leaves_no_charge_unrecorded(
         else:
             assert repeat.operation.state == SUCCEEDED
             assert standing[0].reference == repeat.operation.attempts[-1].connector_reference
+
+
+@pytest.mark.parametrize(
+    ("repeated", "transport"), [(False, "grpcio"), (True, "native")], ids=["alone", "repeated"]
+)
+async def test_what_a_person_took_for_without_effect_is_reversed_should_it_take_effect(
+    postgres: PostgresForTests,
+    redis: EmbeddedRedis,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    repeated: bool,
+    transport: str,
+) -> None:
+    """The PSP can be asked nothing, a person says "no effect", and then the sender wakes up."""
+    with _system(postgres, redis, "no_query") as system:
+        sleeper = system.fork_gateway(STOPPED_SENDER, "authorize", transport=transport)
+        other = system.start_gateway(transport=other_than(transport))
+        request = authorize_request()
+        async with (
+            calling(sleeper, system.shop.api_key) as first,
+            calling(other, system.shop.api_key) as second,
+        ):
+            client = Client(first)
+            call = asyncio.ensure_future(client.call("AuthorizePayment", request))
+            await _stopped(sleeper)
+            assert await _recovered(system, request.idempotency_key) is S.IN_DOUBT
+            [row] = system.fetch("SELECT operation_id FROM operations")
+            monkeypatch.setenv("GATEWAY_POSTGRES_DSN", system.dsn)
+            command = ["doubts", "resolve", f"{row['operation_id']}-1"]
+            command += ["--merchant", system.shop.merchant_id, "--outcome", "no-effect"]
+            command += ["--reason", "The PSP's console does not know the reference."]
+            await asyncio.to_thread(main, command, standalone_mode=False)
+            [row] = system.fetch("SELECT state FROM operations")
+            assert row["state"] == S.NOT_SENT
+            if repeated:  # a second attempt, which stands before the first one is sent
+                await Client(second).until_answered("AuthorizePayment", request)
+            sleeper.resume()
+            await call
+
+        def reversed_() -> bool:
+            rows = system.fetch("SELECT state FROM operations WHERE kind = 7")
+            return bool(rows) and all(each["state"] == S.SUCCEEDED for each in rows)
+
+        await eventually(reversed_, "the late charge is reversed")
+        await settled(system)
+        check(system, client)
+        standing = [one.reference for one in system.standing() if one.stands]
+        [row] = system.fetch("SELECT operation_id, state FROM operations WHERE kind = 1")
+        assert standing == ([f"{row['operation_id']}-2"] if repeated else [])
+        assert row["state"] == (S.SUCCEEDED if repeated else S.NOT_SENT)
+        [found] = system.fetch("SELECT kind FROM discrepancies")
+        assert found["kind"] == "late_success"
 
 
 @alternating(profile=PROFILES)

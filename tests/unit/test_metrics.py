@@ -233,7 +233,7 @@ def test_workers_pools_are_summed_and_what_lies_in_the_database_is_not() -> None
     for worker in "12":
         metrics = Metrics()
         metrics.watch_pools({"intents": _Pool()})
-        metrics.operations_in_doubt(4, 60.5)
+        metrics.operations_in_doubt(4, 60.5, 1, ((10.0, 1), (60.0, 3)))
         metrics.outbox_rows(7)
         metrics.answered(0.01)
         # As a worker sends it to its supervisor.
@@ -245,6 +245,10 @@ def test_workers_pools_are_summed_and_what_lies_in_the_database_is_not() -> None
     assert values['gateway_pool_busy_seconds_total{lane="intents"}'] == 1.0
     assert values["gateway_operations_in_doubt"] == 4
     assert values["gateway_operations_in_doubt_age_seconds"] == 60.5
+    assert values['gateway_operations_unresolved{needs_person="true"}'] == 1
+    assert values['gateway_operations_unresolved{needs_person="false"}'] == 3
+    ages = [values[f'gateway_operations_in_doubt_by_age{{le="{le}"}}'] for le in (10, 60, "+Inf")]
+    assert ages == [1, 3, 4]
     assert values["gateway_outbox_rows"] == 7
     assert values["gateway_added_duration_seconds_count"] == 2
 

@@ -4,11 +4,18 @@ from enum import IntEnum
 
 import pytest
 from google.protobuf.descriptor import EnumDescriptor
-from payments.v1 import outcome_pb2, payment_method_pb2, payment_pb2, payment_service_pb2
+from payments.v1 import (
+    admin_service_pb2,
+    outcome_pb2,
+    payment_method_pb2,
+    payment_pb2,
+    payment_service_pb2,
+)
 
 from gateway.domain import model
 
 _FILES = (
+    admin_service_pb2.DESCRIPTOR,
     outcome_pb2.DESCRIPTOR,
     payment_method_pb2.DESCRIPTOR,
     payment_pb2.DESCRIPTOR,
@@ -27,6 +34,8 @@ SHARED: list[type[IntEnum]] = [
     model.AdviceAction,
     model.AvsResult,
     model.CvvResult,
+    model.DoubtCause,
+    model.DoubtOutcome,
 ]
 
 

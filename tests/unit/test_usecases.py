@@ -28,6 +28,7 @@ from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
     CaptureMethod,
     ConnectorAnswer,
+    DoubtCause,
     Mode,
     Operation,
     OperationKind,
@@ -734,6 +735,43 @@ async def test_psp_that_does_not_answer_recovery_leaves_the_doubt() -> None:
     assert gateway.store.by_key("a").state is S.IN_DOUBT
     await gateway.recover()
     assert gateway.store.by_key("a").state is S.SUCCEEDED
+
+
+async def test_a_doubt_needs_a_person_after_so_many_looks_and_is_never_guessed() -> None:
+    doubtful = bench(CAPABLE, LOST)
+    schedule = replace(SCHEDULE, tries_max=3, person_interval_s=100_000.0)
+    gateway = Bench(doubtful.connector, store=doubtful.store, schedule=schedule)
+    await gateway.payments.authorize(gateway.authorize())
+    store = gateway.store
+    gateway.connector.asks.extend([NO_ANSWER] * 8)
+    [doubt] = store.doubts.values()
+    for _ in range(2):
+        await gateway.recover()
+        assert (doubt.needs_person, doubt.cause) == (False, DoubtCause.NO_ANSWER)
+    await gateway.recover()
+    assert doubt.needs_person
+    assert (doubt.check_at - store.now).total_seconds() == 100_000.0
+    tries = doubt.tries
+    await gateway.recover(rounds=5)
+    assert doubt.tries == tries
+    # Now and then it is still asked for, and an answer ends it.
+    store.advance(100_000.0)
+    await gateway.recover()
+    assert doubt.tries == tries + 1
+    assert store.by_key("a").state is S.IN_DOUBT
+    gateway.connector.asks.clear()
+    store.advance(100_000.0)
+    await gateway.recover()
+    assert store.by_key("a").state is S.SUCCEEDED
+    assert store.doubts == {}
+
+
+async def test_a_doubt_at_a_psp_that_can_be_asked_nothing_needs_a_person_at_once() -> None:
+    gateway = bench(INCAPABLE, LOST)
+    await gateway.payments.authorize(gateway.authorize())
+    await gateway.recover()
+    [doubt] = gateway.store.doubts.values()
+    assert (doubt.needs_person, doubt.cause) == (True, DoubtCause.NO_MEANS)
 
 
 async def test_an_automatic_capture_is_told_beside_its_authorization() -> None:
