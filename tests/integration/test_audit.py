@@ -195,8 +195,8 @@ _PLAIN = "payment_id = (SELECT max(payment_id) FROM payments WHERE state = 9)"
         (f"DELETE FROM payments WHERE {_CAPTURED}", Kind.ORPHAN),
         (
             (
-                "INSERT INTO outbox (merchant_id, payment_id, payment_version, event_id, event_type,"
-                " payload) VALUES ('mer_x', 'pay_x', 1, 'evt_x', 'x', '')"
+                "INSERT INTO outbox (merchant_id, payment_id, payment_version, event_id,"
+                " event_type, payload) VALUES ('mer_x', 'pay_x', 1, 'evt_x', 'x', '')"
             ),
             Kind.ORPHAN,
         ),
