@@ -11,7 +11,7 @@ MAKEFLAGS += --no-builtin-rules
 
 PYTHON ?= python3# the Python that .venv is made from
 UV ?= uv# for `make lock` only
-ARGS ?=# more arguments for run, test, load, bench, chaos, chart and lock
+ARGS ?=# more arguments for run, test, load, bench, chaos, simulate, chart and lock
 
 # Of `make load`; `make load ARGS=--help` says what they mean, and the API key of a TARGET stands in
 # the environment.
@@ -38,7 +38,7 @@ STUBS_SOURCES := proto/pyproject.toml proto/hatch_build.py proto/stubgen.py prot
 $(shell { test -d proto/gen/python && test "$$(cat .venv/installed)" = "$$(pwd -P)"; } 2>/dev/null \
 	|| rm -f .venv/installed)
 
-.PHONY: help setup run test lint load bench chaos chart format proto lock clean
+.PHONY: help setup run test lint load bench chaos simulate chart format proto lock clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -73,6 +73,9 @@ bench: .venv/installed .venv/bench ## measure side by side, nine minutes; ARGS="
 
 chaos: .venv/installed ## faults under load, and an oracle; SCENARIO=gateway-sigkill TRIALS=10 SEED=1, ARGS=--quick
 	@$(PY) -m tests.chaos $(CHAOS_OPTIONS) $(ARGS)
+
+simulate: .venv/installed ## histories in simulated time, from seeds; ARGS="--seed 1 --histories 100000", ARGS="--replay 7", ARGS=--mutants
+	@$(PY) -m tests.simulation $(ARGS)
 
 chart: .venv/installed .venv/chart ## check the Helm chart and all that deploys; ARGS=--write takes what it renders as right
 	@$(PY) helm/chart_check.py $(ARGS)

@@ -117,6 +117,29 @@ class DoubtRow:
         return self.evidence is not None and not self.evidence_leased
 
 
+def owned(operation: Operation) -> Operation:
+    """A copy of an operation that shares nothing with it that anybody changes."""
+    attempt = copy.copy(operation.attempt)
+    attempt.outcome = copy.copy(attempt.outcome)
+    return operation.copy_with(attempt=attempt)
+
+
+def owned_intent(intent: Intent) -> Intent:
+    """The same of an intent."""
+    return replace(intent, operation=owned(intent.operation), payment=intent.payment.copy_with())
+
+
+def owned_change(change: Change) -> Change:
+    """The same of a change."""
+    return replace(
+        change,
+        operation=owned(change.operation),
+        payment=change.payment.copy_with(),
+        companions=[replace(each, operation=owned(each.operation)) for each in change.companions],
+        discrepancies=[copy.copy(each) for each in change.discrepancies],
+    )
+
+
 async def _yield(_: str) -> None:
     await asyncio.sleep(0)
 
@@ -145,9 +168,9 @@ class MemoryStore:
     def of_payment(self, payment_id: str, merchant_id: str = MERCHANT) -> Aggregate:
         """A payment with its operations, now."""
         return Aggregate(
-            copy.deepcopy(self.payments[merchant_id, payment_id]),
+            self.payments[merchant_id, payment_id].copy_with(),
             [
-                copy.deepcopy(operation)
+                owned(operation)
                 for operation in self.operations.values()
                 if (operation.merchant_id, operation.payment_id) == (merchant_id, payment_id)
             ],
@@ -157,14 +180,14 @@ class MemoryStore:
         """The operation with this idempotency key, now."""
         operation = self._with_key(merchant_id, idempotency_key)
         assert operation is not None
-        return copy.deepcopy(operation)
+        return owned(operation)
 
     # --- writes ---
 
     async def write_intent(self, intent: Intent) -> IntentResult:
         """See the port."""
         await self.before("write_intent")
-        result = self._intend(copy.deepcopy(intent))
+        result = self._intend(owned_intent(intent))
         await self.after("write_intent")
         return result
 
@@ -199,7 +222,7 @@ class MemoryStore:
     async def write_change(self, change: Change) -> Stored:
         """See the port."""
         await self.before("write_change")
-        stored = self._change(copy.deepcopy(change))
+        stored = self._change(owned_change(change))
         await self.after("write_change")
         return stored
 
@@ -261,7 +284,7 @@ class MemoryStore:
         if operation is None:
             return None
         payment = self.payments[operation.merchant_id, operation.payment_id]
-        return Found(copy.deepcopy(operation), copy.deepcopy(payment))
+        return Found(owned(operation), payment.copy_with())
 
     async def find_by_key(self, merchant_id: str, idempotency_key: str) -> Found | None:
         """See the port."""
@@ -300,7 +323,7 @@ class MemoryStore:
             )
 
         listed = sorted(filter(is_listed, self.payments.values()), key=sort_key, reverse=True)
-        page = copy.deepcopy(listed[: filter_.page_size])
+        page = [payment.copy_with() for payment in listed[: filter_.page_size]]
         more = len(listed) > len(page)
         return Page(page, sort_key(page[-1]) if page and more else None)
 
@@ -348,7 +371,7 @@ class MemoryStore:
                 operation = self.operations[key] = operation.copy_with(epoch=operation.epoch + 1)
             aggregate = self.of_payment(operation.payment_id, operation.merchant_id)
             evidence = copy.deepcopy(row.evidence)
-            leases.append(Lease(copy.deepcopy(operation), aggregate, row.tries - 1, evidence))
+            leases.append(Lease(owned(operation), aggregate, row.tries - 1, evidence))
         return leases
 
     async def postpone(

@@ -119,6 +119,8 @@ class History:
     """In the order in which they came."""
     failed: list[str] = field(default_factory=list)
     """Keys of calls that had no answer after all tries of the clients' retry policy."""
+    misuses: list[Answer] = field(default_factory=list)
+    """Of calls with another payload under a key that had been answered."""
     calls_may_fail: bool = True
     """Whether a call may end so. It is repeated at the end."""
     psp: list[Record] = field(default_factory=list)
@@ -157,6 +159,7 @@ class History:
                 **values,
                 "calls": calls,
                 "answers": [Answer(**answer) for answer in values["answers"]],
+                "misuses": [Answer(**answer) for answer in values.get("misuses", ())],
                 "psp": [
                     json.loads(line) for line in (folder / _PSP).read_text("utf-8").splitlines()
                 ],

@@ -58,6 +58,8 @@ class Rule(enum.StrEnum):
     """The table of transitions leads from each state told or recorded to all later ones."""
     REPLAY_EQUALS_FIRST = "replay-equals-first"
     """Once an answer is final, every repeat gets the same one, and only the first is no repeat."""
+    KEY_IS_ITS_PAYLOAD = "key-is-its-payload"
+    """A call with another payload under a key that was used is never answered."""
     REFUSED_HAS_NO_EFFECT = "refused-has-no-effect"
     """What was always refused has no operation, and the payment's state gave the ground."""
     EVERY_CALL_IS_ANSWERED = "every-call-is-answered"
@@ -303,6 +305,18 @@ def _replays(books: _Books) -> Iterator[Violation]:
                 yield violation(f"{told} after the final answer", S(first.state).name)
 
 
+def _misuses(books: _Books) -> Iterator[Violation]:
+    for each in books.history.misuses:
+        if each.ok:
+            yield Violation(
+                Rule.KEY_IS_ITS_PAYLOAD,
+                each.payment_id,
+                each.operation_id,
+                f"{each.key} with another payload was told {S(each.state).name}",
+                "a refusal",
+            )
+
+
 def _refusals(books: _Books) -> Iterator[Violation]:
     rule = Rule.REFUSED_HAS_NO_EFFECT
     for key, answers in books.answers.items():
@@ -424,8 +438,10 @@ def _success(books: _Books, row: Row, found: list[Record]) -> Iterator[Violation
     """The effect of an operation that succeeded."""
     payment = books.payments.get(row["payment_id"])
     taken_back = payment is not None and payment["state"] == PaymentState.VOIDED
-    if row["kind"] == K.VOID or (row["kind"] == K.AUTHORIZE and taken_back and not found):
-        # A void may have found nothing to release, or have taken the authorization back as a whole.
+    held = row["kind"] in (K.AUTHORIZE, K.INCREMENT)
+    if row["kind"] == K.VOID or (held and taken_back and not found):
+        # A void may have found nothing to release, or have taken the authorization back as a whole,
+        # and with it the increments.
         return
     if row["kind"] == K.CAPTURE and row["origin"] == OperationOrigin.GATEWAY:
         # The PSP did it with the authorization.
@@ -647,6 +663,7 @@ _CHECKS: Final[tuple[Callable[[_Books], Iterator[Violation]], ...]] = (
     _told_states,
     _paths,
     _replays,
+    _misuses,
     _refusals,
     _unanswered,
     _failed,

@@ -370,6 +370,10 @@ def _thaw_an_answer(book: Book) -> None:
     book.tell("d", S.PROCESSING)
 
 
+def _answer_another_payload(book: Book) -> None:
+    book.history.misuses.append(next(each for each in book.history.answers if each.ok))
+
+
 def _do_what_was_refused(book: Book) -> None:
     book.history.answers = [each for each in book.history.answers if each.key != "d"]
     book.fail("d", "FAILED_PRECONDITION", "PAYMENT_NOT_AUTHORIZED")
@@ -520,6 +524,7 @@ BAD: Final[dict[Callable[[Book], None], Rule]] = {
     _execute_twice: Rule.REPLAY_EQUALS_FIRST,
     _refuse_a_repeat: Rule.REPLAY_EQUALS_FIRST,
     _thaw_an_answer: Rule.REPLAY_EQUALS_FIRST,
+    _answer_another_payload: Rule.KEY_IS_ITS_PAYLOAD,
     _do_what_was_refused: Rule.REFUSED_HAS_NO_EFFECT,
     _lose_what_it_is_about: Rule.REFUSED_HAS_NO_EFFECT,
     _never_answer: Rule.EVERY_CALL_IS_ANSWERED,

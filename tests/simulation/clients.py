@@ -1,0 +1,265 @@
+"""Simulated clients: payments with all their operations, retries, duplicates, rivals and misuse."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from payments.v1 import payment_method_pb2
+from payments.v1 import payment_service_pb2 as rpc
+
+from gateway.domain.model import OperationKind as K
+from gateway.domain.model import OperationState as S
+from tests.chaos.history import _RESPONSES, Answer, Call, History, digest_of
+from tests.faults.checker import REPEATABLE
+from tests.harness import eur
+from tests.simulation.gateway import OK
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+    from tests.simulation.gateway import Told
+
+
+TRY_TIMEOUT_S: Final = 2.0
+TRIES_MAX: Final = 4
+FINAL_TRIES_MAX: Final = 30
+PAUSE_S: Final = (0.02, 0.4)
+PATIENCE_TRIES: Final = 2
+PATIENCE_S: Final = 0.5
+REPEATED_MAX: Final = 6
+"""Answered calls that are repeated at the end."""
+DUPLICATE_SHARE: Final = 0.2
+RIVAL_SHARE: Final = 0.25
+CANCEL_SHARE: Final = 0.12
+REPEAT_SHARE: Final = 0.2
+MISUSE_SHARE: Final = 0.06
+IMPATIENT_SHARE: Final = 0.1
+"""Tries whose deadline is too short."""
+IMPATIENCE_S: Final = (0.01, 0.3)
+
+AMOUNTS_MINOR: Final = range(1000, 8001, 50)
+INCREMENT_MINOR: Final = 250
+
+OPEN: Final = frozenset({S.PROCESSING, S.IN_DOUBT, S.NOT_SENT})
+_REPEATABLE: Final = frozenset(code.name for code in REPEATABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    call: Call
+    message: bytes
+
+
+class Clients:
+    """The load, and its journal."""
+
+    def __init__(
+        self,
+        history: History,
+        send: Callable[[int, K, bytes, float], Awaitable[Told]],
+        *,
+        seed: int,
+        gateways: int,
+        tokens: Sequence[str],
+        may_cancel: bool,
+        may_void_the_rest: bool,
+    ) -> None:
+        self._history = history
+        self._send = send
+        self._gateways = gateways
+        self._tokens = tokens
+        self._may_cancel = may_cancel
+        self._may_void_the_rest = may_void_the_rest
+        self._draw = random.Random(f"clients/{seed}")
+        self._order = itertools.count(1)
+        self._keys = itertools.count(1)
+        self._requests: dict[str, _Request] = {}
+        self.told: set[str] = set()
+        """Operations that a client has been told of."""
+
+    async def shop(self, payments: int) -> None:
+        """So many payments, some at once."""
+        await asyncio.gather(*(self._payment() for _ in range(payments)))
+
+    async def repeat_unanswered(self) -> None:
+        """Repeat every call whose outcome a client does not know, until it does."""
+        last = {each.key: each for each in self._history.answers if each.ok or each.refused}
+        await self._all(
+            key
+            for key in self._requests
+            if key not in last or (last[key].ok and last[key].state in OPEN)
+        )
+
+    async def repeat_answered(self) -> None:
+        """Repeat some of the calls that have their final answer."""
+        final = (each.key for each in self._history.answers if each.ok and each.state not in OPEN)
+        keys = list(dict.fromkeys(final))
+        await self._all(self._draw.sample(keys, min(len(keys), REPEATED_MAX)))
+
+    async def _all(self, keys: Iterable[str]) -> None:
+        for key in list(keys):
+            await self._call(self._requests[key], FINAL_TRIES_MAX)
+
+    def _key(self) -> str:
+        return f"key-{next(self._keys)}"
+
+    # --- a payment --------------------------------------------------------------------------------
+
+    async def _payment(self) -> None:
+        draw = self._draw
+        await asyncio.sleep(draw.random())
+        amount_minor = draw.choice(AMOUNTS_MINOR)
+        method = draw.choice(("AUTOMATIC", "MANUAL", "MANUAL_MULTIPLE", "MANUAL_MULTIPLE"))
+        request = self._authorization(amount_minor, method)
+        authorizing = self._patiently(request)
+        if self._may_cancel and draw.random() < CANCEL_SHARE:
+            cancel = rpc.VoidPaymentRequest(
+                idempotency_key=self._key(), authorize_idempotency_key=request.call.key
+            )
+            void = _Request(
+                Call(cancel.idempotency_key, K.VOID, "", None), cancel.SerializeToString()
+            )
+            await asyncio.gather(authorizing, self._later(void))
+            return
+        answer = await authorizing
+        if answer is None or answer.state != S.SUCCEEDED:
+            return
+        for kind, amount in self._plan(method, amount_minor):
+            calls = 2 if draw.random() < RIVAL_SHARE else 1
+            done, *_ = await asyncio.gather(
+                *(
+                    self._patiently(self._follow_up(kind, answer.payment_id, amount))
+                    for _ in range(calls)
+                )
+            )
+            if done is None:
+                return
+
+    async def _later(self, request: _Request) -> Answer | None:
+        await asyncio.sleep(self._draw.random() * 0.3)
+        return await self._patiently(request)
+
+    def _authorization(self, amount_minor: int, method: str) -> _Request:
+        key = self._key()
+        message = rpc.AuthorizePaymentRequest(
+            idempotency_key=key,
+            amount=eur(amount_minor),
+            capture_method=getattr(payment_method_pb2, f"CAPTURE_METHOD_{method}"),
+            payment_method=payment_method_pb2.PaymentMethod(token=self._draw.choice(self._tokens)),
+        )
+        return _Request(Call(key, K.AUTHORIZE, "", amount_minor), message.SerializeToString())
+
+    def _plan(self, method: str, amount_minor: int) -> Sequence[tuple[K, int | None]]:
+        if method == "AUTOMATIC":
+            return ((K.REFUND, amount_minor // 2),)
+        part = amount_minor // 2
+        rest = K.VOID if self._may_void_the_rest else K.CAPTURE
+        return self._draw.choice(
+            (
+                ((K.CAPTURE, part), (K.REFUND, part // 2), (K.REFUND, None)),
+                ((K.CAPTURE, part), (K.CAPTURE, None), (K.REFUND, part)),
+                ((K.CAPTURE, part), (rest, None)),
+                ((K.INCREMENT, INCREMENT_MINOR), (K.CAPTURE, amount_minor + INCREMENT_MINOR)),
+                ((K.INCREMENT, INCREMENT_MINOR), (K.VOID, None)),
+                ((K.CAPTURE, amount_minor), (K.REFUND, amount_minor)),
+                ((K.VOID, None),),
+            )
+        )
+
+    def _follow_up(self, kind: K, payment_id: str, amount_minor: int | None) -> _Request:
+        key, amount = self._key(), eur(amount_minor)
+        message: Any
+        match kind:
+            case K.CAPTURE:
+                final = self._draw.random() < 0.3
+                message = rpc.CapturePaymentRequest(
+                    idempotency_key=key, payment_id=payment_id, amount=amount, final=final
+                )
+            case K.REFUND:
+                message = rpc.RefundPaymentRequest(
+                    idempotency_key=key, payment_id=payment_id, amount=amount
+                )
+            case K.INCREMENT:
+                message = rpc.IncrementAuthorizationRequest(
+                    idempotency_key=key, payment_id=payment_id, additional_amount=amount
+                )
+            case _:
+                message = rpc.VoidPaymentRequest(idempotency_key=key, payment_id=payment_id)
+        return _Request(Call(key, kind, payment_id, amount_minor), message.SerializeToString())
+
+    # --- a call -----------------------------------------------------------------------------------
+
+    async def _patiently(self, request: _Request) -> Answer | None:
+        """A call, with its duplicates and repeats; None where its outcome stays unknown."""
+        draw = self._draw
+        if draw.random() < DUPLICATE_SHARE:
+            answer, _ = await asyncio.gather(self._call(request), self._call(request))
+        else:
+            answer = await self._call(request)
+        for _ in range(PATIENCE_TRIES):
+            if answer is None or answer.state not in OPEN:
+                break
+            await asyncio.sleep(PATIENCE_S)
+            answer = await self._call(request)
+        if answer is not None and draw.random() < REPEAT_SHARE:
+            await self._call(request)
+        if answer is not None and draw.random() < MISUSE_SHARE:
+            await self._misuse(request)
+        return answer
+
+    async def _misuse(self, request: _Request) -> None:
+        """The same key with another payload."""
+        if request.call.kind is not K.AUTHORIZE:
+            return
+        message = rpc.AuthorizePaymentRequest.FromString(request.message)
+        message.amount.amount_minor += 1
+        other = _Request(request.call, message.SerializeToString())
+        answer = await self._try(other, self._draw.randrange(self._gateways), TRY_TIMEOUT_S)
+        self._history.misuses.append(answer)
+
+    async def _call(self, request: _Request, tries_max: int = TRIES_MAX) -> Answer | None:
+        """By the retry policy; None where it is refused, or not answered by the last try."""
+        key, draw = request.call.key, self._draw
+        if key not in self._requests:
+            self._requests[key] = request
+            self._history.calls.append(request.call)
+        pause_s = PAUSE_S[0]
+        first = draw.randrange(self._gateways)
+        for number in range(first, first + tries_max):
+            impatient = tries_max == TRIES_MAX and draw.random() < IMPATIENT_SHARE
+            timeout_s = draw.uniform(*IMPATIENCE_S) if impatient else TRY_TIMEOUT_S
+            answer = await self._try(request, number % self._gateways, timeout_s)
+            self._history.answers.append(answer)
+            if answer.ok or answer.refused:
+                return answer if answer.ok else None
+            await asyncio.sleep(pause_s * draw.uniform(0.5, 1.5))
+            pause_s = min(2 * pause_s, PAUSE_S[1])
+        self._history.failed.append(key)
+        return None
+
+    async def _try(self, request: _Request, gateway: int, timeout_s: float) -> Answer:
+        call, sent = request.call, next(self._order)
+        status, reason, data = await self._send(gateway, call.kind, request.message, timeout_s)
+        if status != OK:
+            reason = "" if status in _REPEATABLE else reason
+            return Answer(call.key, sent, next(self._order), status, reason.partition(" ")[0])
+        response: Any = _RESPONSES[call.kind].FromString(data)
+        operation = response.operation
+        self.told.add(operation.operation_id)
+        return Answer(
+            call.key,
+            sent,
+            next(self._order),
+            OK,
+            operation_id=operation.operation_id,
+            payment_id=operation.payment_id,
+            kind=operation.kind,
+            state=operation.state,
+            amount_minor=operation.amount.amount_minor,
+            replayed=response.replay.replayed,
+            digest=digest_of(response),
+        )

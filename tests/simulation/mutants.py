@@ -1,0 +1,393 @@
+"""Deliberate faults in the gateway, each of which the simulation has to find.
+
+Where a rule is in SQL, which the simulation does not run, the fault is put into the model of the
+store that mirrors it.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+from unittest.mock import patch
+
+from gateway.application import usecases
+from gateway.application.ports import IntentResult, Stored
+from gateway.application.recovery import Recovery
+from gateway.application.usecases import Outcomes, Payments, connector_request
+from gateway.connectors.simulator.connector import SimulatorConnector
+from gateway.domain import decisions
+from gateway.domain.errors import Reason
+from gateway.domain.model import ConnectorAnswer, Delivery, OperationKind
+from gateway.domain.model import Verdict as PspVerdict
+from gateway.domain.states import Event
+from storage.redis.claims import Claims
+from tests.memory_store import MemoryStore
+from tests.simulation.database import Database, SimulatedStore
+from tests.simulation.loop import collected_by_hand
+from tests.simulation.world import simulate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    _Patches = Sequence[AbstractContextManager[Any]]
+
+    from gateway.application.ports import Change, Intent, Lease
+    from gateway.domain.model import Operation, Payment
+
+HISTORIES_MAX: Final = 4_000
+"""A mutant that lives longer is not caught."""
+CHUNK: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """A deliberate fault."""
+
+    name: str
+    meaning: str
+    patches: Callable[[], Sequence[AbstractContextManager[Any]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of a mutant."""
+
+    name: str
+    histories: int
+    """Until it was caught; how many there were where it was not."""
+    rules: tuple[str, ...]
+    """By which it was caught; empty where it was not."""
+
+
+def hunt(mutant: Mutant, seed: int, histories_max: int = HISTORIES_MAX) -> Verdict:
+    """Run histories with the fault until one is violated."""
+    with ExitStack() as stack:
+        for each in mutant.patches():
+            stack.enter_context(each)
+        done = 0
+        while done < histories_max:
+            with collected_by_hand():
+                for _ in range(min(CHUNK, histories_max - done)):
+                    violations = simulate(seed + done).violations
+                    done += 1
+                    if violations:
+                        rules = dict.fromkeys(str(each.rule) for each in violations)
+                        return Verdict(mutant.name, done, tuple(rules))
+        return Verdict(mutant.name, done, ())
+
+
+MUTANTS: Final[dict[str, Mutant]] = {}
+
+
+def _mutant(
+    make: Callable[[], Sequence[AbstractContextManager[Any]]],
+) -> Callable[[], Sequence[AbstractContextManager[Any]]]:
+    name = make.__name__.strip("_").replace("_", "-")
+    MUTANTS[name] = Mutant(name, (make.__doc__ or "").strip().rstrip("."), make)
+    return make
+
+
+_event_of = decisions.event_of
+_settle = decisions.settle
+_send = SimulatorConnector.send
+_query = SimulatorConnector.query
+_ask = Recovery._ask
+_evidence = Recovery._evidence
+_change = MemoryStore._change
+_intend = MemoryStore._intend
+_insert = MemoryStore._insert
+_write_intent = SimulatedStore.write_intent
+_write_change = SimulatedStore.write_change
+_found = MemoryStore._found
+
+
+def _doubt(answer: ConnectorAnswer) -> bool:
+    unanswered = answer.delivery is Delivery.MAY_HAVE_BEEN_SENT
+    return unanswered and answer.verdict is PspVerdict.UNKNOWN
+
+
+@_mutant
+def _doubt_as_not_sent() -> _Patches:
+    """what may have been sent and has no answer is NOT_SENT"""
+
+    def mutated(answer: ConnectorAnswer) -> Event:
+        return Event.NEVER_SENT if _doubt(answer) else _event_of(answer)
+
+    return [patch.object(decisions, "event_of", mutated)]
+
+
+@_mutant
+def _timeout_as_failure() -> _Patches:
+    """a time-out of the PSP is a failure"""
+
+    def mutated(answer: ConnectorAnswer) -> Event:
+        late = answer.reason == Reason.ANSWER_TIMED_OUT and _doubt(answer)
+        return Event.FAILED if late else _event_of(answer)
+
+    return [patch.object(decisions, "event_of", mutated)]
+
+
+@_mutant
+def _not_sent_after_maybe_sent() -> _Patches:
+    """the connector says NOT_SENT where the connection broke after the request was written"""
+
+    async def mutated(self: SimulatorConnector, *args: Any) -> ConnectorAnswer:
+        answer = await _send(self, *args)
+        if answer.reason == Reason.CONNECTION_LOST and _doubt(answer):
+            return replace(answer, delivery=Delivery.NOT_SENT)
+        return answer
+
+    return [patch.object(SimulatorConnector, "send", mutated)]
+
+
+@_mutant
+def _not_found_as_not_charged() -> _Patches:
+    """recovery takes "not found" for not charged"""
+
+    async def mutated(self: SimulatorConnector, *args: Any) -> ConnectorAnswer | None:
+        answer = await _query(self, *args)
+        return answer or ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.RECOVERED)
+
+    return [patch.object(SimulatorConnector, "query", mutated)]
+
+
+@_mutant
+def _recovery_sends_again() -> _Patches:
+    """recovery repeats the request of an operation in doubt, idempotent or not"""
+
+    async def mutated(self: Recovery, lease: Lease, connector: Any) -> ConnectorAnswer | None:
+        operation = lease.operation
+        if operation.kind in (OperationKind.VOID, OperationKind.REVERSAL):
+            return await _ask(self, lease, connector)
+        request = connector_request(
+            self._encoder, operation, lease.aggregate.payment, lease.aggregate
+        )
+        answer: ConnectorAnswer = await connector.send(request, float("inf"))
+        return answer
+
+    return [patch.object(Recovery, "_ask", mutated)]
+
+
+@_mutant
+def _recovery_does_not_wait() -> _Patches:
+    """recovery takes over at once, not after `recover_after`"""
+
+    def mutated(self: MemoryStore, operation: Operation, recover_after_s: float) -> None:
+        _insert(self, operation, 0.0)
+
+    return [patch.object(MemoryStore, "_insert", mutated)]
+
+
+@_mutant
+def _intent_after_send() -> _Patches:
+    """an authorization's intent is written with its outcome, after the PSP was called"""
+    held: dict[str, Intent] = {}
+
+    async def intend(self: SimulatedStore, intent: Intent) -> IntentResult:
+        if intent.expected_version is not None:
+            return await _write_intent(self, intent)
+        held[intent.operation.operation_id] = intent
+        return IntentResult(Stored.WRITTEN)
+
+    async def change(self: SimulatedStore, change: Change) -> Stored:
+        intent = held.pop(change.operation.operation_id, None)
+        if intent is not None:
+            await _write_intent(self, intent)
+        return await _write_change(self, change)
+
+    return [
+        patch.object(SimulatedStore, "write_intent", intend),
+        patch.object(SimulatedStore, "write_change", change),
+    ]
+
+
+@_mutant
+def _answer_before_durable() -> _Patches:
+    """an outcome is answered before it is written"""
+
+    async def mutated(self: SimulatedStore, change: Change) -> Stored:
+        import asyncio  # noqa: PLC0415
+
+        task = asyncio.ensure_future(_write_change(self, change))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return Stored.WRITTEN
+
+    return [patch.object(SimulatedStore, "write_change", mutated)]
+
+
+@_mutant
+def _outcome_in_two_transactions() -> _Patches:
+    """the operation's outcome and the payment's are two transactions"""
+
+    def first(self: Database, change: Change) -> Stored:
+        key = (change.operation.merchant_id, change.operation.operation_id)
+        before = self.operations[key]
+        held = self.payments[change.payment.merchant_id, change.payment.payment_id]
+        if (before.epoch, before.state, held.version) != (
+            change.expected_epoch,
+            change.expected_state,
+            change.expected_version,
+        ):
+            return Stored.CONFLICT
+        self.operations[key] = change.operation.copy_with(epoch=before.epoch)
+        return Stored.WRITTEN
+
+    async def mutated(self: SimulatedStore, change: Change) -> Stored:
+        if await self._run(lambda database: first(database, change)) is not Stored.WRITTEN:
+            return Stored.CONFLICT
+        second = replace(change, expected_state=change.operation.state)
+        return await _write_change(self, second)
+
+    return [patch.object(SimulatedStore, "write_change", mutated)]
+
+
+@_mutant
+def _no_epoch_in_the_compare() -> _Patches:
+    """an outcome is written whatever the operation's epoch is"""
+
+    def mutated(self: MemoryStore, change: Change) -> Stored:
+        key = (change.operation.merchant_id, change.operation.operation_id)
+        change.expected_epoch = self.operations[key].epoch
+        return _change(self, change)
+
+    return [patch.object(MemoryStore, "_change", mutated)]
+
+
+@_mutant
+def _no_version_in_the_compare() -> _Patches:
+    """a reservation is written whatever the payment's version is"""
+
+    def mutated(self: MemoryStore, intent: Intent) -> IntentResult:
+        current = self.payments.get((intent.payment.merchant_id, intent.payment.payment_id))
+        if intent.expected_version is not None and current is not None:
+            intent.expected_version = current.version
+            intent.payment.version = current.version + 1
+        return _intend(self, intent)
+
+    return [patch.object(MemoryStore, "_intend", mutated)]
+
+
+@_mutant
+def _keys_are_not_unique() -> _Patches:
+    """two operations may have the same idempotency key"""
+
+    def mutated(self: MemoryStore, intent: Intent) -> IntentResult:
+        with patch.object(MemoryStore, "_with_key", lambda *_: None):
+            return _intend(self, intent)
+
+    return [patch.object(MemoryStore, "_intend", mutated)]
+
+
+@_mutant
+def _event_of_a_fenced_out_outcome() -> _Patches:
+    """the outbox gets a row for an outcome that lost the comparison"""
+
+    def mutated(self: Database, change: Change) -> Stored:
+        stored = _database_change(self, change)
+        if stored is Stored.CONFLICT:
+            self._told(change)
+        return stored
+
+    return [patch.object(Database, "change", mutated)]
+
+
+_database_change = Database.change
+
+
+@_mutant
+def _reservation_released_on_doubt() -> _Patches:
+    """a capture or refund in doubt gives its reservation back"""
+
+    def mutated(payment: Payment, operation: Operation, answer: ConnectorAnswer, *args: Any) -> Any:
+        settled = _settle(payment, operation, answer, *args)
+        if settled is not None and _event_of(answer) is Event.DOUBTED:
+            changed = settled.payment
+            if operation.kind is OperationKind.CAPTURE:
+                changed.capture_pending_minor -= operation.amount_minor
+            elif operation.kind is OperationKind.REFUND:
+                changed.refund_pending_minor -= operation.amount_minor
+        return settled
+
+    return [patch.object(decisions, "settle", mutated)]
+
+
+@_mutant
+def _fingerprint_not_compared() -> _Patches:
+    """a key's operation answers every call with the key"""
+    return [
+        patch.object(usecases, "_same_call", lambda command, operation: True),
+    ]
+
+
+@_mutant
+def _late_success_not_reversed() -> _Patches:
+    """a success that comes after NOT_SENT or VOIDED stands"""
+
+    async def mutated(self: Outcomes, *_: object) -> None:
+        return None
+
+    return [patch.object(Outcomes, "reverse", mutated)]
+
+
+@_mutant
+def _fenced_out_answer_dropped() -> _Patches:
+    """who was fenced out drops a definite answer instead of keeping it as evidence or reversing"""
+
+    async def mutated(self: Outcomes, owned: Operation, answer: ConnectorAnswer) -> Any:
+        found = await self._store.find_operation(owned.merchant_id, owned.operation_id)
+        assert found is not None
+        return found
+
+    return [patch.object(Outcomes, "_fenced_out", mutated)]
+
+
+@_mutant
+def _cache_not_tied_to_the_generation() -> _Patches:
+    """cached answers outlive a failover"""
+    set_generation = Claims.set_generation
+
+    def mutated(self: Claims, generation: str) -> None:
+        set_generation(self, "always")
+
+    return [patch.object(Claims, "set_generation", mutated)]
+
+
+@_mutant
+def _answer_not_frozen() -> _Patches:
+    """a repeat is told the present state, not the first answer"""
+
+    def mutated(self: MemoryStore, operation: Operation | None) -> Any:
+        found = _found(self, operation)
+        if found is not None:
+            found.operation.response = None
+        return found
+
+    return [patch.object(MemoryStore, "_found", mutated)]
+
+
+@_mutant
+def _restart_of_a_doubt() -> _Patches:
+    """a repeat of a call that is in doubt executes again, as one that was NOT_SENT"""
+    answer_existing = Payments._answer_existing
+
+    async def mutated(self: Payments, command: Any, found: Any) -> Any:
+        if found.operation.state.name == "IN_DOUBT":
+            return await self._detach(command.merchant_id, self._restart(command, found))
+        return await answer_existing(self, command, found)
+
+    return [patch.object(Payments, "_answer_existing", mutated)]
+
+
+@_mutant
+def _sends_after_a_conflict() -> _Patches:
+    """a duplicate that lost the unique key asks the PSP all the same"""
+
+    async def mutated(self: SimulatedStore, intent: Intent) -> IntentResult:
+        result = await _write_intent(self, intent)
+        if result.stored is Stored.DUPLICATE_KEY:
+            return replace(result, stored=Stored.WRITTEN)
+        return result
+
+    return [patch.object(SimulatedStore, "write_intent", mutated)]

@@ -1,0 +1,139 @@
+"""Redis, simulated: what the two scripts of the claims do, with expiry, restarts and old data."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any, Final
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError
+
+from storage.redis import claims
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.simulation.loop import Process, SimulatedLoop
+    from tests.simulation.network import Network
+
+REDIS: Final = "redis"
+
+_Entries = dict[bytes, tuple[bytes, float]]
+"""Values with the time of their expiry, by Redis' own clock."""
+
+
+class RedisServer:
+    """The data, and the scripts it knows."""
+
+    def __init__(self, loop: SimulatedLoop) -> None:
+        self._loop = loop
+        self.up = True
+        self.step_s = 0.0
+        """How far its clock has been moved."""
+        self.entries: _Entries = {}
+        self.scripts: set[str] = set()
+        self._snapshot: _Entries = {}
+        self.on_frozen: Callable[[bytes], None] | None = None
+        """Called with a frozen response that has just been cached."""
+
+    def save(self) -> None:
+        """Take the snapshot that a restart may come back with."""
+        self._snapshot = dict(self.entries)
+
+    def flush(self) -> None:
+        """Lose all data."""
+        self.entries.clear()
+
+    def restart(self, *, old_data: bool) -> None:
+        """Come back, empty or with what the snapshot holds."""
+        self.up = True
+        self.scripts.clear()
+        self.entries = dict(self._snapshot) if old_data else {}
+
+    def load(self, text: str) -> None:
+        """SCRIPT LOAD."""
+        self._check()
+        self.scripts.add(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+    def run(self, sha: str, keys: list[bytes], args: list[Any]) -> Any:
+        """EVALSHA."""
+        self._check()
+        if sha not in self.scripts:
+            raise NoScriptError("NOSCRIPT")
+        return self._claim(keys, args) if sha == claims._CLAIM.sha else self._settle(keys, args)
+
+    def _check(self) -> None:
+        if not self.up:
+            raise ConnectionResetError("the server has gone")
+
+    @property
+    def _now_s(self) -> float:
+        return self._loop.now_s + self.step_s
+
+    def _get(self, key: bytes) -> bytes | None:
+        entry = self.entries.get(key)
+        if entry is None or entry[1] <= self._now_s:
+            self.entries.pop(key, None)
+            return None
+        return entry[0]
+
+    def _claim(self, keys: list[bytes], args: list[Any]) -> list[bytes]:
+        """As lua/claim.lua."""
+        life_ms, nonces = args
+        size = len(nonces) // len(keys)
+        letters, replies = b"", []
+        for number, key in enumerate(keys):
+            claim = b"C" + nonces[number * size : (number + 1) * size]
+            found = self._get(key)
+            if found is None:
+                self.entries[key] = (claim, self._now_s + life_ms / 1000)
+            if found is None or found == claim:
+                letters += b"N"
+            elif found.startswith(b"C"):
+                letters += b"F"
+            else:
+                letters += b"R"
+                replies.append(found)
+        return [letters, *replies]
+
+    def _settle(self, keys: list[bytes], args: list[Any]) -> int:
+        """As lua/settle.lua."""
+        life_ms, *entries = args
+        for key, entry in zip(keys, entries, strict=True):
+            found = self._get(key)
+            if entry.startswith(b"C"):
+                if found == entry:
+                    del self.entries[key]
+            elif found is None or not found.startswith(b"R"):
+                self.entries[key] = (entry, self._now_s + life_ms / 1000)
+                if self.on_frozen is not None:
+                    self.on_frozen(entry)
+        return 0
+
+
+class RedisClient:
+    """What `storage.redis.claims.Claims` uses of redis-py's client."""
+
+    def __init__(self, network: Network, process: Process, server: RedisServer) -> None:
+        self._network = network
+        self._process = process
+        self._server = server
+
+    def get_connection_kwargs(self) -> dict[str, Any]:
+        """No options."""
+        return {}
+
+    async def evalsha(self, sha: str, numkeys: int, *parts: Any) -> Any:
+        """Run a script."""
+        keys, args = list(parts[:numkeys]), list(parts[numkeys:])
+        return await self._call(lambda: self._server.run(sha, keys, args))
+
+    async def script_load(self, text: str) -> Any:
+        """Make a script known."""
+        return await self._call(lambda: self._server.load(text))
+
+    async def _call(self, action: Callable[[], Any]) -> Any:
+        try:
+            return await self._network.call(self._process, REDIS, action)
+        except ConnectionResetError as error:
+            raise RedisConnectionError(str(error)) from error

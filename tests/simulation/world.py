@@ -1,0 +1,495 @@
+"""One history from a seed: gateways, servers, clients and faults, and what the oracle says."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import orjson
+from payments.v1 import payment_pb2
+
+from gateway.application.ports import StoreUnavailable
+from gateway.connectors.simulator.profiles import find_profile
+from gateway.domain.states import UNFINISHED
+from tests.chaos.clients import FAULTY_TOKENS, TOKENS
+from tests.chaos.history import _RESPONSES, History, digest_of
+from tests.chaos.oracle import Violation, judge
+from tests.simulation.clients import Clients
+from tests.simulation.clock import simulated_sources
+from tests.simulation.database import POSTGRES, Database
+from tests.simulation.gateway import TAKEOVER_S, Gateway
+from tests.simulation.loop import SimulatedLoop
+from tests.simulation.network import Network, Weather
+from tests.simulation.psp import PSP, PspServer
+from tests.simulation.redis import REDIS, RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from gateway.domain.model import Operation, OperationKind
+    from tests.chaos.history import Row
+    from tests.simulation.gateway import Told
+    from tests.simulation.loop import Process
+
+PROFILES: Final = (
+    *("idempotent",) * 4,
+    *("non_idempotent",) * 4,
+    *("cancel_only",) * 2,
+    "key_2s",
+    "no_query",
+)
+GATEWAYS: Final = (2, 3)
+PAYMENTS_MAX: Final = 3
+FAULTS_MAX: Final = 4
+SETTLE_S: Final = 60.0
+"""When every operation has its definite outcome, after the last fault."""
+CLOCK_STEP_S: Final = (-8.0, 8.0)
+LOOK_S: Final = 0.5
+SERVERS: Final = (POSTGRES, REDIS, PSP)
+
+
+@dataclass(slots=True)
+class Result:
+    """What came of a history."""
+
+    seed: int
+    history: History
+    violations: list[Violation]
+    trace: str
+    """A digest of every step and of the journals: equal for equal histories."""
+    steps: int
+    simulated_s: float
+    faults: list[str] = field(default_factory=list)
+    acked: int = 0
+
+
+class World:
+    """Everything in a history."""
+
+    def __init__(self, loop: SimulatedLoop, seed: int) -> None:
+        self.loop = loop
+        self.draw = random.Random(f"world/{seed}")
+        self.profile = find_profile(self.draw.choice(PROFILES))
+        self.history = History(self.profile.name)
+        self.faults: list[str] = []
+        servers = loop.spawn("servers")
+        self.network = Network(loop, random.Random(f"network/{seed}"), servers)
+        self.database = Database(loop, TAKEOVER_S)
+        self.redis = RedisServer(loop)
+        self.psp = loop.root.context.run(PspServer, loop, loop.spawn("psp"), self.profile, seed)
+        self.gateways: list[Gateway] = []
+        self._at_home = loop.spawn("clients")
+        tokens: Sequence[str] = TOKENS if self.draw.random() < 0.5 else FAULTY_TOKENS
+        if not self.profile.query_by_reference:
+            # Where the PSP cannot be asked, it cannot tell later.
+            tokens = [each for each in tokens if "pending" not in each]
+        count = self.draw.choice(GATEWAYS)
+        self.clients = Clients(
+            self.history,
+            self._send,
+            seed=seed,
+            gateways=count,
+            tokens=[each for each in tokens if "oversized" not in each],
+            may_cancel=self.history.settles,
+            # Sent again, a void of the rest proves nothing to a PSP that neither knows references
+            # nor can be asked for them: such a doubt stays one.
+            may_void_the_rest=self.profile.query_by_reference
+            or self.profile.idempotent_by_reference,
+        )
+        for number in range(count):
+            self._start(number)
+
+    def _start(self, number: int) -> None:
+        process = self.loop.spawn(f"gateway-{number}")
+        gateway: Gateway = process.context.run(
+            Gateway,
+            self.loop,
+            process,
+            self.network,
+            self.database,
+            self.redis,
+            self.psp,
+            self.profile,
+        )
+        self.gateways[number : number + 1] = [gateway]
+        self.loop.start(process, gateway.run())
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    async def _send(
+        self, number: int, kind: OperationKind, message: bytes, timeout_s: float
+    ) -> Told:
+        """A client's try: what it is told. Runs in the clients' process."""
+        loop, network = self.loop, self.network
+        here, there = self._at_home.context, self.gateways[number].process
+        gateway = self.gateways[number]
+        told: asyncio.Future[Told] = loop.create_future()
+        deadline = loop.now_s + timeout_s
+        running: list[asyncio.Task[Any]] = []
+
+        def tell(answer: Told) -> None:
+            if not told.done():
+                told.set_result(answer)
+
+        def hang_up() -> None:
+            loop.call_later(network.latency_s(), tell, ("UNAVAILABLE", "", b""), context=here)
+
+        async def serve() -> None:
+            answer = await gateway.serve(kind, message, deadline)
+            # An answer on its way is lost with its sender.
+            loop.call_later(network.latency_s(), arrive_back, answer, context=here)
+
+        def arrive_back(answer: Told) -> None:
+            if there.alive:
+                tell(answer)
+
+        def arrive() -> None:
+            if not there.alive:
+                hang_up()
+                return
+            there.at_end.append(hang_up)
+            running.append(loop.start(there, serve()))
+
+        loop.call_later(network.latency_s(), arrive, context=loop.root.context)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await told
+        except TimeoutError:
+            loop.call_later(network.latency_s(), _cancel, running, context=there.context)
+            return "DEADLINE_EXCEEDED", "", b""
+
+    # --- the course of a history ------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Calls under faults, then rest, then every call again."""
+        loop, clients = self.loop, self.clients
+        shopping = loop.start(self._at_home, clients.shop(self.draw.randint(1, PAYMENTS_MAX)))
+        striking = asyncio.create_task(self._strike())
+        await asyncio.wait([shopping])
+        shopping.result()
+        await striking
+        self._mend()
+        await self._settle()
+        for again in (clients.repeat_unanswered, clients.repeat_answered):
+            repeating = loop.start(self._at_home, again())
+            await asyncio.wait([repeating])
+            repeating.result()
+            await self._settle()
+
+    async def _settle(self) -> None:
+        until = self.loop.now_s + SETTLE_S + abs(self.database.step_s)
+        quiet_s = SETTLE_S if self.history.settles else 3 * TAKEOVER_S
+        until = min(until, self.loop.now_s + quiet_s + abs(self.database.step_s))
+        while self._open() and self.loop.now_s < until:  # noqa: ASYNC110 - no event tells
+            await asyncio.sleep(LOOK_S)
+
+    def _open(self) -> bool:
+        operations = self.database.operations.values()
+        return bool(self.database.doubts) or any(
+            operation.state in UNFINISHED for operation in operations
+        )
+
+    # --- faults -----------------------------------------------------------------------------------
+
+    async def _strike(self) -> None:
+        draw = self.draw
+        if draw.random() < 0.5:
+            for server in SERVERS:
+                self._weather(server, draw.random() * 0.15)
+            self.faults.append("weather")
+        kinds = (
+            *(self._crash,) * 4,
+            *(self._pause,) * 3,
+            *(self._cut,) * 2,
+            *(self._storm,) * 2,
+            self._postgres_crash,
+            self._postgres_failover,
+            self._postgres_lossy_failover,
+            *(self._postgres_clock,) * 2,
+            self._redis,
+            self._psp_mode,
+        )
+        await asyncio.gather(*(draw.choice(kinds)() for _ in range(draw.randint(0, FAULTS_MAX))))
+
+    def _weather(self, server: str, share: float) -> None:
+        draw = self.draw
+        self.network.weather[server] = Weather(*(share * draw.random() for _ in range(5)))
+
+    async def _moment(self) -> None:
+        await asyncio.sleep(self.draw.random() * 2.5)
+
+    def _victim(self) -> tuple[int, Process]:
+        number = self.draw.randrange(len(self.gateways))
+        return number, self.gateways[number].process
+
+    async def _at_a_step(self, process: Process, strike: Callable[[], None]) -> None:
+        """Strike before one of the process's next steps, wherever it is then."""
+        done = self.loop.create_future()
+
+        def struck() -> None:
+            strike()
+            if not done.done():
+                done.set_result(None)
+
+        process.strike_at = process.steps + int(2 ** (self.draw.random() * 8.5))
+        process.strike = struck
+        process.at_end.append(struck_anyhow := _once(done))
+        await done
+        process.at_end.remove(struck_anyhow)
+
+    async def _crash(self) -> None:
+        await self._moment()
+        number, process = self._victim()
+        if not process.alive or process.strike_at is not None:
+            return
+        self.faults.append(f"SIGKILL {process.name} at {self.loop.now_s:.3f}")
+        await self._at_a_step(process, process.kill)
+        await self._restart_later(number, process)
+
+    async def _restart_later(self, number: int, process: Process) -> None:
+        await asyncio.sleep(self.draw.random() * 3)
+        if self.gateways[number].process is process and not process.alive:
+            self._start(number)
+
+    async def _pause(self) -> None:
+        await self._moment()
+        _, process = self._victim()
+        if not process.alive or process.paused or process.strike_at is not None:
+            return
+
+        def stop() -> None:
+            process.paused = True
+
+        self.faults.append(f"SIGSTOP {process.name} at {self.loop.now_s:.3f}")
+        await self._at_a_step(process, stop)
+        await asyncio.sleep(self.draw.random() * 6)
+        process.paused = False
+
+    async def _cut(self) -> None:
+        await self._moment()
+        _, process = self._victim()
+        server, how = self.draw.choice(SERVERS), self.draw.choice(("reset", "hole"))
+        self.faults.append(f"{process.name} to {server}: {how} at {self.loop.now_s:.3f}")
+        self.network.cut(process, server, how)
+        await asyncio.sleep(self.draw.random() * 4)
+        self.network.cut(process, server, None)
+
+    async def _storm(self) -> None:
+        await self._moment()
+        server = self.draw.choice(SERVERS)
+        self.faults.append(f"storm before {server} at {self.loop.now_s:.3f}")
+        before = self.network.weather.get(server, Weather())
+        self._weather(server, 1.0)
+        await asyncio.sleep(self.draw.random() * 2)
+        self.network.weather[server] = before
+
+    async def _postgres_crash(self) -> None:
+        await self._moment()
+        self.faults.append(f"SIGKILL postgres at {self.loop.now_s:.3f}")
+        self.database.crash()
+        await asyncio.sleep(self.draw.random() * 3)
+        self.database.up = True
+
+    async def _postgres_failover(self) -> None:
+        await self._moment()
+        self.faults.append(f"failover at {self.loop.now_s:.3f}")
+        self.database.fail_over()
+
+    async def _postgres_lossy_failover(self) -> None:
+        """A site is lost with its gateways, and the standby lacks a commit that nobody was told of.
+
+        Redis, elsewhere, holds the answer that was committed.
+        """
+        await self._moment()
+        loop, database = self.loop, self.database
+        lost: asyncio.Future[None] = loop.create_future()
+
+        def cached(response: bytes) -> None:
+            if lost.done() or not database.outbox:
+                return
+            event = payment_pb2.PaymentEvent.FromString(database.outbox[-1].payload)
+            operation_id = event.operation.operation_id
+            if operation_id in self.clients.told or operation_id.encode() not in response:
+                return
+            if not database.forget_last(event.event_id):
+                return
+            lost.set_result(None)
+            for gateway in self.gateways:
+                gateway.process.kill()
+            database.fail_over()
+
+        self.redis.on_frozen = cached
+        await asyncio.wait([lost], timeout=self.draw.random() * 3)
+        self.redis.on_frozen = None
+        if lost.done():
+            self.faults.append(f"failover without the last commit at {loop.now_s:.3f}")
+            await asyncio.gather(
+                *(
+                    self._restart_later(number, gateway.process)
+                    for number, gateway in enumerate(list(self.gateways))
+                )
+            )
+        else:
+            lost.cancel()
+
+    async def _postgres_clock(self) -> None:
+        await self._moment()
+        step_s = self.draw.uniform(*CLOCK_STEP_S)
+        self.faults.append(f"clock of postgres {step_s:+.1f} s at {self.loop.now_s:.3f}")
+        self.database.step_s += step_s
+
+    async def _redis(self) -> None:
+        await self._moment()
+        draw, redis = self.draw, self.redis
+        kind = draw.choice(("flush", "empty", "old", "clock"))
+        self.faults.append(f"redis {kind} at {self.loop.now_s:.3f}")
+        if kind == "flush":
+            redis.flush()
+        elif kind == "clock":
+            redis.step_s += draw.uniform(*CLOCK_STEP_S)
+        else:
+            redis.save()
+            await asyncio.sleep(draw.random())
+            redis.up = False
+            await asyncio.sleep(draw.random() * 2)
+            redis.restart(old_data=kind == "old")
+
+    async def _psp_mode(self) -> None:
+        await self._moment()
+        mode = self.draw.choice(("down", "hang", "reset"))
+        self.faults.append(f"psp {mode} at {self.loop.now_s:.3f}")
+        self.psp.set_mode(mode)
+        await asyncio.sleep(self.draw.random() * 3)
+        self.psp.set_mode("up")
+
+    def _mend(self) -> None:
+        self.network.mend()
+        self.database.up = self.redis.up = True
+        self.psp.set_mode("up")
+        for number, gateway in enumerate(list(self.gateways)):
+            gateway.process.paused = False
+            gateway.process.strike_at = None
+            if not gateway.process.alive:
+                self._start(number)
+
+
+def _once(done: asyncio.Future[None]) -> Callable[[], None]:
+    def end() -> None:
+        if not done.done():
+            done.set_result(None)
+
+    return end
+
+
+def _cancel(running: list[asyncio.Task[Any]]) -> None:
+    for task in running:
+        task.cancel()
+
+
+# --- the journals ---------------------------------------------------------------------------------
+
+
+def _operation_row(operation: Operation) -> Row:
+    digest = ""
+    if operation.response is not None:
+        digest = digest_of(_RESPONSES[operation.kind].FromString(operation.response))
+    return {
+        "operation_id": operation.operation_id,
+        "payment_id": operation.payment_id,
+        "idempotency_key": operation.idempotency_key,
+        "kind": int(operation.kind),
+        "origin": int(operation.origin),
+        "state": int(operation.state),
+        "amount_minor": operation.amount_minor,
+        "epoch": operation.epoch,
+        "attempt_number": operation.attempt.number,
+        "parent_operation_id": operation.parent_operation_id,
+        "digest": digest,
+    }
+
+
+_PAYMENT_COLUMNS: Final = (
+    *("payment_id", "version", "state", "requested_minor", "authorized_minor"),
+    *("capture_pending_minor", "captured_minor", "refund_pending_minor", "refunded_minor"),
+    *("voided_minor", "increment_pending_minor", "cancel_requested"),
+)
+
+
+def _enter(world: World) -> None:
+    """What the servers hold, as the campaign reads it."""
+    history, database = world.history, world.database
+    history.operations = [_operation_row(each) for each in database.operations.values()]
+    history.payments = [
+        {name: getattr(payment, name) for name in _PAYMENT_COLUMNS}
+        for payment in database.payments.values()
+    ]
+    for row in database.outbox:
+        event = payment_pb2.PaymentEvent.FromString(row.payload)
+        history.events.append(
+            {
+                "payment_id": row.payment_id,
+                "payment_version": row.payment_version,
+                "seq": row.seq,
+                "payment_state": event.payment.state,
+                "operation_id": event.operation.operation_id,
+                "operation_state": event.operation.state,
+            }
+        )
+    history.psp = world.psp.records
+
+
+class _Errors(logging.Handler):
+    """Collects what the application did not expect."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if record.levelno >= logging.ERROR or (
+            error is not None and not isinstance(error, StoreUnavailable)
+        ):
+            self.found.append(f"{record.getMessage()}: {error!r}")
+
+
+def simulate(seed: int) -> Result:
+    """One history. Whatever keeps it from its end is a violation too."""
+    loop = SimulatedLoop(seed)
+    errors = _Errors()
+    logger = logging.getLogger()
+    level, propagating = logger.level, list(logger.handlers)
+    logger.handlers[:] = [errors]
+    try:
+        with simulated_sources(loop, seed):
+            asyncio._set_running_loop(cast("Any", loop))
+            world = World(loop, seed)
+            try:
+                loop.run(world.run())
+            except Exception as error:  # noqa: BLE001 - it is judged all the same
+                world.history.broken = f"{type(error).__name__}: {error}"
+    finally:
+        asyncio._set_running_loop(None)
+        logger.handlers[:] = propagating
+        logger.setLevel(level)
+    history = world.history
+    _enter(world)
+    wrong = [*world.database.wrong, *loop.unexpected, *errors.found]
+    if wrong and not history.broken:
+        history.broken = wrong[0]
+    told = orjson.dumps(history, option=orjson.OPT_SORT_KEYS)
+    trace = hashlib.sha256(b"%d %d " % (loop.trace, loop.steps) + told).hexdigest()
+    return Result(
+        seed,
+        history,
+        judge(history),
+        trace,
+        loop.steps,
+        loop.now_s,
+        world.faults,
+        len({each.key for each in history.answers if each.ok}),
+    )
