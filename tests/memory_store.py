@@ -110,6 +110,7 @@ class DoubtRow:
     evidence_leased: bool = False
     cause: DoubtCause = DoubtCause.UNSPECIFIED
     needs_person: bool = False
+    cancel_begun: bool = False
 
     @property
     def has_unseen_evidence(self) -> bool:
@@ -371,8 +372,21 @@ class MemoryStore:
                 operation = self.operations[key] = operation.copy_with(epoch=operation.epoch + 1)
             aggregate = self.of_payment(operation.payment_id, operation.merchant_id)
             evidence = copy.deepcopy(row.evidence)
-            leases.append(Lease(owned(operation), aggregate, row.tries - 1, evidence))
+            leases.append(
+                Lease(owned(operation), aggregate, row.tries - 1, evidence, row.cancel_begun)
+            )
         return leases
+
+    async def begin_cancel(self, operation: Operation) -> bool:
+        """See the port."""
+        await self.before("begin_cancel")
+        key = (operation.merchant_id, operation.operation_id)
+        row, now = self.doubts.get(key), self.operations[key]
+        if row is None or now.epoch != operation.epoch or now.state not in states.UNFINISHED:
+            return False
+        row.cancel_begun = True
+        await self.after("begin_cancel")
+        return True
 
     async def postpone(
         self,

@@ -275,6 +275,8 @@ class Lease:
     """How often recovery looked at it before."""
     evidence: ConnectorAnswer | None
     """A definite answer that came to a sender who had been fenced out."""
+    cancel_begun: bool = False
+    """Recovery has begun to cancel the reference, and the cancellation may be on its way still."""
 
 
 class StoreUnavailable(Exception):
@@ -319,6 +321,11 @@ class Store(Protocol):
     async def lease(self, limit: int, lease_s: float) -> Sequence[Lease]:
         """Take over operations that are due: their epoch is raised and committed, so that whoever
         held them before is fenced out.
+        """
+
+    async def begin_cancel(self, operation: Operation) -> bool:
+        """Say durably that the leased operation's reference will be cancelled at the PSP; False
+        where another recoverer has taken the operation over, or it has a definite outcome.
         """
 
     async def postpone(

@@ -2,7 +2,8 @@
 
 It asks the PSP by reference, or cancels the reference; it never sends an authorization, a capture
 or a refund. "Not found" alone proves nothing, since a paused sender may still send: only a
-cancelled reference does. Voids and reversals, which release money, are repeated until the PSP
+cancelled reference does. A cancellation is announced in the store first, and from then on nothing
+but a cancellation settles the operation, since one may be on its way still. Voids and reversals, which release money, are repeated until the PSP
 confirms them. Any number of gateways may run it: a lease spreads the work, the operation's epoch
 keeps it right.
 """
@@ -70,6 +71,10 @@ class Schedule:
     """After so many looks at an operation in doubt, it needs a person."""
     person_interval_s: float
     """The pause between two looks at one that needs a person."""
+
+
+class _Overtaken(Exception):
+    """The lease ran out, and another recoverer has the operation."""
 
 
 class RecoveryObserver(Protocol):
@@ -140,6 +145,8 @@ class Recovery:
         try:
             state = await self._resolve(lease)
             self._observer.recovered(operation.kind, state)
+        except _Overtaken:
+            _log.info("another recoverer has taken an operation over")
         except Exception as error:  # noqa: BLE001 - one operation must not stop the others
             # The lease runs out, and the operation is looked at again.
             self._observer.recovery_failed()
@@ -218,7 +225,10 @@ class Recovery:
         if operation.kind is K.VOID:
             return await self._void(lease, connector)
         capabilities = connector.capabilities
-        wanted = not (operation.kind is K.AUTHORIZE and lease.aggregate.payment.cancel_requested)
+        # A cancellation that was begun may take effect after whatever the PSP says before it.
+        wanted = not lease.cancel_begun and not (
+            operation.kind is K.AUTHORIZE and lease.aggregate.payment.cancel_requested
+        )
         if capabilities.query_by_reference and (wanted or not capabilities.cancel_by_reference):
             answer = await connector.query(operation.kind, operation.reference)
             if answer is not None:
@@ -228,6 +238,8 @@ class Recovery:
         if operation.state in (S.PENDING, S.REQUIRES_ACTION) and wanted:
             # The PSP acknowledged it: it is waited for, not cancelled.
             return None
+        if not await self._store.begin_cancel(operation):
+            raise _Overtaken
         return await connector.cancel(operation.kind, operation.reference)
 
     async def _void(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:

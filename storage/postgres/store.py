@@ -58,6 +58,7 @@ _READ_WATERMARK = query("recovery", "read_watermark")
 _PUT_EXPIRED = query("recovery", "put_expired")
 _LOCK_DUE = query("recovery", "lock_due")
 _LEASE = query("recovery", "lease")
+_BEGIN_CANCEL = query("recovery", "begin_cancel")
 _POSTPONE = query("recovery", "postpone")
 _FORGET = query("recovery", "forget")
 _ADD_EVIDENCE = query("recovery", "add_evidence")
@@ -395,10 +396,35 @@ class PostgresStore:
                 for operation in aggregate.operations:
                     if operation.operation_id == record["operation_id"]:
                         evidence = rows.answer_of(record["evidence"])
-                        leases.append(Lease(operation, aggregate, record["tries"], evidence))
+                        leases.append(
+                            Lease(
+                                operation,
+                                aggregate,
+                                record["tries"],
+                                evidence,
+                                record["cancel_begun"],
+                            )
+                        )
             return leases
 
         return await self._direct.run(take)
+
+    async def begin_cancel(self, operation: Operation) -> bool:
+        """See Store."""
+
+        async def update(connection: Connection) -> bool:
+            begun = await run(
+                connection,
+                _BEGIN_CANCEL,
+                merchant_id=operation.merchant_id,
+                payment_id=operation.payment_id,
+                operation_id=operation.operation_id,
+                epoch=operation.epoch,
+                unfinished=_UNFINISHED,
+            )
+            return bool(begun)
+
+        return await self._direct.run(update)
 
     async def postpone(
         self,

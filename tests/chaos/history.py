@@ -38,6 +38,8 @@ _RESPONSES: Final = {
     OperationKind.VOID: payment_service_pb2.VoidPaymentResponse,
     OperationKind.REFUND: payment_service_pb2.RefundPaymentResponse,
     OperationKind.INCREMENT: payment_service_pb2.IncrementAuthorizationResponse,
+    # Of the gateway's own: stored as any other, told to nobody, with the same fields.
+    OperationKind.REVERSAL: payment_service_pb2.AuthorizePaymentResponse,
 }
 
 _OPERATIONS_SQL: Final = """

@@ -752,6 +752,22 @@ async def test_evidence_that_comes_after_the_lease_is_not_lost(
     assert again.evidence == ANSWER
 
 
+async def test_only_the_present_owner_announces_a_cancellation_and_the_next_one_knows(
+    store: PostgresStore,
+) -> None:
+    await store.write_intent(authorize(recover_after_s=-1))
+    await store.expired(100)
+    [overtaken] = await due(store, lease_s=0)
+    [lease] = await due(store, lease_s=0)
+    assert not lease.cancel_begun
+    assert not await store.begin_cancel(overtaken.operation)
+    assert await store.begin_cancel(lease.operation)
+    [after] = await due(store)
+    assert after.cancel_begun
+    await store.write_change(outcome(after.operation, after.aggregate.payment))
+    assert not await store.begin_cancel(after.operation)
+
+
 async def test_recovery_never_forgets_what_is_unfinished(store: PostgresStore) -> None:
     await store.write_intent(authorize(recover_after_s=-1))
     await store.expired(100)
@@ -852,6 +868,7 @@ _EXPECTED_INDEXES = {
     },
     ("recovery", "lock_due"): {"payments_pkey", "doubts_check_at"},
     ("recovery", "lease"): {"doubts_pkey", "operations_pkey"},
+    ("recovery", "begin_cancel"): {"payments_pkey", "operations_pkey", "doubts_pkey"},
 }
 
 

@@ -361,6 +361,10 @@ class SimulatedStore:
         """See the port."""
         return await self._run(lambda database: database.take(limit, lease_s))
 
+    async def begin_cancel(self, operation: Operation) -> bool:
+        """See the port."""
+        return await self._run(lambda database: at_once(database.begin_cancel(operation)))
+
     async def postpone(self, operation: Operation, check_after_s: float) -> None:
         """See the port."""
         await self._run(lambda database: at_once(database.postpone(operation, check_after_s)))

@@ -881,6 +881,35 @@ async def test_answer_of_a_sender_that_was_fenced_out_is_kept_as_evidence() -> N
     assert gateway.store.doubts == {}
 
 
+async def test_recoverer_that_was_overtaken_while_it_asked_cancels_nothing() -> None:
+    gateway = bench(CAPABLE, LOST)
+    payment_id = await gateway.authorized()
+    other = Bench(gateway.connector, store=gateway.store, claims=gateway.claims)
+    ask = gateway.connector.query
+
+    async def ask_before_it_arrives(kind: K, reference: str) -> ConnectorAnswer | None:
+        gateway.connector.query = ask  # type: ignore[method-assign]
+        await other.recover()
+        return None
+
+    gateway.connector.query = ask_before_it_arrives  # type: ignore[method-assign]
+    await gateway.recover()
+    [authorization] = operations_of(gateway, payment_id, K.AUTHORIZE)
+    assert authorization.state is S.SUCCEEDED
+    assert gateway.connector.standing(K.AUTHORIZE) == [authorization.reference]
+
+
+async def test_what_recovery_has_begun_to_cancel_is_settled_by_a_cancellation_only() -> None:
+    gateway = bench(CAPABLE, LOST)
+    payment_id = await gateway.authorized()
+    # Not found yet, and the answer to the cancellation is lost: it may arrive at any later time.
+    gateway.connector.asks.extend([None, NO_ANSWER])
+    await gateway.recover(rounds=2)
+    [authorization] = operations_of(gateway, payment_id, K.AUTHORIZE)
+    assert authorization.state is S.CANCELED
+    assert gateway.connector.standing(K.AUTHORIZE) == []
+
+
 async def test_evidence_of_pending_does_not_keep_recovery_from_asking_later() -> None:
     gate = Gate()
     gateway = bench(QUERY_ONLY, Step(after=gate, decides=PENDING))

@@ -137,7 +137,8 @@ WITH leased AS (
         AND (doubt.check_at <= now()) IS TRUE
         AND (doubt.lease_until IS NULL OR doubt.lease_until <= now())
     RETURNING
-        doubt.merchant_id, doubt.operation_id, doubt.payment_id, doubt.tries, doubt.evidence
+        doubt.merchant_id, doubt.operation_id, doubt.payment_id, doubt.tries, doubt.evidence,
+        doubt.cancel_begun
 ),
 raised AS (
     UPDATE operations AS operation
@@ -147,7 +148,30 @@ raised AS (
         AND operation.operation_id = leased.operation_id
         AND operation.state = ANY (:unfinished::int2[])
 )
-SELECT merchant_id, operation_id, payment_id, tries - 1 AS tries, evidence FROM leased;
+SELECT merchant_id, operation_id, payment_id, tries - 1 AS tries, evidence, cancel_begun FROM leased;
+
+-- :name begin_cancel
+-- By the operation's present owner alone: the payment is locked first and the epoch looked at under
+-- the lock, as in add_evidence.
+UPDATE doubts AS doubt
+SET cancel_begun = true
+FROM (
+    SELECT merchant_id, payment_id
+    FROM payments
+    WHERE merchant_id = :merchant_id::text AND payment_id = :payment_id::text
+    FOR NO KEY UPDATE
+) AS payment
+CROSS JOIN LATERAL (
+    SELECT merchant_id, operation_id
+    FROM operations
+    WHERE merchant_id = payment.merchant_id
+        AND operation_id = :operation_id::text
+        AND epoch = :epoch::int4
+        AND state = ANY (:unfinished::int2[])
+    FOR NO KEY UPDATE
+) AS operation
+WHERE doubt.merchant_id = :merchant_id::text AND doubt.operation_id = operation.operation_id
+RETURNING true AS begun;
 
 -- :name postpone
 UPDATE doubts
