@@ -3,9 +3,9 @@
 It asks the PSP by reference, or cancels the reference; it never sends an authorization, a capture
 or a refund. "Not found" alone proves nothing, since a paused sender may still send: only a
 cancelled reference does. A cancellation is announced in the store first, and from then on nothing
-but a cancellation settles the operation, since one may be on its way still. Voids and reversals, which release money, are repeated until the PSP
-confirms them. Any number of gateways may run it: a lease spreads the work, the operation's epoch
-keeps it right.
+but a cancellation settles the operation, since one may be on its way still. Voids and reversals,
+which release money, are repeated until the PSP confirms them. Any number of gateways may run it: a
+lease spreads the work, the operation's epoch keeps it right.
 """
 
 import asyncio

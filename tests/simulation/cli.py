@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loadtest.environment import commit
+from tests.simulation.elsewhere import ELSEWHERE, caught_by
 from tests.simulation.loop import collected_by_hand
 from tests.simulation.mutants import MUTANTS, Verdict, hunt
 from tests.simulation.world import simulate
@@ -220,6 +221,10 @@ def _mutants(seed: int, jobs: int, folder: Path) -> int:
             verdicts.append(verdict)
             caught = verdict.histories if verdict.rules else "NOT CAUGHT"
             print(f"{verdict.name:<36}{caught:>10}  {', '.join(verdict.rules)}", flush=True)
+    for name in ELSEWHERE:
+        tests = caught_by(name)
+        verdicts.append(Verdict(name, 0, (tests,) if tests else ()))
+        print(f"{name:<36}{'-' if tests else 'NOT CAUGHT':>10}  {tests}", flush=True)
     missed = [each.name for each in verdicts if not each.rules]
     folder.mkdir(parents=True, exist_ok=True)
     summary = {

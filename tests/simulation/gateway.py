@@ -18,7 +18,7 @@ from storage.redis.claims import Claims
 from tests.memory_store import Counts
 from tests.simulation import psp as psp_module
 from tests.simulation.database import Link, SimulatedStore
-from tests.simulation.redis import RedisClient
+from tests.simulation.redis import Client
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,7 +103,7 @@ class Gateway:
         self.process = process
         self.ready = False
         self._claims = Claims(
-            cast("Any", RedisClient(network, process, redis)),
+            cast("Any", Client(network, process, redis)),
             buckets=1,
             claim_life_ms=CLAIM_LIFE_MS,
             cache_life_s=CACHE_LIFE_S,

@@ -14,7 +14,7 @@ from unittest.mock import patch
 from gateway.application import usecases
 from gateway.application.ports import IntentResult, Stored
 from gateway.application.recovery import Recovery
-from gateway.application.usecases import Outcomes, Payments, connector_request
+from gateway.application.usecases import Payments, connector_request
 from gateway.connectors.simulator.connector import SimulatorConnector
 from gateway.domain import decisions
 from gateway.domain.errors import Reason
@@ -319,28 +319,6 @@ def _fingerprint_not_compared() -> _Patches:
     return [
         patch.object(usecases, "_same_call", lambda command, operation: True),
     ]
-
-
-@_mutant
-def _late_success_not_reversed() -> _Patches:
-    """a success that comes after NOT_SENT or VOIDED stands"""
-
-    async def mutated(self: Outcomes, *_: object) -> None:
-        return None
-
-    return [patch.object(Outcomes, "reverse", mutated)]
-
-
-@_mutant
-def _fenced_out_answer_dropped() -> _Patches:
-    """who was fenced out drops a definite answer instead of keeping it as evidence or reversing"""
-
-    async def mutated(self: Outcomes, owned: Operation, answer: ConnectorAnswer) -> Any:
-        found = await self._store.find_operation(owned.merchant_id, owned.operation_id)
-        assert found is not None
-        return found
-
-    return [patch.object(Outcomes, "_fenced_out", mutated)]
 
 
 @_mutant

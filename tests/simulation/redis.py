@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from typing import TYPE_CHECKING, Any, Final
 
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError
-
 from storage.redis import claims
+from storage.redis.connection import RedisAway, RedisRefused
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from tests.simulation.loop import Process, SimulatedLoop
     from tests.simulation.network import Network
@@ -55,11 +54,11 @@ class RedisServer:
         self._check()
         self.scripts.add(hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
-    def run(self, sha: str, keys: list[bytes], args: list[Any]) -> Any:
+    def run(self, sha: str, keys: Sequence[bytes], args: Sequence[Any]) -> Any:
         """EVALSHA."""
         self._check()
         if sha not in self.scripts:
-            raise NoScriptError("NOSCRIPT")
+            raise RedisRefused("NOSCRIPT no matching script")
         return self._claim(keys, args) if sha == claims._CLAIM.sha else self._settle(keys, args)
 
     def _check(self) -> None:
@@ -77,7 +76,7 @@ class RedisServer:
             return None
         return entry[0]
 
-    def _claim(self, keys: list[bytes], args: list[Any]) -> list[bytes]:
+    def _claim(self, keys: Sequence[bytes], args: Sequence[Any]) -> list[bytes]:
         """As lua/claim.lua."""
         life_ms, nonces = args
         size = len(nonces) // len(keys)
@@ -96,7 +95,7 @@ class RedisServer:
                 replies.append(found)
         return [letters, *replies]
 
-    def _settle(self, keys: list[bytes], args: list[Any]) -> int:
+    def _settle(self, keys: Sequence[bytes], args: Sequence[Any]) -> int:
         """As lua/settle.lua."""
         life_ms, *entries = args
         for key, entry in zip(keys, entries, strict=True):
@@ -111,29 +110,25 @@ class RedisServer:
         return 0
 
 
-class RedisClient:
-    """What `storage.redis.claims.Claims` uses of redis-py's client."""
+class Client:
+    """What `storage.redis.claims.Claims` uses of `storage.redis.connection.RedisClient`."""
 
     def __init__(self, network: Network, process: Process, server: RedisServer) -> None:
         self._network = network
         self._process = process
         self._server = server
 
-    def get_connection_kwargs(self) -> dict[str, Any]:
-        """No options."""
-        return {}
+    async def execute(self, *command: Any, until: float) -> Any:
+        """See there."""
 
-    async def evalsha(self, sha: str, numkeys: int, *parts: Any) -> Any:
-        """Run a script."""
-        keys, args = list(parts[:numkeys]), list(parts[numkeys:])
-        return await self._call(lambda: self._server.run(sha, keys, args))
+        def action() -> Any:
+            if command[0] == "SCRIPT":
+                return self._server.load(command[2])
+            count = command[2]
+            return self._server.run(command[1], list(command[3 : 3 + count]), command[3 + count :])
 
-    async def script_load(self, text: str) -> Any:
-        """Make a script known."""
-        return await self._call(lambda: self._server.load(text))
-
-    async def _call(self, action: Callable[[], Any]) -> Any:
         try:
-            return await self._network.call(self._process, REDIS, action)
-        except ConnectionResetError as error:
-            raise RedisConnectionError(str(error)) from error
+            async with asyncio.timeout_at(until):
+                return await self._network.call(self._process, REDIS, action)
+        except (ConnectionResetError, TimeoutError) as error:
+            raise RedisAway(str(error)) from error

@@ -162,15 +162,14 @@ FROM (
     FOR NO KEY UPDATE
 ) AS payment
 CROSS JOIN LATERAL (
-    SELECT merchant_id, operation_id
-    FROM operations
+    SELECT FROM operations
     WHERE merchant_id = payment.merchant_id
         AND operation_id = :operation_id::text
         AND epoch = :epoch::int4
         AND state = ANY (:unfinished::int2[])
     FOR NO KEY UPDATE
 ) AS operation
-WHERE doubt.merchant_id = :merchant_id::text AND doubt.operation_id = operation.operation_id
+WHERE doubt.merchant_id = :merchant_id::text AND doubt.operation_id = :operation_id::text
 RETURNING true AS begun;
 
 -- :name postpone
