@@ -887,7 +887,7 @@ async def test_recoverer_that_was_overtaken_while_it_asked_cancels_nothing() -> 
     other = Bench(gateway.connector, store=gateway.store, claims=gateway.claims)
     ask = gateway.connector.query
 
-    async def ask_before_it_arrives(kind: K, reference: str) -> ConnectorAnswer | None:
+    async def ask_before_it_arrives(kind: OperationKind, reference: str) -> ConnectorAnswer | None:
         gateway.connector.query = ask  # type: ignore[method-assign]
         await other.recover()
         return None
