@@ -36,7 +36,6 @@ QUICK: Final = {
     "outcome-in-two-transactions": 60,
     "cache-not-tied-to-the-generation": 200,
     "keys-are-not-unique": 60,
-    "no-epoch-in-the-compare": 1_000,
     "no-version-in-the-compare": 60,
     "event-of-a-fenced-out-outcome": 200,
     "reservation-released-on-doubt": 100,
@@ -46,6 +45,8 @@ QUICK: Final = {
     "sends-after-a-conflict": 60,
 }
 """In how many histories each is caught at most."""
+SLOW: Final = ("no-epoch-in-the-compare",)
+"""Takes about a thousand histories: `make simulate ARGS=--mutants` hunts it."""
 
 
 def replayed(seed: int, hash_seed: str, folder: Path) -> str:
@@ -80,7 +81,7 @@ def test_no_history_of_the_gateway_breaks_a_rule() -> None:
 
 
 def test_every_mutant_has_its_limit() -> None:
-    assert QUICK.keys() == MUTANTS.keys()
+    assert {*QUICK, *SLOW} == MUTANTS.keys()
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -66,14 +66,14 @@ class Clients:
         gateways: int,
         tokens: Sequence[str],
         may_cancel: bool,
-        may_void_the_rest: bool,
+        settles_remainders: bool,
     ) -> None:
         self._history = history
         self._send = send
         self._gateways = gateways
         self._tokens = tokens
         self._may_cancel = may_cancel
-        self._may_void_the_rest = may_void_the_rest
+        self._settles_remainders = settles_remainders
         self._draw = random.Random(f"clients/{seed}")
         self._order = itertools.count(1)
         self._keys = itertools.count(1)
@@ -157,18 +157,19 @@ class Clients:
         if method == "AUTOMATIC":
             return ((K.REFUND, amount_minor // 2),)
         part = amount_minor // 2
-        rest = K.VOID if self._may_void_the_rest else K.CAPTURE
-        return self._draw.choice(
-            (
-                ((K.CAPTURE, part), (K.REFUND, part // 2), (K.REFUND, None)),
-                ((K.CAPTURE, part), (K.CAPTURE, None), (K.REFUND, part)),
-                ((K.CAPTURE, part), (rest, None)),
+        plans: tuple[tuple[tuple[K, int | None], ...], ...] = (
+            ((K.CAPTURE, part), (K.REFUND, part // 2), (K.REFUND, None)),
+            ((K.CAPTURE, part), (K.CAPTURE, None), (K.REFUND, part)),
+            ((K.CAPTURE, amount_minor), (K.REFUND, amount_minor)),
+            ((K.VOID, None),),
+        )
+        if self._settles_remainders:
+            plans += (
+                ((K.CAPTURE, part), (K.VOID, None)),
                 ((K.INCREMENT, INCREMENT_MINOR), (K.CAPTURE, amount_minor + INCREMENT_MINOR)),
                 ((K.INCREMENT, INCREMENT_MINOR), (K.VOID, None)),
-                ((K.CAPTURE, amount_minor), (K.REFUND, amount_minor)),
-                ((K.VOID, None),),
             )
-        )
+        return self._draw.choice(plans)
 
     def _follow_up(self, kind: K, payment_id: str, amount_minor: int | None) -> _Request:
         key, amount = self._key(), eur(amount_minor)

@@ -96,9 +96,9 @@ class World:
             gateways=count,
             tokens=[each for each in tokens if "oversized" not in each],
             may_cancel=self.history.settles,
-            # Sent again, a void of the rest proves nothing to a PSP that neither knows references
-            # nor can be asked for them: such a doubt stays one.
-            may_void_the_rest=self.profile.query_by_reference
+            # A PSP that can neither be asked nor repeats by reference cannot settle a doubtful void
+            # of a remainder, or an increment that a void has met: such a doubt stays one.
+            settles_remainders=self.profile.query_by_reference
             or self.profile.idempotent_by_reference,
         )
         for number in range(count):
