@@ -509,6 +509,7 @@ class _TracedStore:
         self.add_evidence = inner.add_evidence
         self.expired = inner.expired
         self.lease = inner.lease
+        self.begin_cancel = inner.begin_cancel
         self.postpone = inner.postpone
         self.forget = inner.forget
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gateway.application.ports import IntentResult, Stored
-from gateway.domain.model import OperationKind, OperationState
+from gateway.domain.model import DoubtCause, OperationKind, OperationState
 from storage.postgres import pool
 from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
 from storage.postgres.pool import HeldConnections
@@ -365,9 +365,20 @@ class SimulatedStore:
         """See the port."""
         return await self._run(lambda database: at_once(database.begin_cancel(operation)))
 
-    async def postpone(self, operation: Operation, check_after_s: float) -> None:
+    async def postpone(
+        self,
+        operation: Operation,
+        check_after_s: float,
+        cause: DoubtCause = DoubtCause.UNSPECIFIED,
+        *,
+        needs_person: bool = False,
+    ) -> None:
         """See the port."""
-        await self._run(lambda database: at_once(database.postpone(operation, check_after_s)))
+        await self._run(
+            lambda database: at_once(
+                database.postpone(operation, check_after_s, cause, needs_person=needs_person)
+            )
+        )
 
     async def forget(self, operation: Operation) -> None:
         """See the port."""

@@ -54,6 +54,8 @@ SCHEDULE: Final = Schedule(
     concurrency_max=4,
     backoff_s_min=0.3,
     backoff_s_max=1.5,
+    tries_max=100_000,
+    person_interval_s=60.0,
 )
 TAKEOVER_S: Final = LIMITS.send_window_s + ANSWER_TIMEOUT_S + LIMITS.recover_margin_s
 """Recovery leaves an intent alone for so long."""
