@@ -398,8 +398,10 @@ class MemoryStore:
     ) -> None:
         """See the port."""
         await self.before("postpone")
-        row = self.doubts.get((operation.merchant_id, operation.operation_id))
-        if row is not None:
+        key = (operation.merchant_id, operation.operation_id)
+        row, now = self.doubts.get(key), self.operations[key]
+        is_owner = now.epoch == operation.epoch and now.state in states.UNFINISHED
+        if row is not None and is_owner:
             wait_s = 0.0 if row.has_unseen_evidence else check_after_s
             row.check_at, row.lease_until = self.now + timedelta(seconds=wait_s), None
             row.cause, row.needs_person = cause, needs_person

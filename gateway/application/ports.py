@@ -336,7 +336,10 @@ class Store(Protocol):
         *,
         needs_person: bool = False,
     ) -> None:
-        """Look at a leased operation again later, and keep for people why it is not settled."""
+        """Look at a leased operation again later, and keep for people why it is not settled.
+
+        Has no effect where another recoverer, or a new attempt, has taken the operation over.
+        """
 
     async def forget(self, operation: Operation) -> None:
         """Take an operation that has a definite outcome off recovery's list."""

@@ -752,6 +752,18 @@ async def test_evidence_that_comes_after_the_lease_is_not_lost(
     assert again.evidence == ANSWER
 
 
+async def test_an_overtaken_recoverer_does_not_bring_forward_when_a_new_attempt_is_looked_at(
+    store: PostgresStore,
+) -> None:
+    await store.write_intent(authorize(recover_after_s=-1))
+    await store.expired(100)
+    [overtaken] = await due(store, lease_s=0)
+    [present] = await due(store)
+    await store.postpone(present.operation, NEVER_S)
+    await store.postpone(overtaken.operation, -1)
+    assert await due(store) == []
+
+
 async def test_only_the_present_owner_announces_a_cancellation_and_the_next_one_knows(
     store: PostgresStore,
 ) -> None:

@@ -151,29 +151,15 @@ raised AS (
 SELECT merchant_id, operation_id, payment_id, tries - 1 AS tries, evidence, cancel_begun FROM leased;
 
 -- :name begin_cancel
--- By the operation's present owner alone: the payment is locked first and the epoch looked at under
--- the lock, as in add_evidence.
+-- By the operation's present owner alone.
 UPDATE doubts AS doubt
 SET cancel_begun = true
-FROM (
-    SELECT merchant_id, payment_id
-    FROM payments
-    WHERE merchant_id = :merchant_id::text AND payment_id = :payment_id::text
-    FOR NO KEY UPDATE
-) AS payment
-CROSS JOIN LATERAL (
-    SELECT FROM operations
-    WHERE merchant_id = payment.merchant_id
-        AND operation_id = :operation_id::text
-        AND epoch = :epoch::int4
-        AND state = ANY (:unfinished::int2[])
-    FOR NO KEY UPDATE
-) AS operation
-WHERE doubt.merchant_id = :merchant_id::text AND doubt.operation_id = :operation_id::text
+{{of_owner}}
 RETURNING true AS begun;
 
 -- :name postpone
-UPDATE doubts
+-- By its present owner alone: one who was overtaken would have a new attempt looked at too early.
+UPDATE doubts AS doubt
 SET check_at = CASE
         -- Evidence that no recoverer has seen yet does not wait.
         WHEN evidence IS NOT NULL AND NOT evidence_leased THEN now()
@@ -182,7 +168,7 @@ SET check_at = CASE
     lease_until = NULL,
     cause = :cause::int2,
     needs_person = :needs_person::bool
-WHERE merchant_id = :merchant_id::text AND operation_id = :operation_id::text;
+{{of_owner}};
 
 -- :name forget
 -- Only what is definite, and only where no evidence has come since the lease.
@@ -247,3 +233,21 @@ SELECT
 SELECT n_live_tup AS events
 FROM pg_stat_user_tables
 WHERE relid = 'outbox'::regclass;
+
+-- :fragment of_owner
+-- The payment is locked first and the epoch looked at under the lock, as in add_evidence.
+FROM (
+    SELECT merchant_id, payment_id
+    FROM payments
+    WHERE merchant_id = :merchant_id::text AND payment_id = :payment_id::text
+    FOR NO KEY UPDATE
+) AS payment
+CROSS JOIN LATERAL (
+    SELECT FROM operations
+    WHERE merchant_id = payment.merchant_id
+        AND operation_id = :operation_id::text
+        AND epoch = :epoch::int4
+        AND state = ANY (:unfinished::int2[])
+    FOR NO KEY UPDATE
+) AS operation
+WHERE doubt.merchant_id = :merchant_id::text AND doubt.operation_id = :operation_id::text
