@@ -21,8 +21,7 @@ from tests.chaos.history import History
 from tests.chaos.network import DELAY_S, READ_BYTES_MAX, THROTTLE_BYTES_PER_S, Fault, TcpProxy
 from tests.chaos.oracle import Rule
 from tests.chaos.scenarios import SCENARIOS, redis_flush
-from tests.chaos.trial import PROFILES, Servers, keep, profile_of, run_trial
-from tests.harness import forked_gateways
+from tests.chaos.trial import PROFILES, Servers, keep, profile_of, run_trials
 from tests.nursery import Nursery
 
 if TYPE_CHECKING:
@@ -36,10 +35,12 @@ LOST_ANSWERS: Final = replace(
     SCENARIOS["psp-answers"], fault=redis_flush, tokens=("tok_visa", "tok_reset_after_charge")
 )
 """A PSP that only loses answers: nobody has to wait for a time-out."""
+TRIALS: Final = 2
+"""Of a gateway with a deliberate fault."""
 RUN_TIMEOUT_S: Final = 150.0
 FIGURES: Final = (
     *("name", "trials", "acked", "lost_acks", "double_charges", "unresolved", "violations"),
-    *("recovery_p50_s", "recovery_max_s"),
+    *("recovery_p50_s", "recovery_max_s", "rto_p50_s", "rto_max_s"),
 )
 
 
@@ -124,9 +125,9 @@ def test_a_gateway_with_a_deliberate_fault_is_found_out_and_its_journals_are_kep
     seed = next(
         seed for seed in range(len(PROFILES)) if profile_of(scenario, seed) == "non_idempotent"
     )
-    with Nursery.open() as nursery, forked_gateways(nursery), LoopThread() as loop:
-        servers = Servers(postgres, redis, loop)
-        result = run_trial(servers, scenario, seed, rate=RATE, target=target)
+    with Nursery.open() as nursery, LoopThread() as loop:
+        servers = Servers(postgres, redis, loop, nursery)
+        result = run_trials(servers, scenario, seed, rate=RATE, trials=TRIALS, target=target)
     assert rules <= {violation.rule for violation in result.violations}, result.violations
     keep(result, tmp_path)
     assert History.load(tmp_path) == result.history

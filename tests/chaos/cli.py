@@ -8,6 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import ExitStack
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, Final
@@ -18,13 +19,12 @@ from tests.chaos.clients import LoopThread
 from tests.chaos.history import History
 from tests.chaos.oracle import Violation, judge
 from tests.chaos.scenarios import SCENARIOS
-from tests.chaos.trial import PROFILES, Result, Servers, keep, run_trial
-from tests.harness import forked_gateways
+from tests.chaos.trial import PROFILES, Result, Servers, keep, run_trials
 from tests.nursery import Nursery
 from tests.servers import postgres_server, redis_server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 CLEAN, VIOLATED, USAGE, NO_RESULT = 0, 1, 2, 3
 INTERRUPTED: Final = 130
@@ -32,6 +32,7 @@ FOLDER: Final = Path(".local/chaos")
 SUMMARY_FILE: Final = "summary.json"
 TRIALS: Final = len(PROFILES)
 TRIALS_MAX: Final = 100_000
+PER_RUN: Final = 10
 RATE: Final = 150.0
 RATE_MAX: Final = 100_000.0
 SHOWN_MAX: Final = 10
@@ -39,12 +40,13 @@ SHOWN_MAX: Final = 10
 
 _EPILOG: Final = f"""\
 PostgreSQL, Redis, the PSP simulator and two gateways (one on each transport) are started here, on
-free ports of 127.0.0.1, and end with the campaign. Trial n of a scenario has the seed S + n: it
-draws the payments, the moments and the length of the faults, and the PSP ({" or ".join(PROFILES)}).
-So `--scenario NAME --trials 1 --seed N` does the same again, though processes never meet in exactly
-the same order twice.
+free ports of 127.0.0.1, and end with the campaign. A trial is a fault and the wait until all that
+had been begun is settled; a run is one system under load, some trials long, judged whole. Run n
+of a scenario has the seed S + n: it draws the payments, the moments and the length of the faults,
+and the PSP ({" or ".join(PROFILES)}). So `--scenario NAME --trials T --per-run T --seed N`
+does a run again, though processes never meet in exactly the same order twice.
 
-The journals of a trial with a violation stay in {FOLDER}/NAME-SEED/, with the gateways' logs.
+The journals of a run with a violation stay in {FOLDER}/NAME-SEED/, with the gateways' logs.
 `--judge` gives journals to the oracle anew.
 
 exit status:
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given.list:
             for scenario in SCENARIOS.values():
-                print(f"{scenario.name:<24}{scenario.meaning}")
+                print(f"{scenario.name:<24}{scenario.trials:>4}  {scenario.meaning}")
             return CLEAN
         if given.judge is not None:
             return _judge_again(given.judge)
@@ -96,9 +98,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trials", type=int, metavar="N", help=f"of each scenario (default {TRIALS}, one a PSP)"
     )
+    parser.add_argument(
+        "--per-run",
+        type=int,
+        metavar="T",
+        help=f"trials of a run (default: {PER_RUN} at most, and two runs at least)",
+    )
     parser.add_argument("--seed", type=int, default=1, metavar="S", help="default 1")
     parser.add_argument(
         "--rate", type=float, default=RATE, metavar="R", help=f"calls a second (default {RATE:g})"
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="as many trials as --list says: about an hour"
     )
     parser.add_argument("--quick", action="store_true", help="one trial of each: under 3 minutes")
     parser.add_argument("--list", action="store_true", help="list the scenarios, and end")
@@ -111,12 +122,14 @@ def _names(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[s
     unknown = [name for name in given.scenario if name not in SCENARIOS]
     if unknown:
         parser.error(f"no scenario {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
-    if given.quick and given.trials is not None:
-        parser.error("--quick is --trials 1")
-    if given.trials is None:
+    if given.quick + given.full + (given.trials is not None) > 1:
+        parser.error("--quick is --trials 1, and --full another number for each: take one of them")
+    if given.trials is None and not given.full:
         given.trials = 1 if given.quick else TRIALS
-    if not 1 <= given.trials <= TRIALS_MAX:
+    if given.trials is not None and not 1 <= given.trials <= TRIALS_MAX:
         parser.error(f"--trials must be from 1 to {TRIALS_MAX}")
+    if given.per_run is not None and not 1 <= given.per_run <= TRIALS_MAX:
+        parser.error(f"--per-run must be from 1 to {TRIALS_MAX}")
     if not 0 <= given.seed < 2**63:
         parser.error("--seed must be from 0 to 2^63 - 1")
     if not 1 <= given.rate <= RATE_MAX:
@@ -129,16 +142,19 @@ def _run(names: Sequence[str], given: argparse.Namespace) -> int:
     begun_s = time.monotonic()
     with ExitStack() as stack:
         nursery = stack.enter_context(Nursery.open())
-        stack.enter_context(forked_gateways(nursery))
         postgres = stack.enter_context(postgres_server())
         redis = stack.enter_context(redis_server())
-        servers = Servers(postgres, redis, stack.enter_context(LoopThread()))
+        servers = Servers(postgres, redis, stack.enter_context(LoopThread()), nursery)
         for name in names:
-            for number in range(given.trials):
-                result = run_trial(servers, SCENARIOS[name], given.seed + number, rate=given.rate)
-                _report(result, number + 1, given)
-                result.drop_journals()
+            scenario = SCENARIOS[name]
+            total = given.trials or scenario.trials
+            for number, trials in enumerate(plan(total, given.per_run)):
+                result = run_trials(
+                    servers, scenario, given.seed + number, rate=given.rate, trials=trials
+                )
                 results[name].append(result)
+                _report(result, trials, total, results[name], given.folder)
+                result.drop_journals()
     rows = [_row(name, results[name]) for name in names]
     given.folder.mkdir(parents=True, exist_ok=True)
     summary_file = given.folder / SUMMARY_FILE
@@ -151,23 +167,47 @@ def _run(names: Sequence[str], given: argparse.Namespace) -> int:
     return VIOLATED if violations else CLEAN
 
 
-def _report(result: Result, number: int, given: argparse.Namespace) -> None:
-    """A line for a trial; all about one with violations."""
-    recovery = "-" if result.recovery_s is None else f"{result.recovery_s:.1f} s"
+def plan(trials: int, per_run: int | None) -> list[int]:
+    """How many trials each run has; without `per_run` at least two runs, for the PSPs in turn."""
+    runs = ceil(trials / (per_run or PER_RUN))
+    if per_run is None:
+        runs = max(runs, min(trials, len(PROFILES)))
+    each, rest = divmod(trials, runs)
+    return [each + (number < rest) for number in range(runs)]
+
+
+def _report(
+    result: Result, planned: int, total: int, of_scenario: Sequence[Result], folder: Path
+) -> None:
+    """A line for a run; all about one with violations."""
+    done = sum(each.trials for each in of_scenario)
+    recovery = _span(result.recoveries_s)
+    if result.outages_s:
+        recovery += f", answered again after {_span(result.outages_s)}"
     others = ", ".join(
         f"{count} {status}" for status, count in result.statuses.most_common() if status != "OK"
     )
     print(
-        f"{result.scenario} {number}/{given.trials}: seed {result.seed}, {result.history.profile},"
-        f" {result.acked} acknowledged, recovered in {recovery}, {result.duration_s:.1f} s,"
+        f"{result.scenario} {done}/{total}: seed {result.seed}, {result.history.profile},"
+        f" {result.trials} of {planned} trials, {result.acked} acknowledged,"
+        f" recovered in {recovery}, {result.duration_s:.1f} s,"
         f" {len(result.violations)} violations; tries not OK: {others or 'none'}",
         flush=True,
     )
     if result.violations:
-        folder = given.folder / f"{result.scenario}-{result.seed}"
-        keep(result, folder)
+        kept = folder / f"{result.scenario}-{result.seed}"
+        keep(result, kept)
         _show(result.violations)
-        print(f"  seed {result.seed}, journals in {folder}", flush=True)
+        print(
+            f"  journals in {kept}; again with --scenario {result.scenario}"
+            f" --trials {planned} --per-run {planned} --seed {result.seed}",
+            flush=True,
+        )
+
+
+def _span(times_s: Sequence[float]) -> str:
+    """The median and the longest."""
+    return f"{median(times_s):.1f} s, at most {max(times_s):.1f} s" if times_s else "-"
 
 
 def _show(violations: Sequence[Violation]) -> None:
@@ -191,24 +231,31 @@ def _judge_again(folder: Path) -> int:
 
 
 def _row(name: str, results: Sequence[Result]) -> dict[str, Any]:
-    recoveries = [each.recovery_s for each in results if each.recovery_s is not None]
+    recoveries = [each for result in results for each in result.recoveries_s]
+    outages = [each for result in results for each in result.outages_s]
     return {
         "name": name,
-        "trials": len(results),
+        "trials": sum(each.trials for each in results),
         "acked": sum(each.acked for each in results),
         "lost_acks": sum(each.lost_acks for each in results),
         "double_charges": sum(each.double_charges for each in results),
         "unresolved": sum(each.unresolved for each in results),
         "violations": sum(len(each.violations) for each in results),
-        "recovery_p50_s": round(median(recoveries), 3) if recoveries else None,
-        "recovery_max_s": round(max(recoveries), 3) if recoveries else None,
+        "recovery_p50_s": _rounded(median, recoveries),
+        "recovery_max_s": _rounded(max, recoveries),
+        "rto_p50_s": _rounded(median, outages),
+        "rto_max_s": _rounded(max, outages),
     }
+
+
+def _rounded(figure: Callable[[list[float]], float], times_s: list[float]) -> float | None:
+    return round(figure(times_s), 3) if times_s else None
 
 
 def _table(rows: Sequence[dict[str, Any]]) -> Iterable[str]:
     heads = (
         *("scenario", "trials", "acked", "lost acks", "double charges", "unresolved"),
-        *("violations", "recovery p50 s", "max s"),
+        *("violations", "recovery p50 s", "max s", "RTO p50 s", "max s"),
     )
     yield f"{heads[0]:<24}" + "".join(f"{head:>{len(head) + 2}}" for head in heads[1:])
     for row in rows:

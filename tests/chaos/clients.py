@@ -162,6 +162,8 @@ class Clients:
         self._running: asyncio.Future[Any] | None = None
         self._answered = threading.Condition()
         self._answers = 0
+        self._latest = 0
+        """The latest `sent` of a try that was answered."""
 
     # --- for the thread that drives the trial -----------------------------------------------------
 
@@ -172,6 +174,14 @@ class Clients:
             if not self._answered.wait_for(lambda: self._answers >= until, ANSWER_TIMEOUT_S):
                 missing = until - self._answers
                 raise Stalled(f"{missing} of {count} answers are missing: {dict(self.statuses)}")
+
+    def await_fresh_answer(self) -> None:
+        """Wait until a try that is sent from now on is answered. Raises Stalled."""
+        with self._answered:
+            # What follows is numbered higher, in whichever thread.
+            since = next(self._order)
+            if not self._answered.wait_for(lambda: self._latest > since, ANSWER_TIMEOUT_S):
+                raise Stalled(f"no call is answered: {dict(self.statuses)}")
 
     # --- in the clients' loop ---------------------------------------------------------------------
 
@@ -214,7 +224,7 @@ class Clients:
 
         async def one(key: str) -> None:
             async with room:
-                await self._call(self._requests[key], FINAL_TRIES_MAX)
+                await self._tries(self._requests[key], FINAL_TRIES_MAX)
 
         await asyncio.gather(*(one(key) for key in list(keys)))
 
@@ -287,13 +297,17 @@ class Clients:
             await self._call(request)
         return answer
 
-    async def _call(self, request: _Request, tries_max: int = TRIES_MAX) -> Answer | None:
-        """By the retry policy; None where it is refused, or not answered by the last try."""
+    async def _call(self, request: _Request) -> Answer | None:
+        """When its time has come; see `_tries`."""
         key = request.call.key
         if key not in self._requests:
             self._requests[key] = request
             self._history.calls.append(request.call)
         await self._slot()
+        return await self._tries(request, TRIES_MAX)
+
+    async def _tries(self, request: _Request, tries_max: int) -> Answer | None:
+        """By the retry policy; None where it is refused, or not answered by the last try."""
         pause_s = PAUSE_S_MIN
         first = next(self._first)
         for number in range(first, first + tries_max):
@@ -302,7 +316,7 @@ class Clients:
                 return answer if answer.ok else None
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.5))
             pause_s = min(2 * pause_s, PAUSE_S_MAX)
-        self._history.failed.append(key)
+        self._history.failed.append(request.call.key)
         return None
 
     async def _slot(self) -> None:
@@ -338,6 +352,7 @@ class Clients:
         if answer.ok:
             with self._answered:
                 self._answers += 1
+                self._latest = max(self._latest, sent)
                 self._answered.notify_all()
         return answer
 

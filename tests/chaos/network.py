@@ -43,6 +43,8 @@ class Fault(enum.Enum):
     """Every piece is late."""
     THROTTLE = "throttle"
     """A slow line."""
+    DUPLICATE = "duplicate"
+    """Every piece towards the client comes twice: where a piece is an answer, two answers."""
 
 
 _HELD: Final = {
@@ -131,8 +133,8 @@ class TcpProxy:
             _reset(client[1])
             return
         self._links[task] = (lambda: _reset(client[1]), lambda: _reset(server[1]))
-        to_server = asyncio.ensure_future(self._forward(client[0], server[1], self._flows[0]))
-        back = asyncio.ensure_future(self._forward(server[0], client[1], self._flows[1]))
+        to_server = asyncio.ensure_future(self._forward(client[0], server[1], 0))
+        back = asyncio.ensure_future(self._forward(server[0], client[1], 1))
         try:
             await asyncio.wait([to_server, back], return_when=asyncio.FIRST_COMPLETED)
             if self._is_half_open() and not client[0].at_eof():
@@ -149,9 +151,10 @@ class TcpProxy:
         return self._fault is Fault.HALF_OPEN
 
     async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flow: asyncio.Event
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: int
     ) -> None:
-        """One direction, until one of the two ends."""
+        """One direction, 0 to the server and 1 to the client, until one of the two ends."""
+        flow = self._flows[direction]
         with contextlib.suppress(OSError):
             while data := await reader.read(READ_BYTES_MAX):
                 if self._fault is Fault.DELAY:
@@ -159,6 +162,8 @@ class TcpProxy:
                 elif self._fault is Fault.THROTTLE:
                     await asyncio.sleep(len(data) / THROTTLE_BYTES_PER_S)
                 await flow.wait()
+                if self._fault is Fault.DUPLICATE and direction == 1:
+                    data *= 2
                 writer.write(data)
                 await writer.drain()
             # The end of a connection does not arrive either.

@@ -1,4 +1,7 @@
-"""A trial: two gateways under load, a fault, and what the oracle says of the journals."""
+"""A run: two gateways under load, a fault after another, and what the oracle says of the journals.
+
+Each fault, with the wait until all that had been begun is settled, is a trial.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections import Counter
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 from zlib import crc32
 
@@ -23,20 +26,34 @@ from tests.chaos.history import History, read_database
 from tests.chaos.network import Fault, TcpProxy
 from tests.chaos.oracle import LOST_ACKS, Rule, Violation, judge, unresolved
 from tests.faults.transports import TRANSPORTS
-from tests.harness import Caller, GatewayProcess, System, eventually, running_system
+from tests.harness import (
+    Caller,
+    GatewayProcess,
+    System,
+    eventually,
+    forked_gateways,
+    running_system,
+)
 from tests.nursery import SERVE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from storage.embedded import EmbeddedRedis
+    from tests.nursery import Nursery
     from tests.servers import PostgresForTests
 
+T = TypeVar("T")
+
 SETTLE_TIMEOUT_S: Final = 60.0
-"""When every operation has its definite outcome, counted from the end of the last fault."""
+"""When every operation has its definite outcome, counted from the end of a fault."""
 ANSWERS_BEFORE: Final = 60
-"""Calls that are answered before the first fault and after the last one."""
+"""Calls that are answered before the first fault."""
+ANSWERS_AFTER: Final = 30
+"""Calls that are answered after each fault, before the next one."""
+SHOWN_MAX: Final = 5
+"""Operations that are named where some do not settle."""
 RECONNECT_MS_MIN: Final = 50
 RECONNECT_MS_MAX: Final = 500
 """The clients look for a gateway that was away so soon again."""
@@ -62,12 +79,16 @@ TAKEOVER_S: Final = 3.5
 
 # A doubt may also be about an operation that has its outcome: a success that came late.
 _OPEN_SQL: Final = """
-SELECT count(*) AS open
-FROM operations AS operation
-WHERE (operation.state = ANY ($1::int2[])
+SELECT operation_id
+FROM operations
+WHERE (state = ANY ($1::int2[])
         OR (merchant_id, operation_id) IN (SELECT merchant_id, operation_id FROM doubts))
-    AND ($2::timestamptz IS NULL OR created_at <= $2)
+    AND ($2::text[] IS NULL OR operation_id = ANY ($2))
 """
+
+
+class Unsettled(Exception):
+    """Operations that had been begun before a fault ended have no outcome."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +97,9 @@ class Scenario:
 
     name: str
     meaning: str
-    fault: Callable[[Trial], None]
+    fault: Callable[[Run], None]
+    trials: int
+    """Of the full campaign."""
     behind: str = ""
     """Which server the gateways reach through proxies: `postgres`, `redis` or `psp`."""
     tokens: Sequence[str] = TOKENS
@@ -85,18 +108,22 @@ class Scenario:
 
 @dataclass(slots=True)
 class Result:
-    """What came of a trial."""
+    """What came of a run."""
 
     scenario: str
     seed: int
     history: History
+    trials: int = 0
+    """Faults that struck, and after which everything was settled."""
     violations: list[Violation] = field(default_factory=list)
     acked: int = 0
     """Calls whose clients were told of an operation."""
     unresolved: int = 0
     """Operations without a definite outcome."""
-    recovery_s: float | None = None
-    """From the end of the last fault until all that was begun before had its outcome."""
+    recoveries_s: list[float] = field(default_factory=list)
+    """From the end of each fault until all that was begun before had its outcome."""
+    outages_s: list[float] = field(default_factory=list)
+    """From a server's death until a call that was sent after it was answered, where measured."""
     duration_s: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
     """Of every try, by the gRPC status' name."""
@@ -121,14 +148,15 @@ class Result:
 
 @dataclass(slots=True)
 class Servers:
-    """What all trials share; each has a database of its own."""
+    """What all runs share; each has a database of its own."""
 
     postgres: PostgresForTests
     redis: EmbeddedRedis
     loop: LoopThread
+    nursery: Nursery
 
 
-class Trial:
+class Run:
     """What a scenario's fault may do. Every method blocks."""
 
     def __init__(
@@ -149,6 +177,10 @@ class Trial:
         self.gateways: list[GatewayProcess] = []
         self.proxies: list[TcpProxy] = []
         """One for each gateway, where the scenario has a server behind them."""
+        self.outages_s: list[float] = []
+        """See Result."""
+        self.psp_faults = 0
+        """How many faults of the PSP there were in this run."""
         self._loop = servers.loop
         self._behind = scenario.behind
         self._target = target
@@ -162,6 +194,7 @@ class Trial:
             tokens=scenario.tokens,
         )
         self._clients: Clients | None = None
+        self._decks: dict[str, list[Any]] = {}
 
     @property
     def clients(self) -> Clients:
@@ -178,6 +211,22 @@ class Trial:
     def last(self, low_s: float, high_s: float) -> None:
         """Let a fault last for a random time."""
         time.sleep(self.random.uniform(low_s, high_s))
+
+    def await_service(self, since_s: float) -> None:
+        """Wait for the answer to a call that is sent from now on; notes the time since then.
+
+        `since_s` is a time of time.monotonic(). Raises Stalled.
+        """
+        self.clients.await_fresh_answer()
+        self.outages_s.append(time.monotonic() - since_s)
+
+    def deal(self, name: str, cards: Iterable[T]) -> T:
+        """One of the cards, at random; all of them, before one comes again."""
+        deck: list[T] = self._decks.setdefault(name, [])
+        if not deck:
+            deck.extend(cards)
+            self.random.shuffle(deck)
+        return deck.pop()
 
     def start(self, number: int) -> None:
         """Start a gateway, anew on its port, and wait until it serves."""
@@ -199,7 +248,7 @@ class Trial:
         """The simulator's mode, docs/simulator.md."""
         self._loop.run(_psp_mode(self.system, mode))
 
-    # --- for `run_trial` --------------------------------------------------------------------------
+    # --- for `run_trials` -------------------------------------------------------------------------
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -230,29 +279,28 @@ class Trial:
         """Repeat calls that were answered."""
         self._loop.run(self.clients.repeat_answered())
 
-    def settled(self, before: object = None) -> bool:
-        """Wait until recovery has no work on operations begun before that time; False: it has.
+    def settle(self) -> float:
+        """Wait until recovery has no work on what was begun before; how long it took, in seconds.
 
-        The time is the database's; None for all.
+        Raises Unsettled.
         """
+        begun_s = time.monotonic()
+        begun = self._open(None)
 
         def is_settled() -> bool:
-            [row] = self.system.fetch(
-                _OPEN_SQL,
-                sorted(UNFINISHED),
-                before,
-            )
-            return bool(row["open"] == 0)
+            return not self._open(begun)
 
         try:
             asyncio.run(eventually(is_settled, "every outcome is definite", SETTLE_TIMEOUT_S))
         except AssertionError:
-            return False
-        return True
+            left = ", ".join(self._open(begun)[:SHOWN_MAX])
+            raise Unsettled(f"{SETTLE_TIMEOUT_S:g} s after the fault, open: {left}") from None
+        return time.monotonic() - begun_s
 
-    def database_time(self) -> object:
-        """Now, by the database's clock."""
-        return self.system.fetch("SELECT clock_timestamp() AS at")[0]["at"]
+    def _open(self, among: list[str] | None) -> list[str]:
+        """The operations without a definite outcome, or with a doubt about it."""
+        rows = self.system.fetch(_OPEN_SQL, sorted(UNFINISHED), among)
+        return [row["operation_id"] for row in rows]
 
     def _start_proxies(self) -> None:
         values = self.system.settings
@@ -325,10 +373,16 @@ def profile_of(scenario: Scenario, seed: int) -> str:
     return PROFILES[(seed + crc32(scenario.name.encode())) % len(PROFILES)]
 
 
-def run_trial(
-    servers: Servers, scenario: Scenario, seed: int, *, rate: float, target: str = SERVE
+def run_trials(
+    servers: Servers,
+    scenario: Scenario,
+    seed: int,
+    *,
+    rate: float,
+    trials: int = 1,
+    target: str = SERVE,
 ) -> Result:
-    """One trial. `target` is the function that a gateway's process runs, as tests.nursery has it.
+    """A run of so many trials. `target` is the function that a gateway's process runs.
 
     What keeps it from its end is a violation too.
     """
@@ -336,8 +390,11 @@ def run_trial(
     profile = profile_of(scenario, seed)
     history = History(profile, calls_may_fail=scenario.calls_may_fail)
     result = Result(scenario.name, seed, history)
-    with running_system(servers.postgres, servers.redis, profile=profile, **SETTINGS) as system:
-        trial = Trial(
+    with (
+        forked_gateways(servers.nursery),
+        running_system(servers.postgres, servers.redis, profile=profile, **SETTINGS) as system,
+    ):
+        run = Run(
             servers,
             system,
             history,
@@ -347,10 +404,10 @@ def run_trial(
             target=target,
         )
         try:
-            with trial.running():
-                _carry_out(trial, scenario, result)
-        except Exception as error:  # noqa: BLE001 - a trial that breaks off is judged all the same
-            history.broken = f"{type(error).__name__}: {error}"
+            with run.running():
+                _carry_out(run, scenario, result, trials)
+        except Exception as error:  # noqa: BLE001 - a run that breaks off is judged all the same
+            history.broken = f"trial {result.trials + 1}: {type(error).__name__}: {error}"
         finally:
             _make_whole(servers)
         read_database(history, system)
@@ -363,25 +420,24 @@ def run_trial(
     return result
 
 
-def _carry_out(trial: Trial, scenario: Scenario, result: Result) -> None:
-    result.statuses = trial.clients.statuses
-    trial.clients.await_answers(ANSWERS_BEFORE)
-    scenario.fault(trial)
-    ended_s, ended_at = time.monotonic(), trial.database_time()
-    settled = trial.settled(ended_at)
-    if settled:
-        result.recovery_s = time.monotonic() - ended_s
-    trial.clients.await_answers(ANSWERS_BEFORE)
-    trial.stop_clients()
-    # What stays unfinished is the oracle's business; nothing is gained by waiting again.
-    if settled and trial.settled():
-        trial.repeat_unanswered()
-        trial.settled()
-    trial.repeat_answered()
+def _carry_out(run: Run, scenario: Scenario, result: Result, trials: int) -> None:
+    result.statuses = run.clients.statuses
+    result.outages_s = run.outages_s
+    run.clients.await_answers(ANSWERS_BEFORE)
+    for _ in range(trials):
+        scenario.fault(run)
+        result.recoveries_s.append(run.settle())
+        run.clients.await_answers(ANSWERS_AFTER)
+        result.trials += 1
+    run.stop_clients()
+    run.settle()
+    run.repeat_unanswered()
+    run.settle()
+    run.repeat_answered()
 
 
 def _make_whole(servers: Servers) -> None:
-    """The next trial finds its servers as they should be."""
+    """The next run finds its servers as they should be."""
     for server in (servers.postgres.server, servers.redis):
         if server.running:
             server.resume()
@@ -390,7 +446,7 @@ def _make_whole(servers: Servers) -> None:
 
 
 def keep(result: Result, folder: Path) -> None:
-    """Write a trial's journals and violations into a directory. Raises OSError."""
+    """Write a run's journals and violations into a directory. Raises OSError."""
     if folder.exists():
         shutil.rmtree(folder)
     result.history.save(folder)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.chaos.cli import _row, _table, main
+from tests.chaos.cli import _row, _table, main, plan
 from tests.chaos.history import History
 from tests.chaos.oracle import Rule, Violation
 from tests.chaos.scenarios import SCENARIOS
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
         (("--scenario",), "expected at least one argument"),
         (("--trials", "0"), "--trials must be from 1"),
         (("--trials", "many"), "invalid int value: 'many'"),
-        (("--quick", "--trials", "3"), "--quick is --trials 1"),
+        (("--quick", "--trials", "3"), "take one of them"),
+        (("--quick", "--full"), "take one of them"),
+        (("--per-run", "0"), "--per-run must be from 1"),
         (("--seed", "-1"), "--seed must be from 0"),
         (("--rate", "0"), "--rate must be from 1"),
         (("--rate", "nan"), "--rate must be from 1"),
@@ -60,9 +62,9 @@ def test_figures_of_a_scenario_are_those_of_its_trials() -> None:
     lost = Violation(Rule.ACKNOWLEDGED_IS_DURABLE, "pay_1", "op_1", "nothing", "a row")
     double = Violation(Rule.AT_MOST_ONE_CHARGE, "pay_1", "op_1", "two", "one")
     results = [
-        Result("redis-flush", 1, History("idempotent"), [], 100, 0, 1.0),
-        Result("redis-flush", 2, History("idempotent"), [lost, double], 50, 2, None),
-        Result("redis-flush", 3, History("idempotent"), [lost], 20, 0, 3.0),
+        Result("redis-flush", 1, History("idempotent"), 2, [], 100, 0, [1.0, 2.0], [0.5]),
+        Result("redis-flush", 2, History("idempotent"), 0, [lost, double], 50, 2),
+        Result("redis-flush", 3, History("idempotent"), 1, [lost], 20, 0, [3.0]),
     ]
     row = _row("redis-flush", results)
     assert row == {
@@ -75,12 +77,32 @@ def test_figures_of_a_scenario_are_those_of_its_trials() -> None:
         "violations": 3,
         "recovery_p50_s": 2.0,
         "recovery_max_s": 3.0,
+        "rto_p50_s": 0.5,
+        "rto_max_s": 0.5,
     }
     heads, line = _table([row])
-    assert line.split() == ["redis-flush", "3", "170", "2", "1", "2", "3", "2.00", "3.00"]
+    cells = ["redis-flush", "3", "170", "2", "1", "2", "3", "2.00", "3.00", "0.50", "0.50"]
+    assert line.split() == cells
     assert len(heads) == len(line)
 
 
 def test_each_scenario_meets_both_psps_in_turn() -> None:
     for scenario in SCENARIOS.values():
         assert {profile_of(scenario, seed) for seed in (7, 8)} == set(PROFILES)
+
+
+@pytest.mark.parametrize(
+    ("trials", "per_run", "runs"),
+    [
+        (1, None, [1]),
+        (2, None, [1, 1]),
+        (20, None, [10, 10]),
+        (25, None, [9, 8, 8]),
+        (7, 7, [7]),
+        (5, 2, [2, 2, 1]),
+    ],
+)
+def test_trials_are_spread_over_runs_and_over_both_psps_where_nothing_else_is_said(
+    trials: int, per_run: int | None, runs: list[int]
+) -> None:
+    assert plan(trials, per_run) == runs
