@@ -240,6 +240,7 @@ class Gateway:
             connect_timeout_s=settings.postgres_connect_timeout_s,
             statement_timeout_s=settings.postgres_statement_timeout_s,
             recovery_horizon_s=settings.recovery_horizon_s,
+            standby_required=settings.postgres_standby_required,
             metrics=self.metrics,
             tracer=tracing,
             on_generation=self._set_generation,

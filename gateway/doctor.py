@@ -8,6 +8,7 @@ from typing import Any
 
 import aiohttp
 import asyncpg
+from asyncpg.connect_utils import SessionAttribute
 
 from gateway.local import LocalState
 from gateway.settings import Settings, split_address
@@ -51,8 +52,16 @@ async def _postgres(dsn: str, settings: Settings) -> list[Finding]:
             )
         ]
     try:
-        connection = await asyncpg.connect(dsn, timeout=CHECK_TIMEOUT_S)
-    except (OSError, asyncpg.PostgresError, TimeoutError, ValueError) as error:
+        connection = await asyncpg.connect(
+            dsn, timeout=CHECK_TIMEOUT_S, target_session_attrs=SessionAttribute.read_write
+        )
+    except (
+        OSError,
+        asyncpg.PostgresError,
+        asyncpg.InternalClientError,
+        TimeoutError,
+        ValueError,
+    ) as error:
         return [Finding(False, f"PostgreSQL: {type(error).__name__}: {error}")]
     try:
         version = connection.get_server_version()

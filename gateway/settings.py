@@ -141,7 +141,14 @@ class Settings(BaseSettings):
 
     # PostgreSQL.
     postgres_dsn: SecretStr = _field(
-        SecretStr(""), "PostgreSQL's address, `postgresql://…`. Empty: the embedded one."
+        SecretStr(""),
+        "PostgreSQL's address, `postgresql://…`. Several hosts, `host1:5432,host2:5432`, are asked"
+        " at once, and the one that takes writes is used. Empty: the embedded one.",
+    )
+    postgres_standby_required: bool = _field(
+        False,
+        "Serve only while PostgreSQL names synchronous standbys, so that no commit is on one server"
+        " alone (`docs/standby.md`).",
     )
     postgres_connect_timeout_s: float = _field(
         5.0, "How long opening a connection may take.", gt=0, le=60

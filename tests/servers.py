@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import asyncpg
+from asyncpg.connect_utils import SessionAttribute
 
 from storage.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, free_port
 
@@ -43,17 +44,23 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
         return executor.submit(asyncio.run, coroutine).result()
 
 
-async def _fetch(dsn: str, sql: str, arguments: tuple[object, ...]) -> list[asyncpg.Record]:
-    connection = await asyncpg.connect(dsn, timeout=STATEMENT_TIMEOUT_S)
+async def _fetch(
+    dsn: str, sql: str, arguments: tuple[object, ...], wanted: SessionAttribute
+) -> list[asyncpg.Record]:
+    connection = await asyncpg.connect(
+        dsn, timeout=STATEMENT_TIMEOUT_S, target_session_attrs=wanted
+    )
     try:
         return await connection.fetch(sql, *arguments, timeout=STATEMENT_TIMEOUT_S)
     finally:
         await connection.close(timeout=STATEMENT_TIMEOUT_S)
 
 
-def fetch(dsn: str, sql: str, *arguments: object) -> list[asyncpg.Record]:
-    """The rows of one statement, over a connection of its own."""
-    return _run(_fetch(dsn, sql, arguments))
+def fetch(
+    dsn: str, sql: str, *arguments: object, wanted: SessionAttribute = SessionAttribute.read_write
+) -> list[asyncpg.Record]:
+    """The rows of one statement, over a connection of its own to the host that is wanted."""
+    return _run(_fetch(dsn, sql, arguments, wanted))
 
 
 class PostgresForTests:
@@ -68,7 +75,11 @@ class PostgresForTests:
         """The DSN of a new database, a copy of the template."""
         name = f"test_{next(self._numbers)}"
         self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
-        return self.server.dsn_of(name)
+        return self.dsn_of(name)
+
+    def dsn_of(self, database: str) -> str:
+        """For clients."""
+        return self.server.dsn_of(database)
 
     def create_template(self, name: str, prepare: Callable[[str], Awaitable[object]]) -> str:
         """A database for `create_database` to copy, made once: `prepare(dsn)` fills it.

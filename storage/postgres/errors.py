@@ -43,6 +43,10 @@ class ConnectionUnavailable(Exception):
     """No connection to PostgreSQL could be made."""
 
 
+class CommitInDoubt(Exception):
+    """A commit is in the primary's log and perhaps on no standby: its wait was cancelled."""
+
+
 class RowRefused(Exception):
     """PostgreSQL refuses this very row: a defect of ours, or a value that it cannot hold.
 
@@ -60,6 +64,7 @@ class SchemaError(Exception):
 
 _PASSING_ERRORS: Final = (
     ConnectionUnavailable,
+    CommitInDoubt,
     OSError,
     TimeoutError,
     asyncio.IncompleteReadError,

@@ -18,6 +18,7 @@ from importlib.resources.abc import Traversable
 from typing import Literal
 
 import asyncpg
+from asyncpg.connect_utils import SessionAttribute
 
 from storage.postgres.errors import SchemaError
 from storage.postgres.pool import Connection
@@ -125,6 +126,7 @@ async def migrate(
     connection: Connection = await asyncpg.connect(
         dsn,
         timeout=CONNECT_TIMEOUT_S,
+        target_session_attrs=SessionAttribute.read_write,
         server_settings={
             "application_name": "gateway-migrate",
             "lock_timeout": str(int(TABLE_LOCK_WAIT_S_MAX * 1000)),

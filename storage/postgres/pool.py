@@ -14,7 +14,12 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
-from storage.postgres.errors import ConnectionUnavailable, NotDurable, keeps_connection
+from storage.postgres.errors import (
+    CommitInDoubt,
+    ConnectionUnavailable,
+    NotDurable,
+    keeps_connection,
+)
 from storage.postgres.queries import query
 
 if TYPE_CHECKING:
@@ -24,11 +29,21 @@ else:
 
 T = TypeVar("T")
 
+_CONNECT_ERRORS = (
+    OSError,
+    TimeoutError,
+    ValueError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+
 _log = logging.getLogger(__name__)
 
 _PLANS = query("session", "plans")
 _GENERATION = query("session", "generation")
 _DURABILITY = query("session", "durability")
+_CONFIRM = query("session", "confirm")
 
 _DURABLE_VALUES = {
     "fsync": {"on"},
@@ -42,13 +57,17 @@ RECONNECT_PAUSE_S_MAX = 1.0
 IDLE_IN_TRANSACTION_S_MAX = 10.0
 """A transaction of ours never waits for anything but its next statement."""
 
+_REPLICATION_WAIT = "SyncRepWaitForLSN"
+"""The function of PostgreSQL that warns of a commit that has not waited for its standbys. The text
+is in the server's language, the SQLSTATE that of every warning."""
+
 
 @dataclass(frozen=True, slots=True)
 class ConnectionSettings:
     """How to connect: to the server, or to a pooler that gives each client its own session."""
 
     dsn: str
-    """A libpq URL; with several hosts, the primary is looked for."""
+    """A libpq URL; of several hosts, the first one that takes writes is the server."""
     application_name: str = "gateway"
     connect_timeout_s: float = 5.0
     statement_timeout_s: float = 10.0
@@ -67,17 +86,55 @@ class ConnectionSettings:
 async def connect(settings: ConnectionSettings, name: str) -> Connection:
     """A connection to the primary, set up for the statements of a lane.
 
+    Several hosts are asked at once, so that one that does not answer delays nobody. Where the
+    server has synchronous standbys, they have all that it shows by now: a server that came back
+    alone, or that was replaced and does not know it, gets no further.
+
     Raises ConnectionUnavailable.
     """
+    hosts = _each_host(settings.dsn)
+    if len(hosts) == 1:
+        return await _connect_to(settings.dsn, settings, name)
+    failures: list[Exception] = []
+    waiting = {asyncio.ensure_future(_connect_to(dsn, settings, name)) for dsn in hosts}
+    try:
+        while waiting:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for number, attempt in enumerate(done, 1):
+                try:
+                    connection = attempt.result()
+                except ConnectionUnavailable as error:
+                    failures.append(error)
+                else:
+                    waiting.update(list(done)[number:])
+                    return connection
+        raise failures[0]
+    finally:
+        for attempt in waiting:
+            attempt.cancel()
+        for unused in await asyncio.gather(*waiting, return_exceptions=True):
+            if not isinstance(unused, BaseException):
+                unused.terminate()
+
+
+def _each_host(dsn: str) -> list[str]:
+    """The DSN once for each host in its authority (libpq's manual, 32.1.1.2)."""
+    scheme, separator, rest = dsn.partition("://")
+    authority, slash, path = rest.partition("/")
+    credentials, at, hosts = authority.rpartition("@")
+    return [f"{scheme}{separator}{credentials}{at}{host}{slash}{path}" for host in hosts.split(",")]
+
+
+async def _connect_to(dsn: str, settings: ConnectionSettings, name: str) -> Connection:
+    confirmation = _CommitNotices()
     try:
         connection: Connection = await asyncpg.connect(
-            settings.dsn,
+            dsn,
             timeout=settings.connect_timeout_s,
-            command_timeout=settings.answer_timeout_s,
             statement_cache_size=100 if settings.prepared_statements else 0,
             max_cached_statement_lifetime=0,  # for as long as the connection lives
             max_cacheable_statement_size=0,  # of every length
-            target_session_attrs=SessionAttribute.primary,
+            target_session_attrs=SessionAttribute.read_write,
             server_settings={
                 "application_name": f"{settings.application_name}-{name}",
                 "statement_timeout": _milliseconds(settings.statement_timeout_s),
@@ -86,24 +143,30 @@ async def connect(settings: ConnectionSettings, name: str) -> Connection:
                 "timezone": "UTC",
             },
         )
-    except (
-        OSError,
-        TimeoutError,
-        ValueError,
-        asyncpg.PostgresError,
-        asyncpg.InterfaceError,
-        asyncpg.InternalClientError,
-    ) as error:
+    except _CONNECT_ERRORS as error:
         # The text of the error may quote the DSN.
         raise ConnectionUnavailable(f"PostgreSQL: {type(error).__name__}") from error
     try:
-        await connection.execute(_PLANS.text)
-    except BaseException as error:
+        await connection.execute(_PLANS.text, timeout=settings.connect_timeout_s)
+        connection.add_log_listener(confirmation.notice)
+        await connection.execute(_CONFIRM.text, timeout=settings.connect_timeout_s)
+        confirmation.check()
+        connection.remove_log_listener(confirmation.notice)
+    except Exception as error:
+        # Not cut: the wait for a standby has been cancelled, and would last for ever otherwise.
+        await _close(connection, settings.connect_timeout_s)
+        raise ConnectionUnavailable(f"PostgreSQL: {type(error).__name__}") from error
+    except BaseException:
         connection.terminate()
-        if isinstance(error, Exception):
-            raise ConnectionUnavailable(f"PostgreSQL: {type(error).__name__}") from error
         raise
     return connection
+
+
+async def _close(connection: Connection, timeout_s: float) -> None:
+    try:
+        await connection.close(timeout=timeout_s)
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        connection.terminate()
 
 
 def _milliseconds(seconds: float) -> str:
@@ -127,20 +190,57 @@ async def durability_problems(connection: Connection) -> list[str]:
     ]
 
 
-async def durability(connection: Connection) -> None:
-    """Raise NotDurable for a server on which a commit is not yet safe on disk."""
+async def has_standby(connection: Connection) -> bool:
+    """Whether commits wait for a synchronous standby; then it has all that this server shows.
+
+    Waits for the standby: for as long as the caller lets it.
+    """
+    return bool(await connection.fetchval(_CONFIRM.text))
+
+
+async def durability(connection: Connection, *, standby_required: bool = False) -> None:
+    """Raise NotDurable for a server on which a commit is not yet safe.
+
+    Where commits wait for a standby, this waits for it too.
+    """
     problems = await durability_problems(connection)
+    if not await has_standby(connection) and standby_required:
+        problems.append(
+            "synchronous_standby_names is empty, so a committed payment is on one server alone;"
+            " name a standby"
+        )
     if problems:
         raise NotDurable(f"PostgreSQL: {'; '.join(problems)}.")
+
+
+class _CommitNotices:
+    """Whether a commit was told as done that had not waited for its standbys."""
+
+    __slots__ = ("in_doubt",)
+
+    def __init__(self) -> None:
+        self.in_doubt = False
+
+    def notice(self, _: object, message: asyncpg.PostgresLogMessage) -> None:
+        """What the server said beside its answers; asyncpg calls this before they are awaited."""
+        if getattr(message, "server_source_function", None) == _REPLICATION_WAIT:
+            self.in_doubt = True
+
+    def check(self) -> None:
+        """Raise CommitInDoubt where a commit had not waited."""
+        if self.in_doubt:
+            raise CommitInDoubt("PostgreSQL committed without waiting for its standbys")
 
 
 class _Slot:
     """The place of one held connection."""
 
-    __slots__ = ("connection", "failures", "retry_at_s")
+    __slots__ = ("commits", "connection", "failures", "retry_at_s")
 
     def __init__(self) -> None:
         self.connection: Connection | None = None
+        self.commits = _CommitNotices()
+        """On that connection."""
         self.failures = 0
         self.retry_at_s = 0.0
 
@@ -194,8 +294,9 @@ class HeldConnections:
     async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """`work` with a connection of its own.
 
-        Raises ConnectionUnavailable at once where the server was away a moment ago. Whatever leaves
-        the connection in doubt ends it.
+        Raises ConnectionUnavailable at once where the server was away a moment ago, and
+        CommitInDoubt where a commit had not waited for its standbys. Whatever leaves the connection
+        in doubt ends it, and so does an answer that does not come within `answer_timeout_s`.
         """
         began_s = time.monotonic()
         slot = self._free.pop()  # the warmest; never empty: a lane has as many batches in flight
@@ -203,7 +304,17 @@ class HeldConnections:
             connection = slot.connection
             if connection is None or connection.is_closed():
                 connection = await self._connected(slot)
-            return await work(connection)
+            # Cut, not cancelled: a commit whose wait for a standby is cancelled is seen by all, and
+            # what was seen could be lost with the server.
+            limit = asyncio.get_running_loop().call_later(
+                self._settings.answer_timeout_s, connection.terminate
+            )
+            try:
+                result = await work(connection)
+            finally:
+                limit.cancel()
+            slot.commits.check()
+            return result  # noqa: TRY300 - what is raised above has to end the connection too
         except BaseException as error:
             if not keeps_connection(error):
                 slot.drop()
@@ -218,6 +329,8 @@ class HeldConnections:
         slot.drop()
         try:
             connection = slot.connection = await connect(self._settings, self._name)
+            slot.commits = _CommitNotices()
+            connection.add_log_listener(slot.commits.notice)
             if self._on_generation is not None:
                 self._on_generation(await system_generation(connection))
         except Exception as error:
@@ -239,8 +352,5 @@ class HeldConnections:
         """Close what is open; nobody may be using it."""
         for slot in self._slots:
             if slot.connection is not None:
-                try:
-                    await slot.connection.close(timeout=self._settings.connect_timeout_s)
-                except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
-                    slot.drop()
+                await _close(slot.connection, self._settings.connect_timeout_s)
                 slot.connection = None

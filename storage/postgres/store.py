@@ -102,7 +102,7 @@ class PostgresStore:
     """`gateway.application.ports.Store` on PostgreSQL.
 
     Args:
-        dsn: a libpq URL of the primary.
+        dsn: a libpq URL of the primary; with several hosts, of those that may be it.
         intents, follow_ups, changes, reads, direct: what each lane may take and hold; `direct`
             serves ListPayments and recovery. `changes.retry_s_max` is for how long an outcome is
             repeated while the database is away; recovery settles what could not be written.
@@ -112,6 +112,7 @@ class PostgresStore:
         recovery_horizon_s: how far behind now the scan for dead senders begins; more than a
             statement may take, and more than the pause between two scans.
         metrics: what the lanes tell.
+        standby_required: whether `check` refuses a server without a synchronous standby.
         tracer: makes spans of the lanes' batches.
         on_generation: called with the server's generation at every new connection.
     """
@@ -132,6 +133,7 @@ class PostgresStore:
         retry_after_s: float = 0.5,
         list_scan_max: int = LIST_SCAN_MAX,
         recovery_horizon_s: float | None = None,
+        standby_required: bool = False,
         metrics: LaneMetrics | None = None,
         tracer: LaneTracer | None = None,
         on_generation: Callable[[str], None] | None = None,
@@ -158,6 +160,7 @@ class PostgresStore:
         self._retry_after_s = retry_after_s
         self._list_scan_max = list_scan_max
         self._horizon_s = recovery_horizon_s
+        self._standby_required = standby_required
         self._metrics = metrics
         self._tracer = tracer
         self._on_generation = on_generation
@@ -254,11 +257,15 @@ class PostgresStore:
         await self.close()
 
     async def check(self) -> None:
-        """Whether this database can be served from now.
+        """Whether this database can be served from now: commits, to its standbys too.
 
         Raises StoreUnavailable, NotDurable or SchemaError.
         """
-        await self._direct.run(_check)
+
+        async def check(connection: Connection) -> Exception | None:
+            return await _check(connection, self._standby_required)
+
+        await self._direct.run(check)
 
     # --- writes ---
 
@@ -577,10 +584,10 @@ _Read = tuple[Query, str, str]
 """A statement of reads.sql, the merchant, and what is looked for."""
 
 
-async def _check(connection: Connection) -> Exception | None:
+async def _check(connection: Connection, standby_required: bool) -> Exception | None:
     # Returned, for the lane to raise: what was found out is an answer, not a failure of the call.
     try:
-        await durability(connection)
+        await durability(connection, standby_required=standby_required)
         await check_schema(connection)
     except (NotDurable, SchemaError) as error:
         return error

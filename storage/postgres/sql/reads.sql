@@ -1,8 +1,9 @@
 -- The reads of a payment's data. Each one names the merchant: another's ids find nothing. Where it is
 -- named with another collation, an index other than the primary key is meant (the first migration says
--- why).
+-- why). A read of what is promised waits for the standbys as a commit does.
 
 -- :name find_by_key
+WITH {{confirmed}}
 SELECT input.number, {{operation_columns}}, {{payment_columns}}
 FROM unnest(:merchant_id::text[], :idempotency_key::text[]) WITH ORDINALITY
     AS input (merchant_id, idempotency_key, number)
@@ -10,9 +11,11 @@ JOIN operations AS operation
     ON operation.merchant_id COLLATE "POSIX" = input.merchant_id
     AND operation.idempotency_key = input.idempotency_key
 JOIN payments AS payment
-    ON payment.merchant_id = operation.merchant_id AND payment.payment_id = operation.payment_id;
+    ON payment.merchant_id = operation.merchant_id AND payment.payment_id = operation.payment_id
+CROSS JOIN confirmed;
 
 -- :name find_operation
+WITH {{confirmed}}
 SELECT input.number, {{operation_columns}}, {{payment_columns}}
 FROM unnest(:merchant_id::text[], :operation_id::text[]) WITH ORDINALITY
     AS input (merchant_id, operation_id, number)
@@ -20,10 +23,12 @@ JOIN operations AS operation
     ON operation.merchant_id = input.merchant_id
     AND operation.operation_id = input.operation_id
 JOIN payments AS payment
-    ON payment.merchant_id = operation.merchant_id AND payment.payment_id = operation.payment_id;
+    ON payment.merchant_id = operation.merchant_id AND payment.payment_id = operation.payment_id
+CROSS JOIN confirmed;
 
 -- :name load
 -- One statement, so one snapshot: the operations are those of the payment's version.
+WITH {{confirmed}}
 SELECT input.number, {{operation_columns}}, {{payment_columns}}
 FROM unnest(:merchant_id::text[], :payment_id::text[]) WITH ORDINALITY
     AS input (merchant_id, payment_id, number)
@@ -32,6 +37,7 @@ JOIN payments AS payment
 JOIN operations AS operation
     ON operation.merchant_id COLLATE "default" = payment.merchant_id
     AND operation.payment_id = payment.payment_id
+CROSS JOIN confirmed
 ORDER BY input.number, operation.created_at, operation.operation_id;
 
 -- :name list_payments
@@ -118,6 +124,17 @@ WHERE (:all_merchants::bool OR doubt.merchant_id = ANY (:merchant_ids::text[]))
 ORDER BY doubt.since, doubt.operation_id
 -- One more, to know whether there is one more.
 LIMIT :page_size::int4 + 1;
+
+-- :fragment confirmed
+-- What is read was committed, but perhaps without waiting for the standbys (a wait that was cancelled,
+-- a server that came back). A transaction that logs something, be it an empty message, has a commit
+-- that waits until the standbys have all that was logged before. Without standbys nothing is logged.
+confirmed AS MATERIALIZED (
+    SELECT CASE
+        WHEN current_setting('synchronous_standby_names') <> ''
+        THEN pg_logical_emit_message(true, 'gateway', '')
+    END AS logged_at
+)
 
 -- :fragment operation_columns
 operation.merchant_id, operation.operation_id, operation.payment_id, operation.kind,

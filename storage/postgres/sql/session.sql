@@ -6,6 +6,16 @@ SELECT
     (SELECT system_identifier FROM pg_control_system())::text
         || '-' || left(pg_walfile_name(pg_current_wal_lsn()), 8) AS generation;
 
+-- :name confirm
+-- Where commits wait for standbys: the commit of this very transaction waits until they have all that
+-- this server has logged. It logs an empty message, for the commit of a transaction that has nothing
+-- but an id waits for nobody. Without standbys nothing is logged.
+SELECT CASE
+    WHEN current_setting('synchronous_standby_names') <> ''
+    THEN pg_logical_emit_message(true, 'gateway', '') IS NOT NULL
+    ELSE false
+END AS confirmed;
+
 -- :name durability
 -- As they are for a new session of this user, whatever was set in this one.
 SELECT name, reset_val AS value

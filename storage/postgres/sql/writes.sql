@@ -86,13 +86,15 @@ SELECT
 -- :name written_intents
 -- Which of these operations exist: after a COMMIT whose answer was lost. Their ids are new, so one
 -- that exists was written by this very intent.
+WITH {{confirmed}}
 SELECT operation.operation_id, operation.created_at
 FROM unnest(:merchant_id::text[], :operation_id::text[]) AS input (merchant_id, operation_id)
 CROSS JOIN LATERAL (
     SELECT operation_id, created_at
     FROM operations
     WHERE merchant_id = input.merchant_id AND operation_id = input.operation_id
-) AS operation;
+) AS operation
+CROSS JOIN confirmed;
 
 -- :name change
 -- Compare and set, for changes that are nothing but an operation, its payment and an event.
@@ -182,11 +184,13 @@ SELECT array(SELECT operation_id FROM changed) AS changed;
 -- Which of these changes were written by an earlier try whose answer was lost. The proof is the event
 -- of this very change, by its id, at the version that it made. What the operation and the payment
 -- hold proves nothing: somebody else may have decided on the very same.
+WITH {{confirmed}}
 SELECT input.operation_id
 FROM unnest(
     :merchant_id::text[], :payment_id::text[], :operation_id::text[], :payment_version::int8[],
     :event_id::text[]
 ) AS input (merchant_id, payment_id, operation_id, payment_version, event_id)
+CROSS JOIN confirmed
 WHERE EXISTS (
     SELECT FROM outbox
     WHERE outbox.merchant_id = input.merchant_id
@@ -194,6 +198,17 @@ WHERE EXISTS (
         AND outbox.payment_version = input.payment_version
         AND outbox.event_id = input.event_id
 );
+
+-- :fragment confirmed
+-- What is read was committed, but perhaps without waiting for the standbys (a wait that was cancelled,
+-- a server that came back). A transaction that logs something, be it an empty message, has a commit
+-- that waits until the standbys have all that was logged before. Without standbys nothing is logged.
+confirmed AS MATERIALIZED (
+    SELECT CASE
+        WHEN current_setting('synchronous_standby_names') <> ''
+        THEN pg_logical_emit_message(true, 'gateway', '')
+    END AS logged_at
+)
 
 -- :fragment changed
 WITH input AS MATERIALIZED (
