@@ -94,8 +94,8 @@ class Nursery:
 
     @classmethod
     @contextmanager
-    def open(cls) -> Iterator[Nursery]:
-        """Start one."""
+    def open(cls, environment: Mapping[str, str] | None = None) -> Iterator[Nursery]:
+        """Start one, with more in its environment."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             process = subprocess.Popen(
@@ -103,7 +103,7 @@ class Nursery:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=inherited_environment(),
+                env=inherited_environment() | dict(environment or {}),
                 cwd=Path(__file__).resolve().parents[1],
                 start_new_session=True,
             )

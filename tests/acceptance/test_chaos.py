@@ -65,7 +65,7 @@ def test_a_trial_without_violation_prints_figures_writes_its_summary_and_exits_w
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     summary = json.loads((tmp_path / "summary.json").read_text("utf-8"))
-    assert set(summary) == {"scenarios", "seed", "commit"}
+    assert set(summary) == {"scenarios", "not_run", "seed", "commit"}
     assert summary["seed"] == 5
     [row] = summary["scenarios"]
     assert tuple(row) == FIGURES

@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections import defaultdict
-from contextlib import ExitStack
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -15,13 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loadtest.environment import commit
 from storage.embedded import EmbeddedServerError
-from tests.chaos.clients import LoopThread
 from tests.chaos.history import History
 from tests.chaos.oracle import Violation, judge
 from tests.chaos.scenarios import SCENARIOS
-from tests.chaos.trial import PROFILES, Result, Servers, keep, run_trials
-from tests.nursery import Nursery
-from tests.servers import postgres_server, redis_server
+from tests.chaos.servers import Supply
+from tests.chaos.shims import NotPossible
+from tests.chaos.trial import PROFILES, Result, keep, run_trials
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -140,14 +138,17 @@ def _names(parser: argparse.ArgumentParser, given: argparse.Namespace) -> list[s
 def _run(names: Sequence[str], given: argparse.Namespace) -> int:
     results: dict[str, list[Result]] = defaultdict(list)
     begun_s = time.monotonic()
-    with ExitStack() as stack:
-        nursery = stack.enter_context(Nursery.open())
-        postgres = stack.enter_context(postgres_server())
-        redis = stack.enter_context(redis_server())
-        servers = Servers(postgres, redis, stack.enter_context(LoopThread()), nursery)
+    not_run: dict[str, str] = {}
+    with Supply() as supply:
         for name in names:
             scenario = SCENARIOS[name]
             total = given.trials or scenario.trials
+            try:
+                servers = supply.servers(scenario.needs)
+            except NotPossible as error:
+                not_run[name] = str(error)
+                print(f"{name}: not run: {error}", flush=True)
+                continue
             for number, trials in enumerate(plan(total, given.per_run)):
                 result = run_trials(
                     servers, scenario, given.seed + number, rate=given.rate, trials=trials
@@ -155,12 +156,19 @@ def _run(names: Sequence[str], given: argparse.Namespace) -> int:
                 results[name].append(result)
                 _report(result, trials, total, results[name], given.folder)
                 result.drop_journals()
-    rows = [_row(name, results[name]) for name in names]
+    rows = [_row(name, results[name]) for name in names if name in results]
     given.folder.mkdir(parents=True, exist_ok=True)
     summary_file = given.folder / SUMMARY_FILE
-    summary = {"scenarios": rows, "seed": given.seed, "commit": commit()}
+    summary = {
+        "scenarios": rows,
+        "not_run": [{"name": name, "reason": reason} for name, reason in not_run.items()],
+        "seed": given.seed,
+        "commit": commit(),
+    }
     summary_file.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     print("\n" + "\n".join(_table(rows)))
+    for name, reason in not_run.items():
+        print(f"{name:<24}not run: {reason}")
     violations = sum(row["violations"] for row in rows)
     verdict = f"{violations} VIOLATIONS" if violations else "no violation"
     print(f"\n{verdict} in {time.monotonic() - begun_s:.0f} s   summary  {summary_file}")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import shutil
+import signal
 import time
 from typing import TYPE_CHECKING, Final
 
+import asyncpg
 from redis.asyncio import Redis
 
 from tests.chaos.clients import FAULTY_TOKENS
 from tests.chaos.network import Fault
+from tests.chaos.shims import SLOW_SYNC_S
 from tests.chaos.trial import TAKEOVER_S, Scenario
+from tests.standby import ReplicatedPostgres
 
 if TYPE_CHECKING:
     from tests.chaos.trial import Run
@@ -24,6 +30,9 @@ PARTITIONS: Final = tuple(fault for fault in Fault if fault is not Fault.DUPLICA
 PSP_OUTAGE_S: Final = 30.0
 PSP_OUTAGE_EVERY: Final = 10
 """Of so many faults of the PSP in a run, one is an outage of that length."""
+
+CLOCK_STEP_S: Final = 300
+POOLS_HELD_S: Final = 10.0
 
 _DUMP: Final = "dump.rdb"
 
@@ -53,6 +62,19 @@ def postgres_sigkill(run: Run) -> None:
     run.postgres.kill()
     run.last(0, 0.7)
     run.postgres.start()
+    run.await_service(killed_s)
+
+
+def standby_promote(run: Run) -> None:
+    """Kill the primary; its synchronous standby takes its place, and gets a standby of its own."""
+    pair = run.postgres_for_tests
+    assert isinstance(pair, ReplicatedPostgres)
+    if not pair.standby.running:
+        pair.build_standby()
+    run.answers(*BETWEEN)
+    killed_s = time.monotonic()
+    pair.server.kill()
+    pair.promote()
     run.await_service(killed_s)
 
 
@@ -127,6 +149,104 @@ def psp_answers(run: Run) -> None:
         run.psp("up")
 
 
+def clocks(run: Run) -> None:
+    """Set a clock five minutes forward or back, while calls are under way and a gateway dies.
+
+    Redis's and a gateway's are set right again. PostgreSQL's is set back and right again, or
+    forward for good: what was begun by a fast clock is due only when the time has come again.
+    """
+    shims = run.shims
+    assert shims is not None
+    whose, step_s = run.deal(
+        "clocks",
+        [
+            (whose, step_s)
+            for whose in ("postgres", "redis", "gateway")
+            for step_s in (CLOCK_STEP_S, -CLOCK_STEP_S)
+        ],
+    )
+    number = run.random.randrange(len(run.gateways))
+    turned = {
+        "postgres": shims.postgres,
+        "redis": shims.redis,
+        "gateway": shims.gateways[number],
+    }[whose]
+    right_s = turned.clock_offset_s
+    run.answers(*BETWEEN)
+    turned.set_clock(right_s + step_s)
+    run.answers(*DURING)
+    run.gateways[number].kill()
+    run.answers(*DURING)
+    run.start(number)
+    run.last(0, TAKEOVER_S)
+    if whose != "postgres" or step_s < 0:
+        turned.set_clock(right_s)
+
+
+def disk_slow(run: Run) -> None:
+    """Every fsync of PostgreSQL takes longer."""
+    assert run.shims is not None
+    run.answers(*BETWEEN)
+    run.shims.postgres.slow_disk(SLOW_SYNC_S)
+    run.answers(*BETWEEN)
+    run.last(0.5, 3)
+    run.shims.postgres.slow_disk(0)
+
+
+def disk_full(run: Run) -> None:
+    """PostgreSQL's disk has no more room; where that ends it, it is started when there is some."""
+    assert run.shims is not None
+    run.answers(*BETWEEN)
+    run.shims.postgres.fill_disk(full=True)
+    run.last(0.5, 3)
+    run.shims.postgres.fill_disk(full=False)
+    if not run.postgres.running:
+        run.postgres.start()
+
+
+def pools_held(run: Run) -> None:
+    """No connection that the gateways hold is answered: every table is locked, or all stopped."""
+    run.answers(*BETWEEN)
+    if run.deal("pools", ("locked", "stopped")) == "locked":
+        tables = ", ".join(
+            row["name"]
+            for row in run.system.fetch(
+                "SELECT format('%I', tablename) AS name FROM pg_tables WHERE schemaname = 'public'"
+                " ORDER BY tablename"
+            )
+        )
+
+        async def hold() -> None:
+            connection = await asyncpg.connect(run.system.dsn)
+            try:
+                async with connection.transaction():
+                    await connection.execute(f"LOCK TABLE {tables} IN ACCESS EXCLUSIVE MODE")
+                    await asyncio.sleep(POOLS_HELD_S)
+            finally:
+                await connection.close()
+
+        asyncio.run(hold())
+    else:
+        pids = [
+            row["pid"]
+            for row in run.system.fetch(
+                "SELECT pid FROM pg_stat_activity WHERE application_name LIKE 'gateway-%'"
+                " AND datname = current_database()"
+            )
+        ]
+        _signal(pids, signal.SIGSTOP)
+        try:
+            run.last(POOLS_HELD_S, POOLS_HELD_S)
+        finally:
+            _signal(pids, signal.SIGCONT)
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.kill(pid, number)
+
+
 def rolling_restart(run: Run) -> None:
     """SIGTERM one gateway after the other, each replaced before the next one goes."""
     for number in range(len(run.gateways)):
@@ -152,6 +272,13 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             "SIGKILL of PostgreSQL, restart over the same data",
             postgres_sigkill,
             100,
+        ),
+        Scenario(
+            "standby-promote",
+            "SIGKILL of the primary, promotion of its synchronous standby",
+            standby_promote,
+            30,
+            needs="standby",
         ),
         Scenario("redis-sigkill", "SIGKILL of Redis, restart empty", redis_sigkill, 40),
         Scenario("redis-flush", "FLUSHALL", redis_flush, 30),
@@ -184,6 +311,16 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             behind="psp",
             tokens=FAULTY_TOKENS,
         ),
+        Scenario(
+            "clocks",
+            "the clock of PostgreSQL, Redis or a gateway five minutes forward or back",
+            clocks,
+            20,
+            needs="shims",
+        ),
+        Scenario("disk-slow", "fsync 50 ms slower", disk_slow, 10, needs="shims"),
+        Scenario("disk-full", "no room for more on the disk", disk_full, 10, needs="shims"),
+        Scenario("pools-held", "no held connection to PostgreSQL answers for 10 s", pools_held, 20),
         Scenario(
             "rolling-restart",
             "SIGTERM of every gateway in turn; no call may fail",

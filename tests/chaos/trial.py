@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from storage.embedded import EmbeddedRedis
+    from storage.embedded import EmbeddedPostgres, EmbeddedRedis
+    from tests.chaos.shims import Shims
     from tests.nursery import Nursery
     from tests.servers import PostgresForTests
 
@@ -74,6 +75,8 @@ SETTINGS: Final[dict[str, object]] = {
     "postgres_connect_timeout_s": 2,
     "trusted_front": True,
 }
+SERVE_SHIMMED: Final = "tests.chaos.shims:serve"
+"""What a gateway's process runs where clocks and disks can be turned."""
 TAKEOVER_S: Final = 3.5
 """After so long without a sign of life, all of that has passed, and others have taken over."""
 
@@ -100,6 +103,8 @@ class Scenario:
     fault: Callable[[Run], None]
     trials: int
     """Of the full campaign."""
+    needs: str = ""
+    """What its servers have beside the usual; see tests.chaos.servers."""
     behind: str = ""
     """Which server the gateways reach through proxies: `postgres`, `redis` or `psp`."""
     tokens: Sequence[str] = TOKENS
@@ -154,6 +159,8 @@ class Servers:
     redis: EmbeddedRedis
     loop: LoopThread
     nursery: Nursery
+    shims: Shims | None = None
+    """Of servers whose clocks and disks can be turned."""
 
 
 class Run:
@@ -170,8 +177,9 @@ class Run:
         rate: float,
         target: str,
     ) -> None:
-        self.postgres = servers.postgres.server
+        self.postgres_for_tests = servers.postgres
         self.redis = servers.redis
+        self.shims = servers.shims
         self.system = system
         self.random = random.Random(f"{scenario.name}/{seed}")
         self.gateways: list[GatewayProcess] = []
@@ -195,6 +203,11 @@ class Run:
         )
         self._clients: Clients | None = None
         self._decks: dict[str, list[Any]] = {}
+
+    @property
+    def postgres(self) -> EmbeddedPostgres:
+        """The server; of several, the present primary."""
+        return self.postgres_for_tests.server
 
     @property
     def clients(self) -> Clients:
@@ -230,8 +243,13 @@ class Run:
 
     def start(self, number: int) -> None:
         """Start a gateway, anew on its port, and wait until it serves."""
+        target, arguments = self._target, tuple[str, ...]()
+        if self.shims is not None:
+            assert target == SERVE, "a gateway with a deliberate fault has no shim"
+            target, arguments = SERVE_SHIMMED, (str(self.shims.gateways[number].path),)
         gateway = self.system.fork_gateway(
-            self._target,
+            target,
+            *arguments,
             transport=TRANSPORTS[number],
             listen_address=f"127.0.0.1:{self._ports[number]}",
             **self._settings(number),
@@ -438,6 +456,8 @@ def _carry_out(run: Run, scenario: Scenario, result: Result, trials: int) -> Non
 
 def _make_whole(servers: Servers) -> None:
     """The next run finds its servers as they should be."""
+    if servers.shims is not None:
+        servers.shims.reset()
     for server in (servers.postgres.server, servers.redis):
         if server.running:
             server.resume()
