@@ -44,7 +44,7 @@ CALL_TIMEOUT_S = 30.0
 SERVICE = payment_service_pb2.DESCRIPTOR.services_by_name["PaymentService"]
 """The contract's description of the service."""
 
-_WRITE_LOST = "Internal error from Core"
+WRITE_LOST = "Internal error from Core"
 """What grpc.aio's client makes of a stream that the server refused before it could write to it: the
 server's status is lost, and nothing was sent."""
 
@@ -455,7 +455,7 @@ async def call_bytes(
         try:
             return b"".join([message async for message in call])
         except grpc.aio.AioRpcError as error:
-            if error.details() != _WRITE_LOST:
+            if error.details() != WRITE_LOST:
                 raise
 
 

@@ -8,11 +8,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import asyncpg
 import pytest
+from redis.asyncio import Redis
 
 from tests.chaos import mutants
 from tests.chaos.cli import NO_RESULT, RATE, USAGE
@@ -20,12 +23,20 @@ from tests.chaos.clients import LoopThread
 from tests.chaos.history import History
 from tests.chaos.network import DELAY_S, READ_BYTES_MAX, THROTTLE_BYTES_PER_S, Fault, TcpProxy
 from tests.chaos.oracle import Rule
-from tests.chaos.scenarios import SCENARIOS, redis_flush
+from tests.chaos.scenarios import CLOCK_STEP_S, SCENARIOS, redis_flush
+from tests.chaos.shims import (
+    SLOW_SYNC_S,
+    NotPossible,
+    open_shims,
+    shimmed_postgres,
+    shimmed_redis,
+)
 from tests.chaos.trial import PROFILES, Servers, keep, profile_of, run_trials
 from tests.nursery import Nursery
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from datetime import datetime
 
     from storage.embedded import EmbeddedRedis
     from tests.chaos.trial import Scenario
@@ -245,3 +256,49 @@ async def test_a_slow_line_takes_its_time_and_loses_nothing(fault: Fault, takes_
         writer.write(bytes(10_000))
         assert await reader.readexactly(10_000) == bytes(10_000)
         assert asyncio.get_running_loop().time() - begun_s >= takes_s
+
+
+async def test_a_duplicated_answer_arrives_twice_and_a_request_once() -> None:
+    echo = Echo()
+    async with echo.behind_proxy() as (proxy, reader, writer):
+        await proxy.strike(Fault.DUPLICATE)
+        writer.write(b"again")
+        assert await reader.readexactly(10) == b"againagain"
+        await proxy.heal()
+        writer.write(b"once more")
+        assert await reader.readexactly(9) == b"once more"
+
+
+async def test_clock_and_disk_of_a_server_are_turned_and_nobody_else_s() -> None:
+    with contextlib.ExitStack() as stack:
+        try:
+            shims = stack.enter_context(open_shims())
+        except NotPossible as error:
+            pytest.skip(f"not run: {error}")
+        server = stack.enter_context(shimmed_postgres(shims)).server
+        cache = stack.enter_context(shimmed_redis(shims))
+        connection = await asyncpg.connect(server.dsn)
+        shims.postgres.set_clock(CLOCK_STEP_S)
+        shims.redis.set_clock(-CLOCK_STEP_S)
+        at: datetime = await connection.fetchval("SELECT clock_timestamp()")
+        async with Redis.from_url(cache.url) as client:
+            seconds, _ = await client.time()
+        now_s = time.time()
+        assert at.timestamp() - now_s == pytest.approx(CLOCK_STEP_S, abs=CLOCK_STEP_S / 2)
+        assert seconds - now_s == pytest.approx(-CLOCK_STEP_S, abs=CLOCK_STEP_S / 2)
+
+        await connection.execute("CREATE TABLE filled (text text)")
+        shims.postgres.slow_disk(SLOW_SYNC_S)
+        begun_s = time.monotonic()
+        await connection.execute("INSERT INTO filled VALUES ('slow')")
+        assert time.monotonic() - begun_s >= SLOW_SYNC_S
+        shims.postgres.slow_disk(0)
+
+        shims.postgres.fill_disk(full=True)
+        with pytest.raises(asyncpg.DiskFullError):
+            await connection.execute(
+                "INSERT INTO filled SELECT repeat('x', 1000) FROM generate_series(1, 1000)"
+            )
+        shims.postgres.fill_disk(full=False)
+        await connection.execute("INSERT INTO filled VALUES ('room')")
+        await connection.close()

@@ -22,7 +22,7 @@ from tests.chaos.shims import NotPossible
 from tests.chaos.trial import PROFILES, Result, keep, run_trials
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 CLEAN, VIOLATED, USAGE, NO_RESULT = 0, 1, 2, 3
 INTERRUPTED: Final = 130
@@ -151,28 +151,44 @@ def _run(names: Sequence[str], given: argparse.Namespace) -> int:
                 continue
             for number, trials in enumerate(plan(total, given.per_run)):
                 result = run_trials(
-                    servers, scenario, given.seed + number, rate=given.rate, trials=trials
+                    servers,
+                    scenario,
+                    given.seed + number,
+                    rate=given.rate,
+                    trials=trials,
+                    full=given.full,
                 )
                 results[name].append(result)
                 _report(result, trials, total, results[name], given.folder)
                 result.drop_journals()
-    rows = [_row(name, results[name]) for name in names if name in results]
-    given.folder.mkdir(parents=True, exist_ok=True)
-    summary_file = given.folder / SUMMARY_FILE
+                _save(results, not_run, given)  # a campaign that is interrupted has its figures
+    rows = _save(results, not_run, given)
+    print("\n" + "\n".join(_table(rows)))
+    for name, reason in not_run.items():
+        print(f"{name:<24}not run: {reason}")
+    violations = sum(row["violations"] for row in rows)
+    verdict = f"{violations} VIOLATIONS" if violations else "no violation"
+    print(
+        f"\n{verdict} in {time.monotonic() - begun_s:.0f} s   summary"
+        f"  {given.folder / SUMMARY_FILE}"
+    )
+    return VIOLATED if violations else CLEAN
+
+
+def _save(
+    results: Mapping[str, Sequence[Result]], not_run: Mapping[str, str], given: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Write the summary of what was run until now; its rows."""
+    rows = [_row(name, of_scenario) for name, of_scenario in results.items()]
     summary = {
         "scenarios": rows,
         "not_run": [{"name": name, "reason": reason} for name, reason in not_run.items()],
         "seed": given.seed,
         "commit": commit(),
     }
-    summary_file.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
-    print("\n" + "\n".join(_table(rows)))
-    for name, reason in not_run.items():
-        print(f"{name:<24}not run: {reason}")
-    violations = sum(row["violations"] for row in rows)
-    verdict = f"{violations} VIOLATIONS" if violations else "no violation"
-    print(f"\n{verdict} in {time.monotonic() - begun_s:.0f} s   summary  {summary_file}")
-    return VIOLATED if violations else CLEAN
+    given.folder.mkdir(parents=True, exist_ok=True)
+    (given.folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    return rows
 
 
 def plan(trials: int, per_run: int | None) -> list[int]:
@@ -202,6 +218,8 @@ def _report(
         f" {len(result.violations)} violations; tries not OK: {others or 'none'}",
         flush=True,
     )
+    for note in result.notes:
+        print(f"  {note}", flush=True)
     if result.violations:
         kept = folder / f"{result.scenario}-{result.seed}"
         keep(result, kept)

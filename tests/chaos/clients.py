@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import random
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -147,6 +148,8 @@ class Clients:
         """`rate` is calls a second, as long as enough callers are free for it."""
         self.statuses: Counter[str] = Counter()
         """Of every try, by the status' name."""
+        self.latencies_s: list[float] = []
+        """Of every try that was answered, in their order."""
         self._history = history
         self._callers = callers
         self._first = itertools.cycle(range(len(callers)))
@@ -327,12 +330,14 @@ class Clients:
 
     async def _try(self, request: _Request, caller: Caller) -> Answer:
         key, sent = request.call.key, next(self._order)
+        begun_s = time.monotonic()
         try:
             response = await caller.call(request.method, request.message, TRY_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             reason = "" if error.code() in REPEATABLE else reason_of(error)
             answer = Answer(key, sent, next(self._order), error.code().name, reason)
         else:
+            self.latencies_s.append(time.monotonic() - begun_s)
             operation = response.operation
             answer = Answer(
                 key,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import asyncpg
 from redis.asyncio import Redis
 
+from tests.chaos.attack import BadClients
 from tests.chaos.clients import FAULTY_TOKENS
 from tests.chaos.network import Fault
 from tests.chaos.shims import SLOW_SYNC_S
@@ -31,6 +32,9 @@ PSP_OUTAGE_S: Final = 30.0
 PSP_OUTAGE_EVERY: Final = 10
 """Of so many faults of the PSP in a run, one is an outage of that length."""
 
+BAD_MESSAGES: Final = 2_000
+BAD_MESSAGES_FULL: Final = 500_000
+"""Fuzzed messages of a trial; the full campaign has two."""
 CLOCK_STEP_S: Final = 300
 POOLS_HELD_S: Final = 10.0
 
@@ -247,6 +251,12 @@ def _signal(pids: list[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
+def bad_clients(run: Run) -> None:
+    """Attack each gateway, the native one behind the proxy that it is for; see `BadClients`."""
+    attack = BadClients(run, BAD_MESSAGES_FULL if run.full else BAD_MESSAGES)
+    attack.carry_out()
+
+
 def rolling_restart(run: Run) -> None:
     """SIGTERM one gateway after the other, each replaced before the next one goes."""
     for number in range(len(run.gateways)):
@@ -321,6 +331,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
         Scenario("disk-slow", "fsync 50 ms slower", disk_slow, 10, needs="shims"),
         Scenario("disk-full", "no room for more on the disk", disk_full, 10, needs="shims"),
         Scenario("pools-held", "no held connection to PostgreSQL answers for 10 s", pools_held, 20),
+        Scenario(
+            "bad-clients",
+            "fuzzed, large, late and cancelled calls, idle connections, resets",
+            bad_clients,
+            2,
+        ),
         Scenario(
             "rolling-restart",
             "SIGTERM of every gateway in turn; no call may fail",

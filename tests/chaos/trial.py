@@ -129,6 +129,8 @@ class Result:
     """From the end of each fault until all that was begun before had its outcome."""
     outages_s: list[float] = field(default_factory=list)
     """From a server's death until a call that was sent after it was answered, where measured."""
+    notes: list[str] = field(default_factory=list)
+    """What a scenario has to say of itself."""
     duration_s: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
     """Of every try, by the gRPC status' name."""
@@ -176,7 +178,10 @@ class Run:
         seed: int,
         rate: float,
         target: str,
+        full: bool = False,
     ) -> None:
+        self.full = full
+        """Whether this is the full campaign, where one trial may take minutes."""
         self.postgres_for_tests = servers.postgres
         self.redis = servers.redis
         self.shims = servers.shims
@@ -186,6 +191,8 @@ class Run:
         self.proxies: list[TcpProxy] = []
         """One for each gateway, where the scenario has a server behind them."""
         self.outages_s: list[float] = []
+        """See Result."""
+        self.notes: list[str] = []
         """See Result."""
         self.psp_faults = 0
         """How many faults of the PSP there were in this run."""
@@ -399,6 +406,7 @@ def run_trials(
     rate: float,
     trials: int = 1,
     target: str = SERVE,
+    full: bool = False,
 ) -> Result:
     """A run of so many trials. `target` is the function that a gateway's process runs.
 
@@ -420,6 +428,7 @@ def run_trials(
             seed=seed,
             rate=rate,
             target=target,
+            full=full,
         )
         try:
             with run.running():
@@ -440,7 +449,7 @@ def run_trials(
 
 def _carry_out(run: Run, scenario: Scenario, result: Result, trials: int) -> None:
     result.statuses = run.clients.statuses
-    result.outages_s = run.outages_s
+    result.outages_s, result.notes = run.outages_s, run.notes
     run.clients.await_answers(ANSWERS_BEFORE)
     for _ in range(trials):
         scenario.fault(run)

@@ -1,0 +1,146 @@
+"""Bad clients in a trial: who is attacked, and what the gateways and good clients must keep."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import quantiles
+from typing import TYPE_CHECKING, Final
+
+from tests.chaos.bad_clients import Orders, orders_text
+from tests.harness import asyncio_run, new_shop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.chaos.trial import Run
+
+CONNECTIONS: Final = 1_000
+WARM_SHARE: Final = 0.5
+"""Of the messages, before memory is measured: buffers, caches and pools have grown by then."""
+QUIET_ANSWERS: Final = 600
+"""Of good clients, for their latency while nobody attacks."""
+P99_RATIO_MAX: Final = 4.0
+"""The good clients' 99th percentile under attack, to the one without, on cores that they share."""
+MEMORY_RATIO_MAX: Final = 1.3
+"""A gateway's memory at the attack's end, to that after its warm share."""
+ATTACK_TIMEOUT_S: Final = 3600.0
+
+NEVER: Final = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
+
+
+class AttackSucceeded(Exception):
+    """A gateway or the good clients suffered."""
+
+
+class BadClients:
+    """The attack of a trial."""
+
+    def __init__(self, run: Run, messages: int) -> None:
+        self._run = run
+        self._messages = messages
+        # A merchant of their own: bad clients may be known to us.
+        self._api_key = asyncio_run(lambda: new_shop(run.system.dsn)).api_key
+
+    def carry_out(self) -> None:
+        """Attack the gateways in turn. Raises AttackSucceeded."""
+        run = self._run
+        if importlib.util.find_spec("envoy") is None:
+            run.notes.append("native behind Envoy: not run: `make bench` installs Envoy")
+            self._attack("grpcio", 0, run.gateways[0].address, self._messages)
+            return
+        self._attack("grpcio", 0, run.gateways[0].address, self._messages // 2)
+        with self._envoy(run.gateways[1].address) as (address, certificate):
+            self._attack(
+                "native behind Envoy", 1, address, self._messages - self._messages // 2, certificate
+            )
+
+    @contextmanager
+    def _envoy(self, upstream: str) -> Iterator[tuple[str, str]]:
+        from loadtest.bench.envoy import (  # noqa: PLC0415 - it needs what may not be installed
+            start_envoy,
+            write_certificate,
+        )
+        from loadtest.children import stopping  # noqa: PLC0415 - as above
+
+        folder = self._run.system.directory
+        certificate, key = write_certificate(folder)
+        process, address = start_envoy(folder, upstream, certificate, key)
+        with stopping(process):
+            yield address, str(certificate)
+
+    def _attack(
+        self, name: str, number: int, address: str, messages: int, certificate: str = ""
+    ) -> None:
+        run = self._run
+        pid = run.gateways[number].pid
+        quiet = self._p99_s(QUIET_ANSWERS)
+        warm = int(messages * WARM_SHARE)
+        self._send(address, warm, certificate)
+        memory = _resident_bytes(pid)
+        before = len(run.clients.latencies_s)
+        statuses = self._send(address, messages - warm, certificate)
+        attacked = _p99_s(run.clients.latencies_s[before:])
+        grown = _resident_bytes(pid) / memory
+        run.notes.append(
+            f"{name}: {messages} fuzzed, {CONNECTIONS} idle connections; p99 of good clients"
+            f" {1000 * quiet:.0f} ms, attacked {1000 * attacked:.0f} ms; memory x {grown:.2f};"
+            f" {json.dumps(statuses)}"
+        )
+        problems = [
+            f"{attack} met {count} {status}"
+            for attack, counts in statuses.items()
+            for status, count in counts.items()
+            if status in NEVER
+        ]
+        if not run.gateways[number].running:
+            problems.append("the gateway has ended")
+        if attacked > P99_RATIO_MAX * quiet:
+            problems.append(f"the good clients' p99 rose to {attacked / quiet:.1f} times")
+        if grown > MEMORY_RATIO_MAX:
+            problems.append(f"its memory grew to {grown:.2f} times")
+        if problems:
+            raise AttackSucceeded(f"{name}: {'; '.join(problems)}")
+
+    def _p99_s(self, answers: int) -> float:
+        """Of the next answers that good clients get."""
+        before = len(self._run.clients.latencies_s)
+        self._run.clients.await_answers(answers)
+        return _p99_s(self._run.clients.latencies_s[before:])
+
+    def _send(self, address: str, messages: int, certificate: str) -> dict[str, dict[str, int]]:
+        orders = Orders(
+            address,
+            self._api_key,
+            self._run.random.getrandbits(32),
+            messages,
+            CONNECTIONS,
+            certificate,
+        )
+        ended = subprocess.run(
+            [sys.executable, "-m", "tests.chaos.bad_clients"],
+            input=orders_text(orders),
+            capture_output=True,
+            text=True,
+            timeout=ATTACK_TIMEOUT_S,
+            cwd=Path(__file__).resolve().parents[2],
+            check=False,
+        )
+        assert ended.returncode == 0, f"the attackers failed: {ended.stderr[-2000:]}"
+        statuses: dict[str, dict[str, int]] = json.loads(ended.stdout)
+        return statuses
+
+
+def _p99_s(latencies_s: list[float]) -> float:
+    return quantiles(latencies_s, n=100)[-1]
+
+
+def _resident_bytes(pid: int) -> int:
+    """The memory of a process; proc(5)."""
+    text = Path(f"/proc/{pid}/status").read_text("ascii")
+    [line] = [line for line in text.splitlines() if line.startswith("VmRSS:")]
+    return int(line.split()[1]) * 1024
