@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--full", action="store_true", help="as many trials as --list says: about an hour"
     )
-    parser.add_argument("--quick", action="store_true", help="one trial of each: under 3 minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="one trial of each, in about three minutes"
+    )
     parser.add_argument("--list", action="store_true", help="list the scenarios, and end")
     parser.add_argument("--judge", type=Path, metavar="DIR", help="judge kept journals, and end")
     parser.add_argument("--folder", type=Path, default=FOLDER, metavar="DIR", help=f"{FOLDER}")

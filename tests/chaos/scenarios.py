@@ -229,7 +229,11 @@ def pools_held(run: Run) -> None:
             finally:
                 await connection.close()
 
-        asyncio.run(hold())
+        while True:
+            # Tables are locked one after the other: a statement may be in the way, the other way.
+            with contextlib.suppress(asyncpg.DeadlockDetectedError):
+                asyncio.run(hold())
+                break
     else:
         pids = [
             row["pid"]

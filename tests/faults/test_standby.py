@@ -37,12 +37,12 @@ SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 OPEN = {payment_pb2.OPERATION_STATE_PROCESSING, payment_pb2.OPERATION_STATE_IN_DOUBT}
 UNKNOWN = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
 PAYMENTS = 20
-LONG_S = 60.0
+LONG_S = 120.0
 """A time-out that no test waits for."""
 SHORT_S = 1.0
 UNANSWERED_S = 3.0
 """The deadline of a call that is not to be answered."""
-SHORT_TIMES: dict[str, Any] = {"postgres_statement_timeout_s": 2, "postgres_connect_timeout_s": 1}
+SHORT_TIMES: dict[str, Any] = {"postgres_statement_timeout_s": 2}
 
 
 @pytest.fixture
