@@ -46,8 +46,9 @@ LOST_ANSWERS: Final = replace(
     SCENARIOS["psp-answers"], fault=redis_flush, tokens=("tok_visa", "tok_reset_after_charge")
 )
 """A PSP that only loses answers: nobody has to wait for a time-out."""
-TRIALS: Final = 2
-"""Of a gateway with a deliberate fault."""
+FLUSHES: Final = 6
+KILLS: Final = 2
+"""Trials of a gateway with a deliberate fault."""
 RUN_TIMEOUT_S: Final = 150.0
 FIGURES: Final = (
     *("name", "trials", "acked", "lost_acks", "double_charges", "unresolved", "violations"),
@@ -104,21 +105,24 @@ def test_help_names_options_and_exit_status() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mutant", "scenario", "rules"),
+    ("mutant", "scenario", "trials", "rules"),
     [
         (
             mutants.take_a_doubt_for_a_failure,
             LOST_ANSWERS,
+            FLUSHES,
             {Rule.AT_MOST_ONE_CHARGE, Rule.CHARGE_IS_A_SUCCESS, Rule.RESTART_ONLY_WITHOUT_EFFECT},
         ),
         (
             mutants.write_the_intent_after_the_send,
             SCENARIOS["gateway-sigkill"],
+            KILLS,
             {Rule.INTENT_BEFORE_SEND, Rule.CHARGE_IS_A_SUCCESS},
         ),
         (
             mutants.answer_before_the_outcome_is_durable,
             SCENARIOS["gateway-sigkill"],
+            KILLS,
             {Rule.ACKNOWLEDGED_IS_DURABLE},
         ),
     ],
@@ -129,6 +133,7 @@ def test_a_gateway_with_a_deliberate_fault_is_found_out_and_its_journals_are_kep
     tmp_path: Path,
     mutant: Callable[[], None],
     scenario: Scenario,
+    trials: int,
     rules: set[Rule],
 ) -> None:
     target = f"{mutants.__name__}:{mutant.__name__}"
@@ -138,7 +143,7 @@ def test_a_gateway_with_a_deliberate_fault_is_found_out_and_its_journals_are_kep
     )
     with Nursery.open() as nursery, LoopThread() as loop:
         servers = Servers(postgres, redis, loop, nursery)
-        result = run_trials(servers, scenario, seed, rate=RATE, trials=TRIALS, target=target)
+        result = run_trials(servers, scenario, seed, rate=RATE, trials=trials, target=target)
     assert rules <= {violation.rule for violation in result.violations}, result.violations
     keep(result, tmp_path)
     assert History.load(tmp_path) == result.history
