@@ -211,6 +211,8 @@ class Link:
         self.process = process
         self.database = database
         self.connect_timeout_s = CONNECT_TIMEOUT_S
+        # Never reached: a transaction has its own limit here.
+        self.answer_timeout_s = 2 * STATEMENT_TIMEOUT_S
 
 
 class _Connection:
@@ -227,6 +229,9 @@ class _Connection:
 
     def terminate(self) -> None:
         self._open = False
+
+    def add_log_listener(self, _: Callable[..., None]) -> None:
+        """There is no standby here whose absence would be told."""
 
     async def close(self, timeout: float) -> None:  # noqa: ASYNC109 - asyncpg's
         self._open = False
