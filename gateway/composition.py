@@ -28,6 +28,7 @@ from gateway.connectors.registry import ConnectorRegistry
 from gateway.connectors.simulator.connector import ProfileMismatch, SimulatorConnector
 from gateway.connectors.simulator.launch import SimulatorFailed
 from gateway.connectors.simulator.profiles import PROFILES
+from gateway.jwks import fetch_jwks, read_jwks_file
 from gateway.local import LocalServers, LocalState, write_state
 from gateway.rpc.admin import AdminService
 from gateway.rpc.auth import Authenticator, AuthLimits
@@ -35,7 +36,8 @@ from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.decoding import ContractDecoder
 from gateway.rpc.server import GrpcServer, ServerOptions
 from gateway.rpc.service import Observer, PaymentService, RpcLimits
-from gateway.settings import Settings, load_settings, split_address
+from gateway.rpc.tokens import KeyLimits, SigningKeys, TokenRules, TokenVerifier
+from gateway.settings import Settings, algorithms_of, load_settings, split_address
 from gateway.telemetry.http import MetricsServer
 from gateway.telemetry.logs import loop_exception_handler
 from gateway.telemetry.loop import sample_lag
@@ -156,6 +158,8 @@ class Gateway:
                     negative_life_s=settings.auth_negative_life_s,
                     entries_max=settings.auth_cache_entries_max,
                 ),
+                tokens=self._open_tokens(),
+                load_merchants=self.store.accounts.load_merchants,
             ),
             self._observer(tracing),
             RpcLimits(
@@ -193,6 +197,36 @@ class Gateway:
         self._background.append(asyncio.create_task(self._watch_readiness(), name="readiness"))
         lag = sample_lag(self.metrics.loop_lagged)
         self._background.append(asyncio.create_task(lag, name="loop-lag"))
+
+    def _open_tokens(self) -> TokenVerifier | None:
+        settings = self.settings
+        if not settings.jwt_issuer:
+            return None
+
+        async def read() -> bytes:
+            if settings.jwt_jwks_file:
+                return await read_jwks_file(Path(settings.jwt_jwks_file))
+            return await fetch_jwks(settings.jwt_jwks_url, settings.jwt_jwks_timeout_s)
+
+        rules = TokenRules(
+            issuer=settings.jwt_issuer,
+            audience=settings.jwt_audience,
+            algorithms=algorithms_of(settings.jwt_algorithms),
+            leeway_s=settings.jwt_leeway_s,
+            life_s_max=settings.jwt_life_s_max,
+            organisation_claim=settings.jwt_organisation_claim,
+            merchants_claim=settings.jwt_merchants_claim,
+            mode_claim=settings.jwt_mode_claim,
+        )
+        limits = KeyLimits(
+            life_s=settings.jwt_jwks_life_s,
+            pause_s=settings.jwt_jwks_pause_s,
+            stale_s_max=settings.jwt_jwks_stale_s_max,
+        )
+        keys = SigningKeys(read, rules.algorithms, limits)
+        self._stack.push_async_callback(keys.close)
+        keys.refresh()  # the first token need not wait; an issuer that is away stops nothing
+        return TokenVerifier(keys, rules)
 
     async def _serve_metrics(self) -> None:
         async def render(encode: Encode) -> bytes:

@@ -25,6 +25,11 @@ _SERVICE_LINK = re.compile(
 )
 _SERVICE_LINK_PORT = re.compile(r"GATEWAY_(?:\w+_)?PORT=(?:tcp|udp|sctp)://.*")
 
+# The names of gateway.rpc.tokens.ALGORITHMS, which the settings do not import; a test compares.
+_JWT_ALGORITHMS: Final = frozenset(
+    {"EdDSA", *(kind + bits for kind in ("RS", "PS", "ES") for bits in ("256", "384", "512"))}
+)
+
 _MASK = "********"
 _VALUE_CHARACTERS_MAX = 100
 
@@ -340,6 +345,55 @@ class Settings(BaseSettings):
         2.0, "How long an unknown credential is refused without another look.", ge=0, le=60
     )
 
+    # Access tokens. docs/security.md says what a token has to say.
+    jwt_issuer: str = _field(
+        "", "Whose access tokens (JWT) are accepted beside API keys: their `iss`. Empty: none are."
+    )
+    jwt_audience: str = _field("", "What must stand in a token's `aud`.")
+    jwt_jwks_url: str = _field(
+        "", "Where the issuer's public keys are read, `https://…`; redirects are not followed."
+    )
+    jwt_jwks_file: str = _field("", "The file with these keys (JWK Set), instead of an address.")
+    jwt_algorithms: str = _field(
+        "RS256,ES256",
+        "The signatures that are accepted, with commas between: of RS, PS and ES with 256, 384 or"
+        " 512, and EdDSA.",
+    )
+    jwt_leeway_s: float = _field(
+        30.0, "How far the issuer's clock may differ from this one's.", ge=0, le=300
+    )
+    jwt_life_s_max: float = _field(
+        86_400.0,
+        "The longest time from a token's `iat` to its `exp`: a token cannot be revoked.",
+        gt=0,
+        le=31_536_000,
+    )
+    jwt_organisation_claim: str = _field(
+        "organisation_id", "The claim with the organisation's id, `org_…`."
+    )
+    jwt_merchants_claim: str = _field(
+        "merchant_ids",
+        "The claim with the merchants' ids, a list; a token without it reaches all of its"
+        " organisation.",
+    )
+    jwt_mode_claim: str = _field("mode", "The claim that says `test` or `live`.")
+    jwt_jwks_life_s: float = _field(
+        300.0, "The age at which the keys are read anew, behind the calls.", ge=1, le=86_400
+    )
+    jwt_jwks_pause_s: float = _field(
+        10.0,
+        "At least so long between two readings of the keys, however many tokens name unknown ones.",
+        ge=0.1,
+        le=3600,
+    )
+    jwt_jwks_stale_s_max: float = _field(
+        86_400.0,
+        "How long keys are used that could not be read anew.",
+        ge=1,
+        le=2_592_000,
+    )
+    jwt_jwks_timeout_s: float = _field(3.0, "How long one reading may take.", gt=0, le=60)
+
     # Recovery.
     recovery_enabled: bool = _field(True, "Whether this process finishes what others left.")
     recovery_interval_ms: float = _field(
@@ -486,6 +540,24 @@ class Settings(BaseSettings):
             raise ValueError("a DSN as https://key@host/project, or empty")
         return value
 
+    @field_validator("jwt_jwks_url")
+    @classmethod
+    def _https(cls, value: str) -> str:
+        # Whoever can change the keys on their way can sign any token.
+        match = re.fullmatch(r"(https?)://([^\s/@:]+|\[[^\s\]]+\])(?::\d+)?(?:/\S*)?", value)
+        secure = match and (match[1] == "https" or _is_loopback(match[2].strip("[]")))
+        if value and not secure:
+            raise ValueError("an https:// address without credentials, http:// on loopback only")
+        return value
+
+    @field_validator("jwt_algorithms")
+    @classmethod
+    def _asymmetric(cls, value: str) -> str:
+        named = algorithms_of(value)
+        if not named or not named <= _JWT_ALGORITHMS:
+            raise ValueError(f"some of {', '.join(sorted(_JWT_ALGORITHMS))}, with commas between")
+        return value
+
     @field_validator("postgres_dsn")
     @classmethod
     def _postgres(cls, value: SecretStr) -> SecretStr:
@@ -502,7 +574,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _together(self) -> "Settings":
-        problems = [*self._tls_problems(), *self._native_problems(), *self._order_problems()]
+        problems = [
+            *self._tls_problems(),
+            *self._native_problems(),
+            *self._jwt_problems(),
+            *self._order_problems(),
+        ]
         if self.environment == "production":
             problems += [
                 f"{variable(name)}: must be set when {variable('environment')} is production"
@@ -548,6 +625,27 @@ class Settings(BaseSettings):
             )
         return problems
 
+    def _jwt_problems(self) -> list[str]:
+        issuer = variable("jwt_issuer")
+        url, file = variable("jwt_jwks_url"), variable("jwt_jwks_file")
+        if not self.jwt_issuer:
+            return [
+                f"{variable(name)}: needs {issuer}"
+                for name in ("jwt_audience", "jwt_jwks_url", "jwt_jwks_file")
+                if getattr(self, name)
+            ]
+        problems = [
+            f"{variable(name)}: must be set together with {issuer}"
+            for name in (
+                *("jwt_audience", "jwt_organisation_claim"),
+                *("jwt_merchants_claim", "jwt_mode_claim"),
+            )
+            if not getattr(self, name)
+        ]
+        if bool(self.jwt_jwks_url) == bool(self.jwt_jwks_file):
+            problems.append(f"{url}: either it or {file} must be set together with {issuer}")
+        return problems
+
     def _order_problems(self) -> list[str]:
         problems = [
             f"{variable(low)}: must not be greater than {variable(high)}"
@@ -560,6 +658,8 @@ class Settings(BaseSettings):
                 ("admission_in_flight_max", "batch_queue_max"),
                 ("admission_target_ms", "admission_bulk_target_ms"),
                 ("min_send_budget_s", "send_window_s"),
+                ("jwt_jwks_pause_s", "jwt_jwks_life_s"),
+                ("jwt_jwks_life_s", "jwt_jwks_stale_s_max"),
             )
             if getattr(self, low) > getattr(self, high)
         ]
@@ -613,6 +713,11 @@ def split_address(address: str) -> tuple[str, int]:
     if match is None or int(match[3]) > 65_535:
         raise ValueError("host:port with a port from 0 to 65535")
     return match[1] or match[2], int(match[3])
+
+
+def algorithms_of(text: str) -> frozenset[str]:
+    """The algorithms that `jwt_algorithms` names."""
+    return frozenset(each.strip() for each in text.split(",") if each.strip())
 
 
 def _is_loopback(host: str) -> bool:

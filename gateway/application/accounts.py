@@ -68,6 +68,7 @@ class Principal:
     """Who calls."""
 
     key_id: str
+    """The API key's id, or `sub:` and the subject of a token."""
     organisation_id: str
     scopes: frozenset[str]
     mode: Mode

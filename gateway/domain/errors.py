@@ -50,6 +50,7 @@ class Reason(StrEnum):
     OVERLOADED = "OVERLOADED"
     DEADLINE_TOO_SHORT = "DEADLINE_TOO_SHORT"
     STORE_UNAVAILABLE = "STORE_UNAVAILABLE"
+    SIGNING_KEYS_UNAVAILABLE = "SIGNING_KEYS_UNAVAILABLE"
     DRAINING = "DRAINING"
     INTERNAL = "INTERNAL"
     # Why an operation ended without an answer of the PSP (Operation.reason, never an error).

@@ -1,29 +1,39 @@
-"""Who calls: API keys from metadata to principals, with a cache so that this costs no round trip.
+"""Who calls: credentials to principals, with a cache so that this costs no round trip.
+
+A credential is an API key or a signed access token, both as `Bearer` in the metadata. It is proven
+in one place, `_prove`, and remembered in one cache: a remembered token costs no signature.
 
 A revoked key, a scope or merchant taken away is effective within `life_s` at the latest, whatever
 the database does: an entry past its life, which begins with its read, is never used. (A call that
 finds a read under way takes its answer.) From half of its life on an entry is read anew in the
 background, so that a busy key never waits for the database, and a database that is away for less
-than half a life is not noticed.
+than half a life is not noticed. A token is used no longer than it says.
 """
 
 import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 from gateway.application.accounts import KeyRecord, MerchantInfo, Principal, Scope, parse_key
 from gateway.application.ports import StoreUnavailable
 from gateway.domain.errors import GatewayError, Reason
+from gateway.rpc.tokens import TokenClaims
 
 _BEARER: Final = "bearer "
+_KEY_PREFIX: Final = "gwk_"
+_SUBJECT_PREFIX: Final = "sub:"
+"""Before a token's subject, so that none can pass for a key's id."""
 
 _V = TypeVar("_V")
+
+LoadKey = Callable[[str], Awaitable[KeyRecord | None]]
+LoadMerchants = Callable[[str, Sequence[str] | None], Awaitable[Mapping[str, MerchantInfo]]]
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +52,13 @@ class AuthLimits:
     """How many keys are read from the database at once; beyond it calls are refused."""
 
 
+class Tokens(Protocol):
+    """What verifies access tokens: `gateway.rpc.tokens.TokenVerifier`."""
+
+    async def verify(self, token: str) -> TokenClaims | None:
+        """What a token says; None where it is not valid. May raise GatewayError."""
+
+
 @dataclass(slots=True)
 class _Entry:
     principal: Principal
@@ -53,26 +70,32 @@ class _Entry:
 class Authenticator:
     """Turns `authorization` metadata into principals.
 
-    `load_key(key_id)` reads a key's record, None where there is none; it may raise
-    StoreUnavailable. Keys are remembered by the SHA-256 of what was presented, never themselves.
+    `load_key(key_id)` reads a key's record, None where there is none, and
+    `load_merchants(organisation_id, merchant_ids)` those of the named merchants that the
+    organisation has, or all of its; both may raise StoreUnavailable. Without `tokens` there are
+    only API keys. A credential is remembered by the SHA-256 of what was presented, never itself.
     """
 
     def __init__(
         self,
-        load_key: Callable[[str], Awaitable[KeyRecord | None]],
+        load_key: LoadKey,
         limits: AuthLimits,
         *,
+        tokens: Tokens | None = None,
+        load_merchants: LoadMerchants | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._load_key = load_key
         self._limits = limits
+        self._tokens = tokens
+        self._load_merchants = load_merchants
         self._clock = clock
         self._entries: dict[bytes, _Entry] = {}
         self._refused: dict[bytes, float] = {}
         self._loads: dict[bytes, asyncio.Task[Principal]] = {}
 
     def remembered(self, authorization: str | None) -> Principal | None:
-        """The principal of a key that is remembered, without waiting; else None."""
+        """The principal of a credential that is remembered, without waiting; else None."""
         if authorization is None:
             return None
         digest = sha256(authorization.encode()).digest()
@@ -90,16 +113,16 @@ class Authenticator:
         return entry.principal
 
     async def authenticate(self, authorization: str | None) -> Principal:
-        """The principal of the metadata's value, `Bearer <API key>`.
+        """The principal of the metadata's value, `Bearer <API key or token>`.
 
-        Raises GatewayError: CREDENTIAL_MISSING, CREDENTIAL_INVALID, STORE_UNAVAILABLE, and
-        OVERLOADED where too many keys are being read.
+        Raises GatewayError: CREDENTIAL_MISSING, CREDENTIAL_INVALID, STORE_UNAVAILABLE,
+        SIGNING_KEYS_UNAVAILABLE, and OVERLOADED where too many credentials are being read.
         """
         principal = self.remembered(authorization)
         if principal is not None:
             return principal
         if not authorization:
-            raise GatewayError(Reason.CREDENTIAL_MISSING, "The call carries no API key.")
+            raise GatewayError(Reason.CREDENTIAL_MISSING, "The call carries no credential.")
         digest = sha256(authorization.encode()).digest()
         refused_until = self._refused.get(digest)
         if refused_until is not None:
@@ -109,7 +132,7 @@ class Authenticator:
         load = self._loads.get(digest)
         if load is None:
             if len(self._loads) >= self._limits.loads_max:
-                raise GatewayError(Reason.OVERLOADED, "Too many API keys are being read.")
+                raise GatewayError(Reason.OVERLOADED, "Too many credentials are being read.")
             load = self._start_load(digest, authorization)
         # The load is for everyone who waits for it: one caller's cancellation does not end it.
         return await asyncio.shield(load)
@@ -127,34 +150,54 @@ class Authenticator:
         error = load.exception()
         # A reading in the background has nobody to tell.
         if error is not None and not isinstance(error, GatewayError):
-            _log.error("an API key could not be read", exc_info=error)
+            _log.error("a credential could not be read", exc_info=error)
 
     async def _load(self, digest: bytes, authorization: str) -> Principal:
         # Before the read: what it finds may have changed by the time that it answers.
         begun_at = self._clock()
-        presented = None
-        if authorization[: len(_BEARER)].lower() == _BEARER:
-            presented = parse_key(authorization[len(_BEARER) :].strip())
-        record = None
-        if presented is not None:
-            try:
-                record = await self._load_key(presented.key_id)
-            except StoreUnavailable as error:
-                raise GatewayError(
-                    Reason.STORE_UNAVAILABLE, "The API key could not be read: the store is away."
-                ) from error
-        if (
-            presented is None
-            or record is None
-            or not hmac.compare_digest(record.secret_hash, presented.secret_hash)
-            or record.mode is not presented.mode
-            or record.revoked_at is not None
-            or _is_past(record.expires_at)
-        ):
+        try:
+            proven = await self._prove(authorization)
+        except StoreUnavailable as error:
+            raise GatewayError(
+                Reason.STORE_UNAVAILABLE, "The credential could not be read: the store is away."
+            ) from error
+        if proven is None or _is_past(proven[1]):
             self._entries.pop(digest, None)
             _make_room(self._refused, self._limits.entries_max)
             self._refused[digest] = self._clock() + self._limits.negative_life_s
             raise _invalid()
+        principal, expires_at = proven
+        if digest not in self._entries:
+            _make_room(self._entries, self._limits.entries_max)
+        self._entries[digest] = _Entry(
+            principal,
+            expires_at,
+            refresh_at=begun_at + self._limits.life_s / 2,
+            dead_at=begun_at + self._limits.life_s,
+        )
+        return principal
+
+    async def _prove(self, authorization: str) -> tuple[Principal, datetime | None] | None:
+        """The principal of a credential and when it expires; None where it is not valid."""
+        if authorization[: len(_BEARER)].lower() != _BEARER:
+            return None
+        text = authorization[len(_BEARER) :].strip()
+        if self._tokens is None or text.startswith(_KEY_PREFIX):
+            return await self._prove_key(text)
+        return await self._prove_token(self._tokens, text)
+
+    async def _prove_key(self, text: str) -> tuple[Principal, datetime | None] | None:
+        presented = parse_key(text)
+        if presented is None:
+            return None
+        record = await self._load_key(presented.key_id)
+        if (
+            record is None
+            or not hmac.compare_digest(record.secret_hash, presented.secret_hash)
+            or record.mode is not presented.mode
+            or record.revoked_at is not None
+        ):
+            return None
         principal = Principal(
             key_id=record.key_id,
             organisation_id=record.organisation_id,
@@ -162,15 +205,23 @@ class Authenticator:
             mode=record.mode,
             merchants=record.merchants,
         )
-        if digest not in self._entries:
-            _make_room(self._entries, self._limits.entries_max)
-        self._entries[digest] = _Entry(
-            principal,
-            record.expires_at,
-            refresh_at=begun_at + self._limits.life_s / 2,
-            dead_at=begun_at + self._limits.life_s,
+        return principal, record.expires_at
+
+    async def _prove_token(
+        self, tokens: Tokens, text: str
+    ) -> tuple[Principal, datetime | None] | None:
+        claims = await tokens.verify(text)
+        if claims is None or self._load_merchants is None:
+            return None
+        merchants = await self._load_merchants(claims.organisation_id, claims.merchant_ids)
+        principal = Principal(
+            key_id=_SUBJECT_PREFIX + claims.subject,
+            organisation_id=claims.organisation_id,
+            scopes=claims.scopes,
+            mode=claims.mode,
+            merchants=merchants,
         )
-        return principal
+        return principal, claims.expires_at
 
 
 def _make_room(entries: dict[bytes, _V], most: int) -> None:
@@ -185,15 +236,15 @@ def _is_past(at: datetime | None) -> bool:
 
 def _invalid() -> GatewayError:
     # One text for unknown, wrong, expired and revoked: whoever tries keys learns nothing.
-    return GatewayError(Reason.CREDENTIAL_INVALID, "The API key is not valid.")
+    return GatewayError(Reason.CREDENTIAL_INVALID, "The credential is not valid.")
 
 
 def require_scope(principal: Principal, scope: Scope) -> None:
-    """Raises GatewayError(SCOPE_MISSING) where the key does not have the scope."""
+    """Raises GatewayError(SCOPE_MISSING) where the credential does not have the scope."""
     if scope not in principal.scopes:
         raise GatewayError(
             Reason.SCOPE_MISSING,
-            f"The API key does not have the scope {scope.value}.",
+            f"The credential does not have the scope {scope.value}.",
             metadata={"scope": scope.value},
         )
 
@@ -216,8 +267,10 @@ def resolve_merchant(principal: Principal, merchant_id: str) -> MerchantInfo:
     if merchant is not None:
         return merchant
     if merchant_id:
-        raise GatewayError(Reason.MERCHANT_NOT_FOUND, "The API key reaches no merchant of this id.")
+        raise GatewayError(
+            Reason.MERCHANT_NOT_FOUND, "The credential reaches no merchant of this id."
+        )
     raise GatewayError(
         Reason.MERCHANT_REQUIRED,
-        "The request has to name its merchant: the API key reaches not exactly one.",
+        "The request has to name its merchant: the credential reaches not exactly one.",
     )

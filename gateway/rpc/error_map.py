@@ -75,19 +75,20 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
             "Use the next_page_token as it was given, with the same filters, or begin anew.",
         ),
         Reason.CREDENTIAL_MISSING: Rule(
-            _C.UNAUTHENTICATED, "Send the metadata `authorization: Bearer <API key>`."
+            _C.UNAUTHENTICATED,
+            "Send the metadata `authorization: Bearer <API key or access token>`.",
         ),
         Reason.CREDENTIAL_INVALID: Rule(
-            _C.UNAUTHENTICATED, "The API key is unknown, expired or revoked; use another."
+            _C.UNAUTHENTICATED, "The credential is unknown, expired or revoked; use another."
         ),
         Reason.SCOPE_MISSING: Rule(
-            _C.PERMISSION_DENIED, "Use an API key with the scope that the metadata names."
+            _C.PERMISSION_DENIED, "Use a credential with the scope that the metadata names."
         ),
         Reason.MERCHANT_REQUIRED: Rule(
-            _C.INVALID_ARGUMENT, "Name the merchant; the API key reaches not exactly one."
+            _C.INVALID_ARGUMENT, "Name the merchant; the credential reaches not exactly one."
         ),
         Reason.MERCHANT_NOT_FOUND: Rule(
-            _C.NOT_FOUND, "The API key reaches no merchant of this id."
+            _C.NOT_FOUND, "The credential reaches no merchant of this id."
         ),
         Reason.PAYMENT_NOT_FOUND: Rule(
             _C.NOT_FOUND, "The merchant has no payment of this id (or key) in the key's mode."
@@ -168,6 +169,11 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
         Reason.STORE_UNAVAILABLE: Rule(
             _C.UNAVAILABLE,
             "Whether the call took effect is not known; repeat with the same key.",
+            retry_after_s=1.0,
+        ),
+        Reason.SIGNING_KEYS_UNAVAILABLE: Rule(
+            _C.UNAVAILABLE,
+            "The keys that tokens are signed with could not be read; nothing was done, repeat.",
             retry_after_s=1.0,
         ),
         Reason.DRAINING: Rule(

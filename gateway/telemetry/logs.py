@@ -67,12 +67,14 @@ _NOT_IN_KEYS = re.compile(r"[^a-z0-9]")
 
 # If none of these words stands in a text, none of the rules below can apply to it.
 _HINT = re.compile(
-    r"gwk_|://|bearer|basic|authori[sz]ation|api[-_ ]?key|passw|secret|cvv|cvc|csc|cav"
+    r"gwk_|eyJ|://|bearer|basic|authori[sz]ation|api[-_ ]?key|passw|secret|cvv|cvc|csc|cav"
     r"|security|verification",
     re.IGNORECASE,
 )
 _SECRET_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?i)gwk_[\w.~+/=-]+"), "gwk_" + REDACTED),
+    # A JWT: its first part is base64 of {".
+    (re.compile(r"eyJ[\w-]{8,}\.[\w-]*(?:\.[\w-]*)?"), REDACTED),
     # scheme://user:password@host; to the last @, since passwords hold unescaped ones.
     (re.compile(r"(?i)([a-z][a-z0-9+.-]{0,30}://[^\s:/@]{0,200}:)[^\s\"'<>]+@"), rf"\1{REDACTED}@"),
     (re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{4,}"), rf"\1 {REDACTED}"),
@@ -104,7 +106,7 @@ _CUT_START = re.compile(r"\A" + _CUT_EDGE)
 
 
 def redact(text: str) -> str:
-    """`text` without card numbers, card security codes, API keys and passwords."""
+    """`text` without card numbers, card security codes, API keys, tokens and passwords."""
     if _HINT.search(text) is not None:
         for pattern, replacement in _SECRET_RULES:
             text = pattern.sub(replacement, text)

@@ -1,6 +1,6 @@
 """Organisations, merchants and API keys in PostgreSQL."""
 
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -23,6 +23,7 @@ _CREATE_KEY = query("accounts", "create_key")
 _LIST_KEYS = query("accounts", "list_keys")
 _REVOKE_KEY = query("accounts", "revoke_key")
 _LOAD_KEY = query("accounts", "load_key")
+_LOAD_MERCHANTS = query("accounts", "load_merchants")
 
 LIMITS = LaneLimits(connections=1, rows_max=1, queue_max=200, retry_s_max=1.0)
 
@@ -233,3 +234,23 @@ class Accounts:
                 if record["merchant_id"] is not None
             },
         )
+
+    async def load_merchants(
+        self, organisation_id: str, merchant_ids: Collection[str] | None
+    ) -> Mapping[str, MerchantInfo]:
+        """Those of the named merchants that the organisation has; without names, all of its."""
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(
+                connection,
+                _LOAD_MERCHANTS,
+                organisation_id=organisation_id,
+                merchant_ids=None if merchant_ids is None else sorted(merchant_ids),
+            )
+
+        return {
+            record["merchant_id"]: MerchantInfo(
+                record["merchant_id"], record["pan_exempt_order_id"]
+            )
+            for record in await self._lane.run(select)
+        }

@@ -220,6 +220,7 @@ def test_a_card_number_in_an_exception_its_causes_and_groups_is_masked(captured:
         "(b'authorization', b'S3cr3tS3cr3t')",
         '{\\"authorization\\": \\"Bearer S3cr3tS3cr3t\\"}',
         "bearer S3cr3tS3cr3t",
+        "token eyJhbGciOiJS3cr3tS3cr3t.eyJpc3MiOiJS3cr3tS3cr3t.S3cr3tS3cr3t was refused",
         "api_key=S3cr3tS3cr3t&x=1",
         "postgresql://gateway:S3cr3tS3cr3t@host:5432/db",
         "postgresql://gateway:a@S3cr3tS3cr3t/b@host:5432/db",

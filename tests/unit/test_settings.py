@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from gateway.rpc.tokens import ALGORITHMS
 from gateway.settings import (
     PREFIX,
     Settings,
     SettingsError,
+    algorithms_of,
     load_settings,
     settings_table,
     split_address,
@@ -19,6 +21,11 @@ from gateway.settings import (
 )
 
 ROOT = Path(__file__).parents[2]
+JWT = {
+    "jwt_issuer": "https://issuer.example/",
+    "jwt_audience": "payment-gateway",
+    "jwt_jwks_url": "https://issuer.example/jwks.json",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -221,6 +228,12 @@ def test_variables_that_kubernetes_adds_for_services_are_ignored(
             ["recovery_horizon_s"],
         ),
         ({"environment": "production"}, ["postgres_dsn", "redis_url"]),
+        ({"jwt_issuer": "i"}, ["jwt_audience", "jwt_jwks_url"]),
+        (JWT | {"jwt_jwks_file": "f"}, ["jwt_jwks_url"]),
+        ({"jwt_audience": "a", "jwt_jwks_file": "f"}, ["jwt_audience", "jwt_jwks_file"]),
+        (JWT | {"jwt_organisation_claim": ""}, ["jwt_organisation_claim"]),
+        ({"jwt_jwks_pause_s": "400"}, ["jwt_jwks_pause_s"]),
+        ({"jwt_jwks_stale_s_max": "200"}, ["jwt_jwks_life_s"]),
     ],
 )
 def test_values_that_are_wrong_together_are_refused_by_name(
@@ -239,6 +252,8 @@ def test_values_that_are_wrong_together_are_refused_by_name(
             "postgres_statement_timeout_s": "10",
             "recovery_interval_ms": "10000",
         },
+        JWT | {"jwt_algorithms": "PS256, EdDSA"},
+        JWT | {"jwt_jwks_url": "http://127.0.0.1:8080/jwks.json"},
         {"transport": "native", "trusted_front": "true"},
         {"transport": "native", "trusted_front": "1", "listen_address": "[::1]:0"},
         {"transport": "native", "trusted_front": "true", "listen_address": "localhost:50051"},
@@ -256,6 +271,33 @@ def test_values_that_are_right_together_are_accepted(
     for name, value in variables.items():
         monkeypatch.setenv(variable(name), value)
     load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("jwt_algorithms", each) for each in ("none", "HS256", "RS256,HS256", "", ",", "rs256")),
+        ("jwt_jwks_url", "http://issuer.example/jwks.json"),
+        ("jwt_jwks_url", "http://localhost.example/jwks.json"),
+        ("jwt_jwks_url", "https://user:password@issuer.example/jwks.json"),
+        ("jwt_jwks_url", "file:///etc/passwd"),
+    ],
+)
+def test_tokens_take_neither_shared_secrets_nor_keys_that_others_can_change(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    found = problems(
+        monkeypatch, **{variable(key): each for key, each in (JWT | {name: value}).items()}
+    )
+    assert [line.split(":")[0] for line in found] == [variable(name)]
+
+
+def test_every_algorithm_that_can_be_set_can_be_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    for algorithm in ALGORITHMS:
+        assert algorithms_of(load_settings(jwt_algorithms=algorithm).jwt_algorithms) == {algorithm}
+    with pytest.raises(SettingsError) as caught:
+        load_settings(jwt_algorithms="HS256")
+    assert all(each in str(caught.value) for each in ALGORITHMS)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,14 @@ LEFT JOIN merchants AS merchant
 WHERE api_keys.key_id = :key_id::text
 ORDER BY merchant.merchant_id;
 
+-- :name load_merchants
+-- Those of the named merchants that the organisation has; all of its where none are named.
+SELECT merchant_id, pan_exempt_order_id
+FROM merchants
+WHERE organisation_id = :organisation_id::text
+    AND (:merchant_ids::text[] IS NULL OR merchant_id = ANY (:merchant_ids::text[]))
+ORDER BY merchant_id;
+
 -- :fragment key_columns
 api_keys.key_id, api_keys.organisation_id, api_keys.name, api_keys.secret_hash, api_keys.scopes,
 api_keys.merchant_ids, api_keys.mode, api_keys.expires_at, api_keys.revoked_at, api_keys.created_at
