@@ -32,6 +32,7 @@ from gateway.rpc.system import (
     Reflection,
     UnknownMethods,
 )
+from gateway.rpc.tls import TlsFiles, TlsFilesUnusable
 
 _HARD_MESSAGE_FACTOR: Final = 2
 """The transport itself refuses messages above `message_bytes_max` times this, without details;
@@ -57,7 +58,8 @@ class ServerOptions:
     listen_address: str = "127.0.0.1:50051"
     """`host:port`; an IPv6 address in brackets, port 0 for any free one."""
     tls_certificate_file: str = ""
-    """The server's certificate with its chain, PEM. Empty: plain text. grpcio only."""
+    """The server's certificate with its chain, PEM. Empty: plain text. grpcio only. The TLS files
+    may be replaced while it serves."""
     tls_key_file: str = ""
     """The certificate's private key, PEM."""
     tls_client_ca_file: str = ""
@@ -268,19 +270,16 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _credentials(options: ServerOptions) -> grpc.ServerCredentials:
-    client_ca: bytes | None = None
-    try:
-        certificate = Path(options.tls_certificate_file).read_bytes()
-        key = Path(options.tls_key_file).read_bytes()
-        if options.tls_client_ca_file:
-            client_ca = Path(options.tls_client_ca_file).read_bytes()
-    except OSError as error:
-        raise ServerConfigError(f"cannot read a TLS file: {error}") from error
-    return grpc.ssl_server_credentials(
-        [(key, certificate)],
-        root_certificates=client_ca,
-        require_client_auth=client_ca is not None,
+    client_ca = options.tls_client_ca_file
+    files = TlsFiles(
+        Path(options.tls_certificate_file),
+        Path(options.tls_key_file),
+        Path(client_ca) if client_ca else None,
     )
+    try:
+        return files.credentials()
+    except TlsFilesUnusable as error:
+        raise ServerConfigError(str(error)) from error
 
 
 def _remove_litter() -> None:
