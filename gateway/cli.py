@@ -18,6 +18,9 @@ REASON_CHARACTERS_MIN: Final = 10
 REASON_CHARACTERS_MAX: Final = 1000
 """As ResolveInDoubtRequest.reason."""
 
+SCOPES = ("payments:read", "payments:write", "payments:admin", "admin")
+"""What credentials may be for: `gateway.application.accounts.Scope`, which loads too much here."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -283,7 +286,7 @@ def keys() -> None:
     "scopes",
     multiple=True,
     required=True,
-    type=click.Choice(["payments:read", "payments:write", "payments:admin", "admin"]),
+    type=click.Choice(SCOPES),
     help="What the key may do; repeat for several.",
 )
 @click.option("--mode", type=click.Choice(["test", "live"]), required=True)
@@ -342,6 +345,85 @@ async def keys_revoke(key_id: str) -> None:
         if not await accounts.revoke_key(key_id):
             fail(f"No key {key_id} that is not revoked already.")
     click.echo(f"revoked {key_id}")
+
+
+@main.group()
+def identities() -> None:
+    """Identities in client certificates: each is a principal, as an API key is.
+
+    They count where GATEWAY_CLIENT_IDENTITY says so (docs/security.md).
+    """
+
+
+@identities.command("add")
+@click.argument("uri")
+@click.option("--organisation", required=True, help="The organisation's id, org_….")
+@click.option(
+    "--merchant",
+    "merchant_ids",
+    multiple=True,
+    help="A merchant of the identity; repeat for several. Without it: all of the organisation.",
+)
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    required=True,
+    type=click.Choice(SCOPES),
+    help="What the identity may do; repeat for several.",
+)
+@click.option("--mode", type=click.Choice(["test", "live"]), required=True)
+@click.option("--name", default="", callback=_no_card_number, help="A name for people.")
+@_async
+async def identities_add(
+    uri: str,
+    organisation: str,
+    merchant_ids: tuple[str, ...],
+    scopes: tuple[str, ...],
+    mode: str,
+    name: str,
+) -> None:
+    """Let certificates with the SPIFFE ID URI (spiffe://…) act as a key would."""
+    from gateway.rpc.peers import is_spiffe_id
+
+    if not is_spiffe_id(uri):
+        fail("The identity has to be a SPIFFE ID with a path: spiffe://example.org/ns/shop/sa/till")
+    async with _accounts() as accounts:
+        await accounts.add_identity(
+            uri,
+            organisation,
+            scopes=scopes,
+            mode=mode,
+            merchant_ids=merchant_ids or None,
+            name=name,
+        )
+    click.echo(f"added {uri}")
+
+
+@identities.command("list")
+@click.option("--organisation", help="Only those of this organisation.")
+@_async
+async def identities_list(organisation: str | None) -> None:
+    """List the identities."""
+    async with _accounts() as accounts:
+        for row in await accounts.list_identities(organisation):
+            merchants = "all" if row.merchant_ids is None else ",".join(row.merchant_ids)
+            scopes = ",".join(sorted(row.scopes))
+            mode = row.mode.name.lower()
+            click.echo(
+                f"{row.uri}  {row.organisation_id}  {mode}  {scopes}  {merchants}  {row.name}"
+            )
+
+
+@identities.command("remove")
+@click.argument("uri")
+@_async
+async def identities_remove(uri: str) -> None:
+    """Remove an identity. Gateways refuse it after GATEWAY_AUTH_CACHE_LIFE_S."""
+    async with _accounts() as accounts:
+        if not await accounts.remove_identity(uri):
+            fail(f"No identity {uri}.")
+    click.echo(f"removed {uri}")
 
 
 def _expiry(at: Any) -> str:

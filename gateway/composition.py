@@ -34,6 +34,7 @@ from gateway.rpc.admin import AdminService
 from gateway.rpc.auth import Authenticator, AuthLimits
 from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.decoding import ContractDecoder
+from gateway.rpc.peers import PeerIdentities
 from gateway.rpc.server import GrpcServer, ServerOptions
 from gateway.rpc.service import Observer, PaymentService, RpcLimits
 from gateway.rpc.tokens import KeyLimits, SigningKeys, TokenRules, TokenVerifier
@@ -160,6 +161,7 @@ class Gateway:
                 ),
                 tokens=self._open_tokens(),
                 load_merchants=self.store.accounts.load_merchants,
+                load_identity=self.store.accounts.load_identity,
             ),
             self._observer(tracing),
             RpcLimits(
@@ -168,6 +170,9 @@ class Gateway:
                 stream_window_items=settings.stream_window_items,
             ),
             admission,
+            None
+            if settings.client_identity == "none"
+            else PeerIdentities(settings.client_identity),
         )
         self.recovery = Recovery(
             self.store,

@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     )
     trusted_front: bool = _field(
         False,
-        "Declares that a proxy on this host stands before `native`, which terminates TLS, bounds"
+        "Declares that a proxy on this host stands before the gateway, which terminates TLS, bounds"
         " requests, ages connections and drains. `native` does not start without it.",
     )
     tls_certificate_file: str = _field(
@@ -94,6 +94,12 @@ class Settings(BaseSettings):
     tls_key_file: str = _field("", "The private key of the certificate in PEM. grpcio only.")
     tls_client_ca_file: str = _field(
         "", "The CA of client certificates in PEM. Set: every client must show one (mutual TLS)."
+    )
+    client_identity: Literal["none", "certificate", "forwarded"] = _field(
+        "none",
+        "Whether a call without another credential is its certificate's (`gateway identities`):"
+        " `certificate` by the server's own mutual TLS, `forwarded` by the header"
+        " `x-forwarded-client-cert` of the trusted front, on loopback only.",
     )
     metrics_address: str = _field(
         "127.0.0.1:9464",
@@ -598,7 +604,21 @@ class Settings(BaseSettings):
             return [f"{certificate}: must be set together with {key}"]
         if self.tls_client_ca_file and not self.tls_certificate_file:
             return [f"{variable('tls_client_ca_file')}: needs {certificate} and {key}"]
-        return []
+        return self._identity_problems()
+
+    def _identity_problems(self) -> list[str]:
+        says = f"when {variable('client_identity')} is {self.client_identity}"
+        if self.client_identity == "certificate" and not self.tls_client_ca_file:
+            return [f"{variable('tls_client_ca_file')}: must be set {says}"]
+        if self.client_identity != "forwarded" or self.transport == "native":
+            return []  # native is held to the same by _native_problems
+        problems = []
+        if not self.trusted_front:
+            problems.append(f"{variable('trusted_front')}: must be true {says}")
+        if not _is_loopback(split_address(self.listen_address)[0]):
+            # Whoever can connect can claim to be anyone.
+            problems.append(f"{variable('listen_address')}: must be a loopback address {says}")
+        return problems
 
     def _native_problems(self) -> list[str]:
         if self.transport != "native":

@@ -68,7 +68,7 @@ class Principal:
     """Who calls."""
 
     key_id: str
-    """The API key's id, or `sub:` and the subject of a token."""
+    """The API key's id, `sub:` and the subject of a token, or the identity in a certificate."""
     organisation_id: str
     scopes: frozenset[str]
     mode: Mode

@@ -1,7 +1,8 @@
 """Who calls: credentials to principals, with a cache so that this costs no round trip.
 
-A credential is an API key or a signed access token, both as `Bearer` in the metadata. It is proven
-in one place, `_prove`, and remembered in one cache: a remembered token costs no signature.
+A credential is an API key or a signed access token, both as `Bearer` in the metadata, or else the
+identity in the caller's certificate. It is proven in one place, `_prove`, and remembered in one
+cache: a remembered token costs no signature.
 
 A revoked key, a scope or merchant taken away is effective within `life_s` at the latest, whatever
 the database does: an entry past its life, which begins with its read, is never used. (A call that
@@ -23,6 +24,7 @@ from typing import Final, Protocol, TypeVar
 from gateway.application.accounts import KeyRecord, MerchantInfo, Principal, Scope, parse_key
 from gateway.application.ports import StoreUnavailable
 from gateway.domain.errors import GatewayError, Reason
+from gateway.rpc.peers import PeerIdentity
 from gateway.rpc.tokens import TokenClaims
 
 _BEARER: Final = "bearer "
@@ -32,8 +34,14 @@ _SUBJECT_PREFIX: Final = "sub:"
 
 _V = TypeVar("_V")
 
+Presented = str | PeerIdentity
+"""What a caller shows: the value of `authorization`, or what its connection proved."""
+_Digest = bytes | PeerIdentity
+"""What it is remembered by: a secret by its SHA-256 only, an identity, which is none, by itself."""
+
 LoadKey = Callable[[str], Awaitable[KeyRecord | None]]
 LoadMerchants = Callable[[str, Sequence[str] | None], Awaitable[Mapping[str, MerchantInfo]]]
+LoadIdentity = Callable[[str], Awaitable[Principal | None]]
 
 _log = logging.getLogger(__name__)
 
@@ -68,12 +76,13 @@ class _Entry:
 
 
 class Authenticator:
-    """Turns `authorization` metadata into principals.
+    """Turns credentials into principals.
 
     `load_key(key_id)` reads a key's record, None where there is none, and
     `load_merchants(organisation_id, merchant_ids)` those of the named merchants that the
-    organisation has, or all of its; both may raise StoreUnavailable. Without `tokens` there are
-    only API keys. A credential is remembered by the SHA-256 of what was presented, never itself.
+    organisation has, or all of its, and `load_identity(uri)` the principal of a SPIFFE ID; each may
+    raise StoreUnavailable. Without `tokens`, none are accepted. A key or token is remembered by its
+    SHA-256, never itself.
     """
 
     def __init__(
@@ -83,22 +92,24 @@ class Authenticator:
         *,
         tokens: Tokens | None = None,
         load_merchants: LoadMerchants | None = None,
+        load_identity: LoadIdentity | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._load_key = load_key
         self._limits = limits
         self._tokens = tokens
         self._load_merchants = load_merchants
+        self._load_identity = load_identity
         self._clock = clock
-        self._entries: dict[bytes, _Entry] = {}
-        self._refused: dict[bytes, float] = {}
-        self._loads: dict[bytes, asyncio.Task[Principal]] = {}
+        self._entries: dict[_Digest, _Entry] = {}
+        self._refused: dict[_Digest, float] = {}
+        self._loads: dict[_Digest, asyncio.Task[Principal]] = {}
 
-    def remembered(self, authorization: str | None) -> Principal | None:
+    def remembered(self, presented: Presented | None) -> Principal | None:
         """The principal of a credential that is remembered, without waiting; else None."""
-        if authorization is None:
+        if presented is None:
             return None
-        digest = sha256(authorization.encode()).digest()
+        digest = _digest_of(presented)
         entry = self._entries.get(digest)
         if entry is None:
             return None
@@ -108,22 +119,22 @@ class Authenticator:
             return None
         if now >= entry.refresh_at and digest not in self._loads:
             if len(self._loads) < self._limits.loads_max:
-                self._start_load(digest, authorization)
+                self._start_load(digest, presented)
             entry.refresh_at = now + self._limits.life_s / 10
         return entry.principal
 
-    async def authenticate(self, authorization: str | None) -> Principal:
-        """The principal of the metadata's value, `Bearer <API key or token>`.
+    async def authenticate(self, presented: Presented | None) -> Principal:
+        """The principal of `Bearer <API key or token>`, or of a certificate's identity.
 
         Raises GatewayError: CREDENTIAL_MISSING, CREDENTIAL_INVALID, STORE_UNAVAILABLE,
         SIGNING_KEYS_UNAVAILABLE, and OVERLOADED where too many credentials are being read.
         """
-        principal = self.remembered(authorization)
+        principal = self.remembered(presented)
         if principal is not None:
             return principal
-        if not authorization:
+        if not presented:
             raise GatewayError(Reason.CREDENTIAL_MISSING, "The call carries no credential.")
-        digest = sha256(authorization.encode()).digest()
+        digest = _digest_of(presented)
         refused_until = self._refused.get(digest)
         if refused_until is not None:
             if self._clock() < refused_until:
@@ -133,17 +144,17 @@ class Authenticator:
         if load is None:
             if len(self._loads) >= self._limits.loads_max:
                 raise GatewayError(Reason.OVERLOADED, "Too many credentials are being read.")
-            load = self._start_load(digest, authorization)
+            load = self._start_load(digest, presented)
         # The load is for everyone who waits for it: one caller's cancellation does not end it.
         return await asyncio.shield(load)
 
-    def _start_load(self, digest: bytes, authorization: str) -> "asyncio.Task[Principal]":
-        load = asyncio.get_running_loop().create_task(self._load(digest, authorization))
+    def _start_load(self, digest: _Digest, presented: Presented) -> "asyncio.Task[Principal]":
+        load = asyncio.get_running_loop().create_task(self._load(digest, presented))
         self._loads[digest] = load
         load.add_done_callback(lambda _: self._end_load(digest, load))
         return load
 
-    def _end_load(self, digest: bytes, load: "asyncio.Task[Principal]") -> None:
+    def _end_load(self, digest: _Digest, load: "asyncio.Task[Principal]") -> None:
         del self._loads[digest]
         if load.cancelled():
             return
@@ -152,11 +163,11 @@ class Authenticator:
         if error is not None and not isinstance(error, GatewayError):
             _log.error("a credential could not be read", exc_info=error)
 
-    async def _load(self, digest: bytes, authorization: str) -> Principal:
+    async def _load(self, digest: _Digest, presented: Presented) -> Principal:
         # Before the read: what it finds may have changed by the time that it answers.
         begun_at = self._clock()
         try:
-            proven = await self._prove(authorization)
+            proven = await self._prove(presented)
         except StoreUnavailable as error:
             raise GatewayError(
                 Reason.STORE_UNAVAILABLE, "The credential could not be read: the store is away."
@@ -177,11 +188,13 @@ class Authenticator:
         )
         return principal
 
-    async def _prove(self, authorization: str) -> tuple[Principal, datetime | None] | None:
+    async def _prove(self, presented: Presented) -> tuple[Principal, datetime | None] | None:
         """The principal of a credential and when it expires; None where it is not valid."""
-        if authorization[: len(_BEARER)].lower() != _BEARER:
+        if isinstance(presented, PeerIdentity):
+            return await self._prove_identity(presented)
+        if presented[: len(_BEARER)].lower() != _BEARER:
             return None
-        text = authorization[len(_BEARER) :].strip()
+        text = presented[len(_BEARER) :].strip()
         if self._tokens is None or text.startswith(_KEY_PREFIX):
             return await self._prove_key(text)
         return await self._prove_token(self._tokens, text)
@@ -207,6 +220,15 @@ class Authenticator:
         )
         return principal, record.expires_at
 
+    async def _prove_identity(
+        self, identity: PeerIdentity
+    ) -> tuple[Principal, datetime | None] | None:
+        if self._load_identity is None:
+            return None
+        principal = await self._load_identity(identity.uri)
+        # Its certificate was valid when it connected; docs/security.md says how long that lasts.
+        return None if principal is None else (principal, None)
+
     async def _prove_token(
         self, tokens: Tokens, text: str
     ) -> tuple[Principal, datetime | None] | None:
@@ -224,7 +246,13 @@ class Authenticator:
         return principal, claims.expires_at
 
 
-def _make_room(entries: dict[bytes, _V], most: int) -> None:
+def _digest_of(presented: Presented) -> _Digest:
+    if isinstance(presented, PeerIdentity):
+        return presented
+    return sha256(presented.encode()).digest()
+
+
+def _make_room(entries: dict[_Digest, _V], most: int) -> None:
     # The oldest goes first: a key in use comes back by one read.
     while len(entries) >= most:
         del entries[next(iter(entries))]

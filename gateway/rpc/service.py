@@ -8,7 +8,7 @@ more.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Generic, NoReturn, Protocol, TypeVar, cast
@@ -43,6 +43,7 @@ from gateway.rpc import conversion, error_map, validation
 from gateway.rpc.auth import Authenticator, find_merchant, require_scope, resolve_merchant
 from gateway.rpc.conversion import Caller
 from gateway.rpc.paging import decode_page_token, encode_page_token, filter_digest
+from gateway.rpc.peers import PeerIdentities, PeerIdentity
 
 SERVICE_NAME: Final = DESCRIPTOR.services_by_name["PaymentService"].full_name
 
@@ -146,6 +147,9 @@ class Context(Protocol):
     def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
         """The request's headers."""
 
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """What the connection's handshake proved."""
+
     def time_remaining(self) -> float | None:
         """Seconds until the deadline."""
 
@@ -170,7 +174,7 @@ class _Call(Caller):
 
     method: str = ""
     started: float = 0.0
-    authorization: str | None = None
+    authorization: str | PeerIdentity | None = None
     payment_id: str = ""
 
     @property
@@ -202,8 +206,10 @@ class PaymentService:
         observer: Observer,
         limits: RpcLimits,
         admission: Admission | None = None,
+        peers: PeerIdentities | None = None,
     ) -> None:
         self._admission = open_gates(AdmissionLimits()) if admission is None else admission
+        self._peers = peers
         self._payments = payments
         self._authenticator = authenticator
         self._observer = observer
@@ -275,6 +281,8 @@ class PaymentService:
                 call.authorization = cast("str", value)
             elif name == REQUEST_ID_HEADER:
                 call.request_id = cast("str", value)
+        if call.authorization is None and self._peers is not None:
+            call.authorization = self._peers.of(context)
         self._observer.rpc_started(method)
         return call
 

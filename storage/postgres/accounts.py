@@ -1,4 +1,4 @@
-"""Organisations, merchants and API keys in PostgreSQL."""
+"""Organisations, merchants, API keys and certificates' identities in PostgreSQL."""
 
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import asyncpg
 
-from gateway.application.accounts import KeyRecord, MerchantInfo, NewKey, new_key
+from gateway.application.accounts import KeyRecord, MerchantInfo, NewKey, Principal, new_key
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.ids import new_merchant_id, new_organisation_id
 from gateway.domain.model import Mode
@@ -23,6 +23,10 @@ _CREATE_KEY = query("accounts", "create_key")
 _LIST_KEYS = query("accounts", "list_keys")
 _REVOKE_KEY = query("accounts", "revoke_key")
 _LOAD_KEY = query("accounts", "load_key")
+_ADD_IDENTITY = query("accounts", "add_identity")
+_LIST_IDENTITIES = query("accounts", "list_identities")
+_REMOVE_IDENTITY = query("accounts", "remove_identity")
+_LOAD_IDENTITY = query("accounts", "load_identity")
 _LOAD_MERCHANTS = query("accounts", "load_merchants")
 
 LIMITS = LaneLimits(connections=1, rows_max=1, queue_max=200, retry_s_max=1.0)
@@ -61,6 +65,20 @@ class KeyRow:
     mode: Mode
     expires_at: datetime | None
     revoked_at: datetime | None
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityRow:
+    """A stored identity of a certificate."""
+
+    uri: str
+    organisation_id: str
+    name: str
+    scopes: frozenset[str]
+    merchant_ids: tuple[str, ...] | None
+    """None: all merchants of the organisation."""
+    mode: Mode
     created_at: datetime
 
 
@@ -226,13 +244,89 @@ class Accounts:
             mode=Mode(first["mode"]),
             expires_at=first["expires_at"],
             revoked_at=first["revoked_at"],
-            merchants={
-                record["merchant_id"]: MerchantInfo(
-                    record["merchant_id"], record["merchant_pan_exempt_order_id"]
-                )
-                for record in records
-                if record["merchant_id"] is not None
-            },
+            merchants=_merchants_of(records),
+        )
+
+    async def add_identity(
+        self,
+        uri: str,
+        organisation_id: str,
+        *,
+        scopes: Collection[str],
+        mode: Mode | str,
+        merchant_ids: Collection[str] | None = None,
+        name: str = "",
+    ) -> None:
+        """Let the certificates with this SPIFFE ID act for the organisation, as `create_key`'s key.
+
+        Raises GatewayError(INVALID_REQUEST) without the organisation, for a merchant that is not
+        one of its, or for an identity that is there already.
+        """
+        mode = mode if isinstance(mode, Mode) else Mode[mode.upper()]
+
+        async def add(connection: Connection) -> list[asyncpg.Record]:
+            return await run(
+                connection,
+                _ADD_IDENTITY,
+                uri=uri,
+                organisation_id=organisation_id,
+                name=name,
+                scopes=sorted(scopes),
+                merchant_ids=None if merchant_ids is None else sorted(merchant_ids),
+                mode=mode,
+            )
+
+        if not await self._lane.run(add):
+            raise GatewayError(
+                Reason.INVALID_REQUEST,
+                f"There is no organisation {organisation_id} with all of these merchants, or the "
+                "identity is there already: remove it first.",
+            )
+
+    async def list_identities(self, organisation_id: str | None = None) -> Sequence[IdentityRow]:
+        """Those of an organisation, or all, by their URIs."""
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(connection, _LIST_IDENTITIES, organisation_id=organisation_id)
+
+        return [
+            IdentityRow(
+                uri=record["uri"],
+                organisation_id=record["organisation_id"],
+                name=record["name"],
+                scopes=frozenset(record["scopes"]),
+                merchant_ids=None
+                if record["merchant_ids"] is None
+                else tuple(record["merchant_ids"]),
+                mode=Mode(record["mode"]),
+                created_at=record["created_at"],
+            )
+            for record in await self._lane.run(select)
+        ]
+
+    async def remove_identity(self, uri: str) -> bool:
+        """Whether there was such an identity."""
+
+        async def remove(connection: Connection) -> list[asyncpg.Record]:
+            return await run(connection, _REMOVE_IDENTITY, uri=uri)
+
+        return bool(await self._lane.run(remove))
+
+    async def load_identity(self, uri: str) -> Principal | None:
+        """Whom certificates with this SPIFFE ID act for, with the merchants as they are now."""
+
+        async def select(connection: Connection) -> list[asyncpg.Record]:
+            return await run(connection, _LOAD_IDENTITY, uri=uri)
+
+        records = await self._lane.run(select)
+        if not records:
+            return None
+        return Principal(
+            key_id=records[0]["uri"],
+            organisation_id=records[0]["organisation_id"],
+            scopes=frozenset(records[0]["scopes"]),
+            mode=Mode(records[0]["mode"]),
+            merchants=_merchants_of(records),
         )
 
     async def load_merchants(
@@ -254,3 +348,14 @@ class Accounts:
             )
             for record in await self._lane.run(select)
         }
+
+
+def _merchants_of(records: Sequence[asyncpg.Record]) -> dict[str, MerchantInfo]:
+    """The merchants of a credential's rows; it may have none."""
+    return {
+        record["merchant_id"]: MerchantInfo(
+            record["merchant_id"], record["merchant_pan_exempt_order_id"]
+        )
+        for record in records
+        if record["merchant_id"] is not None
+    }

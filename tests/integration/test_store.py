@@ -1008,6 +1008,58 @@ async def test_a_key_is_revoked_once(dsn: str) -> None:
         assert not await accounts.revoke_key(ids.new_key_id())
 
 
+async def test_an_identity_acts_for_merchants_of_its_organisation_alone(dsn: str) -> None:
+    till, all_ = "spiffe://example.org/till", "spiffe://example.org/all"
+    async with Accounts.connect(dsn) as accounts:
+        ours = await accounts.create_organisation("ours")
+        theirs = await accounts.create_organisation("theirs")
+        one, two = [await accounts.create_merchant(ours, name) for name in ("one", "two")]
+        foreign = await accounts.create_merchant(theirs, "foreign")
+        with pytest.raises(GatewayError):
+            await accounts.add_identity(
+                till, ours, scopes=["payments:read"], mode="test", merchant_ids=[one, foreign]
+            )
+        await accounts.add_identity(
+            till, ours, scopes=["payments:read"], mode="live", merchant_ids=[one], name="till"
+        )
+        await accounts.add_identity(all_, ours, scopes=[], mode="test")
+        # Another organisation cannot take it over.
+        for organisation_id in (theirs, ours, "org_none"):
+            with pytest.raises(GatewayError):
+                await accounts.add_identity(till, organisation_id, scopes=[], mode="test")
+        found = await accounts.load_identity(till)
+        assert found is not None
+        assert (found.key_id, found.organisation_id, found.mode) == (till, ours, Mode.LIVE)
+        assert found.scopes == {"payments:read"}
+        assert set(found.merchants) == {one}
+        later = await accounts.create_merchant(ours, "later")
+        found = await accounts.load_identity(all_)
+        assert found is not None
+        assert set(found.merchants) == {one, two, later}
+        assert await accounts.load_identity("spiffe://example.org/TILL") is None
+        assert [each.uri for each in await accounts.list_identities(ours)] == [all_, till]
+        assert await accounts.list_identities(theirs) == []
+        assert [await accounts.remove_identity(till) for _ in range(2)] == [True, False]
+        assert await accounts.load_identity(till) is None
+
+
+async def test_merchants_are_those_of_the_organisation_and_of_the_names(dsn: str) -> None:
+    async with Accounts.connect(dsn) as accounts:
+        ours = await accounts.create_organisation("ours")
+        theirs = await accounts.create_organisation("theirs")
+        one = await accounts.create_merchant(ours, "one", pan_exempt_order_id=True)
+        two = await accounts.create_merchant(ours, "two")
+        foreign = await accounts.create_merchant(theirs, "foreign")
+        found = await accounts.load_merchants(ours, None)
+        assert {key: each.pan_exempt_order_id for key, each in found.items()} == {
+            one: True,
+            two: False,
+        }
+        assert set(await accounts.load_merchants(ours, [two, foreign])) == {two}
+        assert await accounts.load_merchants(ours, []) == {}
+        assert await accounts.load_merchants("org_none", None) == {}
+
+
 async def test_a_reader_reads_over_one_connection(store: PostgresStore, dsn: str) -> None:
     payment = await authorized(store)
     async with AsyncExitStack() as stack:

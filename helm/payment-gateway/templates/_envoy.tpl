@@ -37,6 +37,14 @@ static_resources:
                 stat_prefix: grpc
                 codec_type: HTTP2
                 use_remote_address: true
+                # What a client says of its certificate is thrown away; with mutual TLS the header is
+                # written anew from the handshake, for GATEWAY_CLIENT_IDENTITY=forwarded.
+                {{- if include "gateway.mutualTLS" . }}
+                forward_client_cert_details: SANITIZE_SET
+                set_current_client_cert_details: {uri: true}
+                {{- else }}
+                forward_client_cert_details: SANITIZE
+                {{- end }}
                 generate_request_id: false
                 max_request_headers_kb: {{ max 1 (div $metadata 1024) }}
                 stream_idle_timeout: 0s

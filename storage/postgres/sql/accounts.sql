@@ -32,14 +32,7 @@ SELECT
     :merchant_ids::text[], :mode::int2, :expires_at::timestamptz
 FROM organisations
 WHERE organisation_id = :organisation_id::text
-    AND NOT EXISTS (
-        SELECT FROM unnest(:merchant_ids::text[]) AS named (merchant_id)
-        WHERE NOT EXISTS (
-            SELECT FROM merchants
-            WHERE merchants.merchant_id = named.merchant_id
-                AND merchants.organisation_id = organisations.organisation_id
-        )
-    )
+    AND {{merchants_are_its}}
 RETURNING {{key_columns}};
 
 -- :name list_keys
@@ -66,6 +59,42 @@ LEFT JOIN merchants AS merchant
 WHERE api_keys.key_id = :key_id::text
 ORDER BY merchant.merchant_id;
 
+-- :name add_identity
+-- No row where the organisation does not exist, a merchant is not one of its, or the URI is taken.
+INSERT INTO client_identities (uri, organisation_id, name, scopes, merchant_ids, mode)
+SELECT
+    :uri::text, organisation_id, :name::text, :scopes::text[], :merchant_ids::text[], :mode::int2
+FROM organisations
+WHERE organisation_id = :organisation_id::text
+    AND {{merchants_are_its}}
+ON CONFLICT DO NOTHING
+RETURNING {{identity_columns}};
+
+-- :name list_identities
+SELECT {{identity_columns}}
+FROM client_identities
+WHERE :organisation_id::text IS NULL OR organisation_id = :organisation_id::text
+ORDER BY uri;
+
+-- :name remove_identity
+DELETE FROM client_identities WHERE uri = :uri::text RETURNING {{identity_columns}};
+
+-- :name load_identity
+-- A row for each merchant that the identity may act for; one with NULLs where there is none.
+SELECT
+    {{identity_columns}},
+    merchant.merchant_id AS merchant_id,
+    merchant.pan_exempt_order_id AS merchant_pan_exempt_order_id
+FROM client_identities
+LEFT JOIN merchants AS merchant
+    ON merchant.organisation_id = client_identities.organisation_id
+    AND (
+        client_identities.merchant_ids IS NULL
+        OR merchant.merchant_id = ANY (client_identities.merchant_ids)
+    )
+WHERE client_identities.uri = :uri::text
+ORDER BY merchant.merchant_id;
+
 -- :name load_merchants
 -- Those of the named merchants that the organisation has; all of its where none are named.
 SELECT merchant_id, pan_exempt_order_id
@@ -77,3 +106,18 @@ ORDER BY merchant_id;
 -- :fragment key_columns
 api_keys.key_id, api_keys.organisation_id, api_keys.name, api_keys.secret_hash, api_keys.scopes,
 api_keys.merchant_ids, api_keys.mode, api_keys.expires_at, api_keys.revoked_at, api_keys.created_at
+
+-- :fragment identity_columns
+client_identities.uri, client_identities.organisation_id, client_identities.name,
+client_identities.scopes, client_identities.merchant_ids, client_identities.mode,
+client_identities.created_at
+
+-- :fragment merchants_are_its
+NOT EXISTS (
+    SELECT FROM unnest(:merchant_ids::text[]) AS named (merchant_id)
+    WHERE NOT EXISTS (
+        SELECT FROM merchants
+        WHERE merchants.merchant_id = named.merchant_id
+            AND merchants.organisation_id = organisations.organisation_id
+    )
+)
