@@ -1,6 +1,7 @@
 """The command line: `python -m gateway COMMAND`."""
 
 import asyncio
+import math
 import sys
 from collections.abc import Callable, Coroutine
 from functools import wraps
@@ -20,6 +21,10 @@ REASON_CHARACTERS_MAX: Final = 1000
 
 SCOPES = ("payments:read", "payments:write", "payments:admin", "admin")
 """What credentials may be for: `gateway.application.accounts.Scope`, which loads too much here."""
+
+RATE_PER_S_MIN, RATE_PER_S_MAX = 0.001, 100_000
+RATE_BURST_MAX = 1_000_000
+"""The bounds of a merchant's rate limit, as the table of merchants has them."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -265,7 +270,48 @@ async def merchants_list(organisation: str | None) -> None:
     """List the merchants."""
     async with _accounts() as accounts:
         for row in await accounts.list_merchants(organisation):
-            click.echo(f"{row.merchant_id}  {row.organisation_id}  {row.name}")
+            limit = (
+                "no rate limit"
+                if row.rate_limit is None
+                else f"{row.rate_limit.per_s:g} a second, {row.rate_limit.burst} at once"
+            )
+            click.echo(f"{row.merchant_id}  {row.organisation_id}  {limit}  {row.name}")
+
+
+@merchants.command("limit")
+@click.argument("merchant_id")
+@click.option(
+    "--per-second",
+    type=click.FloatRange(RATE_PER_S_MIN, RATE_PER_S_MAX),
+    help="Money calls and items a second, in the long run.",
+)
+@click.option(
+    "--burst",
+    type=click.IntRange(1, RATE_BURST_MAX),
+    help="How many may come at once; without it, those of one second.",
+)
+@click.option("--none", "unlimited", is_flag=True, help="Take the limit away.")
+@_async
+async def merchants_limit(
+    merchant_id: str, per_second: float | None, burst: int | None, unlimited: bool
+) -> None:
+    """Limit how often a merchant's money calls may begin, over all gateways together.
+
+    Beyond it they are refused with RATE_LIMITED and a pause. Gateways know the new limit after
+    GATEWAY_AUTH_CACHE_LIFE_S.
+    """
+    from gateway.application.accounts import RateLimit
+
+    if per_second is not None and math.isnan(per_second):  # click's range lets it through
+        fail("--per-second has to be a number.")
+    if unlimited == (per_second is not None) or (unlimited and burst is not None):
+        fail("Say either --per-second (and --burst), or --none.")
+    limit = None
+    if per_second is not None:
+        limit = RateLimit(per_second, burst or max(1, round(per_second)))
+    async with _accounts() as accounts:
+        await accounts.limit_merchant(merchant_id, limit)
+    click.echo(f"limited {merchant_id}" if limit else f"{merchant_id} has no limit")
 
 
 @main.group()

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
+from gateway.application.accounts import RateLimit
 from gateway.application.commands import Authorize, Capture, Increment, Refund, Void
 from gateway.application.ports import (
     Capabilities,
@@ -427,6 +428,7 @@ class MemoryClaims:
         self.generation: str | None = "g1"
         self.claims: dict[Key, bytes] = {}
         self.frozen: dict[Key, tuple[bytes, str, bytes]] = {}
+        self.counted: Counter[str] = Counter()
         self._nonces = itertools.count(1)
 
     def flush(self) -> None:
@@ -435,9 +437,13 @@ class MemoryClaims:
         self.frozen.clear()
 
     async def claim(
-        self, merchant_id: str, idempotency_key: str, fingerprint: bytes
+        self,
+        merchant_id: str,
+        idempotency_key: str,
+        fingerprint: bytes,
+        rate_limit: RateLimit | None = None,
     ) -> ClaimResult:
-        """See the port."""
+        """See the port; a limit is only its burst here."""
         await asyncio.sleep(0)
         if not self.available:
             return ClaimResult(ClaimOutcome.UNAVAILABLE)
@@ -451,6 +457,10 @@ class MemoryClaims:
             )
         if key in self.claims:
             return ClaimResult(ClaimOutcome.IN_FLIGHT)
+        if rate_limit is not None:
+            if self.counted[merchant_id] >= rate_limit.burst:
+                return ClaimResult(ClaimOutcome.RATE_LIMITED, retry_after_s=1 / rate_limit.per_s)
+            self.counted[merchant_id] += 1
         nonce = self.claims[key] = str(next(self._nonces)).encode()
         return ClaimResult(ClaimOutcome.NEW, nonce, self.generation or "")
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from gateway.domain.ids import new_key_id
 from gateway.domain.model import Mode
@@ -37,6 +37,15 @@ class Scope(StrEnum):
     """Reserved for the administration of accounts; opens no method."""
 
 
+class RateLimit(NamedTuple):
+    """How often money calls of a merchant may begin, over all gateways together."""
+
+    per_s: float
+    """Calls and items a second, in the long run."""
+    burst: int
+    """So many may come at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class MerchantInfo:
     """What a call has to know of a merchant."""
@@ -44,6 +53,8 @@ class MerchantInfo:
     merchant_id: str
     pan_exempt_order_id: bool = False
     """The merchant's order ids may look like card numbers; they are then masked in logs."""
+    rate_limit: RateLimit | None = None
+    """None: as often as the gateway can."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+from gateway.application.accounts import RateLimit
 from gateway.domain.model import CaptureMethod, Mode
 
 
@@ -20,6 +21,8 @@ class Command:
     """When the caller gives up, as a time of `time.monotonic()`; None where it waits for ever."""
     begun_at: float = field(default_factory=time.monotonic, compare=False, kw_only=True)
     """When the call was ready to begin, as a time of `time.monotonic()`."""
+    rate_limit: RateLimit | None = field(default=None, compare=False, kw_only=True)
+    """The merchant's."""
 
 
 @dataclass(slots=True)

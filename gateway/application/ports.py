@@ -6,6 +6,7 @@ from datetime import datetime
 from enum import Enum
 from typing import NamedTuple, Protocol
 
+from gateway.application.accounts import RateLimit
 from gateway.domain.model import (
     Aggregate,
     ConnectorAnswer,
@@ -359,6 +360,8 @@ class ClaimOutcome(Enum):
     """A frozen response to the same request."""
     CONFLICT = "CONFLICT"
     """A frozen response to another request under the same key."""
+    RATE_LIMITED = "RATE_LIMITED"
+    """The key is free, and the merchant's rate limit is used up: nothing was claimed."""
     UNAVAILABLE = "UNAVAILABLE"
     """Redis gave no usable answer: go on, PostgreSQL decides."""
 
@@ -376,6 +379,8 @@ class ClaimResult(NamedTuple):
     """REPLAY: the frozen response, byte for byte."""
     first_request_id: str = ""
     """REPLAY and CONFLICT: the id of the request that the frozen response answered."""
+    retry_after_s: float = 0.0
+    """RATE_LIMITED: when there will be room."""
 
 
 class Claims(Protocol):
@@ -386,9 +391,13 @@ class Claims(Protocol):
         """The database (its system identifier and timeline) whose commits the cache speaks of."""
 
     async def claim(
-        self, merchant_id: str, idempotency_key: str, fingerprint: bytes
+        self,
+        merchant_id: str,
+        idempotency_key: str,
+        fingerprint: bytes,
+        rate_limit: RateLimit | None = None,
     ) -> ClaimResult:
-        """Claim a key, or learn of a frozen answer."""
+        """Claim a key, or learn of a frozen answer. A new claim counts against the rate limit."""
 
     def release(
         self, merchant_id: str, idempotency_key: str, nonce: bytes, *, generation: str | None = None

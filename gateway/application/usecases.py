@@ -277,7 +277,10 @@ class Payments:
         """Answer from the key's operation where there is one, else start a new one, detached."""
         began = time.monotonic()
         claim = await self._claims.claim(
-            command.merchant_id, command.idempotency_key, command.fingerprint
+            command.merchant_id,
+            command.idempotency_key,
+            command.fingerprint,
+            command.rate_limit,
         )
         self._occupancy.passed(Stage.CLAIM, time.monotonic() - began)
         self._observer.claimed(claim.outcome)
@@ -286,6 +289,12 @@ class Payments:
             return Answer(claim.response, True, claim.first_request_id, "")
         if claim.outcome is ClaimOutcome.CONFLICT:
             raise _key_reused()
+        if claim.outcome is ClaimOutcome.RATE_LIMITED:
+            raise GatewayError(
+                Reason.RATE_LIMITED,
+                "The merchant's rate limit is used up.",
+                retry_after_s=claim.retry_after_s,
+            )
         if claim.outcome is ClaimOutcome.IN_FLIGHT:
             # The claim alone proves nothing: its owner may have died before the intent.
             found = await self._find_by_key(command)

@@ -28,6 +28,7 @@ from payments.v1.payment_service_pb2 import (
     VoidPaymentRequest,
 )
 
+from gateway.application.accounts import RateLimit
 from gateway.application.commands import Answer, Authorize, Capture, Increment, Refund, Void
 from gateway.application.ports import Found, ListFilter
 from gateway.domain.model import (
@@ -83,6 +84,8 @@ class Caller:
     mode: Mode = Mode.TEST
     deadline: float | None = None
     """A time of `time.monotonic()`."""
+    rate_limit: RateLimit | None = None
+    """The merchant's."""
 
 
 _NO_FIELDS: frozenset[str] = frozenset()
@@ -130,6 +133,7 @@ def to_authorize(request: AuthorizePaymentRequest, caller: Caller) -> Authorize:
         fingerprint=fingerprint(OperationKind.AUTHORIZE, caller.mode, caller.merchant_id, details),
         request_id=caller.request_id,
         deadline=caller.deadline,
+        rate_limit=caller.rate_limit,
         amount_minor=request.amount.amount_minor,
         currency=request.amount.currency_code,
         capture_method=CaptureMethod(request.capture_method),
@@ -154,6 +158,7 @@ def to_capture(request: CapturePaymentRequest, caller: Caller) -> Capture:
         fingerprint=fingerprint(OperationKind.CAPTURE, caller.mode, caller.merchant_id, encoding),
         request_id=caller.request_id,
         deadline=caller.deadline,
+        rate_limit=caller.rate_limit,
         payment_id=request.payment_id,
         amount_minor=request.amount.amount_minor if has_amount else None,
         currency=request.amount.currency_code if has_amount else None,
@@ -174,6 +179,7 @@ def to_void(request: VoidPaymentRequest, caller: Caller) -> Void:
         fingerprint=fingerprint(OperationKind.VOID, caller.mode, caller.merchant_id, encoding),
         request_id=caller.request_id,
         deadline=caller.deadline,
+        rate_limit=caller.rate_limit,
         payment_id=request.payment_id if by_id else None,
         authorize_idempotency_key=None if by_id else request.authorize_idempotency_key,
         note=request.reason,
@@ -194,6 +200,7 @@ def to_refund(request: RefundPaymentRequest, caller: Caller) -> Refund:
         fingerprint=fingerprint(OperationKind.REFUND, caller.mode, caller.merchant_id, encoding),
         request_id=caller.request_id,
         deadline=caller.deadline,
+        rate_limit=caller.rate_limit,
         payment_id=request.payment_id,
         amount_minor=request.amount.amount_minor if has_amount else None,
         currency=request.amount.currency_code if has_amount else None,
@@ -214,6 +221,7 @@ def to_increment(request: IncrementAuthorizationRequest, caller: Caller) -> Incr
         fingerprint=fingerprint(OperationKind.INCREMENT, caller.mode, caller.merchant_id, encoding),
         request_id=caller.request_id,
         deadline=caller.deadline,
+        rate_limit=caller.rate_limit,
         payment_id=request.payment_id,
         amount_minor=request.additional_amount.amount_minor,
         currency=request.additional_amount.currency_code,

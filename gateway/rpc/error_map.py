@@ -162,6 +162,12 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
             "The gateway refused it at the door; repeat with the same key after the pause.",
             retry_after_s=0.5,
         ),
+        Reason.RATE_LIMITED: Rule(
+            _C.RESOURCE_EXHAUSTED,
+            "The merchant's rate limit is used up; repeat with the same key after the pause, which "
+            "says when there is room.",
+            retry_after_s=1.0,
+        ),
         Reason.DEADLINE_TOO_SHORT: Rule(
             _C.DEADLINE_EXCEEDED,
             "Nothing was sent to the PSP; repeat with the same key and a longer deadline.",

@@ -816,7 +816,8 @@ def check(request: Any, principal: Principal, caller: Caller, suspect: bool) -> 
     if suspect:
         validation.refuse_card_numbers(request, find_merchant(principal, request.merchant_id))
     validation.validate(request)
-    caller.merchant_id = resolve_merchant(principal, request.merchant_id).merchant_id
+    merchant = resolve_merchant(principal, request.merchant_id)
+    caller.merchant_id, caller.rate_limit = merchant.merchant_id, merchant.rate_limit
 
 
 def _as_refusal(error: BaseException, call: _Call) -> GatewayError:

@@ -43,6 +43,7 @@ from opentelemetry.trace.status import Status, StatusCode
 from opentelemetry.util.types import AttributeValue
 
 from gateway import __version__
+from gateway.application.accounts import RateLimit
 from gateway.application.commands import Answer, Authorize
 from gateway.application.ports import (
     Change,
@@ -488,14 +489,18 @@ class _TracedClaims:
         return self._inner.generation
 
     async def claim(
-        self, merchant_id: str, idempotency_key: str, fingerprint: bytes
+        self,
+        merchant_id: str,
+        idempotency_key: str,
+        fingerprint: bytes,
+        rate_limit: RateLimit | None = None,
     ) -> ClaimResult:
         """See Claims."""
         span = self._tracing.within("claim")
         if span is None:
-            return await self._inner.claim(merchant_id, idempotency_key, fingerprint)
+            return await self._inner.claim(merchant_id, idempotency_key, fingerprint, rate_limit)
         with span:
-            result = await self._inner.claim(merchant_id, idempotency_key, fingerprint)
+            result = await self._inner.claim(merchant_id, idempotency_key, fingerprint, rate_limit)
             span.tell({"gateway.claim": result.outcome.value})
             return result
 

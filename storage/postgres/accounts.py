@@ -7,7 +7,14 @@ from datetime import UTC, datetime, timedelta
 
 import asyncpg
 
-from gateway.application.accounts import KeyRecord, MerchantInfo, NewKey, Principal, new_key
+from gateway.application.accounts import (
+    KeyRecord,
+    MerchantInfo,
+    NewKey,
+    Principal,
+    RateLimit,
+    new_key,
+)
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.ids import new_merchant_id, new_organisation_id
 from gateway.domain.model import Mode
@@ -18,6 +25,7 @@ from storage.postgres.queries import query, run
 _CREATE_ORGANISATION = query("accounts", "create_organisation")
 _LIST_ORGANISATIONS = query("accounts", "list_organisations")
 _CREATE_MERCHANT = query("accounts", "create_merchant")
+_LIMIT_MERCHANT = query("accounts", "limit_merchant")
 _LIST_MERCHANTS = query("accounts", "list_merchants")
 _CREATE_KEY = query("accounts", "create_key")
 _LIST_KEYS = query("accounts", "list_keys")
@@ -50,6 +58,7 @@ class MerchantRow:
     name: str
     pan_exempt_order_id: bool
     created_at: datetime
+    rate_limit: RateLimit | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +159,33 @@ class Accounts:
         async def select(connection: Connection) -> list[asyncpg.Record]:
             return await run(connection, _LIST_MERCHANTS, organisation_id=organisation_id)
 
-        return [MerchantRow(*record) for record in await self._lane.run(select)]
+        return [
+            MerchantRow(
+                merchant_id=record["merchant_id"],
+                organisation_id=record["organisation_id"],
+                name=record["name"],
+                pan_exempt_order_id=record["pan_exempt_order_id"],
+                created_at=record["created_at"],
+                rate_limit=_limit(record["rate_limit_per_s"], record["rate_limit_burst"]),
+            )
+            for record in await self._lane.run(select)
+        ]
+
+    async def limit_merchant(self, merchant_id: str, rate_limit: RateLimit | None) -> None:
+        """Limit how often a merchant's money calls may begin, or (None) no longer.
+
+        Gateways know it once their cache of credentials has aged. Raises
+        GatewayError(INVALID_REQUEST) without the merchant, or for a limit that is none.
+        """
+        per_s, burst = (None, None) if rate_limit is None else rate_limit
+
+        async def limit(connection: Connection) -> list[asyncpg.Record]:
+            return await run(
+                connection, _LIMIT_MERCHANT, merchant_id=merchant_id, per_s=per_s, burst=burst
+            )
+
+        if not await self._lane.run(limit):
+            raise GatewayError(Reason.INVALID_REQUEST, f"There is no merchant {merchant_id}.")
 
     async def create_key(
         self,
@@ -342,20 +377,21 @@ class Accounts:
                 merchant_ids=None if merchant_ids is None else sorted(merchant_ids),
             )
 
-        return {
-            record["merchant_id"]: MerchantInfo(
-                record["merchant_id"], record["pan_exempt_order_id"]
-            )
-            for record in await self._lane.run(select)
-        }
+        return _merchants_of(await self._lane.run(select))
 
 
 def _merchants_of(records: Sequence[asyncpg.Record]) -> dict[str, MerchantInfo]:
     """The merchants of a credential's rows; it may have none."""
     return {
         record["merchant_id"]: MerchantInfo(
-            record["merchant_id"], record["merchant_pan_exempt_order_id"]
+            record["merchant_id"],
+            record["merchant_pan_exempt_order_id"],
+            _limit(record["merchant_rate_limit_per_s"], record["merchant_rate_limit_burst"]),
         )
         for record in records
         if record["merchant_id"] is not None
     }
+
+
+def _limit(per_s: float | None, burst: int | None) -> RateLimit | None:
+    return None if per_s is None or burst is None else RateLimit(per_s, burst)

@@ -9,6 +9,9 @@ partitioned without a payment lost or doubled.
 A key is `{b<bucket>}:<generation>:idem:<merchant_id>:<digest of the idempotency key>`. The braces
 are Redis Cluster's hash tag: every key of a script lies in one slot. The client's text enters the
 key only as a digest, and its value not at all.
+
+A merchant's rate limit is counted by the same script, so that it costs no round trip of its own,
+and nothing where there is none. Its key is `{b<bucket>}:rate:<merchant_id>`.
 """
 
 import asyncio
@@ -23,6 +26,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, NamedTuple, Protocol
 
+from gateway.application.accounts import RateLimit
 from gateway.application.ports import ClaimOutcome, ClaimResult
 from storage.batching import Lane, LaneMetrics, LaneTracer, NoLaneMetrics, QueueFull
 from storage.redis.connection import Part, RedisAway, RedisClient, RedisRefused
@@ -37,6 +41,12 @@ shows as a conflict of fingerprints, never as another merchant's answer."""
 SENDS_MAX = 3
 """Most times that one script is sent: after a connection found dead, after a script found unknown
 (both at once when Redis was restarted). All of them within one `timeout_ms`."""
+
+ROWS_MAX = 0xFFFF
+"""Most keys in one script: the number of a claim's rate limit has two bytes."""
+
+RETRY_STEP_MS = 10
+"""A refusal for the rate limit tells a pause that is a multiple of this."""
 
 _GENERATION = re.compile(r"[0-9A-Za-z._-]{1,64}")
 
@@ -97,6 +107,8 @@ class _Claim(NamedTuple):
     nonce: bytes
     fingerprint: bytes
     generation: str
+    limit: tuple[bytes, RateLimit] | None
+    """The key of the merchant's rate limit, and the limit."""
 
 
 class _Settlement(NamedTuple):
@@ -133,7 +145,7 @@ class Claims:
         cache_life_s: life of a frozen response in Redis. PostgreSQL keeps it for ever.
         cache_bytes_max: largest frozen response that is cached, its fingerprint and the first
             request's id included. `settle_queue_max` of these is the most that waiting costs.
-        rows_max: most keys in one script.
+        rows_max: most keys in one script, at most ROWS_MAX.
         queue_max: most claims waiting; beyond it they are UNAVAILABLE at once.
         in_flight_max: most claim scripts in flight.
         linger_ms_max: see `storage.batching.Lane`; for claims.
@@ -166,6 +178,8 @@ class Claims:
     ) -> None:
         if min(buckets, claim_life_ms, cache_life_s, timeout_ms, retry_after_ms) <= 0:
             raise ValueError("claims: buckets, lives, timeout_ms and retry_after_ms are positive")
+        if rows_max > ROWS_MAX:
+            raise ValueError(f"claims: rows_max is at most {ROWS_MAX}")
         self._client = client
         self._loop = asyncio.get_running_loop()
         self._buckets = buckets
@@ -179,6 +193,7 @@ class Claims:
         self._available = True
         self._probe: asyncio.Task[None] | None = None
         self._closed = False
+        self._limiting = False  # until the first merchant with a limit comes
         self._claim_lane: Lane[_Claim, ClaimResult] = Lane(
             "redis-claim",
             self._flush_claims,
@@ -248,9 +263,17 @@ class Claims:
             await asyncio.wait([self._probe])
 
     async def claim(
-        self, merchant_id: str, idempotency_key: str, fingerprint: bytes
+        self,
+        merchant_id: str,
+        idempotency_key: str,
+        fingerprint: bytes,
+        rate_limit: RateLimit | None = None,
     ) -> ClaimResult:
-        """Claim a key, or learn what stands in its place. Never raises, except if cancelled."""
+        """Claim a key, or learn what stands in its place. Never raises, except if cancelled.
+
+        A new claim counts against the merchant's rate limit, in the same script. While Redis is
+        away nothing is limited.
+        """
         generation = self._generation
         if generation is None or not self._available:
             self._metrics.claims_answered(ClaimOutcome.UNAVAILABLE, 1)
@@ -258,7 +281,11 @@ class Claims:
         nonce = os.urandom(NONCE_BYTES)
         try:
             bucket, key = self._place(merchant_id, idempotency_key, generation)
-            row = _Claim(bucket, key, nonce, fingerprint, generation)
+            limit = None
+            if rate_limit is not None:
+                limit = (f"{{b{bucket}}}:rate:{merchant_id}".encode(), rate_limit)
+                self._limiting = True
+            row = _Claim(bucket, key, nonce, fingerprint, generation, limit)
             return await self._claim_lane.submit(row)
         except Exception:  # noqa: BLE001 (queue full, lane closed, text that is none)
             self._metrics.claims_answered(ClaimOutcome.UNAVAILABLE, 1)
@@ -345,11 +372,16 @@ class Claims:
 
     async def _flush_claims(self, rows: Sequence[_Claim]) -> Sequence[ClaimResult]:
         try:
-            reply = await self._run(
-                _CLAIM,
-                [row.key for row in rows],
-                [self._claim_life_ms, b"".join([row.nonce for row in rows])],
-            )
+            keys = [row.key for row in rows]
+            args: list[int | bytes] = [
+                self._claim_life_ms,
+                b"".join([row.nonce for row in rows]),
+            ]
+            if self._limiting:
+                limit_keys, limit_args = _limits_of(rows)
+                keys += limit_keys
+                args += limit_args
+            reply = await self._run(_CLAIM, keys, args)
             return self._read_claims(rows, reply)
         except Exception:  # noqa: BLE001 (whatever it is, PostgreSQL decides)
             self._metrics.claims_answered(ClaimOutcome.UNAVAILABLE, len(rows))
@@ -364,7 +396,8 @@ class Claims:
             ValueError: the reply is none of claim.lua's.
         """
         letters, *entries = reply
-        if len(letters) != len(rows) or letters.count(b"R") != len(entries):
+        limited = letters.count(b"L")
+        if len(letters) != len(rows) or letters.count(b"R") + limited != len(entries):
             raise ValueError("claim.lua's reply does not fit its keys")
         next_entry = iter(entries)
         results: list[ClaimResult] = []
@@ -374,6 +407,10 @@ class Claims:
                 result = ClaimResult(ClaimOutcome.NEW, row.nonce, row.generation)
             elif letter == 0x46:  # F
                 result = ClaimResult(ClaimOutcome.IN_FLIGHT, b"", row.generation)
+            elif letter == 0x4C:  # L
+                result = ClaimResult(
+                    ClaimOutcome.RATE_LIMITED, retry_after_s=_pause_s(int(next(next_entry)))
+                )
             else:
                 frozen = _decode(next(next_entry)) if letter == 0x52 else None  # R
                 if frozen is None:
@@ -402,6 +439,7 @@ class Claims:
             (ClaimOutcome.IN_FLIGHT, letters.count(b"F")),
             (ClaimOutcome.REPLAY, replays),
             (ClaimOutcome.CONFLICT, conflicts),
+            (ClaimOutcome.RATE_LIMITED, limited),
             (ClaimOutcome.UNAVAILABLE, unknown),
         ):
             if claims:
@@ -479,6 +517,31 @@ class Claims:
             self._available = True
             self._metrics.redis_available(True)
             return
+
+
+def _limits_of(rows: Sequence[_Claim]) -> tuple[list[bytes], list[int | bytes]]:
+    """The further keys and arguments of claim.lua; none where no claim has a limit."""
+    numbers: dict[bytes, int] = {}
+    args: list[int | bytes] = [b""]
+    of_rows = bytearray()
+    for row in rows:
+        number = 0
+        if row.limit is not None:
+            key, limit = row.limit
+            number = numbers.get(key, 0)
+            if not number:
+                number = numbers[key] = len(numbers) + 1
+                args += (f"{1e6 / limit.per_s:.3f}".encode(), limit.burst)
+        of_rows += number.to_bytes(2, "big")
+    if not numbers:
+        return [], []
+    args[0] = bytes(of_rows)
+    return [*numbers], args
+
+
+def _pause_s(milliseconds: int) -> float:
+    # In few sizes: refusals of the same size are encoded once.
+    return -(-milliseconds // RETRY_STEP_MS) * RETRY_STEP_MS / 1000
 
 
 def _bucket_of_claim(row: _Claim) -> int:

@@ -249,6 +249,38 @@ def test_a_listed_key_tells_mode_scopes_and_life_and_no_secret(command_line: Com
         assert key.rpartition("_")[2] not in first + second
 
 
+def test_a_merchant_is_limited_and_freed(command_line: CommandLine) -> None:
+    organisation = command_line.printed("organisations", "create", "--name", "One")
+    merchant = command_line.printed(
+        "merchants", "create", "--organisation", organisation, "--name", "S"
+    )
+
+    def listed() -> str:
+        return command_line.printed("merchants", "list", "--organisation", organisation)
+
+    assert listed() == f"{merchant}  {organisation}  no rate limit  S"
+    for options, shown in (
+        (("--per-second", "50", "--burst", "100"), "50 a second, 100 at once"),
+        (("--per-second", "50"), "50 a second, 50 at once"),
+        (("--per-second", "0.5"), "0.5 a second, 1 at once"),
+        (("--none",), "no rate limit"),
+    ):
+        command_line.printed("merchants", "limit", merchant, *options)
+        assert listed() == f"{merchant}  {organisation}  {shown}  S"
+    for wrong in (
+        (),
+        ("--burst", "5"),
+        ("--none", "--per-second", "5"),
+        ("--none", "--burst", "5"),
+        ("--per-second", "0"),
+        ("--per-second", "nan"),
+        ("--per-second", "5", "--burst", "0"),
+    ):
+        assert command_line.run("merchants", "limit", merchant, *wrong).returncode != 0, wrong
+    assert command_line.run("merchants", "limit", "mer_none", "--none").returncode == 1
+    assert listed() == f"{merchant}  {organisation}  no rate limit  S"
+
+
 def test_an_identity_is_added_listed_and_removed(command_line: CommandLine) -> None:
     organisation = command_line.printed("organisations", "create", "--name", "One")
     merchant = command_line.printed(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import itertools
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from redis.asyncio import Redis
 
+from gateway.application.accounts import RateLimit
 from gateway.application.ports import ClaimOutcome, ClaimResult
 from storage.batching import LINGER_MS_CAP, NoLaneMetrics
 from storage.redis import Claims, RedisAway, RedisClient
@@ -32,7 +34,12 @@ KEY = "order 1"
 FINGERPRINT = b"\x01" + bytes(31)
 RESPONSE = b"\x00frozen\xff"
 
-NEW, IN_FLIGHT, REPLAY, CONFLICT, UNAVAILABLE = ClaimOutcome
+NEW, IN_FLIGHT, REPLAY, CONFLICT, RATE_LIMITED, UNAVAILABLE = ClaimOutcome
+KEY_NUMBERS = itertools.count()
+SLOW = RateLimit(per_s=0.003, burst=3)
+"""No test lasts as long as this takes for one more call: 333.333 s."""
+INTERVAL_US = 1e6 / SLOW.per_s
+LIMIT_KEY = f"{{b0}}:rate:{MERCHANT}"
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +84,22 @@ class Rig:
     metrics: Recorder
 
     async def claim(
-        self, key: str = KEY, merchant_id: str = MERCHANT, fingerprint: bytes = FINGERPRINT
+        self,
+        key: str = KEY,
+        merchant_id: str = MERCHANT,
+        fingerprint: bytes = FINGERPRINT,
+        limit: RateLimit | None = None,
     ) -> ClaimResult:
-        return await self.claims.claim(merchant_id, key, fingerprint)
+        return await self.claims.claim(merchant_id, key, fingerprint, limit)
+
+    async def outcomes(
+        self, count: int, limit: RateLimit | None, merchant_id: str = MERCHANT
+    ) -> list[ClaimOutcome]:
+        """Of as many new claims, in one batch."""
+        claims = (
+            self.claim(f"key-{next(KEY_NUMBERS)}", merchant_id, limit=limit) for _ in range(count)
+        )
+        return [result.outcome for result in await asyncio.gather(*claims)]
 
     def cache(self, nonce: bytes | None, response: bytes = RESPONSE, **changes: Any) -> None:
         parts = {"fingerprint": FINGERPRINT, "first_request_id": "req_1", "response": response}
@@ -565,3 +585,191 @@ async def test_text_that_is_none_is_answered_not_raised(server: EmbeddedRedis) -
         await rig.settled()
         assert rig.metrics.dropped == {"REFUSED": 1}
         assert rig.claims.available
+
+
+# --- rate limits ----------------------------------------------------------------------------------
+
+
+async def now_us(rig: Rig) -> int:
+    seconds, microseconds = await rig.redis.time()
+    return int(seconds) * 1_000_000 + int(microseconds)
+
+
+async def test_a_burst_is_let_in_and_what_is_beyond_is_not_claimed_and_told_when(
+    server: EmbeddedRedis,
+) -> None:
+    async with rig_on(server) as rig:
+        assert await rig.outcomes(SLOW.burst, SLOW) == [NEW] * SLOW.burst
+        keys = await rig.keys()
+        refused = await asyncio.gather(*(rig.claim(f"refused-{n}", limit=SLOW) for n in range(3)))
+        for result in refused:
+            assert (result.outcome, result.nonce) == (RATE_LIMITED, b"")
+        # The first has room after less than an interval, each further one an interval later.
+        pauses = [result.retry_after_s for result in refused]
+        for number, pause_s in enumerate(pauses):
+            assert number * INTERVAL_US < pause_s * 1e6 <= (number + 1) * INTERVAL_US + 10_000
+        assert sorted(await rig.keys()) == sorted(keys)
+        # A refused key is free: without a limit it is claimed.
+        assert (await rig.claim("refused-0")).outcome is NEW
+        assert rig.metrics.answered[RATE_LIMITED] == 3
+
+
+@pytest.mark.parametrize("intervals", [1, 2, 3, 7])
+async def test_room_comes_back_by_one_call_an_interval_and_no_more_than_a_burst(
+    server: EmbeddedRedis, intervals: int
+) -> None:
+    async with rig_on(server) as rig:
+        await rig.outcomes(SLOW.burst, SLOW)
+        # As if so much time had passed.
+        until_us = float(await rig.redis.get(LIMIT_KEY) or 0)
+        await rig.redis.set(LIMIT_KEY, f"{until_us - intervals * INTERVAL_US:.0f}")
+        room = min(intervals, SLOW.burst)
+        expected = [NEW] * room + [RATE_LIMITED] * (5 - room)
+        assert await rig.outcomes(5, SLOW) == expected
+
+
+async def test_what_was_claimed_before_costs_nothing(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as rig:
+        first = await rig.claim(limit=SLOW)
+        for _ in range(5):
+            assert (await rig.claim(limit=SLOW)).outcome is IN_FLIGHT
+        rig.cache(first.nonce)
+        await rig.settled()
+        for _ in range(5):
+            assert (await rig.claim(limit=SLOW)).outcome is REPLAY
+            assert (await rig.claim(limit=SLOW, fingerprint=b"another")).outcome is CONFLICT
+        assert await rig.outcomes(3, SLOW) == [NEW, NEW, RATE_LIMITED]
+        # Nor is it refused where nothing new is.
+        assert (await rig.claim(limit=SLOW)).outcome is REPLAY
+
+
+async def test_a_claim_sent_again_is_counted_once(
+    server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig_on(server) as rig:
+        send = rig.claims._client.execute
+        lost: list[Any] = []
+
+        async def lose_the_first_answer(*command: Any, **options: Any) -> Any:
+            answer = await send(*command, **options)
+            if not lost:
+                lost.append(answer)
+                raise RedisAway
+            return answer
+
+        monkeypatch.setattr(rig.claims._client, "execute", lose_the_first_answer)
+        assert (await rig.claim(limit=SLOW)).outcome is NEW
+        assert await rig.outcomes(3, SLOW) == [NEW, NEW, RATE_LIMITED]
+        assert lost
+
+
+async def test_each_merchant_of_a_batch_has_its_own_limit_and_most_have_none(
+    server: EmbeddedRedis,
+) -> None:
+    async with rig_on(server) as rig:
+        limits = {"m_none": None, "m_one": SLOW._replace(burst=1), "m_two": SLOW._replace(burst=2)}
+        batches = rig.metrics.batches["redis-claim"]
+        results = await asyncio.gather(
+            *(
+                rig.claim(f"{merchant_id}-{number}", merchant_id, limit=limit)
+                for number in range(4)
+                for merchant_id, limit in limits.items()
+            )
+        )
+        outcomes = [result.outcome for result in results]
+        assert outcomes[0::3] == [NEW] * 4
+        assert outcomes[1::3] == [NEW] + [RATE_LIMITED] * 3
+        assert outcomes[2::3] == [NEW] * 2 + [RATE_LIMITED] * 2
+        assert rig.metrics.batches["redis-claim"] == batches + 1
+
+
+async def test_the_gateways_of_one_redis_have_one_limit_together(server: EmbeddedRedis) -> None:
+    async with rig_on(server) as one, rig_on(server, flush=False) as other:
+        limit = SLOW._replace(burst=20)
+        outcomes = await asyncio.gather(*(rig.outcomes(20, limit) for rig in (one, other)))
+        assert Counter(sum(outcomes, [])) == {NEW: 20, RATE_LIMITED: 20}  # noqa: RUF017 - two
+
+
+async def test_a_lowered_limit_and_a_clock_set_back_shut_out_for_a_burst_at_most(
+    server: EmbeddedRedis,
+) -> None:
+    async with rig_on(server) as rig:
+        await rig.redis.set(LIMIT_KEY, await now_us(rig) + 10**15)
+        refused = await rig.claim(limit=SLOW)
+        assert refused.outcome is RATE_LIMITED
+        assert refused.retry_after_s * 1e6 <= INTERVAL_US + 10_000
+        # A limit that was raised is felt at once.
+        raised = SLOW._replace(per_s=SLOW.per_s * 1000, burst=10_000)
+        assert await rig.outcomes(5, raised) == [RATE_LIMITED] * 5
+        await rig.redis.delete(LIMIT_KEY)
+        await rig.outcomes(SLOW.burst, SLOW)
+        assert await rig.outcomes(5, raised) == [NEW] * 5
+
+
+@pytest.mark.parametrize("value", [b"", b"no time", b"nan", b"-1"])
+async def test_a_damaged_limit_lets_in(server: EmbeddedRedis, value: bytes) -> None:
+    async with rig_on(server) as rig:
+        await rig.redis.set(LIMIT_KEY, value)
+        assert await rig.outcomes(2, SLOW) == [NEW, NEW]
+        await rig.redis.delete(LIMIT_KEY)
+        await rig.redis.rpush(LIMIT_KEY, value)
+        assert await rig.outcomes(2, SLOW) == [NEW, NEW]
+
+
+async def test_what_a_limit_keeps_goes_when_there_is_room_for_a_burst_again(
+    server: EmbeddedRedis,
+) -> None:
+    async with rig_on(server) as rig:
+        assert await rig.keys() == []
+        await rig.claim(limit=SLOW)
+        left_ms = await rig.redis.pttl(LIMIT_KEY)
+        assert 0 < left_ms <= INTERVAL_US / 1000 + 2
+
+
+async def test_without_limits_nothing_more_is_sent(
+    server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with rig_on(server) as rig:
+        send = rig.claims._client.execute
+        sent: list[tuple[Any, ...]] = []
+
+        async def see(*command: Any, **options: Any) -> Any:
+            sent.append(command)
+            return await send(*command, **options)
+
+        monkeypatch.setattr(rig.claims._client, "execute", see)
+        await rig.claim("one")
+        await rig.claim("two", limit=SLOW)
+        await rig.claim("three")
+        # EVALSHA, the script, the number of keys, the keys, the claims' life and their nonces.
+        assert [(command[2], len(command)) for command in sent] == [(1, 6), (2, 10), (1, 6)]
+
+
+async def test_without_redis_nothing_is_limited(mortal_server: EmbeddedRedis) -> None:
+    async with rig_on(mortal_server) as rig:
+        await rig.outcomes(SLOW.burst, SLOW)
+        mortal_server.stop()
+        assert await rig.outcomes(5, SLOW) == [UNAVAILABLE] * 5
+
+
+async def test_limits_count_on_a_cluster_which_takes_keys_of_one_slot_only() -> None:
+    with redis_server({"cluster-enabled": "yes"}) as cluster:
+        looking = Redis.from_url(cluster.url)
+        try:
+            await looking.execute_command("CLUSTER ADDSLOTSRANGE 0 16383")  # type: ignore[no-untyped-call]
+
+            async def ready() -> bool:
+                told = await looking.execute_command("CLUSTER INFO")  # type: ignore[no-untyped-call]
+                return bool(told["cluster_state"] == "ok")
+
+            await until(ready)
+        finally:
+            await looking.aclose()
+        async with rig_on(cluster, flush=False, buckets=256) as rig:
+            merchants = [f"m_{number}" for number in range(20)]
+            limit = SLOW._replace(burst=2)
+            for _ in range(2):
+                told = await asyncio.gather(*(rig.outcomes(1, limit, each) for each in merchants))
+                assert told == [[NEW]] * len(merchants)
+            told = await asyncio.gather(*(rig.outcomes(1, limit, each) for each in merchants))
+            assert told == [[RATE_LIMITED]] * len(merchants)

@@ -16,8 +16,17 @@ FROM organisations
 WHERE organisation_id = :organisation_id::text
 RETURNING merchant_id, organisation_id, name, pan_exempt_order_id, created_at;
 
+-- :name limit_merchant
+-- No row where the merchant does not exist.
+UPDATE merchants
+SET rate_limit_per_s = :per_s::float8, rate_limit_burst = :burst::int4
+WHERE merchant_id = :merchant_id::text
+RETURNING merchant_id;
+
 -- :name list_merchants
-SELECT merchant_id, organisation_id, name, pan_exempt_order_id, created_at
+SELECT
+    merchant_id, organisation_id, name, pan_exempt_order_id, created_at, rate_limit_per_s,
+    rate_limit_burst
 FROM merchants
 WHERE :organisation_id::text IS NULL OR organisation_id = :organisation_id::text
 ORDER BY created_at, merchant_id;
@@ -50,8 +59,7 @@ RETURNING {{key_columns}};
 -- A row for each merchant that the key may act for; one with NULLs where there is none.
 SELECT
     {{key_columns}},
-    merchant.merchant_id AS merchant_id,
-    merchant.pan_exempt_order_id AS merchant_pan_exempt_order_id
+    {{its_merchant}}
 FROM api_keys
 LEFT JOIN merchants AS merchant
     ON merchant.organisation_id = api_keys.organisation_id
@@ -83,8 +91,7 @@ DELETE FROM client_identities WHERE uri = :uri::text RETURNING {{identity_column
 -- A row for each merchant that the identity may act for; one with NULLs where there is none.
 SELECT
     {{identity_columns}},
-    merchant.merchant_id AS merchant_id,
-    merchant.pan_exempt_order_id AS merchant_pan_exempt_order_id
+    {{its_merchant}}
 FROM client_identities
 LEFT JOIN merchants AS merchant
     ON merchant.organisation_id = client_identities.organisation_id
@@ -97,8 +104,8 @@ ORDER BY merchant.merchant_id;
 
 -- :name load_merchants
 -- Those of the named merchants that the organisation has; all of its where none are named.
-SELECT merchant_id, pan_exempt_order_id
-FROM merchants
+SELECT {{its_merchant}}
+FROM merchants AS merchant
 WHERE organisation_id = :organisation_id::text
     AND (:merchant_ids::text[] IS NULL OR merchant_id = ANY (:merchant_ids::text[]))
 ORDER BY merchant_id;
@@ -111,6 +118,11 @@ api_keys.merchant_ids, api_keys.mode, api_keys.expires_at, api_keys.revoked_at, 
 client_identities.uri, client_identities.organisation_id, client_identities.name,
 client_identities.scopes, client_identities.merchant_ids, client_identities.mode,
 client_identities.created_at
+
+-- :fragment its_merchant
+merchant.merchant_id AS merchant_id, merchant.pan_exempt_order_id AS merchant_pan_exempt_order_id,
+merchant.rate_limit_per_s AS merchant_rate_limit_per_s,
+merchant.rate_limit_burst AS merchant_rate_limit_burst
 
 -- :fragment merchants_are_its
 NOT EXISTS (

@@ -13,3 +13,14 @@ CREATE TABLE client_identities (
 );
 
 CREATE INDEX client_identities_organisation ON client_identities (organisation_id);
+
+-- How often a merchant's money calls may begin; without both, as often as the gateway can.
+ALTER TABLE merchants
+    ADD COLUMN rate_limit_per_s double precision,
+    ADD COLUMN rate_limit_burst integer;
+ALTER TABLE merchants
+    ADD CONSTRAINT rate_limit_is_whole CHECK (
+        (rate_limit_per_s IS NULL) = (rate_limit_burst IS NULL)
+        AND (rate_limit_per_s IS NULL OR rate_limit_per_s BETWEEN 0.001 AND 100000)
+        AND (rate_limit_burst IS NULL OR rate_limit_burst BETWEEN 1 AND 1000000)
+    ) NOT VALID;
