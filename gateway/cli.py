@@ -213,6 +213,36 @@ async def migrate(phase: str) -> None:
         click.echo("nothing to do")
 
 
+@main.group("row-security")
+def row_security() -> None:
+    """Row-level security in PostgreSQL, the second wall between merchants (docs/security.md)."""
+
+
+@row_security.command("enable")
+@click.option("--login", help="The user that gateways connect as, where it is not this one.")
+@_async
+async def row_security_enable(login: str | None) -> None:
+    """Create the roles and policies for GATEWAY_POSTGRES_ROW_SECURITY.
+
+    As the tables' owner, who may create roles. Run it again after each `migrate`: a new table is
+    protected by it. Safe to repeat, and gateways that run without the setting go on.
+    """
+    from storage.postgres import row_security as security
+
+    await security.enable(_postgres_dsn(_settings()), login)
+    click.echo("row-level security is enabled")
+
+
+@row_security.command("disable")
+@_async
+async def row_security_disable() -> None:
+    """Remove the policies. First restart all gateways without the setting."""
+    from storage.postgres import row_security as security
+
+    await security.disable(_postgres_dsn(_settings()))
+    click.echo("row-level security is disabled")
+
+
 # --- accounts -------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+import asyncpg
 import click
 import uvloop
 
@@ -54,6 +55,7 @@ from storage.postgres import (
     NotDurable,
     PostgresStore,
     SchemaError,
+    row_security,
 )
 from storage.postgres.migrate import MigrationBusy, MigrationChanged, migrate
 from storage.redis import Claims, RedisClient
@@ -131,6 +133,7 @@ class Gateway:
         await self.claims.start()
         stack.push_async_callback(self.claims.close)
 
+        await self._check_row_security()
         self.store = await stack.enter_async_context(self._open_store(tracing))
         self.metrics.watch_pools(self.store.pools)
         self.metrics.watch_queues({**self.claims.queues, **self.store.queues})
@@ -280,6 +283,7 @@ class Gateway:
             statement_timeout_s=settings.postgres_statement_timeout_s,
             recovery_horizon_s=settings.recovery_horizon_s,
             standby_required=settings.postgres_standby_required,
+            row_security=settings.postgres_row_security,
             metrics=self.metrics,
             tracer=tracing,
             on_generation=self._set_generation,
@@ -289,6 +293,23 @@ class Gateway:
 
     def _set_generation(self, generation: str) -> None:
         self.claims.set_generation(f"{generation}-{FINGERPRINT_VERSION}")
+
+    async def _check_row_security(self) -> None:
+        """Where the roles are missing, the store could not even connect, and would not say why."""
+        if not self.settings.postgres_row_security:
+            return
+        try:
+            problems = await row_security.problems(self.settings.postgres_dsn.get_secret_value())
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise StartError(
+                f"PostgreSQL does not answer: {type(error).__name__}. See `python -m gateway"
+                " doctor`."
+            ) from error
+        if problems:
+            raise StartError(
+                f"Row-level security does not hold: {'; '.join(problems)}. Run"
+                " `gateway row-security enable` before the gateway."
+            )
 
     async def _check_store(self) -> None:
         try:

@@ -167,6 +167,11 @@ class Settings(BaseSettings):
     postgres_statement_timeout_s: float = _field(
         10.0, "How long one statement may take.", gt=0, le=300
     )
+    postgres_row_security: bool = _field(
+        False,
+        "Whether the lanes run as roles that PostgreSQL holds to the merchants of each batch, at a"
+        " round trip more a batch. Needs `gateway row-security enable` first.",
+    )
     outcome_retry_s_max: float = _field(
         30.0,
         "How long an outcome is written again and again while the database is away, before it is"

@@ -74,6 +74,8 @@ class ConnectionSettings:
     """The server ends a statement after this."""
     answer_margin_s: float = 2.0
     """How much longer than `statement_timeout_s` an answer is waited for."""
+    role: str = ""
+    """The role that statements run as; empty: the user's own."""
     prepared_statements: bool = True
     """Off for a pooler that cannot hold them."""
 
@@ -141,6 +143,7 @@ async def _connect_to(dsn: str, settings: ConnectionSettings, name: str) -> Conn
                 "idle_in_transaction_session_timeout": _milliseconds(IDLE_IN_TRANSACTION_S_MAX),
                 "idle_session_timeout": "0",  # a lane's connection is held, however quiet it is
                 "timezone": "UTC",
+                **({"role": settings.role} if settings.role else {}),
             },
         )
     except _CONNECT_ERRORS as error:

@@ -43,6 +43,15 @@ from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
 from storage.postgres.migrate import check_schema
 from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections, durability
 from storage.postgres.queries import Query, query, run
+from storage.postgres.row_security import (
+    READER,
+    RECOVERER,
+    WRITER,
+    Write,
+    read_as_merchant,
+    within_merchant,
+    within_merchants,
+)
 
 _AUTHORIZE_INTENT = query("writes", "authorize_intent")
 _FOLLOWUP_INTENT = query("writes", "followup_intent")
@@ -77,6 +86,14 @@ CHANGES: Final = LaneLimits(connections=2, rows_max=500, queue_max=5_000, retry_
 READS: Final = LaneLimits(connections=1, rows_max=200, queue_max=5_000, retry_s_max=1.0)
 DIRECT: Final = LaneLimits(connections=2, rows_max=1, queue_max=200, retry_s_max=1.0)
 
+_ROLES: Final = {
+    "intents": WRITER,
+    "follow_ups": WRITER,
+    "changes": WRITER,
+    "reads": READER,
+    "direct": RECOVERER,
+}
+
 LIST_SCAN_MAX: Final = 2_000
 """How many payments a page of ListPayments looks at; where a filter matches few, it ends early."""
 RECOVERY_HORIZON_S_MIN: Final = 60.0
@@ -109,6 +126,7 @@ class PostgresStore:
         connection: how to connect; `dsn` comes first.
         retry_after_s: what a caller who met a full queue is told, in seconds.
         list_scan_max: see LIST_SCAN_MAX.
+        row_security: whether each lane runs as its role of `storage.postgres.row_security`.
         recovery_horizon_s: how far behind now the scan for dead senders begins; more than a
             statement may take, and more than the pause between two scans.
         metrics: what the lanes tell.
@@ -134,6 +152,7 @@ class PostgresStore:
         list_scan_max: int = LIST_SCAN_MAX,
         recovery_horizon_s: float | None = None,
         standby_required: bool = False,
+        row_security: bool = False,
         metrics: LaneMetrics | None = None,
         tracer: LaneTracer | None = None,
         on_generation: Callable[[str], None] | None = None,
@@ -159,6 +178,7 @@ class PostgresStore:
         self._outcome_retry_s_max = changes.retry_s_max
         self._retry_after_s = retry_after_s
         self._list_scan_max = list_scan_max
+        self._row_security = row_security
         self._horizon_s = recovery_horizon_s
         self._standby_required = standby_required
         self._metrics = metrics
@@ -172,15 +192,27 @@ class PostgresStore:
         """
         held = self.pools = {
             name: HeldConnections(
-                self._connection_settings, name, limits.connections, self._on_generation
+                replace(self._connection_settings, role=_ROLES[name] if self._row_security else ""),
+                name,
+                limits.connections,
+                self._on_generation,
             )
             for name, limits in self._limits.items()
         }
+        write_authorize_intents: Write[Intent, IntentResult] = _write_authorize_intents
+        write_followup_intents: Write[Intent, IntentResult] = _write_followup_intents
+        write_changes: Write[Change, Stored] = _write_changes
+        read: Write[_Read, Aggregate | None] = _read
+        if self._row_security:
+            write_authorize_intents = within_merchants(write_authorize_intents, _merchant_of)
+            write_followup_intents = within_merchants(write_followup_intents, _merchant_of)
+            write_changes = within_merchants(write_changes, _merchant_of)
+            read = within_merchant(read, lambda wanted: wanted[1])
         self._intents: PostgresLane[Intent, IntentResult] = PostgresLane(
             "intents",
             held["intents"],
             self._limits["intents"],
-            _write_authorize_intents,
+            write_authorize_intents,
             retry_after_s=self._retry_after_s,
             metrics=self._metrics,
             tracer=self._tracer,
@@ -189,7 +221,7 @@ class PostgresStore:
             "follow_ups",
             held["follow_ups"],
             self._limits["follow_ups"],
-            _write_followup_intents,
+            write_followup_intents,
             retry_after_s=self._retry_after_s,
             exclusive=lambda intent: (intent.payment.merchant_id, intent.payment.payment_id),
             metrics=self._metrics,
@@ -199,7 +231,7 @@ class PostgresStore:
             "changes",
             held["changes"],
             self._limits["changes"],
-            _write_changes,
+            write_changes,
             retry_after_s=self._retry_after_s,
             partition=_is_plain,
             exclusive=lambda change: (change.payment.merchant_id, change.payment.payment_id),
@@ -210,9 +242,12 @@ class PostgresStore:
             "reads",
             held["reads"],
             self._limits["reads"],
-            _read,
+            read,
             retry_after_s=self._retry_after_s,
-            partition=lambda read: read[0].name,
+            # One merchant in a batch where the session is held to one.
+            partition=(lambda wanted: (wanted[0].name, wanted[1]))
+            if self._row_security
+            else (lambda wanted: wanted[0].name),
             metrics=self._metrics,
             tracer=self._tracer,
         )
@@ -306,6 +341,13 @@ class PostgresStore:
         after_created_at, after_payment_id = filter_.after or (None, "")
 
         async def select(connection: Connection) -> list[asyncpg.Record]:
+            if not self._row_security:
+                return await page(connection)
+            async with connection.transaction():
+                await read_as_merchant(connection, filter_.merchant_id)
+                return await page(connection)
+
+        async def page(connection: Connection) -> list[asyncpg.Record]:
             return await run(
                 connection,
                 _LIST_PAYMENTS,
@@ -647,6 +689,10 @@ async def _intent_results(
         else:
             results.append(IntentResult(Stored.CONFLICT))
     return results
+
+
+def _merchant_of(value: Intent | Change) -> str:
+    return value.payment.merchant_id
 
 
 def _is_plain(change: Change) -> bool:

@@ -226,6 +226,20 @@ def test_migrate_repeats_harmlessly(postgres: PostgresForTests, alone: CommandLi
     assert (again.returncode, again.stdout) == (0, "nothing to do\n")
 
 
+def test_row_security_is_enabled_and_disabled(
+    postgres: PostgresForTests, alone: CommandLine
+) -> None:
+    dsn = postgres.create_database()
+    alone.run("migrate", postgres_dsn=dsn)
+    for _ in range(2):
+        told = alone.run("row-security", "enable", postgres_dsn=dsn)
+        assert (told.returncode, told.stdout) == (0, "row-level security is enabled\n")
+    nobody = alone.run("row-security", "enable", "--login", "nobody_of_this_name", postgres_dsn=dsn)
+    assert nobody.returncode == 1
+    told = alone.run("row-security", "disable", postgres_dsn=dsn)
+    assert (told.returncode, told.stdout) == (0, "row-level security is disabled\n")
+
+
 def test_a_listed_key_tells_mode_scopes_and_life_and_no_secret(command_line: CommandLine) -> None:
     organisation = command_line.printed("organisations", "create", "--name", "One")
     create = ("keys", "create", "--organisation", organisation, "--name", "till")
