@@ -2,26 +2,52 @@
 
 General clients connect, wait for a slot and write inside one call, so that nobody can say *when*
 the first byte left. Here the time `send_before` is compared directly before the system call that
-writes, and every failure says on which side of that call it happened. Plain HTTP only: bodies with
-Content-Length, no redirects, no pipelining, nothing sent again by itself.
+writes, and every failure says on which side of that call it happened. TLS runs in memory for the
+same reason: a request is encrypted first, then the time is compared, then it is written. No
+redirects, no pipelining, nothing sent again by itself.
 """
 
 import asyncio
+import logging
 import math
 import os
+import re
+import ssl
 import time
+from base64 import b64encode
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final, cast
-from urllib.parse import urlsplit
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final, NamedTuple, cast
+from urllib.parse import unquote, urlsplit
 
 from gateway.domain.errors import Reason
 
 HEAD_BYTES_MAX: Final = 16 * 1024
-"""The largest head of an answer."""
+"""The largest head of an answer, and of the trailer of a chunked one."""
+CHUNK_LINE_BYTES_MAX: Final = 256
+"""The longest line that gives the size of a chunk, its extensions included."""
 STALE_CONNECTIONS_MAX: Final = 3
 """How many connections may prove closed before a request was written until it is given up."""
+KEEP_ALIVE_MARGIN_S: Final = 1.0
+"""How long before the end that the other side announces a connection is no longer used."""
+TLS_WARNING_INTERVAL_S: Final = 60.0
+"""A client warns of a failing TLS handshake no more often than this."""
+TLS_READ_BYTES: Final = 64 * 1024
+
+JSON: Final = "application/json"
+FORM: Final = "application/x-www-form-urlencoded"
+
+_NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
+# RFC 9110 §5.5 and §5.6.2: nothing in a header may end its line.
+_HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")
+_TARGET = re.compile(r"/[\x21-\x7e]*")
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}")
+_KEEP_ALIVE_S = re.compile(r"(?:^|[,;\s])timeout=([0-9]{1,6})", re.IGNORECASE)
+
+_log = logging.getLogger(__name__)
 
 
 class NotSent(Exception):
@@ -46,6 +72,8 @@ class Response:
 
     status: int
     body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """By lower-case name; several of one name are joined by ", "."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,38 +84,72 @@ class Limits:
     waiters_max: int = 8192
     """How many requests may wait for a free connection."""
     connect_timeout_s: float = 2.0
+    """With the proxy's answer and the TLS handshake."""
     idle_s_max: float = 15.0
     """A connection idle for longer is not used again: the other side may be closing it."""
     body_bytes_max: int = 256 * 1024
-    """The largest body of an answer."""
+    """The largest body of an answer, its chunks put together."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How a connection comes to speak HTTP with the other side."""
+
+    tls: ssl.SSLContext | None
+    server_name: str
+    tunnel: bytes
+    """The CONNECT request to a proxy; empty without one."""
 
 
 class HttpClient:
-    """Requests to one `http://host:port`, over a bounded pool of kept connections."""
+    """Requests to one http:// or https:// host, over a bounded pool of kept connections."""
 
     def __init__(
         self,
         base_url: str,
         limits: Limits | None = None,
         more_headers: Callable[[], str] | None = None,
+        *,
+        ca_file: str = "",
+        proxy_url: str = "",
     ) -> None:
-        """Connects to nothing yet. Raises ValueError for anything but http://host[:port].
+        """Connects to nothing yet.
 
         `more_headers` gives further lines of a request's head, each ended by CR LF.
+
+        The certificate of an https host must be valid for its name and come from a CA of `ca_file`
+        (PEM), by default of the system. `proxy_url`, `http://[user:password@]host[:port]`, is asked
+        to CONNECT; it sees nothing of what is said. Raises ValueError for another URL, and OSError
+        for a CA file that cannot be read.
         """
         url = urlsplit(base_url)
-        if url.scheme != "http" or not url.hostname or url.path.strip("/") or url.query:
-            raise ValueError("the URL must be http://host:port")
+        if (
+            url.scheme not in ("http", "https")
+            or not url.hostname
+            or url.path.strip("/")
+            or url.query
+            or url.fragment
+            or "@" in url.netloc
+        ):
+            raise ValueError("the URL must be http://host:port or https://host:port")
         self._limits = limits or Limits()
         self._more_headers = more_headers
         self._host = url.hostname
-        self._port = url.port or 80
-        self._host_header = url.netloc.rpartition("@")[2]
+        self._port = url.port or (443 if url.scheme == "https" else 80)
+        self._host_header = url.netloc
+        self._way = _Way(_tls_context(ca_file) if url.scheme == "https" else None, self._host, b"")
+        self._peer = (self._host, self._port)
+        if proxy_url:
+            if url.scheme != "https":
+                raise ValueError("a proxy serves https:// addresses only")
+            self._peer, tunnel = _proxy(proxy_url, self._host, self._port)
+            self._way = _Way(self._way.tls, self._host, tunnel)
         self._idle: dict[_Connection, None] = {}
         self._open: set[_Connection] = set()
         self._connecting = 0
         self._waiters: deque[asyncio.Future[_Connection | None]] = deque()
         self._closed = False
+        self._warned_at = -math.inf
 
     async def request(
         self,
@@ -98,29 +160,39 @@ class HttpClient:
         send_before: float,
         answer_timeout_s: float,
         answer_before: float = math.inf,
+        headers: Mapping[str, str] = _NO_HEADERS,
+        content_type: str = JSON,
     ) -> Response:
         """Send one request and wait for its answer at most `answer_timeout_s` from then.
 
         `send_before` is a time of `time.monotonic()`: at or past it nothing is written.
         `answer_before` is one as well: past it no answer is waited for. Raises
         NotSent (CONNECT_FAILED, CONNECTOR_BUSY, SEND_WINDOW_PASSED) and MaybeSent
-        (ANSWER_TIMED_OUT, CONNECTION_LOST, ANSWER_UNUSABLE).
+        (ANSWER_TIMED_OUT, CONNECTION_LOST, ANSWER_UNUSABLE), and ValueError for a header or a
+        target that would not stay one line.
         """
+        if _TARGET.fullmatch(target) is None:
+            raise ValueError("the target is no path")
         more = "" if self._more_headers is None else self._more_headers()
         request = (
             f"{method} {target} HTTP/1.1\r\nHost: {self._host_header}\r\n{more}"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"Content-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+            f"{_header_lines(headers) if headers else ''}\r\n"
         ).encode("ascii") + body
         for _ in range(STALE_CONNECTIONS_MAX):
             connection = await self._acquire(send_before)
             if connection.closed:
                 continue
+            wire = connection.encode(request)
             # No await may stand between this comparison and the write.
             now = time.monotonic()
             if now >= send_before:
-                self._release(connection)
+                if connection.encrypted:
+                    connection.abort()  # what is encrypted counts as sent in its sequence
+                else:
+                    self._release(connection)
                 raise NotSent(Reason.SEND_WINDOW_PASSED)
-            answer = connection.write(request)
+            answer = connection.write(wire)
             if answer is not None:
                 wait_s = min(answer_timeout_s, answer_before - now)
                 return await self._answer(connection, answer, wait_s)
@@ -195,11 +267,11 @@ class HttpClient:
         return await self._connect(send_before)
 
     def _pop_idle(self) -> "_Connection | None":
-        oldest = time.monotonic() - self._limits.idle_s_max
+        now = time.monotonic()
         while self._idle:
             # The one that was used last: the others age and are let go.
             connection, _ = self._idle.popitem()
-            if connection.idle_since >= oldest and not connection.closed:
+            if now <= connection.idle_until and not connection.closed:
                 return connection
             connection.abort()
         return None
@@ -210,13 +282,18 @@ class HttpClient:
             self._place_free()
             raise NotSent(Reason.SEND_WINDOW_PASSED)
         self._connecting += 1
+        connection = _Connection(self, self._limits.body_bytes_max, self._way)
         try:
             async with asyncio.timeout(min(self._limits.connect_timeout_s, budget_s)):
-                _, connection = await asyncio.get_running_loop().create_connection(
-                    lambda: _Connection(self, self._limits.body_bytes_max), self._host, self._port
-                )
-        except (OSError, TimeoutError) as error:
+                await asyncio.get_running_loop().create_connection(lambda: connection, *self._peer)
+                await connection.ready
+        except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
+            connection.abort()
+            self._warn(error)
             raise NotSent(Reason.CONNECT_FAILED) from error
+        except asyncio.CancelledError:
+            connection.abort()
+            raise
         finally:
             self._connecting -= 1
             # The connection, if there is one, is in _open since connection_made.
@@ -235,8 +312,19 @@ class HttpClient:
             if not waiter.done():
                 waiter.set_result(connection)
                 return
-        connection.idle_since = time.monotonic()
+        connection.idle_until = time.monotonic() + min(
+            self._limits.idle_s_max, connection.keep_alive_s
+        )
         self._idle[connection] = None
+
+    def _warn(self, error: Exception) -> None:
+        """Say why a host is not trusted, or a proxy refuses: nothing else would tell."""
+        now = time.monotonic()
+        if isinstance(error, (ssl.SSLError, ProxyRefused)) and (
+            now >= self._warned_at + TLS_WARNING_INTERVAL_S
+        ):
+            self._warned_at = now
+            _log.warning("no connection to %s: %s", self._host_header, error)
 
     def opened(self, connection: "_Connection") -> None:
         """Called by a connection that is made."""
@@ -262,48 +350,83 @@ def _give_up(waiter: "asyncio.Future[_Connection | None]") -> None:
         waiter.set_exception(NotSent(Reason.CONNECTOR_BUSY))
 
 
+class ProxyRefused(OSError):
+    """The proxy does not connect to the host."""
+
+
+class _Unusable(Exception):
+    """The answer breaks a rule of HTTP, or a limit."""
+
+
 class _Connection(asyncio.Protocol):
     """One connection: at most one request under way."""
 
-    def __init__(self, client: HttpClient, body_bytes_max: int) -> None:
+    def __init__(self, client: HttpClient, body_bytes_max: int, way: _Way) -> None:
         self._client = client
         self._body_bytes_max = body_bytes_max
+        self._way = way
+        self._tunnelling = bool(way.tunnel)
         self._transport: asyncio.Transport | None = None
         self._fd = -1
+        self._tls: ssl.SSLObject | None = None
+        self._cipher_in = ssl.MemoryBIO()
+        self._cipher_out = ssl.MemoryBIO()
         self._answer: asyncio.Future[Response] | None = None
         self._buffer = bytearray()
-        self._status = 0
+        self._head: _Head | None = None
         self._body_at = 0
         self._whole = 0
         """The length of the whole answer once its head is read, otherwise 0."""
-        self._keep = True
+        self._chunks: _Chunks | None = None
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when requests can be written; it fails with an OSError."""
         self.closed = False
         self.reusable = False
-        self.idle_since = 0.0
+        self.keep_alive_s = math.inf
+        """For how long the other side keeps the connection while idle, by what it last said."""
+        self.idle_until = 0.0
 
     # --- what the client does ---------------------------------------------------------------------
 
-    def write(self, request: bytes) -> "asyncio.Future[Response] | None":
+    @property
+    def encrypted(self) -> bool:
+        """Whether the connection speaks TLS."""
+        return self._tls is not None
+
+    def encode(self, request: bytes) -> bytes:
+        """The request as it goes onto the wire; with TLS, it must be written or never followed."""
+        if self._tls is None:
+            return request
+        try:
+            self._tls.write(request)
+        except ssl.SSLError:
+            self.abort()
+            return b""
+        return self._cipher_out.read()
+
+    def write(self, wire: bytes) -> "asyncio.Future[Response] | None":
         """Write now, by the system call itself; None: the other side is gone, no byte was taken.
 
         Transports may keep a write for a later moment of the loop's turn (uvloop's do).
         """
         transport = self._transport
-        if transport is None or transport.is_closing():
+        if transport is None or transport.is_closing() or self.closed:
             return None
         self._answer = asyncio.get_running_loop().create_future()
         self._buffer.clear()
+        self._head = None
+        self._chunks = None
         self._whole = 0
         self.reusable = False
         try:
-            written = os.write(self._fd, request)
+            written = os.write(self._fd, wire)
         except BlockingIOError:
             written = 0
         except OSError:
             self._answer = None
             return None
-        if written < len(request):
-            transport.write(request[written:])
+        if written < len(wire):
+            transport.write(wire[written:])
         return self._answer
 
     def fail(self, reason: Reason) -> None:
@@ -324,10 +447,18 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._fd = transport.get_extra_info("socket").fileno()
         self._client.opened(self)
+        if self.closed:  # given up meanwhile
+            self._transport.abort()
+        elif self._tunnelling:
+            self._transport.write(self._way.tunnel)
+        else:
+            self._begin()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 asyncio's signature
         self.closed = True
         self.reusable = False
+        if not self.ready.done():
+            self._not_ready(ConnectionError("closed before it could be used"))
         self.fail(Reason.CONNECTION_LOST)
         self._client.lost(self)
 
@@ -336,58 +467,295 @@ class _Connection(asyncio.Protocol):
         return False
 
     def data_received(self, data: bytes) -> None:
+        if self._tunnelling:
+            self._read_tunnel(data)
+        elif self._tls is not None:
+            self._decrypt(self._tls, data)
+        else:
+            self._read(data)
+
+    # --- the way to HTTP --------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """The other side can be spoken to: greet it in TLS, or go on at once."""
+        if self._way.tls is None:
+            self.ready.set_result(None)
+            return
+        self._tls = self._way.tls.wrap_bio(
+            self._cipher_in, self._cipher_out, server_hostname=self._way.server_name
+        )
+        self._shake_hands(self._tls)
+
+    def _not_ready(self, error: OSError) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(error)
+            self.ready.exception()  # looked at: whoever waited may have given up
+        self.abort()
+
+    def _read_tunnel(self, data: bytes) -> None:
+        self._buffer += data
+        end = self._buffer.find(b"\r\n\r\n")
+        if end < 0 and len(self._buffer) <= HEAD_BYTES_MAX:
+            return
+        # Nothing may follow: the host speaks only when it is spoken to.
+        line = bytes(self._buffer[: self._buffer.find(b"\r\n")])
+        if end != len(self._buffer) - 4 or re.match(rb"HTTP/1\.[01] 2[0-9][0-9]\b", line) is None:
+            self._not_ready(ProxyRefused("the proxy does not connect"))
+            return
+        self._tunnelling = False
+        self._buffer.clear()
+        self._begin()
+
+    def _shake_hands(self, tls: ssl.SSLObject) -> None:
+        try:
+            tls.do_handshake()
+        except ssl.SSLWantReadError:
+            self._flush()
+        except ssl.SSLError as error:
+            self._flush()  # the alert
+            self._not_ready(error)
+        else:
+            self._flush()
+            self.ready.set_result(None)
+
+    def _flush(self) -> None:
+        """Write what TLS itself has to say."""
+        if self._transport is not None and self._cipher_out.pending:
+            self._transport.write(self._cipher_out.read())
+
+    def _decrypt(self, tls: ssl.SSLObject, data: bytes) -> None:
+        self._cipher_in.write(data)
+        if not self.ready.done():
+            self._shake_hands(tls)
+        if not self.ready.done() or self.closed:
+            return
+        ended = False
+        plain = bytearray()
+        try:
+            while part := tls.read(TLS_READ_BYTES):
+                plain += part
+            ended = True
+        except ssl.SSLWantReadError:
+            self._flush()
+        except ssl.SSLError:  # its end, or bytes that are none of the other side's
+            ended = True
+        if ended:
+            self.closed = True
+        if plain:
+            self._read(bytes(plain))
+        if ended:
+            self.abort()
+
+    # --- answers ----------------------------------------------------------------------------------
+
+    def _read(self, data: bytes) -> None:
         if self._answer is None:
             # Bytes that nobody asked for: what follows could be taken for another answer.
             self.abort()
             return
-        self._buffer += data
-        if not self._whole and not self._read_head():
+        try:
+            response = self._parse(data)
+        except _Unusable:
+            self.fail(Reason.ANSWER_UNUSABLE)
             return
-        if len(self._buffer) < self._whole:
+        if response is None:
             return
         answer, self._answer = self._answer, None
-        self.reusable = self._keep and len(self._buffer) == self._whole
         if not answer.done():
-            answer.set_result(Response(self._status, bytes(self._buffer[self._body_at :])))
+            answer.set_result(response)
 
-    def _read_head(self) -> bool:
+    def _parse(self, data: bytes) -> Response | None:
+        """The answer, once it is whole."""
+        if self._chunks is not None and self._head is not None:
+            return self._finish_chunked(self._head, self._chunks, data)
+        self._buffer += data
+        head = self._head
+        if head is None:
+            head = self._read_head()
+            if head is None:
+                return None
+            if head.length < 0:
+                self._chunks = _Chunks(self._body_bytes_max)
+                return self._finish_chunked(
+                    head, self._chunks, bytes(self._buffer[self._body_at :])
+                )
+        if len(self._buffer) < self._whole:
+            return None
+        self.reusable = head.keep and not self.closed and len(self._buffer) == self._whole
+        return Response(head.status, bytes(self._buffer[self._body_at : self._whole]), head.headers)
+
+    def _finish_chunked(self, head: "_Head", chunks: "_Chunks", data: bytes) -> Response | None:
+        if not chunks.feed(data):
+            return None
+        self.reusable = head.keep and not self.closed and not chunks.surplus
+        return Response(head.status, bytes(chunks.body), head.headers)
+
+    def _read_head(self) -> "_Head | None":
         end = self._buffer.find(b"\r\n\r\n")
+        if max(end, 0) > HEAD_BYTES_MAX or (end < 0 and len(self._buffer) > HEAD_BYTES_MAX):
+            raise _Unusable
         if end < 0:
-            if len(self._buffer) > HEAD_BYTES_MAX:
-                self.fail(Reason.ANSWER_UNUSABLE)
-            return False
+            return None
         head = _parse_head(bytes(self._buffer[:end]))
-        if head is None or end > HEAD_BYTES_MAX or head[1] > self._body_bytes_max:
-            self.fail(Reason.ANSWER_UNUSABLE)
-            return False
-        self._status, length, self._keep = head
+        if head is None or head.length > self._body_bytes_max:
+            raise _Unusable
+        self._head = head
         self._body_at = end + 4
-        self._whole = self._body_at + length
-        return True
+        self._whole = self._body_at + max(head.length, 0)
+        self.keep_alive_s = head.keep_alive_s
+        return head
 
 
-def _parse_head(head: bytes) -> tuple[int, int, bool] | None:
-    """Status, length of the body in bytes, and whether the connection is kept. None: unusable."""
+class _Head(NamedTuple):
+    """The head of an answer."""
+
+    status: int
+    length: int
+    """Of the body, in bytes; -1: it is chunked."""
+    keep: bool
+    """Whether the connection is kept."""
+    keep_alive_s: float
+    headers: Mapping[str, str]
+
+
+def _parse_head(head: bytes) -> _Head | None:
+    """None: unusable."""
     lines = head.decode("latin-1").split("\r\n")
     version, _, rest = lines[0].partition(" ")
     status = rest[:3]
     if version not in ("HTTP/1.1", "HTTP/1.0") or not _is_number(status) or status < "200":
         return None
-    length = -1
-    keep = version == "HTTP/1.1"
+    headers: dict[str, str] = {}
     for line in lines[1:]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip()
-        if name == "content-length":
-            # Two lengths, or a length and a coding, are how answers get confused (RFC 9112 §6.3).
-            if length >= 0 or not _is_number(value):
-                return None
-            length = int(value)
-        elif name == "transfer-encoding":
+        name, colon, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if not colon or _HEADER_NAME.fullmatch(name) is None:
             return None
-        elif name == "connection":
-            keep = keep and value.lower() != "close"
-    return None if length < 0 else (int(status), length, keep)
+        # Two lengths, or a length and a coding, are how answers get confused (RFC 9112 §6.3).
+        if name in headers and name in ("content-length", "transfer-encoding"):
+            return None
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    length = _body_length(headers, version)
+    if length is None:
+        return None
+    tokens = {token.strip().lower() for token in headers.get("connection", "").split(",")}
+    match = _KEEP_ALIVE_S.search(headers.get("keep-alive", ""))
+    return _Head(
+        int(status),
+        0 if status in ("204", "304") else length,
+        version == "HTTP/1.1" and "close" not in tokens,
+        math.inf if match is None else max(0.0, int(match[1]) - KEEP_ALIVE_MARGIN_S),
+        headers,
+    )
+
+
+def _body_length(headers: Mapping[str, str], version: str) -> int | None:
+    """-1: chunked; None: not told, or told in another way than by these two."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        usable = coding.lower() == "chunked" and length is None and version == "HTTP/1.1"
+        return -1 if usable else None
+    return int(length) if length is not None and _is_number(length) else None
+
+
+class _Chunks:
+    """Puts the chunks of a body together (RFC 9112 §7.1). Raises _Unusable."""
+
+    def __init__(self, body_bytes_max: int) -> None:
+        self.body = bytearray()
+        self._body_bytes_max = body_bytes_max
+        self._buffer = bytearray()
+        self._size = 0
+        """Of the chunk whose bytes come next; 0: the line with its size comes next."""
+        self._trailer_bytes = -1
+        """What was read of the trailer; -1: it has not begun."""
+
+    @property
+    def surplus(self) -> bool:
+        """Whether bytes came that are not the answer's."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes) -> bool:
+        """Whether the body is whole now."""
+        self._buffer += data
+        while self._trailer_bytes < 0:
+            if not (self._take_chunk() if self._size else self._take_size()):
+                return False
+        return self._skip_trailer()
+
+    def _take_line(self, bytes_max: int) -> bytes | None:
+        end = self._buffer.find(b"\r\n")
+        if end > bytes_max or (end < 0 and len(self._buffer) > bytes_max):
+            raise _Unusable
+        if end < 0:
+            return None
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 2]
+        return line
+
+    def _take_size(self) -> bool:
+        line = self._take_line(CHUNK_LINE_BYTES_MAX)
+        if line is None:
+            return False
+        digits = line.partition(b";")[0].rstrip(b" \t")
+        if _CHUNK_SIZE.fullmatch(digits) is None:
+            raise _Unusable
+        self._size = int(digits, 16)
+        if len(self.body) + self._size > self._body_bytes_max:
+            raise _Unusable
+        if not self._size:
+            self._trailer_bytes = 0
+        return True
+
+    def _take_chunk(self) -> bool:
+        size = self._size
+        if len(self._buffer) < size + 2:
+            return False
+        if self._buffer[size : size + 2] != b"\r\n":
+            raise _Unusable
+        self.body += self._buffer[:size]
+        del self._buffer[: size + 2]
+        self._size = 0
+        return True
+
+    def _skip_trailer(self) -> bool:
+        while (line := self._take_line(HEAD_BYTES_MAX - self._trailer_bytes)) is not None:
+            if not line:
+                return True
+            self._trailer_bytes += len(line) + 2
+            if self._trailer_bytes > HEAD_BYTES_MAX:
+                raise _Unusable
+        return False
+
+
+def _header_lines(headers: Mapping[str, str]) -> str:
+    for name, value in headers.items():
+        if _HEADER_NAME.fullmatch(name) is None or _HEADER_VALUE.fullmatch(value) is None:
+            raise ValueError(f"the header {name!r} is not one printable line")
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+
+
+def _tls_context(ca_file: str) -> ssl.SSLContext:
+    """Verifies the chain and the name; TLS 1.2 or newer."""
+    context = ssl.create_default_context(cafile=ca_file or None)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
+def _proxy(proxy_url: str, host: str, port: int) -> tuple[tuple[str, int], bytes]:
+    """The proxy's address, and the request for a tunnel to the host (RFC 9110 §9.3.6)."""
+    proxy = urlsplit(proxy_url)
+    if proxy.scheme != "http" or not proxy.hostname or proxy.path.strip("/") or proxy.query:
+        # Not shown: it may hold a password.
+        raise ValueError("the proxy's URL must be http://[user:password@]host[:port]")
+    authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    headers = {"Host": authority}
+    if proxy.username is not None:
+        pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
+        headers["Proxy-Authorization"] = f"Basic {b64encode(pair.encode()).decode('ascii')}"
+    request = f"CONNECT {authority} HTTP/1.1\r\n{_header_lines(headers)}\r\n"
+    return (proxy.hostname, proxy.port or 80), request.encode("ascii")
 
 
 def _is_number(text: str) -> bool:

@@ -688,6 +688,6 @@ async def test_answer_that_is_no_answer_leaves_the_request_in_doubt(
 
 
 def test_url_that_is_no_plain_http_address_is_refused() -> None:
-    for url in ("https://psp.example", "http://psp.example/path", "psp.example", "ftp://x"):
+    for url in ("https://u@psp.example", "http://psp.example/path", "psp.example", "ftp://x"):
         with pytest.raises(ValueError, match="the URL must be"):
             SimulatorConnector(url, PROFILES["idempotent"])
