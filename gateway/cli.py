@@ -4,6 +4,7 @@ import asyncio
 import math
 import sys
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, ParamSpec, TypeVar, cast
@@ -510,6 +511,276 @@ def _accounts() -> Any:
     from storage.postgres.accounts import Accounts
 
     return Accounts.connect(_postgres_dsn(_settings()))
+
+
+# --- connectors -----------------------------------------------------------------------------------
+
+
+@main.group()
+def connectors() -> None:
+    """Merchants' accounts at payment service providers (docs/connectors.md).
+
+    Credentials are a JSON object, read from standard input or a file and never from an argument,
+    and are stored encrypted (GATEWAY_CONNECTOR_KEYS).
+    """
+
+
+_merchant = click.option("--merchant", required=True, help="The merchant's id, mer_….")
+_credentials = click.option(
+    "--credentials",
+    "credentials_file",
+    type=click.File("rb"),
+    default="-",
+    metavar="FILE",
+    help='A file with the credentials, as {"secret_key": "…"}; standard input by default.',
+)
+CREDENTIALS_BYTES_MAX = 16 * 1024
+
+
+def _read_credentials(file: Any) -> dict[str, str]:
+    import orjson
+
+    text = file.read(CREDENTIALS_BYTES_MAX + 1)
+    try:
+        credentials = orjson.loads(text) if len(text) <= CREDENTIALS_BYTES_MAX else None
+    except orjson.JSONDecodeError:
+        credentials = None
+    if not isinstance(credentials, dict) or not all(
+        isinstance(value, str) for value in credentials.values()
+    ):
+        # Not shown, not even in part.
+        fail("The credentials are no JSON object of texts.")
+    return credentials
+
+
+def _kind(settings: Settings, name: str) -> Any:
+    from gateway.connectors.configured import ConnectorsMisconfigured, configured_kinds
+
+    try:
+        kinds = {kind.name: kind for kind in configured_kinds(settings)}
+    except ConnectorsMisconfigured as error:
+        fail(str(error))
+    if name not in kinds:
+        fail(f"There is no connector {name!r}; there are: {', '.join(sorted(kinds))}.")
+    return kinds[name]
+
+
+def _wrapping_keys(settings: Settings) -> Any:
+    from gateway.connectors.configured import ConnectorsMisconfigured, configured_keys
+
+    try:
+        keys = configured_keys(settings)
+    except ConnectorsMisconfigured as error:
+        fail(str(error))
+    if keys is None:
+        fail(
+            "No wrapping keys: set GATEWAY_CONNECTOR_KEYS or GATEWAY_CONNECTOR_KEYS_FILE, here and "
+            "for the gateways. `gateway connectors new-key ID` makes a key."
+        )
+    return keys
+
+
+def _connector_accounts(settings: Settings) -> Any:
+    from storage.postgres import ConnectorAccounts
+
+    return ConnectorAccounts.connect(_postgres_dsn(settings))
+
+
+@connectors.command("new-key")
+@click.argument("key_id")
+def connectors_new_key(key_id: str) -> None:
+    """Make a wrapping key named KEY_ID and print it. Nothing stores it."""
+    from gateway.connectors.sealing import new_wrapping_key
+
+    try:
+        click.echo(new_wrapping_key(key_id))
+    except ValueError:
+        fail("A key's id is 1 to 64 letters, digits, `_`, `.` or `-`.")
+
+
+@connectors.command("add")
+@_merchant
+@click.option("--connector", required=True, help="The PSP, as `stripe`.")
+@click.option("--mode", type=click.Choice(["test", "live"]), required=True)
+@click.option(
+    "--priority",
+    type=click.IntRange(0, 1_000_000),
+    default=100,
+    show_default=True,
+    help="New payments go to the enabled account of the lowest number.",
+)
+@click.option(
+    "--capabilities",
+    default="{}",
+    help="What the account can do where that is not the usual, as JSON (docs/connectors.md).",
+)
+@_credentials
+@_async
+async def connectors_add(
+    merchant: str,
+    connector: str,
+    mode: str,
+    priority: int,
+    capabilities: str,
+    credentials_file: Any,
+) -> None:
+    """Add an account and print its id.
+
+    Gateways use it once they have read it (GATEWAY_CONNECTOR_ACCOUNTS_INTERVAL_S).
+    """
+    import orjson
+
+    from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
+    from gateway.connectors.kinds import AccountRefused
+    from gateway.connectors.sealing import seal
+    from gateway.domain.ids import new_connector_account_id
+    from gateway.domain.model import Mode
+
+    settings = _settings()
+    keys = _wrapping_keys(settings)
+    kind = _kind(settings, connector)
+    try:
+        told = orjson.loads(capabilities)
+    except orjson.JSONDecodeError:
+        told = None
+    if not isinstance(told, dict):
+        fail("The capabilities are no JSON object.")
+    credentials = _read_credentials(credentials_file)
+    account = ConnectorAccount(
+        merchant_id=merchant,
+        account_id=new_connector_account_id(),
+        mode=Mode[mode.upper()],
+        connector=connector,
+        sealed=Sealed(b"", WrappedKey("", b"")),
+        priority=priority,
+        capabilities=told,
+    )
+    try:
+        kind.check(account.mode, credentials, told)
+    except AccountRefused as error:
+        fail(f"The account cannot be used: {error}.")
+    account = replace(account, sealed=await seal(credentials, account.context, keys))
+    async with _connector_accounts(settings) as accounts:
+        await accounts.add(account)
+    click.echo(account.account_id)
+
+
+@connectors.command("list")
+@click.option("--merchant", help="Only those of this merchant.")
+@_async
+async def connectors_list(merchant: str | None) -> None:
+    """List the accounts, without their credentials."""
+    async with _connector_accounts(_settings()) as accounts:
+        for row in await accounts.list(merchant):
+            click.echo(
+                "  ".join(
+                    (
+                        row.account_id,
+                        row.merchant_id,
+                        row.connector,
+                        row.mode.name.lower(),
+                        f"priority {row.priority}",
+                        "enabled" if row.enabled else "disabled",
+                        f"key {row.sealed.data_key.key_id}",
+                    )
+                )
+            )
+
+
+@connectors.command("disable")
+@_merchant
+@click.argument("account_id")
+@_async
+async def connectors_disable(merchant: str, account_id: str) -> None:
+    """Give an account no new payments. Those that it has can be captured, voided and refunded."""
+    await _change_account(merchant, account_id, enabled=False)
+
+
+@connectors.command("enable")
+@_merchant
+@click.argument("account_id")
+@_async
+async def connectors_enable(merchant: str, account_id: str) -> None:
+    """Give a disabled account new payments again."""
+    await _change_account(merchant, account_id, enabled=True)
+
+
+async def _change_account(merchant: str, account_id: str, *, enabled: bool) -> None:
+    async with _connector_accounts(_settings()) as accounts:
+        if await accounts.change(merchant, account_id, enabled=enabled) is None:
+            fail(_no_account(merchant, account_id))
+    click.echo(f"{'enabled' if enabled else 'disabled'} {account_id}")
+
+
+@connectors.command("rotate")
+@_merchant
+@click.argument("account_id")
+@_credentials
+@_async
+async def connectors_rotate(merchant: str, account_id: str, credentials_file: Any) -> None:
+    """Replace an account's credentials. Gateways take them over without a restart."""
+    from gateway.connectors.kinds import AccountRefused
+    from gateway.connectors.sealing import seal
+
+    settings = _settings()
+    keys = _wrapping_keys(settings)
+    credentials = _read_credentials(credentials_file)
+    async with _connector_accounts(settings) as accounts:
+        account = await accounts.find(merchant, account_id)
+        if account is None:
+            fail(_no_account(merchant, account_id))
+        try:
+            _kind(settings, account.connector).check(
+                account.mode, credentials, account.capabilities
+            )
+        except AccountRefused as error:
+            fail(f"The account cannot be used: {error}.")
+        sealed = await seal(credentials, account.context, keys)
+        if await accounts.replace_credentials(merchant, account_id, sealed) is None:
+            fail(_no_account(merchant, account_id))
+    click.echo(f"rotated {account_id}")
+
+
+@connectors.command("remove")
+@_merchant
+@click.argument("account_id")
+@_async
+async def connectors_remove(merchant: str, account_id: str) -> None:
+    """Delete an account's credentials. Nothing can be done to its payments any more."""
+    async with _connector_accounts(_settings()) as accounts:
+        if await accounts.remove(merchant, account_id) is None:
+            fail(_no_account(merchant, account_id))
+    click.echo(f"removed {account_id}")
+
+
+@connectors.command("rewrap")
+@_async
+async def connectors_rewrap() -> None:
+    """Wrap all data keys with the first wrapping key. Then the others are no longer needed."""
+    from gateway.application.connector_accounts import KeyServiceError
+    from gateway.connectors.sealing import rewrap
+
+    settings = _settings()
+    keys = _wrapping_keys(settings)
+    rewrapped, failed = 0, 0
+    async with _connector_accounts(settings) as accounts:
+        for account in await accounts.list():
+            if account.sealed.data_key.key_id == keys.current_key_id:
+                continue
+            try:
+                sealed = await rewrap(account.sealed, account.context, keys)
+            except KeyServiceError as error:
+                failed += 1
+                click.echo(f"{account.account_id}: {error}", err=True)
+                continue
+            rewrapped += await accounts.rewrap(account, sealed)
+    click.echo(f"{rewrapped} accounts are wrapped with {keys.current_key_id} now")
+    if failed:
+        fail(f"{failed} accounts could not be opened; keep their keys.")
+
+
+def _no_account(merchant: str, account_id: str) -> str:
+    return f"The merchant {merchant} has no account {account_id}."
 
 
 # --- looking --------------------------------------------------------------------------------------

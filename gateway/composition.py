@@ -24,6 +24,12 @@ from gateway.application.ports import Connector, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
 from gateway.application.usecases import Limits, Payments
 from gateway.application.verification import Audit
+from gateway.connectors.accounts import AccountBook
+from gateway.connectors.configured import (
+    ConnectorsMisconfigured,
+    configured_keys,
+    configured_kinds,
+)
 from gateway.connectors.http import Limits as HttpLimits
 from gateway.connectors.registry import ConnectorRegistry
 from gateway.connectors.simulator.connector import ProfileMismatch, SimulatorConnector
@@ -139,7 +145,10 @@ class Gateway:
         self.metrics.watch_queues({**self.claims.queues, **self.store.queues})
         await self._check_store()
 
-        self.connectors = ConnectorRegistry(await self._open_connectors(tracing))
+        self.connector_accounts = await self._open_accounts(tracing)
+        self.connectors = ConnectorRegistry(
+            await self._open_connectors(tracing), self.connector_accounts
+        )
         stack.push_async_callback(self.connectors.close)
         encoder = ContractEncoder()
         admission = open_gates(self._admission_limits())
@@ -203,6 +212,8 @@ class Gateway:
         if settings.recovery_enabled:
             self._background.append(asyncio.create_task(self.recovery.run(), name="recovery"))
         self._background.append(asyncio.create_task(self._watch_readiness(), name="readiness"))
+        accounts = self.connector_accounts.run(settings.connector_accounts_interval_s)
+        self._background.append(asyncio.create_task(accounts, name="connector-accounts"))
         lag = sample_lag(self.metrics.loop_lagged)
         self._background.append(asyncio.create_task(lag, name="loop-lag"))
 
@@ -320,6 +331,20 @@ class Gateway:
             ) from error
         except (NotDurable, SchemaError) as error:
             raise StartError(str(error)) from error
+
+    async def _open_accounts(self, tracing: "Tracing | None") -> AccountBook:
+        try:
+            book = AccountBook(
+                self.store.connector_accounts,
+                configured_kinds(self.settings),
+                configured_keys(self.settings),
+                None if tracing is None else tracing.connector,
+            )
+            self._stack.push_async_callback(book.close)
+            await book.refresh()
+        except (ConnectorsMisconfigured, StoreUnavailable) as error:
+            raise StartError(str(error)) from error
+        return book
 
     async def _open_connectors(self, tracing: "Tracing | None") -> list[Connector]:
         connectors = [*self._given_connectors]

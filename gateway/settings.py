@@ -472,6 +472,47 @@ class Settings(BaseSettings):
         2000, "Connections to the simulator.", ge=1, le=100_000, unit="connections"
     )
 
+    # Merchants' accounts at PSPs.
+    connector_keys: SecretStr = _field(
+        SecretStr(""),
+        "The keys that wrap the accounts' data keys, `id:base64` of 32 bytes each, separated by"
+        " commas. The first wraps, all unwrap. `gateway connectors new-key` makes one.",
+    )
+    connector_keys_file: str = _field(
+        "", "A file with these keys instead, one a line. Empty: none."
+    )
+    connector_accounts_interval_s: float = _field(
+        5.0,
+        "How often changed accounts are read; so late a change, or a rotation, acts.",
+        gt=0,
+        le=300,
+    )
+    connector_ca_file: str = _field(
+        "",
+        "The CAs, in PEM, that PSPs' certificates must come from. Empty: those of the system.",
+    )
+    connector_proxy_url: SecretStr = _field(
+        SecretStr(""),
+        "A proxy for HTTPS to PSPs, `http://[user:password@]host[:port]`. Empty: none.",
+    )
+    stripe_url: str = _field(
+        "https://api.stripe.com",
+        "Stripe's address. Live accounts are served at this default alone; another is for doubles.",
+    )
+    stripe_connect_timeout_s: float = _field(
+        3.0, "How long connecting may take, the TLS handshake included.", gt=0, le=60
+    )
+    stripe_answer_timeout_s: float = _field(
+        30.0, "How long an answer may take before the operation is in doubt.", gt=0, le=120
+    )
+    stripe_connections_max: int = _field(
+        500,
+        "Connections to Stripe, of all accounts together.",
+        ge=1,
+        le=100_000,
+        unit="connections",
+    )
+
     # Logs.
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = _field(
         "INFO", "The lowest level that is logged."
@@ -526,6 +567,20 @@ class Settings(BaseSettings):
     @classmethod
     def _address(cls, value: str) -> str:
         split_address(value)
+        return value
+
+    @field_validator("stripe_url")
+    @classmethod
+    def _stripe(cls, value: str) -> str:
+        if not re.fullmatch(r"https?://[^\s/@]+/?", value):
+            raise ValueError("an http:// or https:// address without credentials and path")
+        return value
+
+    @field_validator("connector_proxy_url")
+    @classmethod
+    def _proxy(cls, value: SecretStr) -> SecretStr:
+        if not re.fullmatch(r"(?:http://[^\s/]+/?)?", value.get_secret_value()):
+            raise ValueError("an http:// address, or empty")
         return value
 
     @field_validator("simulator_url", "tracing_endpoint")
@@ -586,6 +641,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _together(self) -> "Settings":
         problems = [
+            *self._connector_problems(),
             *self._tls_problems(),
             *self._native_problems(),
             *self._jwt_problems(),
@@ -624,6 +680,12 @@ class Settings(BaseSettings):
             # Whoever can connect can claim to be anyone.
             problems.append(f"{variable('listen_address')}: must be a loopback address {says}")
         return problems
+
+    def _connector_problems(self) -> list[str]:
+        if self.connector_keys.get_secret_value() and self.connector_keys_file:
+            keys, file = variable("connector_keys"), variable("connector_keys_file")
+            return [f"{keys}: must be empty when {file} is set"]
+        return []
 
     def _native_problems(self) -> list[str]:
         if self.transport != "native":

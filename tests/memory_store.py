@@ -634,7 +634,9 @@ class ScriptedConnector:
             known.times += 1
         return known.answer
 
-    async def query(self, kind: OperationKind, reference: str) -> ConnectorAnswer | None:
+    async def query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer | None:
         """See the port."""
         assert self.capabilities.query_by_reference
         await asyncio.sleep(0)
@@ -646,7 +648,9 @@ class ScriptedConnector:
             return self._canceled(effect)
         return None if effect is None else copy.deepcopy(effect.answer)
 
-    async def cancel(self, kind: OperationKind, reference: str) -> ConnectorAnswer:
+    async def cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer:
         """See the port."""
         assert self.capabilities.cancel_by_reference
         await asyncio.sleep(0)
@@ -717,7 +721,7 @@ class OneRoute:
             return None
         return Route(self.only, "account-1")
 
-    def connector(self, name: str) -> ScriptedConnector | None:
+    def connector(self, name: str, connector_account_id: str) -> ScriptedConnector | None:
         """See the port."""
         return self.only if self.only is not None and self.only.name == name else None
 

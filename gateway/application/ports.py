@@ -1,6 +1,7 @@
 """What the use cases need of the world: connectors, the store, claims, the contract's encoding."""
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -9,6 +10,7 @@ from typing import NamedTuple, Protocol
 from gateway.application.accounts import RateLimit
 from gateway.domain.model import (
     Aggregate,
+    CaptureMethod,
     ConnectorAnswer,
     Discrepancy,
     DoubtCause,
@@ -20,8 +22,18 @@ from gateway.domain.model import (
     Payment,
     PaymentState,
 )
+from gateway.domain.money import AMOUNT_MINOR_MAX
 
 # --- connectors -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class AmountRule:
+    """Which amounts of a currency a PSP can express."""
+
+    step_minor: int = 1
+    """An amount must be a multiple of this, in minor units."""
+    amount_minor_max: int = AMOUNT_MINOR_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,11 @@ class Capabilities:
     supported_fields: frozenset[str]
     """The paths of the contract's request fields that the PSP can use beyond the amount, the
     capture method and what the gateway keeps to itself; others are refused."""
+    operations: AbstractSet[OperationKind] = frozenset(OperationKind)
+    """What the PSP can do; others are refused."""
+    capture_methods: AbstractSet[CaptureMethod] = frozenset(CaptureMethod)
+    amounts: Mapping[str, AmountRule] | None = None
+    """The currencies that the PSP takes, and which amounts of each; None: all."""
 
 
 @dataclass(slots=True)
@@ -64,7 +81,8 @@ class ConnectorRequest:
     """For CAPTURE: release what it leaves."""
     target_transaction_id: str = ""
     """For all others: the PSP's id of what they act on. The authorization's for CAPTURE, VOID,
-    INCREMENT and REVERSAL; the capture's, or the authorization's, for REFUND."""
+    INCREMENT and REVERSAL; the capture's, or the authorization's, for REFUND. Where an
+    authorization or verification is asked about or cancelled: its own, should it be known."""
     target_reference: str = ""
     """Our reference of what they act on, for a REVERSAL without the PSP's id."""
     fields: Mapping[str, object] = field(default_factory=dict)
@@ -90,15 +108,23 @@ class Connector(Protocol):
         delivery of the answer is NOT_SENT only where surely nothing was written.
         """
 
-    async def query(self, kind: OperationKind, reference: str) -> ConnectorAnswer | None:
+    async def query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer | None:
         """Ask what became of a reference. None: the PSP does not know it, which proves nothing
         while a sender may be alive. Delivery MAY_HAVE_BEEN_SENT: the PSP did not answer now.
+
+        `request` is the attempt as it was sent, for PSPs that cannot be asked by reference alone.
         """
 
-    async def cancel(self, kind: OperationKind, reference: str) -> ConnectorAnswer:
+    async def cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer:
         """Make a reference unusable. Verdict CANCELED: it had taken effect, which was taken back;
         delivery NOT_SENT: it had no effect and never will; DECLINED or FAILED: it had been refused
         before; delivery MAY_HAVE_BEEN_SENT: the PSP did not answer, nothing is known.
+
+        `request` as in `query`.
         """
 
     async def close(self) -> None:
@@ -119,8 +145,8 @@ class Router(Protocol):
     def route(self, merchant_id: str, mode: Mode) -> Route | None:
         """Where a new payment goes; None where no connector serves the merchant in this mode."""
 
-    def connector(self, name: str) -> Connector | None:
-        """The connector of an existing attempt."""
+    def connector(self, name: str, connector_account_id: str) -> Connector | None:
+        """The connector of an existing attempt, with the credentials of its account."""
 
 
 # --- the store ------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from gateway.application.ports import (
     Connector,
+    ConnectorRequest,
     Encoder,
     Lease,
     Router,
@@ -166,7 +167,8 @@ class Recovery:
             await self._absorb_late(lease)
             return operation.state
         evidence = await self._evidence(lease)
-        connector = self._router.connector(operation.attempt.connector)
+        attempt = operation.attempt
+        connector = self._router.connector(attempt.connector, attempt.connector_account_id)
         answer = None if connector is None else await self._ask(lease, connector)
         if answer is None:
             # The PSP comes first: who left evidence was fenced out by a recoverer, and that one may
@@ -224,13 +226,14 @@ class Recovery:
             return await self._reverse(lease, connector)
         if operation.kind is K.VOID:
             return await self._void(lease, connector)
+        request = self._request(lease, operation)
         capabilities = connector.capabilities
         # A cancellation that was begun may take effect after whatever the PSP says before it.
         wanted = not lease.cancel_begun and not (
             operation.kind is K.AUTHORIZE and lease.aggregate.payment.cancel_requested
         )
         if capabilities.query_by_reference and (wanted or not capabilities.cancel_by_reference):
-            answer = await connector.query(operation.kind, operation.reference)
+            answer = await connector.query(operation.kind, operation.reference, request)
             if answer is not None:
                 return answer
         if not capabilities.cancel_by_reference:
@@ -240,7 +243,7 @@ class Recovery:
             return None
         if not await self._store.begin_cancel(operation):
             raise _Overtaken
-        return await connector.cancel(operation.kind, operation.reference)
+        return await connector.cancel(operation.kind, operation.reference, request)
 
     async def _void(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
         payment = lease.aggregate.payment
@@ -277,7 +280,8 @@ class Recovery:
         # after the query before this one: from a recoverer whose lease ran out, or from a sender
         # that was stopped.
         if capabilities.query_by_reference:
-            return await connector.query(operation.kind, operation.reference) or answer
+            request = self._request(lease, operation)
+            return await connector.query(operation.kind, operation.reference, request) or answer
         return answer if capabilities.idempotent_by_reference else None
 
     async def _take_back(
@@ -285,7 +289,8 @@ class Recovery:
     ) -> ConnectorAnswer | None:
         """The authorization is taken back as a whole, with its capture where it was automatic."""
         if connector.capabilities.cancel_by_reference:
-            answer = await connector.cancel(authorization.kind, authorization.reference)
+            request = self._request(lease, authorization)
+            answer = await connector.cancel(authorization.kind, authorization.reference, request)
             if decisions.event_of(answer) is Event.DOUBTED:
                 return None
         else:
@@ -305,7 +310,11 @@ class Recovery:
             if other.operation_id == operation.parent_operation_id
         )
         if connector.capabilities.cancel_by_reference:
-            answer = await connector.cancel(target.kind, operation.note)
+            request = self._request(lease, target)
+            request.reference = operation.note
+            if target.kind in (K.AUTHORIZE, K.VERIFY):
+                request.target_transaction_id = operation.attempt.connector_transaction_id
+            answer = await connector.cancel(target.kind, operation.note, request)
             if decisions.event_of(answer) is Event.DOUBTED:
                 return None
             # Taken back, or without effect: in both nothing stands.
@@ -321,14 +330,22 @@ class Recovery:
 
         With `kind` the operation's request goes out as one of another kind.
         """
-        operation, payment = lease.operation, lease.aggregate.payment
-        request = connector_request(self._encoder, operation, payment, lease.aggregate)
+        operation = lease.operation
+        request = self._request(lease, operation)
         request.kind = kind or operation.kind
         if connector.capabilities.query_by_reference:
-            answer = await connector.query(request.kind, operation.reference)
+            answer = await connector.query(request.kind, operation.reference, request)
             if answer is not None:
                 return answer
         return await connector.send(request, send_before=math.inf)
+
+    def _request(self, lease: Lease, operation: Operation) -> ConnectorRequest:
+        """The present attempt of an operation of the lease's payment, as it was sent."""
+        aggregate = lease.aggregate
+        request = connector_request(self._encoder, operation, aggregate.payment, aggregate)
+        if operation.kind in (K.AUTHORIZE, K.VERIFY):
+            request.target_transaction_id = operation.attempt.connector_transaction_id
+        return request
 
     def _backoff_s(self, tries: int) -> float:
         schedule = self._schedule

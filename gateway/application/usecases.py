@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol, TypeVar
 
+from gateway.application import suitability
 from gateway.application.admission import Stage
 from gateway.application.commands import (
     Answer,
@@ -45,9 +46,10 @@ from gateway.application.ports import (
 )
 from gateway.domain import decisions, ids, states
 from gateway.domain.decisions import Begun, Origin, Settled
-from gateway.domain.errors import GatewayError, Reason, Violation, refuse
+from gateway.domain.errors import GatewayError, Reason, refuse
 from gateway.domain.model import (
     Aggregate,
+    Attempt,
     ConnectorAnswer,
     Delivery,
     Mode,
@@ -429,17 +431,7 @@ class Payments:
                 f"No connector serves the merchant in mode {command.mode.name}.",
                 mode=command.mode.name,
             )
-        unsupported = command.used_fields - route.connector.capabilities.supported_fields
-        if unsupported:
-            raise GatewayError(
-                Reason.FIELD_NOT_SUPPORTED,
-                f"The connector {route.connector.name} cannot use a field of the request.",
-                metadata={"connector": route.connector.name},
-                violations=[
-                    Violation(path, "not supported by the connector")
-                    for path in sorted(unsupported)
-                ],
-            )
+        suitability.check_authorization(command, route.connector)
         begun = decisions.begin_authorization(
             Origin(
                 ids.new_operation_id(),
@@ -481,8 +473,9 @@ class Payments:
         )
         for tries in range(self._limits.contention_tries_max):
             aggregate = await self.get_payment(command.merchant_id, command.mode, payment_id)
-            connector = self._connector(aggregate.payment.connector)
+            connector = self._connector(aggregate.payment)
             begun = _begin(command, aggregate, origin)
+            suitability.check_follow_up(begun.operation, connector)
             started = time.monotonic()
             if not begun.cancel_request:
                 self._check_deadline(command, started)
@@ -522,7 +515,7 @@ class Payments:
                 assert isinstance(command, FollowUp)
                 return await self._new_follow_up(command, again=found.operation)
             begun = decisions.restart(found.payment, found.operation, command.request_id)
-            connector = self._connector(found.operation.attempt.connector)
+            connector = self._connector(found.operation.attempt)
             started = time.monotonic()
             self._check_deadline(command, started)
             if await self._write_again(found.operation, begun, connector) is Stored.WRITTEN:
@@ -596,13 +589,13 @@ class Payments:
             )
         return found.payment.payment_id
 
-    def _connector(self, name: str) -> Connector:
-        connector = self._router.connector(name)
+    def _connector(self, of: Payment | Attempt) -> Connector:
+        connector = self._router.connector(of.connector, of.connector_account_id)
         if connector is None:
             raise refuse(
                 Reason.CONNECTOR_UNAVAILABLE,
                 "The payment's connector is not configured here.",
-                connector=name,
+                connector=of.connector,
             )
         return connector
 
@@ -614,7 +607,8 @@ class Payments:
         )
 
     def _takeover_after_s(self, operation: Operation) -> float:
-        connector = self._router.connector(operation.attempt.connector)
+        attempt = operation.attempt
+        connector = self._router.connector(attempt.connector, attempt.connector_account_id)
         if connector is None:
             return self._limits.first_check_s
         return self._recover_after_s(connector)
@@ -645,7 +639,7 @@ class Payments:
             if now >= send_before:
                 answer = ConnectorAnswer(Delivery.NOT_SENT, reason=late)
             else:
-                connector = self._connector(operation.attempt.connector)
+                connector = self._connector(operation.attempt)
                 request = connector_request(self._encoder, operation, payment, aggregate)
                 sent = time.monotonic()
                 self._occupancy.leave(command.merchant_id)

@@ -1,15 +1,23 @@
-"""Which connector serves whom. One connector for each mode until there is routing."""
+"""Which connector serves whom: a merchant's own account, or the connector of the mode."""
 
 from collections.abc import Sequence
 
 from gateway.application.ports import Connector, Route
+from gateway.connectors.accounts import AccountBook
 from gateway.domain.model import Mode
 
 
 class ConnectorRegistry:
-    """The connectors of this process, by name and by mode. Implements the Router port."""
+    """The connectors of this process. Implements the Router port.
 
-    def __init__(self, connectors: Sequence[Connector]) -> None:
+    A merchant with accounts of a mode is served by them alone; the connectors given here (the
+    simulator, for TEST) serve those who have none.
+    """
+
+    def __init__(
+        self, connectors: Sequence[Connector], accounts: AccountBook | None = None
+    ) -> None:
+        self._accounts = accounts
         self._by_name = {connector.name: connector for connector in connectors}
         if len(self._by_name) != len(connectors):
             raise ValueError("two connectors have the same name")
@@ -21,12 +29,20 @@ class ConnectorRegistry:
             self._by_mode[mode] = connector
 
     def route(self, merchant_id: str, mode: Mode) -> Route | None:
-        """The connector of the mode, with the merchant's id as its account there."""
+        """To the merchant's enabled account of the lowest priority number; without accounts of
+        the mode, to the connector of the mode, with the merchant's id as its account there.
+        """
+        if self._accounts is not None and self._accounts.has(merchant_id, mode):
+            return self._accounts.route(merchant_id, mode)
         connector = self._by_mode.get(mode)
         return None if connector is None else Route(connector, merchant_id)
 
-    def connector(self, name: str) -> Connector | None:
-        """The connector of this name, where this process has it."""
+    def connector(self, name: str, connector_account_id: str) -> Connector | None:
+        """The connector of this name and account, where this process has it."""
+        if self._accounts is not None:
+            connector = self._accounts.connector(connector_account_id)
+            if connector is not None:
+                return connector if connector.name == name else None
         return self._by_name.get(name)
 
     async def close(self) -> None:

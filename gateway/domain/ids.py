@@ -18,6 +18,7 @@ _PREFIXES: Final = {
     "key": "key_",
     "request": "req_",
     "event": "evt_",
+    "connector_account": "acc_",
 }
 
 
@@ -46,6 +47,11 @@ def new_key_id() -> str:
     return "key_" + uuid7().hex
 
 
+def new_connector_account_id() -> str:
+    """A new id of a merchant's account at a PSP: `acc_` and 32 hex characters."""
+    return "acc_" + uuid7().hex
+
+
 def new_request_id() -> str:
     """A new id of a request: `req_` and 32 hex characters."""
     return "req_" + uuid7().hex
@@ -54,6 +60,9 @@ def new_request_id() -> str:
 def new_event_id() -> str:
     """A new id of an event: `evt_` and 32 hex characters."""
     return "evt_" + uuid7().hex
+
+
+_MADE_AT = re.compile("[a-z]{2,8}_([0-9a-f]{12})7[0-9a-f]{19}(?![0-9a-f])")
 
 
 def _syntax(kind: str) -> Callable[[str], object]:
@@ -96,3 +105,11 @@ def is_key_id(text: str) -> bool:
 def is_request_id(text: str) -> bool:
     """Whether `text` has the form of a request's id."""
     return _request(text) is not None
+
+
+def created_s(text: str) -> float | None:
+    """When the id at the beginning of `text` was made, in seconds since 1970 by the clock of its
+    maker; None where there is none (RFC 9562 §5.7: 48 bits of milliseconds).
+    """
+    match = _MADE_AT.match(text)
+    return None if match is None else int(match[1], 16) / 1000

@@ -70,6 +70,14 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
             _C.INVALID_ARGUMENT,
             "Leave out the fields that BadRequest names; the merchant's connector cannot use them.",
         ),
+        Reason.CURRENCY_NOT_SUPPORTED: Rule(
+            _C.INVALID_ARGUMENT, "The merchant's connector does not take this currency."
+        ),
+        Reason.AMOUNT_NOT_SUPPORTED: Rule(
+            _C.INVALID_ARGUMENT,
+            "The merchant's connector cannot express the amount: use a multiple of the metadata's "
+            "`step_minor`, at most `amount_minor_max`.",
+        ),
         Reason.PAGE_TOKEN_INVALID: Rule(
             _C.INVALID_ARGUMENT,
             "Use the next_page_token as it was given, with the same filters, or begin anew.",
@@ -147,6 +155,9 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
         ),
         Reason.TOO_MANY_OPERATIONS: Rule(
             _C.FAILED_PRECONDITION, "The payment takes no further operation."
+        ),
+        Reason.OPERATION_NOT_SUPPORTED: Rule(
+            _C.FAILED_PRECONDITION, "The payment's connector has no such operation."
         ),
         Reason.CONNECTOR_UNAVAILABLE: Rule(
             _C.FAILED_PRECONDITION,

@@ -88,14 +88,18 @@ class InProcessPsp:
             authorization_expires_at=datetime.now(UTC) + AUTHORIZATION_LIFE,
         )
 
-    async def query(self, kind: OperationKind, reference: str) -> ConnectorAnswer | None:
+    async def query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer | None:
         """Not known: no answer is ever lost on the way, so that recovery never asks in vain."""
-        del kind, reference
+        del kind, reference, request
         return None
 
-    async def cancel(self, kind: OperationKind, reference: str) -> ConnectorAnswer:
+    async def cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer:
         """Without effect."""
-        del kind, reference
+        del kind, reference, request
         return ConnectorAnswer(Delivery.NOT_SENT)
 
     async def close(self) -> None:

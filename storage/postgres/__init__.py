@@ -4,6 +4,7 @@
 """
 
 from storage.postgres.accounts import Accounts, KeyRow, MerchantRow, OrganisationRow
+from storage.postgres.connector_accounts import ConnectorAccounts
 from storage.postgres.errors import NotDurable, RowRefused, SchemaError
 from storage.postgres.lanes import LaneLimits
 from storage.postgres.migrate import check_schema, required_version
@@ -12,6 +13,7 @@ from storage.postgres.store import PostgresStore, open_reader
 
 __all__ = [
     "Accounts",
+    "ConnectorAccounts",
     "KeyRow",
     "LaneLimits",
     "MerchantRow",

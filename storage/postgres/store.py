@@ -38,6 +38,7 @@ from storage.batching import LaneMetrics, LaneTracer
 from storage.postgres import rows
 from storage.postgres.accounts import Accounts
 from storage.postgres.audit import PostgresAudit
+from storage.postgres.connector_accounts import ConnectorAccounts
 from storage.postgres.errors import NotDurable, SchemaError
 from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
 from storage.postgres.migrate import check_schema
@@ -268,6 +269,7 @@ class PostgresStore:
         }
         self.accounts = Accounts(self._direct)
         self.audit = PostgresAudit(self._direct, _load_aggregates)
+        self.connector_accounts = ConnectorAccounts(self._direct)
         if connect:
             await asyncio.gather(*(connections.open() for connections in held.values()))
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from click.testing import CliRunner
 
 from gateway.cli import main
 from gateway.domain.ids import new_merchant_id, new_payment_id
@@ -454,3 +455,89 @@ async def _run_and_demo(directory: Path) -> str:
 def _listens(port: int) -> bool:
     rows = (line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:])
     return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
+
+
+# --- connectors -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class InProcess(CommandLine):
+    """Without a process for each command, which costs a second on a busy machine."""
+
+    def run(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """See CommandLine."""
+        ran = CliRunner().invoke(main, arguments, env=_environment(**self.settings | settings))
+        assert ran.exception is None or isinstance(ran.exception, SystemExit)
+        return subprocess.CompletedProcess(arguments, ran.exit_code, ran.stdout, ran.stderr)
+
+
+@pytest.fixture
+def in_process(command_line: CommandLine) -> InProcess:
+    """On a migrated database without accounts."""
+    return InProcess(command_line.directory, command_line.settings)
+
+
+def test_connector_accounts_are_added_rotated_rewrapped_and_removed_without_showing_a_credential(
+    in_process: InProcess, tmp_path: Path
+) -> None:
+    old, new = (in_process.printed("connectors", "new-key", name) for name in ("k1", "k2"))
+    in_process.settings["connector_keys"] = old
+    organisation = in_process.printed("organisations", "create", "--name", "o")
+    merchant = in_process.printed(
+        "merchants", "create", "--organisation", organisation, "--name", "m"
+    )
+    credentials = tmp_path / "credentials.json"
+    of_merchant = ("--merchant", merchant)
+    said: list[str] = []
+
+    def use(secret_key: str, *arguments: str, code: int = 0) -> str:
+        credentials.write_text(json.dumps({"secret_key": secret_key}))
+        ran = in_process.run(
+            "connectors", *arguments, *of_merchant, "--credentials", str(credentials)
+        )
+        assert ran.returncode == code, ran.stderr
+        said.append(ran.stdout + ran.stderr)
+        return ran.stdout.strip()
+
+    add = ("add", "--connector", "stripe", "--mode", "test")
+    account = use("sk_test_firstsecret12", *add, "--priority", "7")
+    use("sk_live_othermode1234", *add, code=1)
+    use("sk_test_second12345678", "rotate", account)
+    use("sk_live_othermode1234", "rotate", account, code=1)
+    listed = in_process.printed("connectors", "list")
+    said.append(listed)
+    assert listed == f"{account}  {merchant}  stripe  test  priority 7  enabled  key k1"
+    in_process.printed("connectors", "disable", *of_merchant, account)
+    assert "disabled" in in_process.printed("connectors", "list", *of_merchant)
+    in_process.printed("connectors", "enable", *of_merchant, account)
+
+    in_process.settings["connector_keys"] = f"{new},{old}"
+    assert "1 accounts" in in_process.printed("connectors", "rewrap")
+    assert "0 accounts" in in_process.printed("connectors", "rewrap")
+    assert in_process.printed("connectors", "list").endswith("key k2")
+    in_process.printed("connectors", "remove", *of_merchant, account)
+    assert in_process.printed("connectors", "list") == ""
+    assert account in in_process.refused("connectors", "remove", *of_merchant, account)
+    everything = "".join(said)
+    for secret in ("firstsecret", "second1234", "othermode", old, new):
+        assert secret not in everything
+
+
+def test_connector_accounts_need_a_wrapping_key_and_credentials_that_are_some(
+    in_process: InProcess, tmp_path: Path
+) -> None:
+    add = ("connectors", "add", "--merchant", "mer_1", "--connector", "stripe", "--mode", "test")
+    file = tmp_path / "credentials.json"
+    file.write_text('{"secret_key": "sk_test_firstsecret12"')
+    given = (*add, "--credentials", str(file))
+    assert "GATEWAY_CONNECTOR_KEYS" in in_process.refused(*given)
+    bad = in_process.refused(*given, connector_keys="k1:secret-word")
+    assert "secret-word" not in bad
+    key = in_process.printed("connectors", "new-key", "k1")
+    line = in_process.refused(*given, connector_keys=key)
+    assert "JSON" in line
+    assert "firstsecret" not in line
+    file.write_text('{"secret_key": "sk_test_firstsecret12"}')
+    assert "mer_1" in in_process.refused(*given, connector_keys=key)
+    unknown = in_process.refused(*given, "--connector", "elsewhere", connector_keys=key)
+    assert "stripe" in unknown

@@ -117,7 +117,7 @@ def ca_file(ca: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> str:
 async def clients() -> AsyncIterator[Callable[..., HttpClient]]:
     async with AsyncExitStack() as stack:
 
-        def make(url: str, limits: Limits | None = None, **more: str) -> HttpClient:
+        def make(url: str, limits: Limits | None = None, **more: Any) -> HttpClient:
             client = HttpClient(url, limits, **more)
             stack.push_async_callback(client.close)
             return client

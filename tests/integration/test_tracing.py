@@ -432,7 +432,7 @@ async def main():
     assert [type(each) for each in inner] == [PostgresStore, Claims], inner
     assert gateway.claims._claim_lane._tracer is None
     assert gateway.store._intents._lane._tracer is None
-    assert gateway.connectors.connector("simulator")._http._more_headers is None
+    assert gateway.connectors.connector("simulator", "")._http._more_headers is None
     assert gateway.server._wrap is None
     histograms = [each for each in gateway.metrics.series if each.kind == "histogram"]
     assert {type(each) for each in histograms} == {Histogram}

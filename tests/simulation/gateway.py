@@ -85,7 +85,7 @@ class _Router:
     def route(self, merchant_id: str, mode: Mode) -> Route | None:
         return Route(self._only, "account-1")
 
-    def connector(self, name: str) -> SimulatorConnector | None:
+    def connector(self, name: str, connector_account_id: str) -> SimulatorConnector | None:
         return self._only if name == self._only.name else None
 
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.connectors import schemes
 from gateway.connectors.http import Response
 from gateway.connectors.simulator import connector, outcomes
 from gateway.connectors.simulator.ledger import KINDS, Ledger, Send
@@ -65,7 +66,7 @@ def test_tokens_fit_the_contract_and_are_no_card_numbers() -> None:
 
 def test_every_iso8583_code_of_a_decline_has_a_token_and_a_unified_code() -> None:
     published = {network_code for network_code, _ in outcomes.DECLINES.values()}
-    assert published == connector.ISO8583_CODES.keys() - {"00", "10"} | {"93"}
+    assert published == schemes.ISO8583_CODES.keys() - {"00", "10"} | {"93"}
     for name, (network_code, _) in outcomes.DECLINES.items():
         answer = first_answer(f"tok_declined_{name}")
         assert answer.verdict is Verdict.DECLINED
@@ -83,7 +84,7 @@ def test_every_advice_is_understood() -> None:
             outcome = first_answer(token).outcome
             assert outcome is not None
             told[token] = (outcome.advice_action, outcome.advice_retry_after_s)
-    assert len(told) == len(connector.ADVICE)
+    assert len(told) == len(schemes.ADVICE)
     assert {action for action, _ in told.values()} == set(AdviceAction) - {AdviceAction.UNSPECIFIED}
     assert told["tok_advice_retry_after_1h"] == (AdviceAction.RETRY_AFTER, 3600)
     assert told["tok_advice_retry_after_10d"] == (AdviceAction.RETRY_AFTER, 864_000)

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from gateway.application.commands import Answer
 from gateway.application.ports import (
+    AmountRule,
     Capabilities,
     ClaimOutcome,
+    ConnectorRequest,
     Intent,
     IntentResult,
     Lease,
@@ -216,6 +218,39 @@ async def test_call_without_a_connector_for_its_mode_or_its_fields_is_refused() 
     assert [violation.field for violation in error.violations] == ["three_ds"]
     assert gateway.store.operations == {}
     assert gateway.claims.claims == {}
+
+
+async def test_what_the_connector_cannot_express_is_refused_before_the_intent() -> None:
+    gateway = bench(
+        replace(
+            CAPABLE,
+            operations=frozenset(OperationKind) - {OperationKind.VERIFY, OperationKind.INCREMENT},
+            capture_methods={CaptureMethod.MANUAL},
+            amounts={"EUR": AmountRule(step_minor=10, amount_minor_max=2000)},
+        )
+    )
+    for reason, more in (
+        (Reason.CURRENCY_NOT_SUPPORTED, {"currency": "USD"}),
+        (Reason.AMOUNT_NOT_SUPPORTED, {"amount_minor": 1005}),
+        (Reason.AMOUNT_NOT_SUPPORTED, {"amount_minor": 2010}),
+        (Reason.OPERATION_NOT_SUPPORTED, {"amount_minor": 0}),
+        (Reason.FIELD_NOT_SUPPORTED, {"capture_method": AUTOMATIC}),
+    ):
+        command = replace(gateway.authorize("a", 100, MANUAL), **more)
+        await refused(reason, gateway.payments.authorize(command))
+    assert gateway.store.operations == {}
+    answer = await gateway.payments.authorize(gateway.authorize("a", 2000, MANUAL))
+    payment_id = answer.payment_id
+    await refused(
+        Reason.OPERATION_NOT_SUPPORTED,
+        gateway.payments.increment(gateway.increment(payment_id, 10)),
+    )
+    await refused(
+        Reason.AMOUNT_NOT_SUPPORTED,
+        gateway.payments.capture(gateway.capture(payment_id, amount_minor=15)),
+    )
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=20))
+    assert [request.amount_minor for request in gateway.connector.sent] == [2000, 20]
 
 
 # --- idempotency ----------------------------------------------------------------------------------
@@ -887,7 +922,9 @@ async def test_recoverer_that_was_overtaken_while_it_asked_cancels_nothing() -> 
     other = Bench(gateway.connector, store=gateway.store, claims=gateway.claims)
     ask = gateway.connector.query
 
-    async def ask_before_it_arrives(kind: OperationKind, reference: str) -> ConnectorAnswer | None:
+    async def ask_before_it_arrives(
+        kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer | None:
         gateway.connector.query = ask  # type: ignore[method-assign]
         await other.recover()
         return None

@@ -3,14 +3,15 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import quote
 
 import orjson
 
 from gateway.application.ports import Capabilities, ConnectorRequest
+from gateway.connectors import values
 from gateway.connectors.http import HttpClient, Limits, MaybeSent, NotSent, Response
+from gateway.connectors.schemes import ADVICE, AVS, CVV, ISO8583_CODES
 from gateway.connectors.simulator.profiles import FIELDS, Profile
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
@@ -25,16 +26,9 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
 )
-from gateway.domain.pan import mask_pans
 
 ANSWER_TIMEOUT_S: Final = 10.0
 SUPPORTED_FIELDS: Final = FIELDS | {"payment_method.token", "metadata"}
-CODE_LENGTH_MAX: Final = 64
-MESSAGE_LENGTH_MAX: Final = 255
-TRANSACTION_ID_LENGTH_MAX: Final = 128
-URL_LENGTH_MAX: Final = 2048
-AMOUNT_ABS_MAX: Final = 2**62
-"""No amount that a PSP reports may come near the end of int64."""
 
 # Handled elsewhere in a request to the PSP, or kept by the gateway.
 _NOT_FORWARDED: Final = frozenset(
@@ -59,74 +53,6 @@ _VERDICTS: Final = {
     "refused": Verdict.CANCELED,
 }
 _ACCEPTED: Final = frozenset({Verdict.APPROVED, Verdict.PENDING, Verdict.REQUIRES_ACTION})
-
-ISO8583_CODES: Final[Mapping[str, ResponseCode]] = {
-    "00": ResponseCode.APPROVED,
-    "01": ResponseCode.REFER_TO_ISSUER,
-    "03": ResponseCode.INVALID_MERCHANT,
-    "04": ResponseCode.PICK_UP_CARD,
-    "05": ResponseCode.DO_NOT_HONOR,
-    "07": ResponseCode.PICK_UP_CARD,
-    "10": ResponseCode.PARTIALLY_APPROVED,
-    "12": ResponseCode.INVALID_TRANSACTION,
-    "13": ResponseCode.INVALID_AMOUNT,
-    "14": ResponseCode.INVALID_CARD_NUMBER,
-    "19": ResponseCode.REENTER_TRANSACTION,
-    "1A": ResponseCode.AUTHENTICATION_REQUIRED,
-    "41": ResponseCode.LOST_CARD,
-    "43": ResponseCode.STOLEN_CARD,
-    "51": ResponseCode.INSUFFICIENT_FUNDS,
-    "54": ResponseCode.EXPIRED_CARD,
-    "55": ResponseCode.WRONG_PIN,
-    "57": ResponseCode.NOT_PERMITTED,
-    "58": ResponseCode.NOT_PERMITTED,
-    "59": ResponseCode.SUSPECTED_FRAUD,
-    "61": ResponseCode.EXCEEDS_AMOUNT_LIMIT,
-    "62": ResponseCode.RESTRICTED_CARD,
-    "63": ResponseCode.SECURITY_VIOLATION,
-    "65": ResponseCode.EXCEEDS_FREQUENCY_LIMIT,
-    "91": ResponseCode.ISSUER_UNAVAILABLE,
-    "96": ResponseCode.SYSTEM_MALFUNCTION,
-}
-"""DE39 of the 1987 edition; "1A" is the networks' own, a soft decline for authentication."""
-
-_HOUR_S: Final = 3600
-_DAY_S: Final = 24 * _HOUR_S
-ADVICE: Final[Mapping[tuple[str, str], tuple[AdviceAction, int | None]]] = {
-    ("mastercard", "01"): (AdviceAction.RETRY_AFTER_INSTRUMENT_UPDATE, None),
-    ("mastercard", "02"): (AdviceAction.RETRY_LATER, None),
-    ("mastercard", "03"): (AdviceAction.DO_NOT_RETRY, None),
-    ("mastercard", "21"): (AdviceAction.STOP_RECURRING, None),
-    ("mastercard", "24"): (AdviceAction.RETRY_AFTER, _HOUR_S),
-    ("mastercard", "25"): (AdviceAction.RETRY_AFTER, _DAY_S),
-    ("mastercard", "26"): (AdviceAction.RETRY_AFTER, 2 * _DAY_S),
-    ("mastercard", "27"): (AdviceAction.RETRY_AFTER, 4 * _DAY_S),
-    ("mastercard", "28"): (AdviceAction.RETRY_AFTER, 6 * _DAY_S),
-    ("mastercard", "29"): (AdviceAction.RETRY_AFTER, 8 * _DAY_S),
-    ("mastercard", "30"): (AdviceAction.RETRY_AFTER, 10 * _DAY_S),
-    ("visa", "1"): (AdviceAction.DO_NOT_RETRY, None),
-}
-"""Scheme and code to the action and, for RETRY_AFTER, the seconds to wait."""
-
-AVS: Final[Mapping[str, AvsResult]] = {
-    **dict.fromkeys("YDFM", AvsResult.FULL_MATCH),
-    "X": AvsResult.FULL_MATCH_ZIP9,
-    **dict.fromkeys("AB", AvsResult.ADDRESS_ONLY),
-    **dict.fromkeys("ZP", AvsResult.POSTAL_CODE_ONLY),
-    "W": AvsResult.ZIP9_ONLY,
-    "N": AvsResult.NO_MATCH,
-    "U": AvsResult.UNAVAILABLE,
-    "R": AvsResult.RETRY,
-    "S": AvsResult.UNSUPPORTED,
-    **dict.fromkeys("GIC", AvsResult.GLOBAL_UNAVAILABLE),
-}
-CVV: Final[Mapping[str, CvvResult]] = {
-    "M": CvvResult.MATCH,
-    "N": CvvResult.NO_MATCH,
-    "P": CvvResult.NOT_PROCESSED,
-    "S": CvvResult.SHOULD_BE_PRESENT,
-    "U": CvvResult.ISSUER_NOT_PARTICIPATING,
-}
 
 
 class ProfileMismatch(Exception):
@@ -221,12 +147,15 @@ class SimulatorConnector:
             return _doubt(Reason.ANSWER_UNUSABLE)
         return _answered(told)
 
-    async def query(self, kind: OperationKind, reference: str) -> ConnectorAnswer | None:
+    async def query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer | None:
         """See the port.
 
-        Where the PSP charged a reference several times, the answer is about the first charge and
-        reports the sum of them.
+        The reference is enough. Where the PSP charged it several times, the answer is about the
+        first charge and reports the sum of them.
         """
+        del request
         if not self._capabilities.query_by_reference:
             return _doubt(Reason.ANSWER_UNUSABLE)
         name = kind.name.lower()
@@ -241,8 +170,11 @@ class SimulatorConnector:
         told = _envelope(response, name, reference)
         return _doubt(Reason.ANSWER_UNUSABLE) if told is None else _found(told)
 
-    async def cancel(self, kind: OperationKind, reference: str) -> ConnectorAnswer:
+    async def cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer:
         """See the port."""
+        del request
         if not self._capabilities.cancel_by_reference:
             return _doubt(Reason.ANSWER_UNUSABLE)
         name = kind.name.lower()
@@ -411,8 +343,8 @@ def _answered(told: dict[str, Any]) -> ConnectorAnswer:
         connector_transaction_id=_transaction_id(told),
         currency=_text(told, "currency", 3),
         processing_ms=_duration(told.get("processing_ms")),
-        next_action_url=_url(told.get("next_action_url")),
-        authorization_expires_at=_time(told.get("expires_at")),
+        next_action_url=values.https_url(told.get("next_action_url")),
+        authorization_expires_at=values.instant(told.get("expires_at")),
     )
 
 
@@ -423,7 +355,7 @@ def _outcome(told: dict[str, Any]) -> Outcome:
     return Outcome(
         response_code=_response_code(told),
         connector_code=_text(told, "code"),
-        connector_message=_text(told, "message", MESSAGE_LENGTH_MAX),
+        connector_message=_text(told, "message", values.MESSAGE_LENGTH_MAX),
         network_code=_text(told, "network_code"),
         network_code_scheme=_text(told, "network_code_scheme"),
         advice_action=action,
@@ -459,44 +391,18 @@ def _response_code(told: dict[str, Any]) -> ResponseCode:
 
 
 def _amount(told: Mapping[str, Any]) -> int | None:
-    value = told.get("amount_minor")
-    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > AMOUNT_ABS_MAX:
-        return None
-    return value
+    return values.amount(told.get("amount_minor"))
 
 
-def _text(told: Mapping[str, Any], name: str, length_max: int = CODE_LENGTH_MAX) -> str:
-    """A text of the PSP's: bounded, printable, and without card numbers."""
-    value = told.get(name)
-    if not isinstance(value, str):
-        return ""
-    return mask_pans("".join(filter(str.isprintable, value[:length_max])))
+def _text(told: Mapping[str, Any], name: str, length_max: int = values.CODE_LENGTH_MAX) -> str:
+    return values.text(told.get(name), length_max)
 
 
 def _transaction_id(told: Mapping[str, Any]) -> str:
-    """The PSP's id, unchanged; empty where it has none that can be used."""
-    value = told.get("transaction_id")
-    if not isinstance(value, str) or len(value) > TRANSACTION_ID_LENGTH_MAX:
-        return ""
-    return value if value.isascii() and value.isprintable() else ""
+    return values.identifier(told.get("transaction_id"))
 
 
 def _duration(value: object) -> float | None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return None
     return float(value) if math.isfinite(value) and value >= 0 else None
-
-
-def _url(value: object) -> str:
-    if not isinstance(value, str) or len(value) > URL_LENGTH_MAX:
-        return ""
-    return value if value.startswith("https://") else ""
-
-
-def _time(value: object) -> datetime | None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return None
-    try:
-        return datetime.fromtimestamp(value, UTC)
-    except (OverflowError, ValueError, OSError):
-        return None

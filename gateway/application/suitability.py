@@ -1,0 +1,66 @@
+"""What a connector's capabilities refuse before an intent is written: nothing was sent, or kept."""
+
+from gateway.application.commands import Authorize
+from gateway.application.ports import Capabilities, Connector
+from gateway.domain.errors import GatewayError, Reason, Violation, refuse
+from gateway.domain.model import Operation, OperationKind
+
+
+def check_authorization(command: Authorize, connector: Connector) -> None:
+    """Raises GatewayError for what the connector cannot do with a new payment."""
+    capabilities = connector.capabilities
+    paths = command.used_fields - capabilities.supported_fields
+    if command.capture_method not in capabilities.capture_methods:
+        paths |= {"capture_method"}
+    if paths:
+        raise GatewayError(
+            Reason.FIELD_NOT_SUPPORTED,
+            f"The connector {connector.name} cannot use a field of the request.",
+            metadata={"connector": connector.name},
+            violations=[
+                Violation(path, "not supported by the connector") for path in sorted(paths)
+            ],
+        )
+    kind = OperationKind.AUTHORIZE if command.amount_minor else OperationKind.VERIFY
+    _check_kind(kind, connector)
+    _check_amount(command.amount_minor, command.currency, connector, capabilities)
+
+
+def check_follow_up(operation: Operation, connector: Connector) -> None:
+    """Raises GatewayError for what the connector cannot do with an existing payment."""
+    _check_kind(operation.kind, connector)
+    capabilities = connector.capabilities
+    if operation.kind is not OperationKind.VOID:  # which carries no amount to the PSP
+        _check_amount(operation.amount_minor, operation.currency, connector, capabilities)
+
+
+def _check_kind(kind: OperationKind, connector: Connector) -> None:
+    if kind not in connector.capabilities.operations:
+        raise refuse(
+            Reason.OPERATION_NOT_SUPPORTED,
+            f"The connector {connector.name} has no such operation.",
+            connector=connector.name,
+            operation_kind=kind.name,
+        )
+
+
+def _check_amount(
+    amount_minor: int, currency: str, connector: Connector, capabilities: Capabilities
+) -> None:
+    if capabilities.amounts is None:
+        return
+    rule = capabilities.amounts.get(currency)
+    if rule is None:
+        raise refuse(
+            Reason.CURRENCY_NOT_SUPPORTED,
+            f"The connector {connector.name} takes no payments in this currency.",
+            connector=connector.name,
+        )
+    if amount_minor % rule.step_minor or amount_minor > rule.amount_minor_max:
+        raise refuse(
+            Reason.AMOUNT_NOT_SUPPORTED,
+            f"The connector {connector.name} cannot express this amount of the currency.",
+            connector=connector.name,
+            step_minor=str(rule.step_minor),
+            amount_minor_max=str(rule.amount_minor_max),
+        )

@@ -1,0 +1,150 @@
+"""The accounts of all merchants in memory, each with its connector; read anew in the background."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import NamedTuple
+
+from gateway.application.connector_accounts import (
+    AccountSource,
+    ConnectorAccount,
+    KeyService,
+    KeyServiceError,
+)
+from gateway.application.ports import Connector, Route, StoreUnavailable
+from gateway.connectors.kinds import AccountRefused, ConnectorKind
+from gateway.connectors.sealing import SealBroken, unseal
+from gateway.domain.model import Mode
+
+_log = logging.getLogger(__name__)
+
+
+class _Entry(NamedTuple):
+    account: ConnectorAccount
+    connector: Connector | None
+    """None where the account cannot be used, as one whose credentials cannot be opened."""
+
+
+class AccountBook:
+    """Which account serves a merchant, and the connector of each account.
+
+    An account that cannot be used is warned of once for each of its versions, and serves nobody:
+    no other one, and no simulator, stands in for it unless it is enabled too.
+    """
+
+    def __init__(
+        self,
+        source: AccountSource,
+        kinds: Sequence[ConnectorKind],
+        keys: KeyService | None,
+        around: Callable[[Connector], Connector] | None = None,
+    ) -> None:
+        """`around` puts something around each account's connector, as a trace."""
+        self._source = source
+        self._kinds = {kind.name: kind for kind in kinds}
+        self._keys = keys
+        self._around = around
+        self._entries: dict[str, _Entry] = {}
+        self._of_merchant: dict[tuple[str, Mode], list[str]] = {}
+        self._routes: dict[tuple[str, Mode], Route] = {}
+        self._latest: datetime | None = None
+        self._unopened: dict[str, ConnectorAccount] = {}
+        """Those that no wrapping key opened: a key service may be away for a while."""
+
+    def has(self, merchant_id: str, mode: Mode) -> bool:
+        """Whether the merchant has an account of the mode, an enabled one or not."""
+        return (merchant_id, mode) in self._of_merchant
+
+    def route(self, merchant_id: str, mode: Mode) -> Route | None:
+        """To the enabled account of the lowest priority number."""
+        return self._routes.get((merchant_id, mode))
+
+    def connector(self, account_id: str) -> Connector | None:
+        """The connector of an account, with its present credentials; a disabled one's too."""
+        entry = self._entries.get(account_id)
+        return None if entry is None else entry.connector
+
+    async def run(self, interval_s: float) -> None:
+        """Read what has changed, again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))
+            try:
+                await self.refresh()
+            except StoreUnavailable as error:
+                _log.warning("the connector accounts could not be read: %s", error)
+
+    async def refresh(self) -> None:
+        """Read what has changed. Raises StoreUnavailable."""
+        for account in await self._source.changed_since(self._latest):
+            if account.updated_at is not None and (
+                self._latest is None or account.updated_at > self._latest
+            ):
+                self._latest = account.updated_at
+            await self._take(account)
+        for account in list(self._unopened.values()):
+            await self._take(account)
+
+    async def close(self) -> None:
+        """Close the connections of all kinds."""
+        for kind in self._kinds.values():
+            await kind.close()
+
+    async def _take(self, account: ConnectorAccount) -> None:
+        known = self._entries.get(account.account_id)
+        retried = self._unopened.get(account.account_id) is account
+        if known is not None and known.account.version >= account.version and not retried:
+            return
+        if not account.removed:
+            connector = await self._connect(account, warned=retried)
+            self._entries[account.account_id] = _Entry(account, connector)
+        elif known is not None:
+            del self._entries[account.account_id]
+            self._unopened.pop(account.account_id, None)
+        self._route_anew(account)
+
+    async def _connect(self, account: ConnectorAccount, *, warned: bool) -> Connector | None:
+        self._unopened.pop(account.account_id, None)
+        try:
+            kind = self._kinds.get(account.connector)
+            if kind is None:
+                raise AccountRefused(f"there is no connector {account.connector!r} here")
+            if self._keys is None:
+                raise KeyServiceError("no wrapping keys are set")
+            credentials: Mapping[str, str] = await unseal(
+                account.sealed, account.context, self._keys
+            )
+            connector = kind.connect(account, credentials)
+            return connector if self._around is None else self._around(connector)
+        except (AccountRefused, KeyServiceError, SealBroken) as error:
+            if isinstance(error, KeyServiceError):
+                self._unopened[account.account_id] = account
+            if warned:
+                return None
+            _log.warning(
+                "a connector account cannot be used: %s",
+                error,
+                extra={
+                    "merchant_id": account.merchant_id,
+                    "connector": account.connector,
+                    "connector_account_id": account.account_id,
+                },
+            )
+            return None
+
+    def _route_anew(self, account: ConnectorAccount) -> None:
+        """Choose again among the accounts of the merchant and mode of one that changed."""
+        key = account.merchant_id, account.mode
+        ids = {*self._of_merchant.get(key, ()), account.account_id} & self._entries.keys()
+        self._routes.pop(key, None)
+        if not ids:
+            self._of_merchant.pop(key, None)
+            return
+        ordered = sorted(ids, key=lambda each: (self._entries[each].account.priority, each))
+        self._of_merchant[key] = ordered
+        for account_id in ordered:
+            entry = self._entries[account_id]
+            if entry.account.enabled and entry.connector is not None:
+                self._routes[key] = Route(entry.connector, account_id)
+                return

@@ -1,0 +1,53 @@
+"""The kinds of connectors and the wrapping keys that the settings ask for."""
+
+from pathlib import Path
+
+from gateway.connectors.http import HttpClient, Limits
+from gateway.connectors.kinds import ConnectorKind
+from gateway.connectors.sealing import LocalKeys
+from gateway.connectors.stripe.kind import StripeKind
+from gateway.settings import Settings
+
+STRIPE_BODY_BYTES_MAX = 2 * 1024 * 1024
+"""A page of a hundred objects."""
+
+
+class ConnectorsMisconfigured(ValueError):
+    """The settings of the connectors cannot be used; the text holds no secret."""
+
+
+def configured_kinds(settings: Settings) -> list[ConnectorKind]:
+    """Connects to nothing yet. Raises ConnectorsMisconfigured."""
+    proxy_url = settings.connector_proxy_url.get_secret_value()
+    https = settings.stripe_url.startswith("https://")
+    try:
+        stripe = HttpClient(
+            settings.stripe_url,
+            Limits(
+                connections_max=settings.stripe_connections_max,
+                connect_timeout_s=settings.stripe_connect_timeout_s,
+                body_bytes_max=STRIPE_BODY_BYTES_MAX,
+            ),
+            ca_file=settings.connector_ca_file,
+            proxy_url=proxy_url if https else "",
+        )
+    except (OSError, ValueError) as error:
+        raise ConnectorsMisconfigured(f"Stripe cannot be connected to: {error}") from error
+    return [
+        StripeKind(
+            stripe,
+            url=settings.stripe_url,
+            answer_timeout_s=settings.stripe_answer_timeout_s,
+        )
+    ]
+
+
+def configured_keys(settings: Settings) -> LocalKeys | None:
+    """The wrapping keys; None where none are set. Raises ConnectorsMisconfigured."""
+    text = settings.connector_keys.get_secret_value()
+    try:
+        if settings.connector_keys_file:
+            text = Path(settings.connector_keys_file).read_text("ascii")
+        return LocalKeys.parse(text) if text else None
+    except (OSError, ValueError) as error:
+        raise ConnectorsMisconfigured(f"The wrapping keys cannot be used: {error}") from error

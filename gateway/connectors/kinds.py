@@ -1,0 +1,86 @@
+"""The kinds of PSP that merchants can have accounts at, and what an account may set."""
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from enum import IntEnum
+from typing import Final, Protocol, TypeVar
+
+from gateway.application.connector_accounts import ConnectorAccount
+from gateway.application.ports import Capabilities, Connector
+from gateway.domain.model import Mode
+
+_E = TypeVar("_E", bound=IntEnum)
+
+CAPABILITY_KEYS: Final = ("operations", "capture_methods", "currencies")
+
+
+class AccountRefused(ValueError):
+    """An account cannot be used as it is set up; the text says why and holds no credential."""
+
+
+class ConnectorKind(Protocol):
+    """What all accounts at one PSP share: how they are checked, and the pool of connections."""
+
+    @property
+    def name(self) -> str:
+        """The connector's name, as `stripe`."""
+
+    @property
+    def widest(self) -> Capabilities:
+        """The most that an account can do."""
+
+    def check(
+        self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
+    ) -> None:
+        """Raises AccountRefused, for credentials of the other mode too. Asks nobody."""
+
+    def connect(self, account: ConnectorAccount, credentials: Mapping[str, str]) -> Connector:
+        """The connector of an account, over the kind's connections. Raises AccountRefused."""
+
+    async def close(self) -> None:
+        """Close the connections."""
+
+
+def narrowed(usual: Capabilities, widest: Capabilities, told: Mapping[str, object]) -> Capabilities:
+    """An account's capabilities: the connector's usual ones, but for what the account tells.
+
+    `told` may hold `operations` and `capture_methods`, lists of the contract's names, and
+    `currencies`, a list of codes; none may go beyond `widest`. Raises AccountRefused.
+    """
+    unknown = sorted(set(told) - set(CAPABILITY_KEYS))
+    if unknown:
+        raise AccountRefused(
+            f"there is no capability {unknown[0]!r}; there are {', '.join(CAPABILITY_KEYS)}"
+        )
+    changed = usual
+    if "operations" in told:
+        changed = replace(changed, operations=_members("operations", told, widest.operations))
+    if "capture_methods" in told:
+        methods = _members("capture_methods", told, widest.capture_methods)
+        changed = replace(changed, capture_methods=methods)
+    if "currencies" in told:
+        codes = _names("currencies", told)
+        amounts = widest.amounts or {}
+        beyond = [code for code in codes if code not in amounts]
+        if beyond:
+            raise AccountRefused(f"the connector does not take the currency {beyond[0]!r}")
+        changed = replace(changed, amounts={code: amounts[code] for code in codes})
+    return changed
+
+
+def _names(key: str, told: Mapping[str, object]) -> Sequence[str]:
+    value = told[key]
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise AccountRefused(f"the capability {key!r} must be a list of names")
+    return value
+
+
+def _members(key: str, told: Mapping[str, object], widest: AbstractSet[_E]) -> frozenset[_E]:
+    names = {member.name: member for member in widest}
+    unknown = [name for name in _names(key, told) if name not in names]
+    if unknown:
+        raise AccountRefused(
+            f"the connector has no {unknown[0]!r} among its {key}: {', '.join(sorted(names))}"
+        )
+    return frozenset(names[name] for name in _names(key, told))

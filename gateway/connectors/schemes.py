@@ -1,0 +1,74 @@
+"""The card schemes' codes, normalised: responses, advice, address and card verification results."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from gateway.domain.model import AdviceAction, AvsResult, CvvResult, ResponseCode
+
+ISO8583_CODES: Final[Mapping[str, ResponseCode]] = {
+    "00": ResponseCode.APPROVED,
+    "01": ResponseCode.REFER_TO_ISSUER,
+    "03": ResponseCode.INVALID_MERCHANT,
+    "04": ResponseCode.PICK_UP_CARD,
+    "05": ResponseCode.DO_NOT_HONOR,
+    "07": ResponseCode.PICK_UP_CARD,
+    "10": ResponseCode.PARTIALLY_APPROVED,
+    "12": ResponseCode.INVALID_TRANSACTION,
+    "13": ResponseCode.INVALID_AMOUNT,
+    "14": ResponseCode.INVALID_CARD_NUMBER,
+    "19": ResponseCode.REENTER_TRANSACTION,
+    "1A": ResponseCode.AUTHENTICATION_REQUIRED,
+    "41": ResponseCode.LOST_CARD,
+    "43": ResponseCode.STOLEN_CARD,
+    "51": ResponseCode.INSUFFICIENT_FUNDS,
+    "54": ResponseCode.EXPIRED_CARD,
+    "55": ResponseCode.WRONG_PIN,
+    "57": ResponseCode.NOT_PERMITTED,
+    "58": ResponseCode.NOT_PERMITTED,
+    "59": ResponseCode.SUSPECTED_FRAUD,
+    "61": ResponseCode.EXCEEDS_AMOUNT_LIMIT,
+    "62": ResponseCode.RESTRICTED_CARD,
+    "63": ResponseCode.SECURITY_VIOLATION,
+    "65": ResponseCode.EXCEEDS_FREQUENCY_LIMIT,
+    "91": ResponseCode.ISSUER_UNAVAILABLE,
+    "96": ResponseCode.SYSTEM_MALFUNCTION,
+}
+"""DE39 of the 1987 edition; "1A" is the networks' own, a soft decline for authentication."""
+
+_HOUR_S: Final = 3600
+_DAY_S: Final = 24 * _HOUR_S
+ADVICE: Final[Mapping[tuple[str, str], tuple[AdviceAction, int | None]]] = {
+    ("mastercard", "01"): (AdviceAction.RETRY_AFTER_INSTRUMENT_UPDATE, None),
+    ("mastercard", "02"): (AdviceAction.RETRY_LATER, None),
+    ("mastercard", "03"): (AdviceAction.DO_NOT_RETRY, None),
+    ("mastercard", "21"): (AdviceAction.STOP_RECURRING, None),
+    ("mastercard", "24"): (AdviceAction.RETRY_AFTER, _HOUR_S),
+    ("mastercard", "25"): (AdviceAction.RETRY_AFTER, _DAY_S),
+    ("mastercard", "26"): (AdviceAction.RETRY_AFTER, 2 * _DAY_S),
+    ("mastercard", "27"): (AdviceAction.RETRY_AFTER, 4 * _DAY_S),
+    ("mastercard", "28"): (AdviceAction.RETRY_AFTER, 6 * _DAY_S),
+    ("mastercard", "29"): (AdviceAction.RETRY_AFTER, 8 * _DAY_S),
+    ("mastercard", "30"): (AdviceAction.RETRY_AFTER, 10 * _DAY_S),
+    ("visa", "1"): (AdviceAction.DO_NOT_RETRY, None),
+}
+"""Scheme and code to the action and, for RETRY_AFTER, the seconds to wait."""
+
+AVS: Final[Mapping[str, AvsResult]] = {
+    **dict.fromkeys("YDFM", AvsResult.FULL_MATCH),
+    "X": AvsResult.FULL_MATCH_ZIP9,
+    **dict.fromkeys("AB", AvsResult.ADDRESS_ONLY),
+    **dict.fromkeys("ZP", AvsResult.POSTAL_CODE_ONLY),
+    "W": AvsResult.ZIP9_ONLY,
+    "N": AvsResult.NO_MATCH,
+    "U": AvsResult.UNAVAILABLE,
+    "R": AvsResult.RETRY,
+    "S": AvsResult.UNSUPPORTED,
+    **dict.fromkeys("GIC", AvsResult.GLOBAL_UNAVAILABLE),
+}
+CVV: Final[Mapping[str, CvvResult]] = {
+    "M": CvvResult.MATCH,
+    "N": CvvResult.NO_MATCH,
+    "P": CvvResult.NOT_PROCESSED,
+    "S": CvvResult.SHOULD_BE_PRESENT,
+    "U": CvvResult.ISSUER_NOT_PARTICIPATING,
+}

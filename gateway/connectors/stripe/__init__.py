@@ -1,0 +1,1 @@
+"""Stripe: card payments by PaymentIntents."""

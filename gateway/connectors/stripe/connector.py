@@ -1,0 +1,704 @@
+"""The connector to one Stripe account: PaymentIntents, SetupIntents and Refunds.
+
+Source of the rules: Stripe's API reference and guides, named where a rule is used.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import quote, urlencode
+
+from gateway import __version__
+from gateway.application.ports import Capabilities, ConnectorRequest
+from gateway.connectors.http import FORM, HttpClient, MaybeSent, NotSent, Response
+from gateway.connectors.stripe import answers
+from gateway.connectors.stripe.amounts import RULES, to_stripe
+from gateway.connectors.stripe.answers import REFERENCE, TOMBSTONE, StripeError, Unusable
+from gateway.domain.errors import Reason
+from gateway.domain.ids import created_s
+from gateway.domain.model import (
+    CaptureMethod,
+    ConnectorAnswer,
+    Delivery,
+    Mode,
+    OperationKind,
+    Verdict,
+)
+
+API_VERSION: Final = "2025-10-29.clover"
+ANSWER_TIMEOUT_S: Final = 30.0
+KEY_VALIDITY_S: Final = 24 * 3600.0
+"""Keys may be removed once they are at least 24 hours old ("Idempotent requests")."""
+SEARCH_LAG_S: Final = 300.0
+"""Searches find what is younger than a minute, and longer in an outage, not for sure ("Search")."""
+REPEAT_PAUSE_S: Final = 0.5
+"""Before the one repeat of a request that met a conflict, a limit or an error of Stripe's."""
+PAGE_LENGTH: Final = 100
+PAGES_MAX: Final = 10
+"""Pages of a payment's refunds that are looked through."""
+NAME: Final = "stripe"
+
+K = OperationKind
+
+SUPPORTED_FIELDS: Final = frozenset(
+    {
+        "payment_method.stored",
+        "channel",
+        "return_url",
+        "statement_descriptor_suffix",
+    }
+)
+_STORED_PREFIX: Final = "pm_"
+_MOTO: Final = frozenset({"CHANNEL_MAIL_ORDER", "CHANNEL_TELEPHONE_ORDER"})
+
+
+def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabilities:
+    """The most that an account can do."""
+    return Capabilities(
+        mode=mode,
+        idempotent_by_reference=True,
+        key_validity_s=KEY_VALIDITY_S,
+        query_by_reference=True,
+        cancel_by_reference=True,
+        answer_timeout_s=answer_timeout_s,
+        supported_fields=SUPPORTED_FIELDS,
+        amounts=RULES,
+    )
+
+
+class _Unsendable(Exception):
+    """The request cannot be put as Stripe takes it."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    target: str
+    body: bytes
+    total: int | None = None
+    """Of an increment: what the PaymentIntent is to have afterwards, in Stripe's unit."""
+
+
+class StripeConnector:
+    """Implements `gateway.application.ports.Connector` for one account.
+
+    The idempotency key of a request is its reference. What makes an outcome definite:
+
+    - An answer with status 200 or 402, or a refusal of the first sending.
+    - A repeat of the same request with the same key within the key's validity: Stripe answers with
+      what it answered first. The sender repeats once, where the answer was lost or is a conflict
+      (409), a limit (429) or an error of Stripe's (5xx), within its send window.
+    - The PaymentIntent itself: captures and increments leave their reference in its metadata, and
+      objects are read as they are, which searches are not.
+    - An occupied key. Stripe refuses a key that comes again with another request, so a request that
+      does nothing, sent under the reference, either proves that Stripe never executed the reference
+      and will not while the key is valid, or that it did; then the repeat tells what came of it.
+    """
+
+    def __init__(
+        self,
+        http: HttpClient,
+        secret_key: str,
+        capabilities: Capabilities,
+        *,
+        stripe_account: str = "",
+        search_lag_s: float = SEARCH_LAG_S,
+    ) -> None:
+        """`http` is the caller's to close; `stripe_account` is a connected account's id."""
+        self._http = http
+        self._capabilities = capabilities
+        self._search_lag_s = search_lag_s
+        self._headers = {
+            "Authorization": f"Bearer {secret_key}",
+            "Stripe-Version": API_VERSION,
+            "User-Agent": f"payment-gateway/{__version__}",
+        }
+        if stripe_account:
+            self._headers["Stripe-Account"] = stripe_account
+
+    @property
+    def name(self) -> str:
+        """The connector's name."""
+        return NAME
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this account can do."""
+        return self._capabilities
+
+    async def close(self) -> None:
+        """The connections are shared, and closed by who opened them."""
+
+    # --- send -------------------------------------------------------------------------------------
+
+    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """See the port."""
+        if request.kind is K.REVERSAL:
+            return await self._reverse(request, send_before)
+        try:
+            if request.kind is K.INCREMENT:
+                found = await self._prepare_increment(request, send_before)
+                if isinstance(found, ConnectorAnswer):
+                    return found
+                call = found
+            else:
+                call = self._call(request)
+            response, repeated = await self._deliver(call, request.reference, send_before)
+            return self._answer(request, call, response, repeated=repeated)
+        except (_Unsendable, NotSent) as error:
+            return answers.not_sent(error.reason)
+        except MaybeSent as error:
+            return answers.doubt(error.reason)
+        except Unusable:
+            return answers.doubt()
+
+    async def _prepare_increment(
+        self, request: ConnectorRequest, send_before: float
+    ) -> _Call | ConnectorAnswer:
+        """Stripe takes the new total: ask for the present one. An answer, where it has been raised
+        by this reference already.
+        """
+        try:
+            intent = await self._get(
+                f"/v1/payment_intents/{_id(request)}", answer_before=send_before
+            )
+        except (MaybeSent, Unusable):
+            # A question changes nothing: the increment itself was not sent.
+            raise _Unsendable(Reason.CONNECT_FAILED) from None
+        done = answers.increment(intent, request.reference)
+        if done is not None:
+            return done
+        more = _amount(request)
+        total = answers.amount_of(intent, "amount") + more
+        form = {
+            "amount": str(total),
+            f"metadata[{request.reference}]": f"increment:{more}",
+            "expand[]": "latest_charge",
+        }
+        target = f"/v1/payment_intents/{_id(request)}/increment_authorization"
+        return _Call(target, _encode(form), total)
+
+    def _call(self, request: ConnectorRequest) -> _Call:
+        """Raises _Unsendable."""
+        match request.kind:
+            case K.AUTHORIZE:
+                return _Call("/v1/payment_intents", _encode(self._authorization(request)))
+            case K.VERIFY:
+                return _Call("/v1/setup_intents", _encode(_verification(request)))
+            case K.CAPTURE:
+                target = f"/v1/payment_intents/{_id(request)}/capture"
+                return _Call(target, _encode(self._capture(request)))
+            case K.VOID:
+                return _Call(f"/v1/payment_intents/{_id(request)}/cancel", b"")
+            case K.REFUND:
+                form = {
+                    "payment_intent": request.target_transaction_id,
+                    "amount": str(_amount(request)),
+                    f"metadata[{REFERENCE}]": request.reference,
+                }
+                return _Call("/v1/refunds", _encode(form))
+            case _:
+                raise _Unsendable(Reason.OPERATION_NOT_SUPPORTED)
+
+    def _authorization(self, request: ConnectorRequest) -> dict[str, str]:
+        fields = request.fields
+        form = {
+            "amount": str(_amount(request)),
+            "currency": request.currency.lower(),
+            "confirm": "true",
+            "capture_method": "automatic" if request.capture else "manual",
+            "payment_method_types[]": "card",
+            **_payment_method(request),
+            f"metadata[{REFERENCE}]": request.reference,
+            "metadata[gateway_payment_id]": request.payment_id,
+            "expand[]": "latest_charge",
+        }
+        suffix = fields.get("statement_descriptor_suffix")
+        if suffix:
+            form["statement_descriptor_suffix"] = str(suffix)
+        if fields.get("channel") in _MOTO:
+            form["payment_method_options[card][moto]"] = "true"
+        if fields.get("return_url"):
+            form["return_url"] = str(fields["return_url"])
+        else:
+            # Without a way back nobody could act; it is declined instead.
+            form["error_on_requires_action"] = "true"
+        if not request.capture:
+            if CaptureMethod.MANUAL_MULTIPLE in self._capabilities.capture_methods:
+                form["payment_method_options[card][request_multicapture]"] = "if_available"
+            if K.INCREMENT in self._capabilities.operations:
+                form["payment_method_options[card][request_incremental_authorization]"] = (
+                    "if_available"
+                )
+        return form
+
+    def _capture(self, request: ConnectorRequest) -> dict[str, str]:
+        amount = _amount(request)
+        form = {
+            "amount_to_capture": str(amount),
+            f"metadata[{request.reference}]": f"capture:{amount}",
+            "expand[]": "latest_charge",
+        }
+        if not request.final:
+            # Only where several captures are available; without it every capture is the last.
+            form["final_capture"] = "false"
+        return form
+
+    async def _deliver(self, call: _Call, key: str, send_before: float) -> tuple[Response, bool]:
+        """Send, and once more where the class says so; whether the answer is the repeat's.
+
+        Raises NotSent and MaybeSent.
+        """
+        began = time.monotonic()
+        answer_before = began + self._capabilities.answer_timeout_s
+        response: Response | None = None
+        lost: MaybeSent | None = None
+        try:
+            response = await self._post(call, key, send_before)
+        except MaybeSent as error:
+            lost = error
+        if response is not None and not _is_uncertain(response):
+            return response, False
+        if lost is not None and lost.reason is not Reason.CONNECTION_LOST:
+            raise lost
+        # Stripe may say that a repeat is of no use ("Advanced error handling").
+        again = response is None or response.headers.get("stripe-should-retry") != "false"
+        again_before = min(send_before, answer_before)
+        if again and time.monotonic() + REPEAT_PAUSE_S < again_before:
+            await asyncio.sleep(REPEAT_PAUSE_S)
+            try:
+                return await self._post(call, key, again_before, answer_before), True
+            except NotSent:
+                pass  # not the second time, but the first
+        if response is None:
+            raise lost or MaybeSent(Reason.ANSWER_UNUSABLE)
+        return response, False
+
+    def _answer(
+        self, request: ConnectorRequest, call: _Call, response: Response, *, repeated: bool
+    ) -> ConnectorAnswer:
+        """What an answer says of a request. Raises Unusable."""
+        if response.status == 200:
+            answer = self._done(request, call, answers.read(response))
+            if answer.currency not in ("", request.currency):
+                raise Unusable
+            return answer
+        error = answers.read_error(response)
+        if error.status == 402 and error.type == "card_error":
+            object_ = error.payment_intent or answers.part(error.told, "setup_intent")
+            return answers.declined(error.told, str(object_.get("id", "")))
+        if error.status not in (400, 401, 403, 404) or error.type == "idempotency_error":
+            raise Unusable
+        if repeated and response.headers.get("idempotent-replayed") != "true":
+            # It refuses this sending, and tells nothing of the one before.
+            raise Unusable
+        if not error.type:
+            raise Unusable  # not Stripe's: a proxy's, perhaps
+        if request.kind is K.VOID:
+            done = answers.void(error.payment_intent)
+            if done is not None:
+                return done
+        return answers.rejected(error)
+
+    def _done(
+        self, request: ConnectorRequest, call: _Call, told: Mapping[str, Any]
+    ) -> ConnectorAnswer:
+        """What an object says that Stripe answered a request with. Raises Unusable."""
+        answer: ConnectorAnswer | None
+        self._check(told, _OBJECTS[request.kind])
+        if request.kind in _OF_AN_INTENT:
+            if told.get("id") != request.target_transaction_id:
+                raise Unusable
+        elif answers.part(told, "metadata").get(REFERENCE) != request.reference:
+            raise Unusable
+        match request.kind:
+            case K.AUTHORIZE:
+                answer = answers.authorization(told, captured=request.capture)
+            case K.VERIFY:
+                answer = answers.verification(told)
+            case K.CAPTURE:
+                answer = answers.capture(told, request.reference)
+            case K.INCREMENT:
+                answer = answers.increment(told, request.reference, call.total)
+            case K.VOID:
+                answer = answers.void(told)
+            case _:
+                answer = answers.refund(told)
+        if answer is None:
+            raise Unusable
+        return answer
+
+    # --- query ------------------------------------------------------------------------------------
+
+    async def query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer | None:
+        """See the port.
+
+        An authorization whose PaymentIntent is not known is searched for. A search may miss what is
+        young: until the reference is SEARCH_LAG_S old, not found is no answer.
+        """
+        try:
+            if kind is K.AUTHORIZE:
+                return await self._query_authorization(reference, request)
+            if request is not None and request.target_transaction_id:
+                return await self._query_known(kind, reference, request)
+        except (NotSent, MaybeSent) as error:
+            return answers.doubt(error.reason)
+        except Unusable:
+            return answers.doubt()
+        # A verification moves no money: `cancel` tells what came of it.
+        return None if kind is K.VERIFY else answers.doubt()
+
+    async def _query_known(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest
+    ) -> ConnectorAnswer | None:
+        """By the objects that are acted on, which are read as they are."""
+        match kind:
+            case K.VERIFY:
+                setup_intent = await self._get(f"/v1/setup_intents/{_id(request)}")
+                self._check(setup_intent, "setup_intent")
+                return answers.verification(setup_intent)
+            case K.REFUND:
+                return await self._query_refund(reference, request)
+            case K.CAPTURE:
+                return answers.capture(await self._intent(_id(request)), reference)
+            case K.INCREMENT:
+                return answers.increment(await self._intent(_id(request)), reference)
+            case _:  # VOID and REVERSAL
+                return answers.void(await self._intent(_id(request)))
+
+    async def _query_authorization(
+        self, reference: str, request: ConnectorRequest | None
+    ) -> ConnectorAnswer | None:
+        captured = None if request is None else request.capture
+        if request is not None and request.target_transaction_id:
+            intent = await self._intent(_id(request))
+            return answers.authorization(intent, captured=captured)
+        found = await self._search(reference)
+        told = [answers.authorization(intent, captured=captured) for intent in found]
+        # More than one: the key had been forgotten. What stands counts, and all of it.
+        standing = [answer for answer in told if answer.verdict is Verdict.APPROVED]
+        if len(standing) > 1:
+            first = standing[0]
+            if first.outcome is not None:
+                first.outcome.amount_reported_minor = sum(
+                    (answer.outcome and answer.outcome.amount_reported_minor) or 0
+                    for answer in standing
+                )
+            return first
+        if told:
+            return standing[0] if standing else told[0]
+        age_s = _age_s(reference)
+        if age_s is not None and age_s < self._search_lag_s:
+            return answers.doubt(Reason.RECOVERED)
+        return None
+
+    async def _search(self, reference: str) -> list[Mapping[str, Any]]:
+        """The PaymentIntents made with a reference, as far as the search knows them."""
+        text = reference.replace("\\", "\\\\").replace("'", "\\'")
+        query = urlencode(
+            {
+                "query": f"metadata['{REFERENCE}']:'{text}'",
+                "expand[]": "data.latest_charge",
+                "limit": str(PAGE_LENGTH),
+            }
+        )
+        listed = (await self._get(f"/v1/payment_intents/search?{query}")).get("data")
+        if not isinstance(listed, list):
+            raise Unusable
+        for intent in listed:
+            self._check(intent, "payment_intent")
+        return [
+            intent
+            for intent in listed
+            if answers.part(intent, "metadata").get(REFERENCE) == reference
+        ]
+
+    async def _query_refund(
+        self, reference: str, request: ConnectorRequest
+    ) -> ConnectorAnswer | None:
+        """By the list of the payment's refunds, which is read as it is."""
+        query = {
+            "payment_intent": request.target_transaction_id,
+            "limit": str(PAGE_LENGTH),
+        }
+        for _ in range(PAGES_MAX):
+            page = await self._get(f"/v1/refunds?{urlencode(query)}")
+            listed = page.get("data")
+            if not isinstance(listed, list):
+                raise Unusable
+            for told in listed:
+                self._check(told, "refund")
+                if answers.part(told, "metadata").get(REFERENCE) == reference:
+                    return answers.refund(told)
+            if not page.get("has_more") or not listed:
+                return None
+            query["starting_after"] = str(listed[-1].get("id"))
+        raise Unusable
+
+    # --- cancel -----------------------------------------------------------------------------------
+
+    async def cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer:
+        """See the port.
+
+        Past half of the key's validity nothing proves an absence; the other half is for clocks and
+        for the way there. A refund, a void and an increment cannot be taken back: where they took
+        effect nothing is said here, and `query` tells it.
+        """
+        try:
+            if kind is K.AUTHORIZE and request is not None and request.target_transaction_id:
+                return await self._take_back(await self._intent(_id(request)), reference)
+            age_s = _age_s(reference)
+            if age_s is not None and age_s <= KEY_VALIDITY_S / 2:
+                if await self._occupy(reference):
+                    return answers.not_sent(Reason.REFERENCE_CANCELED)
+                if request is not None:
+                    return await self._undo(request)
+        except (NotSent, MaybeSent, _Unsendable) as error:
+            return answers.doubt(error.reason)
+        except Unusable:
+            return answers.doubt()
+        return answers.doubt(Reason.RECOVERED)
+
+    async def _occupy(self, reference: str) -> bool:
+        """Use up the key, by a SetupIntent without a payment method, which can do nothing.
+
+        False: it was used before, by a request that Stripe executed. Raises Unusable where Stripe
+        says neither.
+        """
+        form = {f"metadata[{TOMBSTONE}]": reference, "payment_method_types[]": "card"}
+        response = await self._post(
+            _Call("/v1/setup_intents", _encode(form)),
+            reference,
+            time.monotonic() + self._capabilities.answer_timeout_s,
+        )
+        if response.status == 200:
+            told = answers.read(response)
+            self._check(told, "setup_intent")
+            if answers.part(told, "metadata").get(TOMBSTONE) != reference:
+                raise Unusable
+            return True
+        error: StripeError = answers.read_error(response)
+        if error.status == 400 and error.type == "idempotency_error":
+            return False
+        raise Unusable
+
+    async def _undo(self, request: ConnectorRequest) -> ConnectorAnswer:
+        """Take back what a reference caused whose key is used: the repeat tells what that was."""
+        if request.kind is K.INCREMENT:
+            found = await self._prepare_increment(request, time.monotonic() + ANSWER_TIMEOUT_S)
+            if isinstance(found, ConnectorAnswer):
+                return answers.doubt(Reason.RECOVERED)
+            call = found
+        else:
+            call = self._call(request)
+        response = await self._post(
+            call,
+            request.reference,
+            time.monotonic() + self._capabilities.answer_timeout_s,
+        )
+        if _is_uncertain(response) or response.headers.get("idempotent-replayed") != "true":
+            raise Unusable
+        answer = self._answer(request, call, response, repeated=True)
+        if answer.verdict in (Verdict.DECLINED, Verdict.FAILED) or request.kind is K.VERIFY:
+            return answer
+        if request.kind is K.AUTHORIZE:
+            intent = await self._intent(quote(answer.connector_transaction_id, safe=""))
+            return await self._take_back(intent, request.reference)
+        if request.kind is K.CAPTURE:
+            amount = str(_amount(request))
+            return await self._give_back(request.target_transaction_id, request.reference, amount)
+        return answers.doubt(Reason.RECOVERED)
+
+    async def _reverse(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        try:
+            intent = await self._intent(_id(request), send_before)
+        except (NotSent, MaybeSent, Unusable, _Unsendable):
+            return answers.not_sent(Reason.CONNECT_FAILED)
+        try:
+            answer = await self._take_back(intent, request.reference)
+        except (NotSent, MaybeSent) as error:
+            return answers.doubt(error.reason)
+        except Unusable:
+            return answers.doubt()
+        if answer.verdict is Verdict.CANCELED:
+            answer.verdict = Verdict.APPROVED
+        return answer
+
+    async def _take_back(self, intent: Mapping[str, Any], reference: str) -> ConnectorAnswer:
+        """Nothing of a PaymentIntent stands afterwards. Raises NotSent, MaybeSent, Unusable."""
+        intent_id = str(intent.get("id"))
+        if intent.get("status") not in ("succeeded", "canceled"):
+            response = await self._post(
+                _Call(f"/v1/payment_intents/{quote(intent_id, safe='')}/cancel", b""),
+                f"{reference}-cancel",
+                time.monotonic() + self._capabilities.answer_timeout_s,
+            )
+            if response.status == 200:
+                intent = answers.read(response)
+            else:
+                intent = answers.read_error(response).payment_intent
+            self._check(intent, "payment_intent")
+            if intent.get("id") != intent_id:
+                raise Unusable
+            if intent.get("status") not in ("succeeded", "canceled"):
+                raise Unusable
+        if answers.amount_of(intent, "amount_received"):
+            return await self._give_back(intent_id, reference, "")
+        return ConnectorAnswer(
+            Delivery.ANSWERED, Verdict.CANCELED, connector_transaction_id=intent_id
+        )
+
+    async def _give_back(self, intent_id: str, reference: str, amount: str) -> ConnectorAnswer:
+        """Refund an amount in Stripe's unit, or what is left. Raises as `_take_back`."""
+        form = {"payment_intent": intent_id, f"metadata[{REFERENCE}]": f"{reference}-refund"}
+        if amount:
+            form["amount"] = amount
+        response = await self._post(
+            _Call("/v1/refunds", _encode(form)),
+            f"{reference}-refund",
+            time.monotonic() + self._capabilities.answer_timeout_s,
+        )
+        if response.status == 200:
+            told = answers.read(response)
+            self._check(told, "refund")
+            if told.get("status") not in ("succeeded", "pending"):
+                raise Unusable
+        elif answers.read_error(response).code != "charge_already_refunded":
+            raise Unusable
+        return ConnectorAnswer(
+            Delivery.ANSWERED, Verdict.CANCELED, connector_transaction_id=intent_id
+        )
+
+    # --- HTTP -------------------------------------------------------------------------------------
+
+    async def _intent(
+        self, quoted_id: str, answer_before: float | None = None
+    ) -> Mapping[str, Any]:
+        intent = await self._get(
+            f"/v1/payment_intents/{quoted_id}?expand[]=latest_charge", answer_before=answer_before
+        )
+        self._check(intent, "payment_intent")
+        return intent
+
+    async def _get(self, target: str, *, answer_before: float | None = None) -> Mapping[str, Any]:
+        """An object as it is now. Raises NotSent, MaybeSent, Unusable."""
+        timeout_s = self._capabilities.answer_timeout_s
+        until = time.monotonic() + timeout_s
+        response = await self._http.request(
+            "GET",
+            target,
+            send_before=until if answer_before is None else min(until, answer_before),
+            answer_timeout_s=timeout_s,
+            answer_before=until if answer_before is None else min(until, answer_before),
+            headers=self._headers,
+        )
+        return answers.read(response)
+
+    async def _post(
+        self, call: _Call, key: str, send_before: float, answer_before: float | None = None
+    ) -> Response:
+        timeout_s = self._capabilities.answer_timeout_s
+        if answer_before is None:
+            answer_before = time.monotonic() + timeout_s
+        return await self._http.request(
+            "POST",
+            call.target,
+            call.body,
+            send_before=send_before,
+            answer_timeout_s=timeout_s,
+            answer_before=answer_before,
+            headers={**self._headers, "Idempotency-Key": key},
+            content_type=FORM,
+        )
+
+    def _check(self, told: object, object_: str) -> None:
+        """Raises Unusable for another object than was asked for, or one of the other mode."""
+        live = self._capabilities.mode is Mode.LIVE
+        if (
+            not isinstance(told, dict)
+            or told.get("object") != object_
+            # A Refund does not say.
+            or (object_ != "refund" and told.get("livemode") is not live)
+        ):
+            raise Unusable
+
+
+_OF_AN_INTENT: Final = frozenset({K.CAPTURE, K.VOID, K.INCREMENT})
+_OBJECTS: Final[Mapping[OperationKind, str]] = {
+    K.AUTHORIZE: "payment_intent",
+    K.CAPTURE: "payment_intent",
+    K.VOID: "payment_intent",
+    K.INCREMENT: "payment_intent",
+    K.VERIFY: "setup_intent",
+    K.REFUND: "refund",
+}
+
+
+def _is_uncertain(response: Response) -> bool:
+    """Whether the request may or may not have been executed, now or by another one of its key."""
+    return response.status in (409, 429) or response.status >= 500
+
+
+def _encode(form: Mapping[str, str]) -> bytes:
+    return urlencode(form).encode("ascii")
+
+
+def _amount(request: ConnectorRequest) -> int:
+    """In Stripe's unit. Raises _Unsendable."""
+    amount = to_stripe(request.amount_minor, request.currency)
+    if amount is None:
+        known = request.currency in RULES
+        raise _Unsendable(Reason.AMOUNT_NOT_SUPPORTED if known else Reason.CURRENCY_NOT_SUPPORTED)
+    return amount
+
+
+def _id(request: ConnectorRequest) -> str:
+    """The id that a request acts on, fit for a path. Raises _Unsendable."""
+    if not request.target_transaction_id:
+        raise _Unsendable(Reason.INVALID_REQUEST)
+    return quote(request.target_transaction_id, safe="")
+
+
+def _payment_method(request: ConnectorRequest) -> dict[str, str]:
+    """A PaymentMethod by its id, or a token of Stripe's. Raises _Unsendable."""
+    method = request.fields.get("payment_method")
+    stored = method.get("stored") if isinstance(method, dict) else None
+    if isinstance(stored, dict):
+        stored_id = str(stored.get("stored_payment_method_id", ""))
+        if not stored_id.startswith(_STORED_PREFIX):
+            raise _Unsendable(Reason.INVALID_REQUEST)
+        return {"payment_method": stored_id}
+    if not request.payment_method_token:
+        raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
+    return {
+        "payment_method_data[type]": "card",
+        "payment_method_data[card][token]": request.payment_method_token,
+    }
+
+
+def _verification(request: ConnectorRequest) -> dict[str, str]:
+    form = {
+        "confirm": "true",
+        "payment_method_types[]": "card",
+        **_payment_method(request),
+        f"metadata[{REFERENCE}]": request.reference,
+        "metadata[gateway_payment_id]": request.payment_id,
+    }
+    if request.fields.get("return_url"):
+        form["return_url"] = str(request.fields["return_url"])
+    return form
+
+
+def _age_s(reference: str) -> float | None:
+    """How long ago, at most, the reference was first used."""
+    made_s = created_s(reference)
+    return None if made_s is None else time.time() - made_s

@@ -1,0 +1,51 @@
+"""What a PSP says, as values that may be kept: bounded, printable, and without card numbers."""
+
+from datetime import UTC, datetime
+from typing import Final
+
+from gateway.domain.pan import mask_pans
+
+CODE_LENGTH_MAX: Final = 64
+MESSAGE_LENGTH_MAX: Final = 255
+IDENTIFIER_LENGTH_MAX: Final = 128
+URL_LENGTH_MAX: Final = 2048
+AMOUNT_ABS_MAX: Final = 2**62
+"""No amount that a PSP reports may come near the end of int64."""
+
+
+def amount(value: object) -> int | None:
+    """An integer; None for anything else, and for what no amount can be."""
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > AMOUNT_ABS_MAX:
+        return None
+    return value
+
+
+def text(value: object, length_max: int = CODE_LENGTH_MAX) -> str:
+    """A text, cut to its length; empty for anything else."""
+    if not isinstance(value, str):
+        return ""
+    return mask_pans("".join(filter(str.isprintable, value[:length_max])))
+
+
+def identifier(value: object) -> str:
+    """The PSP's id, unchanged; empty where it has none that can be used."""
+    if not isinstance(value, str) or len(value) > IDENTIFIER_LENGTH_MAX:
+        return ""
+    return value if value.isascii() and value.isprintable() else ""
+
+
+def https_url(value: object) -> str:
+    """An address to send a customer to; empty for any other."""
+    if not isinstance(value, str) or len(value) > URL_LENGTH_MAX:
+        return ""
+    return value if value.startswith("https://") else ""
+
+
+def instant(value: object) -> datetime | None:
+    """A time given in seconds since 1970."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    try:
+        return datetime.fromtimestamp(value, UTC)
+    except (OverflowError, ValueError, OSError):
+        return None
