@@ -108,11 +108,13 @@ class StripeConnector:
         *,
         stripe_account: str = "",
         search_lag_s: float = SEARCH_LAG_S,
+        repeat_pause_s: float = REPEAT_PAUSE_S,
     ) -> None:
         """`http` is the caller's to close; `stripe_account` is a connected account's id."""
         self._http = http
         self._capabilities = capabilities
         self._search_lag_s = search_lag_s
+        self._repeat_pause_s = repeat_pause_s
         self._headers = {
             "Authorization": f"Bearer {secret_key}",
             "Stripe-Version": API_VERSION,
@@ -269,8 +271,8 @@ class StripeConnector:
         # Stripe may say that a repeat is of no use ("Advanced error handling").
         again = response is None or response.headers.get("stripe-should-retry") != "false"
         again_before = min(send_before, answer_before)
-        if again and time.monotonic() + REPEAT_PAUSE_S < again_before:
-            await asyncio.sleep(REPEAT_PAUSE_S)
+        if again and time.monotonic() + self._repeat_pause_s < again_before:
+            await asyncio.sleep(self._repeat_pause_s)
             try:
                 return await self._post(call, key, again_before, answer_before), True
             except NotSent:

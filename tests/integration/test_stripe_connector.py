@@ -1,0 +1,319 @@
+"""Stripe's connector against the double: what is Stripe's own, beyond the conformance suite."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+from uuid import UUID
+
+import pytest
+import pytest_asyncio
+
+from gateway.connectors.stripe.connector import API_VERSION, KEY_VALIDITY_S
+from gateway.domain.errors import Reason
+from gateway.domain.model import (
+    AdviceAction,
+    AvsResult,
+    ConnectorAnswer,
+    CvvResult,
+    Delivery,
+    OperationKind,
+    Outcome,
+    ResponseCode,
+    Verdict,
+)
+from tests.connector_conformance import Fault, is_doubt, prepared, request_of, send
+from tests.stripe_double import ACTION_TOKEN, DECLINE_TOKEN, SECRET_KEY, StripePsp, stripe_psp
+
+pytestmark = pytest.mark.integration
+
+K = OperationKind
+
+
+@pytest_asyncio.fixture
+async def psp() -> AsyncIterator[StripePsp]:
+    async with stripe_psp() as opened:
+        yield opened
+
+
+def outcome_of(answer: ConnectorAnswer | None) -> Outcome:
+    assert answer is not None
+    assert answer.outcome is not None
+    return answer.outcome
+
+
+def reference_made(seconds_ago: float) -> str:
+    """A reference of an operation that began so long ago (UUIDv7)."""
+    milliseconds = int((time.time() - seconds_ago) * 1000)
+    value = (milliseconds << 80) | (7 << 76) | (2 << 62) | 12345
+    return f"op_{UUID(int=value).hex}-1"
+
+
+async def test_requests_carry_the_pinned_version_the_key_and_the_reference(psp: StripePsp) -> None:
+    request = request_of(fields={"statement_descriptor_suffix": "ORDER 7"})
+    await send(psp.connector, request)
+    headers = psp.double.headers[0]
+    assert headers["authorization"] == f"Bearer {SECRET_KEY}"
+    assert headers["stripe-version"] == API_VERSION
+    assert headers["idempotency-key"] == request.reference
+    assert headers["content-type"] == "application/x-www-form-urlencoded"
+    (intent,) = psp.double.intents.values()
+    assert intent["metadata"] == {
+        "gateway_reference": request.reference,
+        "gateway_payment_id": "pay_1",
+    }
+
+
+async def test_connected_account_is_named(psp: StripePsp) -> None:
+    await send(psp.connect(5, stripe_account="acct_1"), request_of())
+    assert psp.double.headers[0]["stripe-account"] == "acct_1"
+
+
+async def test_answer_tells_what_the_network_said(psp: StripePsp) -> None:
+    answer = await send(psp.connector, request_of())
+    outcome = outcome_of(answer)
+    assert (outcome.avs_result, outcome.avs_code) == (AvsResult.ADDRESS_ONLY, "pass/")
+    assert (outcome.cvv_result, outcome.cvv_code) == (CvvResult.MATCH, "pass")
+    assert (outcome.auth_code, outcome.network_transaction_id) == ("123456", "nti_1")
+    assert answer.authorization_expires_at is not None
+
+
+@pytest.mark.parametrize(
+    ("code", "action"),
+    [
+        ("lost_card", AdviceAction.DO_NOT_RETRY),
+        ("insufficient_funds", AdviceAction.RETRY_LATER),
+        ("expired_card", AdviceAction.RETRY_AFTER_INSTRUMENT_UPDATE),
+    ],
+)
+async def test_decline_tells_code_advice_and_the_networks_code(
+    psp: StripePsp, code: str, action: AdviceAction
+) -> None:
+    request = request_of(payment_method_token=f"{DECLINE_TOKEN}{code}")
+    outcome = outcome_of(await send(psp.connector, request))
+    assert (outcome.connector_code, outcome.advice_action) == (code, action)
+    assert outcome.advice_scheme == "stripe"
+    assert (outcome.network_code, outcome.network_code_scheme) == ("51", "visa")
+
+
+async def test_verification_is_declined_as_an_authorization_is(psp: StripePsp) -> None:
+    request = request_of(K.VERIFY, payment_method_token=f"{DECLINE_TOKEN}expired_card")
+    answer = await send(psp.connector, request)
+    assert answer.verdict is Verdict.DECLINED
+    assert outcome_of(answer).response_code is ResponseCode.EXPIRED_CARD
+
+
+# --- payment methods and actions ------------------------------------------------------------------
+
+
+async def test_stored_payment_method_is_charged_by_its_id(psp: StripePsp) -> None:
+    stored = {"payment_method": {"stored": {"stored_payment_method_id": "pm_card_visa"}}}
+    request = request_of(payment_method_token="", fields=stored)
+    assert (await send(psp.connector, request)).verdict is Verdict.APPROVED
+    (intent,) = psp.double.intents.values()
+    assert intent["token"] == "pm_card_visa"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({}, Reason.FIELD_NOT_SUPPORTED),
+        (
+            {"payment_method": {"network_token": {"token_reference": "x"}}},
+            Reason.FIELD_NOT_SUPPORTED,
+        ),
+        (
+            {"payment_method": {"stored": {"stored_payment_method_id": "card_1"}}},
+            Reason.INVALID_REQUEST,
+        ),
+    ],
+)
+async def test_payment_method_that_stripe_has_not_is_not_sent(
+    psp: StripePsp, fields: dict[str, Any], reason: Reason
+) -> None:
+    for kind in (K.AUTHORIZE, K.VERIFY):
+        request = request_of(kind, payment_method_token="", fields=fields)
+        answer = await send(psp.connector, request)
+        assert answer == ConnectorAnswer(Delivery.NOT_SENT, reason=reason)
+    assert psp.double.requests == []
+
+
+async def test_customer_who_has_to_act_is_sent_on_and_asked_about_later(psp: StripePsp) -> None:
+    request = request_of(
+        payment_method_token=ACTION_TOKEN, fields={"return_url": "https://shop.example/back"}
+    )
+    answer = await send(psp.connector, request)
+    assert answer.verdict is Verdict.REQUIRES_ACTION
+    assert answer.next_action_url == "https://hooks.stripe.com/redirect"
+    (intent,) = psp.double.intents.values()
+    request.target_transaction_id = answer.connector_transaction_id
+    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
+    assert found is not None
+    assert found.verdict is Verdict.REQUIRES_ACTION
+    intent |= {"status": "requires_capture", "amount_capturable": 1000, "next_action": None}
+    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
+    assert found is not None
+    assert found.verdict is Verdict.APPROVED
+
+
+async def test_customer_who_cannot_come_back_is_declined(psp: StripePsp) -> None:
+    answer = await send(psp.connector, request_of(payment_method_token=ACTION_TOKEN))
+    assert answer.verdict is Verdict.DECLINED
+    assert outcome_of(answer).response_code is ResponseCode.AUTHENTICATION_REQUIRED
+
+
+async def test_authorization_that_expired_at_stripe_is_told_so(psp: StripePsp) -> None:
+    request = request_of()
+    await send(psp.connector, request)
+    (intent,) = psp.double.intents.values()
+    intent |= {"status": "canceled", "amount_capturable": 0, "cancellation_reason": "automatic"}
+    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
+    assert found is not None
+    assert found.verdict is Verdict.EXPIRED
+
+
+# --- proof of absence -----------------------------------------------------------------------------
+
+
+async def test_search_that_lags_is_no_answer_while_the_reference_is_young(psp: StripePsp) -> None:
+    patient = psp.connect(5, search_lag_s=300.0)
+    request = request_of()
+    await send(patient, request)
+    psp.double.searchable = False
+    assert is_doubt(await patient.query(K.AUTHORIZE, request.reference, request))
+    old = reference_made(301)
+    assert await patient.query(K.AUTHORIZE, old, request_of(reference=old)) is None
+    psp.double.searchable = True
+    found = await patient.query(K.AUTHORIZE, request.reference, request)
+    assert found is not None
+    assert found.verdict is Verdict.APPROVED
+
+
+async def test_used_key_disproves_what_a_search_has_not_found(psp: StripePsp) -> None:
+    request = request_of()
+    await send(psp.connector, request)
+    psp.double.searchable = False
+    assert await psp.connector.query(K.AUTHORIZE, request.reference, request) is None
+    told = await psp.connector.cancel(K.AUTHORIZE, request.reference, request)
+    assert told.verdict is Verdict.CANCELED
+    assert await psp.held_minor(request.reference) == 0
+
+
+async def test_occupied_key_moves_no_money_and_lets_no_late_request_through(
+    psp: StripePsp,
+) -> None:
+    request = request_of()
+    for _ in range(2):
+        told = await psp.connector.cancel(K.AUTHORIZE, request.reference, request)
+        assert told == ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.REFERENCE_CANCELED)
+    assert is_doubt(await send(psp.connector, request))
+    assert psp.double.intents == {}
+    assert psp.double.effects == []
+
+
+async def test_request_under_way_is_not_taken_for_absent(psp: StripePsp) -> None:
+    request = request_of()
+    psp.double.gate = asyncio.Event()
+    sending = asyncio.create_task(send(psp.connector, request))
+    while request.reference not in psp.double.keys:  # noqa: ASYNC110 - it has to arrive
+        await asyncio.sleep(0.01)
+    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
+    psp.double.gate.set()
+    assert (await sending).verdict is Verdict.APPROVED
+
+
+async def test_past_half_of_the_keys_validity_nothing_proves_an_absence(psp: StripePsp) -> None:
+    for reference in (reference_made(KEY_VALIDITY_S / 2 + 60), "op_00000001-1"):
+        request = request_of(reference=reference)
+        await send(psp.connector, request)
+        psp.double.keys.clear()  # pruned, as Stripe may after 24 hours
+        psp.double.searchable = False
+        before = len(psp.double.requests)
+        assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, reference, request))
+        assert len(psp.double.requests) == before
+        psp.double.searchable = True
+    still_valid = reference_made(KEY_VALIDITY_S / 2 - 60)
+    told = await psp.connector.cancel(K.AUTHORIZE, still_valid, request_of(reference=still_valid))
+    assert told.reason == Reason.REFERENCE_CANCELED
+
+
+async def test_doubt_without_its_request_stays_one(psp: StripePsp) -> None:
+    request = request_of()
+    await send(psp.connector, request)
+    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference))
+    assert is_doubt(await psp.connector.query(K.CAPTURE, request.reference))
+    assert await psp.held_minor(request.reference) == 1000
+
+
+@pytest.mark.parametrize("kind", [K.REFUND, K.INCREMENT])
+async def test_what_cannot_be_taken_back_is_left_for_a_query(psp: StripePsp, kind: K) -> None:
+    request = await prepared(psp, kind)
+    await send(psp.connector, request)
+    assert is_doubt(await psp.connector.cancel(kind, request.reference, request))
+    found = await psp.connector.query(kind, request.reference, request)
+    assert found is not None
+    assert found.verdict is Verdict.APPROVED
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+async def test_refused_request_failed_and_tells_stripes_code(psp: StripePsp) -> None:
+    request = request_of(K.CAPTURE, target_transaction_id="pi_none")
+    answer = await send(psp.connector, request)
+    assert (answer.delivery, answer.verdict) == (Delivery.ANSWERED, Verdict.FAILED)
+    assert outcome_of(answer).response_code is ResponseCode.REJECTED_BY_CONNECTOR
+    assert outcome_of(answer).connector_code == "resource_missing"
+
+
+async def test_refused_credentials_fail_the_request(psp: StripePsp) -> None:
+    answer = await send(psp.connect(5, secret_key="sk_test_another12345"), request_of())
+    assert answer.verdict is Verdict.FAILED
+    assert SECRET_KEY not in repr(answer)
+
+
+async def test_refusal_of_a_repeat_says_nothing_of_the_first_sending(psp: StripePsp) -> None:
+    request = request_of()
+    psp.double.revoked_after = 1
+    psp.way.disturb(Fault.RESET, times=1)
+    assert is_doubt(await send(psp.connector, request))
+    assert len(psp.double.requests) == 2
+    assert await psp.effects(request.reference) == 1
+
+
+async def test_object_of_the_other_mode_is_no_answer(psp: StripePsp) -> None:
+    psp.way.alter = lambda told: told.update(livemode=True)
+    assert is_doubt(await send(psp.connector, request_of()))
+
+
+async def test_objects_of_other_requests_are_no_answers(psp: StripePsp) -> None:
+    psp.way.alter = lambda told: told["metadata"].update(gateway_reference="op_other-1")
+    assert is_doubt(await send(psp.connector, request_of()))
+    psp.way.clear()
+    capture = await prepared(psp, K.CAPTURE)
+    psp.way.alter = lambda told: told.update(id="pi_other")
+    assert is_doubt(await send(psp.connector, capture))
+
+
+async def test_card_number_in_a_message_is_masked(psp: StripePsp) -> None:
+    def leak(told: dict[str, Any]) -> None:
+        told["status"] = "requires_payment_method"
+        told["last_payment_error"] = {
+            "code": "card_declined",
+            "message": "card 4242424242424242 declined",
+        }
+
+    psp.way.alter = leak
+    answer = await send(psp.connector, request_of())
+    assert answer.verdict is Verdict.DECLINED
+    assert "4242424242424242" not in repr(answer)
+
+
+async def test_captured_payment_cannot_be_voided(psp: StripePsp) -> None:
+    request = await prepared(psp, K.REFUND)
+    void = request_of(K.VOID, target_transaction_id=request.target_transaction_id)
+    answer = await send(psp.connector, void)
+    assert answer.verdict is Verdict.FAILED
+    assert outcome_of(answer).connector_code == "payment_intent_unexpected_state"

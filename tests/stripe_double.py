@@ -1,0 +1,513 @@
+"""A double of Stripe's API, written from its public documentation, in the test's own event loop.
+
+It keeps PaymentIntents, SetupIntents, Refunds and idempotency keys as the API reference says, and
+is strict about parameters: one that it does not know is an error. `tests/connector_conformance.py`
+disturbs the way to it; independent mocks are used by `make conformance`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from gateway.application.ports import Connector
+from gateway.connectors.http import HttpClient, Limits
+from gateway.connectors.stripe.codes import DECLINE_CODES
+from gateway.connectors.stripe.connector import StripeConnector, widest
+from gateway.domain.model import Mode, OperationKind, ResponseCode
+from tests.connector_conformance import SHORT_S, WAIT_S, Way, way_to
+
+SECRET_KEY = "sk_test_doubledouble1234"
+DECLINE_TOKEN = "tok_chargeDeclined_"
+"""Followed by a decline code: the authorization is declined with it."""
+FOLLOW_UP_DECLINE_TOKEN = "tok_later_"
+"""Followed by a decline code: captures and increments are declined with it."""
+ACTION_TOKEN = "tok_threeDSecureRequired"
+_METADATA_KEYS_MAX = 50
+
+_ALLOWED: dict[str, frozenset[str]] = {
+    "create": frozenset(
+        {
+            "amount",
+            "currency",
+            "confirm",
+            "capture_method",
+            "payment_method",
+            "payment_method_types[]",
+            "payment_method_data[type]",
+            "payment_method_data[card][token]",
+            "payment_method_options[card][moto]",
+            "payment_method_options[card][request_multicapture]",
+            "payment_method_options[card][request_incremental_authorization]",
+            "return_url",
+            "error_on_requires_action",
+            "statement_descriptor_suffix",
+            "expand[]",
+        }
+    ),
+    "capture": frozenset({"amount_to_capture", "final_capture", "expand[]"}),
+    "cancel": frozenset({"cancellation_reason"}),
+    "increment_authorization": frozenset({"amount", "expand[]"}),
+    "refund": frozenset({"payment_intent", "amount"}),
+    "setup": frozenset(
+        {
+            "confirm",
+            "payment_method",
+            "payment_method_types[]",
+            "payment_method_data[type]",
+            "payment_method_data[card][token]",
+            "return_url",
+        }
+    ),
+}
+
+Form = dict[str, str]
+Answer = tuple[int, dict[str, Any]]
+
+
+class Refused(Exception):
+    """An error as the API answers it."""
+
+    def __init__(self, status: int, type_: str, *, saved: bool = True, **more: Any) -> None:
+        super().__init__(type_)
+        self.status = status
+        self.saved = saved
+        """Whether an endpoint began to execute, so that the key keeps the answer."""
+        self.body = {"error": {"type": type_, "message": "as documented", **more}}
+
+
+@dataclass
+class StripeDouble:
+    """The state behind the API."""
+
+    intents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    setups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    refunds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    keys: dict[str, tuple[str, Answer | None]] = field(default_factory=dict)
+    requests: list[tuple[str, str, str]] = field(default_factory=list)
+    """Method, path and idempotency key of each request, in order."""
+    effects: list[str] = field(default_factory=list)
+    """The key of each request that moved money or verified, each time that it did."""
+    headers: list[dict[str, str]] = field(default_factory=list)
+    searchable: bool = True
+    """Whether searches find what was made; they lag."""
+    gate: asyncio.Event | None = None
+    """Where it is set, requests that have begun wait for it."""
+    revoked_after: int | None = None
+    """After how many requests the secret key is no longer accepted."""
+    _numbers: Callable[[], int] = field(default=itertools.count(1).__next__)
+
+    # --- HTTP ---
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """Any request."""
+        key = request.headers.get("Idempotency-Key", "")
+        body = await request.text()
+        self.requests.append((request.method, request.path, key))
+        self.headers.append({name.lower(): value for name, value in request.headers.items()})
+        try:
+            revoked = self.revoked_after is not None and len(self.requests) > self.revoked_after
+            if revoked or request.headers.get("Authorization") != f"Bearer {SECRET_KEY}":
+                raise Refused(401, "invalid_request_error", saved=False)
+            if request.method == "GET":
+                return _json(200, self._get(request))
+            return await self._keyed(request, key, body)
+        except Refused as refused:
+            return _json(refused.status, refused.body)
+
+    async def _keyed(self, request: web.Request, key: str, body: str) -> web.Response:
+        fingerprint = f"{request.path} {body}"
+        if key in self.keys:
+            first, answer = self.keys[key]
+            if first != fingerprint:
+                raise Refused(400, "idempotency_error", saved=False)
+            if answer is None:
+                raise Refused(
+                    409, "invalid_request_error", code="idempotency_key_in_use", saved=False
+                )
+            return _json(*answer, replayed=True)
+        self.keys[key] = (fingerprint, None)
+        try:
+            if self.gate is not None:
+                await self.gate.wait()
+            form: Form = dict((await request.post()).items())  # type: ignore[arg-type]
+            answer = 200, self._post(request.path, form, key)
+        except Refused as refused:
+            if not refused.saved:
+                del self.keys[key]
+                raise
+            answer = refused.status, refused.body
+        except BaseException:
+            del self.keys[key]
+            raise
+        # A copy: the saved answer does not change with the object.
+        answer = json.loads(json.dumps(answer))
+        self.keys[key] = (fingerprint, (answer[0], answer[1]))
+        return _json(*answer)
+
+    def _post(self, path: str, form: Form, key: str) -> dict[str, Any]:
+        match path.strip("/").split("/")[1:]:
+            case ["payment_intents"]:
+                return self._create(form, key)
+            case ["payment_intents", id_, "capture" | "cancel" | "increment_authorization" as what]:
+                intent = self.intents.get(id_)
+                if intent is None:
+                    raise Refused(404, "invalid_request_error", code="resource_missing")
+                _check(form, what)
+                return {
+                    "capture": self._capture,
+                    "cancel": self._cancel,
+                    "increment_authorization": self._increment,
+                }[what](intent, form, key)
+            case ["refunds"]:
+                return self._refund(form, key)
+            case ["setup_intents"]:
+                return self._setup(form, key)
+            case _:
+                raise Refused(404, "invalid_request_error", saved=False)
+
+    def _get(self, request: web.Request) -> dict[str, Any]:
+        match request.path.strip("/").split("/")[1:]:
+            case ["payment_intents", "search"]:
+                name, value = request.query["query"].removeprefix("metadata['").split("']:'")
+                found = [
+                    intent
+                    for intent in self.intents.values()
+                    if self.searchable and intent["metadata"].get(name) == value.removesuffix("'")
+                ]
+                return {"object": "search_result", "data": found, "has_more": False}
+            case ["payment_intents", id_] if id_ in self.intents:
+                return self.intents[id_]
+            case ["setup_intents", id_] if id_ in self.setups:
+                return self.setups[id_]
+            case ["refunds"]:
+                return self._list_refunds(request)
+            case _:
+                raise Refused(404, "invalid_request_error", code="resource_missing", saved=False)
+
+    def _list_refunds(self, request: web.Request) -> dict[str, Any]:
+        """The newest first, a page of at most two, so that pages are turned."""
+        listed = [
+            refund
+            for refund in reversed(self.refunds.values())
+            if refund["payment_intent"] == request.query["payment_intent"]
+        ]
+        after = request.query.get("starting_after")
+        if after is not None:
+            listed = listed[[refund["id"] for refund in listed].index(after) + 1 :]
+        return {"object": "list", "data": listed[:2], "has_more": len(listed) > 2}
+
+    # --- objects ---
+
+    def _create(self, form: Form, key: str) -> dict[str, Any]:
+        _check(form, "create")
+        amount = _integer(form, "amount")
+        if not 0 < amount < 10**12 or form.get("confirm") != "true":
+            raise _invalid("amount")
+        token = form.get("payment_method_data[card][token]") or form.get("payment_method", "")
+        intent: dict[str, Any] = {
+            "id": f"pi_{self._numbers()}",
+            "object": "payment_intent",
+            "livemode": False,
+            "amount": amount,
+            "amount_capturable": 0,
+            "amount_received": 0,
+            "currency": form["currency"],
+            "capture_method": form["capture_method"],
+            "status": "requires_payment_method",
+            "cancellation_reason": None,
+            "last_payment_error": None,
+            "next_action": None,
+            "metadata": _metadata(form),
+            "latest_charge": None,
+            "multicapture": "payment_method_options[card][request_multicapture]" in form,
+            "token": token,
+        }
+        self.intents[intent["id"]] = intent
+        self._decline(intent, token, DECLINE_TOKEN)
+        if token == ACTION_TOKEN:
+            if form.get("error_on_requires_action") == "true":
+                intent["last_payment_error"] = {"code": "authentication_required"}
+                raise _card_error("authentication_required", intent, code="authentication_required")
+            intent["status"] = "requires_action"
+            url = "https://hooks.stripe.com/redirect"
+            intent["next_action"] = {"redirect_to_url": {"url": url}}
+            return intent
+        self.effects.append(key)
+        intent["latest_charge"] = {
+            "id": f"ch_{self._numbers()}",
+            "object": "charge",
+            "payment_method_details": {
+                "card": {
+                    "brand": "visa",
+                    "checks": {
+                        "address_line1_check": "pass",
+                        "address_postal_code_check": "unchecked",
+                        "cvc_check": "pass",
+                    },
+                    "network_transaction_id": "nti_1",
+                    "authorization_code": "123456",
+                    "capture_before": 1_900_000_000,
+                }
+            },
+        }
+        if form["capture_method"] == "manual":
+            intent |= {"status": "requires_capture", "amount_capturable": amount}
+        else:
+            intent |= {"status": "succeeded", "amount_received": amount}
+        return intent
+
+    def _capture(self, intent: dict[str, Any], form: Form, key: str) -> dict[str, Any]:
+        final = form.get("final_capture", "true") == "true"
+        if intent["status"] != "requires_capture":
+            raise _unexpected(intent)
+        amount = _integer(form, "amount_to_capture")
+        if not 0 < amount <= intent["amount_capturable"] or (
+            not final and not intent["multicapture"]
+        ):
+            raise _invalid("amount_to_capture")
+        self._decline(intent, intent["token"], FOLLOW_UP_DECLINE_TOKEN)
+        _change_metadata(intent, form)
+        self.effects.append(key)
+        intent["amount_received"] += amount
+        intent["amount_capturable"] = 0 if final else intent["amount_capturable"] - amount
+        if not intent["amount_capturable"]:
+            intent["status"] = "succeeded"
+        return intent
+
+    def _cancel(self, intent: dict[str, Any], form: Form, key: str) -> dict[str, Any]:
+        if intent["status"] in ("succeeded", "canceled"):
+            raise _unexpected(intent)
+        self.effects.append(key)
+        intent |= {"status": "canceled", "amount_capturable": 0}
+        return intent
+
+    def _increment(self, intent: dict[str, Any], form: Form, key: str) -> dict[str, Any]:
+        if intent["status"] != "requires_capture" or intent["amount_received"]:
+            raise _unexpected(intent)
+        amount = _integer(form, "amount")
+        if amount <= intent["amount"]:
+            raise _invalid("amount")
+        self._decline(intent, intent["token"], FOLLOW_UP_DECLINE_TOKEN)
+        _change_metadata(intent, form)
+        self.effects.append(key)
+        intent |= {"amount": amount, "amount_capturable": amount}
+        return intent
+
+    def _refund(self, form: Form, key: str) -> dict[str, Any]:
+        _check(form, "refund")
+        intent = self.intents.get(form.get("payment_intent", ""))
+        if intent is None:
+            raise Refused(404, "invalid_request_error", code="resource_missing")
+        left = intent["amount_received"] - self.refunded(intent["id"])
+        amount = _integer(form, "amount") if "amount" in form else left
+        if not left:
+            raise Refused(400, "invalid_request_error", code="charge_already_refunded")
+        if not 0 < amount <= left:
+            raise _invalid("amount")
+        self.effects.append(key)
+        refund = {
+            "id": f"re_{self._numbers()}",
+            "object": "refund",
+            "status": "succeeded",
+            "amount": amount,
+            "currency": intent["currency"],
+            "payment_intent": intent["id"],
+            "metadata": _metadata(form),
+        }
+        self.refunds[refund["id"]] = refund
+        return refund
+
+    def _setup(self, form: Form, key: str) -> dict[str, Any]:
+        _check(form, "setup")
+        setup: dict[str, Any] = {
+            "id": f"seti_{self._numbers()}",
+            "object": "setup_intent",
+            "livemode": False,
+            "status": "requires_payment_method",
+            "last_setup_error": None,
+            "next_action": None,
+            "metadata": _metadata(form),
+        }
+        self.setups[setup["id"]] = setup
+        if form.get("confirm") != "true":
+            return setup
+        token = form.get("payment_method_data[card][token]") or form.get("payment_method", "")
+        if token.startswith(DECLINE_TOKEN):
+            code = token.removeprefix(DECLINE_TOKEN)
+            setup["last_setup_error"] = {"code": "card_declined", "decline_code": code}
+            raise Refused(
+                402, "card_error", code="card_declined", decline_code=code, setup_intent=setup
+            )
+        self.effects.append(key)
+        setup["status"] = "succeeded"
+        return setup
+
+    def _decline(self, intent: dict[str, Any], token: str, prefix: str) -> None:
+        if not token.startswith(prefix):
+            return
+        error = _card_error(token.removeprefix(prefix), intent)
+        if intent["status"] == "requires_payment_method":
+            intent["last_payment_error"] = {
+                name: value
+                for name, value in error.body["error"].items()
+                if name != "payment_intent"
+            }
+        raise error
+
+    def refunded(self, intent_id: str) -> int:
+        """What was refunded of a PaymentIntent."""
+        return sum(
+            refund["amount"]
+            for refund in self.refunds.values()
+            if refund["payment_intent"] == intent_id
+        )
+
+
+def _json(status: int, body: object, *, replayed: bool = False) -> web.Response:
+    headers = {"Idempotent-Replayed": "true"} if replayed else {}
+    return web.json_response(body, status=status, headers=headers)
+
+
+def _invalid(param: str) -> Refused:
+    return Refused(400, "invalid_request_error", code="parameter_invalid", param=param, saved=False)
+
+
+def _unexpected(intent: dict[str, Any]) -> Refused:
+    code = "payment_intent_unexpected_state"
+    return Refused(400, "invalid_request_error", code=code, payment_intent=dict(intent))
+
+
+def _card_error(decline_code: str, intent: dict[str, Any], code: str = "card_declined") -> Refused:
+    advice = {"lost_card": "do_not_try_again", "insufficient_funds": "try_again_later"}
+    return Refused(
+        402,
+        "card_error",
+        code=code,
+        decline_code=decline_code,
+        advice_code=advice.get(decline_code, "confirm_card_data"),
+        network_decline_code="51",
+        payment_method={"card": {"brand": "visa"}},
+        payment_intent={name: intent[name] for name in ("id", "object", "status")},
+    )
+
+
+def _check(form: Form, what: str) -> None:
+    for name in form:
+        if name not in _ALLOWED[what] and not name.startswith("metadata["):
+            raise Refused(
+                400, "invalid_request_error", code="parameter_unknown", param=name, saved=False
+            )
+
+
+def _integer(form: Form, name: str) -> int:
+    try:
+        return int(form[name])
+    except (KeyError, ValueError):
+        raise _invalid(name) from None
+
+
+def _metadata(form: Form) -> dict[str, str]:
+    found = {
+        name.removeprefix("metadata[").removesuffix("]"): value
+        for name, value in form.items()
+        if name.startswith("metadata[")
+    }
+    if len(found) > _METADATA_KEYS_MAX or any(
+        len(name) > 40 or len(value) > 500 for name, value in found.items()
+    ):
+        raise _invalid("metadata")
+    return found
+
+
+def _change_metadata(intent: dict[str, Any], form: Form) -> None:
+    merged = intent["metadata"] | _metadata(form)
+    if len(merged) > _METADATA_KEYS_MAX:
+        raise _invalid("metadata")
+    intent["metadata"] = merged
+
+
+@asynccontextmanager
+async def stripe_double() -> AsyncIterator[tuple[str, StripeDouble]]:
+    """A running double, and its address."""
+    double = StripeDouble()
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", double.handle)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}", double
+    finally:
+        await runner.cleanup()
+
+
+class StripePsp:
+    """Stripe's double."""
+
+    declines: Mapping[str, ResponseCode] = {
+        **{f"{DECLINE_TOKEN}{code}": unified for code, unified in DECLINE_CODES.items()},
+        f"{DECLINE_TOKEN}a_new_one": ResponseCode.DECLINED_OTHER,
+    }
+    follow_up_decline: Mapping[OperationKind, str] = dict.fromkeys(
+        (OperationKind.CAPTURE, OperationKind.INCREMENT), f"{FOLLOW_UP_DECLINE_TOKEN}do_not_honor"
+    )
+    inexpressible: tuple[tuple[int, str], ...] = (
+        (1005, "KWD"),
+        (150, "MGA"),
+        (1000, "CLF"),
+        (10**12, "EUR"),
+        (10**10, "ISK"),
+    )
+    currencies: tuple[str, ...] = ("JPY", "EUR", "KWD", "ISK", "UGX", "MGA", "HUF", "TWD")
+
+    def __init__(self, double: StripeDouble, way: Way, stack: AsyncExitStack) -> None:
+        self.way = way
+        self.double = double
+        self._stack = stack
+        self.connector: Connector = self.connect(WAIT_S)
+
+    def connect(self, answer_timeout_s: float, **more: Any) -> StripeConnector:
+        http = HttpClient(self.way.url, Limits(body_bytes_max=2 * 1024 * 1024))
+        self._stack.push_async_callback(http.close)
+        values: dict[str, Any] = {
+            "secret_key": SECRET_KEY,
+            "search_lag_s": 0.0,
+            "repeat_pause_s": 0.0,
+        } | more
+        return StripeConnector(http, capabilities=widest(Mode.TEST, answer_timeout_s), **values)
+
+    async def impatient(self) -> Connector:
+        return self.connect(SHORT_S)
+
+    async def effects(self, reference: str) -> int:
+        return self.double.effects.count(reference)
+
+    async def held_minor(self, reference: str) -> int:
+        return sum(
+            intent["amount_capturable"] + intent["amount_received"] - self.double.refunded(id_)
+            for id_, intent in self.double.intents.items()
+            if intent["metadata"].get("gateway_reference") == reference
+        )
+
+    def report_more(self, told: dict[str, Any]) -> None:
+        told["amount_capturable"] += 1
+
+    def report_in_another_currency(self, told: dict[str, Any]) -> None:
+        told["currency"] = "usd"
+
+
+@asynccontextmanager
+async def stripe_psp() -> AsyncIterator[StripePsp]:
+    """Stripe's double, the way to it, and a connector."""
+    async with AsyncExitStack() as stack, stripe_double() as (url, double), way_to(url) as way:
+        yield StripePsp(double, way, stack)
+        await stack.aclose()
