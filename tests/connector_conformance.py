@@ -126,18 +126,20 @@ class Way:
     async def _answer(
         self, request: web.Request, fault: Fault, body: bytes, status: int
     ) -> web.StreamResponse:
-        assert request.transport is not None
+        transport = request.transport
         if fault in (Fault.SWALLOWED, Fault.SILENT):
             await self._ended.wait()
         if fault in (Fault.SWALLOWED, Fault.SILENT, Fault.LOST, Fault.RESET):
-            request.transport.abort()
+            if transport is not None:
+                transport.abort()
             return web.Response()
         if fault is Fault.CUT:
             response = web.StreamResponse(status=status)
             response.content_length = len(body)
             await response.prepare(request)
             await response.write(body[: len(body) // 2])
-            request.transport.abort()
+            if transport is not None:
+                transport.abort()
             return response
         told, body = _TOLD[fault]
         return web.Response(status=told, body=body, headers={"Location": "/elsewhere"})
@@ -377,8 +379,8 @@ class Conformance:
         assert await psp.effects(request.reference) == 0
 
     async def test_cancelled_authorization_holds_nothing(self, psp: Psp) -> None:
-        for more in ({}, {"capture": True}):
-            request = request_of(**more)
+        for capture in (False, True):
+            request = request_of(capture=capture)
             await send(psp.connector, request)
             assert await psp.held_minor(request.reference) == 1000
             for _ in range(2):

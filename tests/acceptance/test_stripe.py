@@ -1,0 +1,150 @@
+"""A merchant's payments through Stripe's double, over gRPC: added, charged, lost, recovered."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from payments.v1 import money_pb2, payment_method_pb2, payment_pb2
+
+from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
+from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
+from gateway.domain.ids import new_connector_account_id
+from gateway.domain.model import Mode
+from storage.postgres import ConnectorAccounts
+from tests.connector_conformance import Fault
+from tests.harness import (
+    START_TIMEOUT_S,
+    Caller,
+    authorize_request,
+    calling,
+    reason_of,
+    running_system,
+)
+from tests.stripe_double import DECLINE_TOKEN, SECRET_KEY, stripe_psp
+
+if TYPE_CHECKING:
+    from storage.embedded import EmbeddedRedis
+    from tests.servers import PostgresForTests
+
+KEY = new_wrapping_key("k1")
+
+
+async def add_account(dsn: str, merchant_id: str) -> str:
+    account = ConnectorAccount(
+        merchant_id,
+        new_connector_account_id(),
+        Mode.TEST,
+        "stripe",
+        Sealed(b"", WrappedKey("", b"")),
+    )
+    sealed = await seal({"secret_key": SECRET_KEY}, account.context, LocalKeys.parse(KEY))
+    async with ConnectorAccounts.connect(dsn) as accounts:
+        await accounts.add(replace(account, sealed=sealed))
+    return account.account_id
+
+
+async def until(what: str, look: Any) -> Any:
+    """Look until there is something; the double lives in this very loop."""
+    for _ in range(int(START_TIMEOUT_S / 0.05)):
+        found = await look()
+        if found:
+            return found
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"not in time: {what}")
+
+
+async def succeeded(caller: Caller, operation_id: str) -> Any:
+    told = await caller.operation(operation_id=operation_id)
+    return told if told.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED else None
+
+
+async def test_merchants_payments_go_to_stripe_and_doubts_are_recovered(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    async with stripe_psp() as psp:
+        with running_system(
+            postgres,
+            redis,
+            stripe_url=psp.way.url,
+            stripe_answer_timeout_s=2,
+            connector_keys=KEY,
+            connector_accounts_interval_s=0.1,
+        ) as system:
+            gateway = await asyncio.to_thread(system.start_gateway)
+            async with calling(gateway, system.shop.api_key) as caller:
+                at_first = await caller.authorize()
+                assert at_first.payment.connector == "simulator"
+                account_id = await add_account(system.dsn, system.shop.merchant_id)
+
+                async def at_stripe() -> Any:
+                    answer = await caller.authorize(capture_method="MANUAL")
+                    return answer if answer.payment.connector == "stripe" else None
+
+                answer = await until("the account is used without a restart", at_stripe)
+                assert answer.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+                payment_id = answer.payment.payment_id
+                captured = await caller.capture(payment_id, 600)
+                assert captured.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+                refunded = await caller.refund(payment_id, 200)
+                assert refunded.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+                reference = f"{answer.operation.operation_id}-1"
+                assert await psp.held_minor(reference) == 400
+                # What was begun with the simulator ends there.
+                assert (await caller.void(at_first.payment.payment_id)).payment.connector == (
+                    "simulator"
+                )
+
+                declined = await caller.authorize(
+                    token=f"{DECLINE_TOKEN}insufficient_funds", capture_method="AUTOMATIC"
+                )
+                assert declined.operation.state == payment_pb2.OPERATION_STATE_DECLINED
+                await refusals(caller)
+
+                psp.way.disturb(Fault.SILENT)
+                lost = await caller.authorize(capture_method="AUTOMATIC")
+                assert lost.operation.state == payment_pb2.OPERATION_STATE_IN_DOUBT
+                psp.way.clear()
+                found = await until(
+                    "a lost authorization is found",
+                    lambda: succeeded(caller, lost.operation.operation_id),
+                )
+                assert found.payment.amounts.captured_minor == 1000
+                assert await psp.effects(f"{lost.operation.operation_id}-1") == 1
+
+                manual = await caller.authorize(capture_method="MANUAL")
+                psp.way.disturb(Fault.SILENT)
+                lost_capture = await caller.capture(manual.payment.payment_id)
+                assert lost_capture.operation.state == payment_pb2.OPERATION_STATE_IN_DOUBT
+                psp.way.clear()
+                await until(
+                    "a lost capture is found",
+                    lambda: succeeded(caller, lost_capture.operation.operation_id),
+                )
+            rows = system.fetch("SELECT DISTINCT connector_account_id FROM payments")
+            assert {row[0] for row in rows} == {account_id, system.shop.merchant_id}
+        assert not any(SECRET_KEY in line for line in gateway.lines)
+
+
+async def refusals(caller: Caller) -> None:
+    """What Stripe, or this account, cannot do is refused before anything is written."""
+    method = payment_method_pb2.PaymentMethod(
+        network_token=payment_method_pb2.NetworkToken(token_reference="x")
+    )
+    kuwait = money_pb2.Money(amount_minor=1005, currency_code="KWD")
+    unidad = money_pb2.Money(amount_minor=1000, currency_code="CLF")
+    for reason, fields in (
+        ("CURRENCY_NOT_SUPPORTED", {"amount": unidad}),
+        ("AMOUNT_NOT_SUPPORTED", {"amount": kuwait}),
+        ("FIELD_NOT_SUPPORTED", {"payment_method": method}),
+        ("FIELD_NOT_SUPPORTED", {}),  # several captures, which the account cannot do
+    ):
+        request = authorize_request(capture_method="MANUAL" if fields else "MANUAL_MULTIPLE")
+        for name, value in fields.items():
+            getattr(request, name).CopyFrom(value)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await caller.call("AuthorizePayment", request)
+        assert reason_of(caught.value) == reason
