@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Final
 
 from gateway.application.ports import AmountRule
-from gateway.domain.money import CURRENCY_EXPONENTS
+from gateway.domain.money import AMOUNT_MINOR_MAX, CURRENCY_EXPONENTS
 
 STRIPE_AMOUNT_MAX: Final = 999_999_999_999
 """Twelve digits, in Stripe's unit."""
@@ -47,7 +47,7 @@ def _factors(code: str) -> tuple[int, int]:
 def _rule(code: str) -> AmountRule:
     times, over = _factors(code)
     step = THREE_DECIMAL_STEP if EXPONENTS[code] == 3 else 1
-    return AmountRule(step * over, STRIPE_AMOUNT_MAX // times * over)
+    return AmountRule(step * over, min(STRIPE_AMOUNT_MAX // times * over, AMOUNT_MINOR_MAX))
 
 
 RULES: Final[Mapping[str, AmountRule]] = MappingProxyType({code: _rule(code) for code in EXPONENTS})
