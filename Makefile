@@ -38,7 +38,7 @@ STUBS_SOURCES := proto/pyproject.toml proto/hatch_build.py proto/stubgen.py prot
 $(shell { test -d proto/gen/python && test "$$(cat .venv/installed)" = "$$(pwd -P)"; } 2>/dev/null \
 	|| rm -f .venv/installed)
 
-.PHONY: help setup run test lint load bench chaos simulate chart format proto lock clean
+.PHONY: help setup run test lint load bench chaos simulate chart conformance format proto lock clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -80,6 +80,9 @@ simulate: .venv/installed ## histories in simulated time, from seeds; ARGS="--se
 chart: .venv/installed .venv/chart ## check the Helm chart and all that deploys; ARGS=--write takes what it renders as right
 	@$(PY) helm/chart_check.py $(ARGS)
 	@$(PY) helm/deploy_check.py
+
+conformance: .venv/installed ## Stripe's connector against Stripe's published specification; needs npm, 500 MB
+	@$(PY) -m tests.conformance $(ARGS)
 
 format: .venv/installed ## mend style: ruff's fixes and format, buf's format
 	@$(PY) -m ruff check --fix-only

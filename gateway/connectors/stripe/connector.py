@@ -602,6 +602,7 @@ class StripeConnector:
             answer_timeout_s=timeout_s,
             answer_before=until if answer_before is None else min(until, answer_before),
             headers=self._headers,
+            content_type=FORM,
         )
         return answers.read(response)
 
