@@ -88,6 +88,9 @@ class Rule(enum.StrEnum):
     """Every operation has a definite outcome, but doubts that the PSP does not help to end."""
 
 
+CANCEL_REFUSED: Final = "cancel_refused"
+"""The PSP's code where later operations rest on what is to be taken back (docs/simulator.md)."""
+
 LOST_ACKS: Final = frozenset({Rule.ACKNOWLEDGED_IS_DURABLE, Rule.STATE_IS_REACHABLE})
 """Violations by which something acknowledged is gone or contradicted."""
 
@@ -605,8 +608,19 @@ def _totals(books: _Books) -> Iterator[Violation]:
 
 
 def _unfinished(books: _Books) -> Iterator[Violation]:
+    refused = {
+        _operation_of(record["reference"])
+        for record in books.history.psp
+        if record["type"] == "outcome"
+        and record["method"] == "cancel"
+        and record["answer"].get("code") == CANCEL_REFUSED
+    }
     for row in unresolved(books.history):
-        if books.history.settles or row["state"] != S.IN_DOUBT:
+        # A capture rests on the increment by now: neither can the PSP take it back nor may anybody
+        # believe that it stands, with a cancellation on its way. A person has to.
+        kept = row["kind"] == K.INCREMENT and row["operation_id"] in refused
+        settles = books.history.settles and not kept
+        if settles or row["state"] != S.IN_DOUBT:
             yield Violation(
                 Rule.NOTHING_UNFINISHED,
                 row["payment_id"],
