@@ -662,7 +662,10 @@ class Payments:
         operation = found.operation
         response = operation.response or self._encoder.response(operation, found.payment)
         frozen = operation.response is not None
-        return Answer(response, False, "", operation.payment_id, frozen)
+        # Fenced out, and a repeat has executed since: the answer is that call's.
+        replayed = operation.attempt.number != begun.operation.attempt.number
+        first_request_id = operation.request_id if replayed else ""
+        return Answer(response, replayed, first_request_id, operation.payment_id, frozen)
 
 
 class AnswerCache(Protocol):

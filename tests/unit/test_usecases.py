@@ -1029,6 +1029,18 @@ async def test_late_success_of_the_first_attempt_leaves_the_second_one_alone() -
     assert gateway.connector.standing(K.AUTHORIZE) == [f"{operation.operation_id}-2"]
 
 
+async def test_first_caller_who_is_told_what_a_repeat_has_executed_is_told_a_replay() -> None:
+    first = Gate()
+    gateway = bench(CAPABLE, Step(before=first))
+    call = await paused(gateway, first)
+    await gateway.recovery.run_once()
+    again = await gateway.payments.authorize(gateway.authorize())
+    first.opened.set()
+    late = await call
+    assert (late.response, again.replayed, late.replayed) == (again.response, False, True)
+    assert late.first_request_id == gateway.store.by_key("a").request_id
+
+
 @pytest.mark.parametrize("told", [APPROVED, DECLINED])
 async def test_evidence_of_the_first_attempt_is_no_answer_to_the_second(
     told: ConnectorAnswer,
