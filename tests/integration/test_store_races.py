@@ -23,6 +23,7 @@ from gateway.domain.model import (
     Verdict,
 )
 from storage.postgres import LaneLimits, PostgresStore
+from storage.postgres.pool import ConnectionSettings, connect
 from tests.servers import fetch, postgres_server
 from tests.store_data import (
     MERCHANT,
@@ -551,3 +552,19 @@ async def test_many_gateways_looking_at_once_find_every_dead_sender_once(dsn: st
         )
         assert found == len(intents)
         assert (await one.count_doubts())[0] == len(intents)
+
+
+async def test_a_gateway_that_stops_between_preparing_and_using_a_statement_keeps_no_locks(
+    dsn: str,
+) -> None:
+    """Nothing of ours is idle then to PostgreSQL: the whole transaction has a limit of its own."""
+    connection = await connect(ConnectionSettings(dsn), "stopped")
+    ended = asyncio.Event()
+    connection.add_termination_listener(lambda _: ended.set())
+    limit = "SELECT setting::int FROM pg_settings WHERE name = 'transaction_timeout'"
+    assert await connection.fetchval(limit) > 0
+    await connection.execute("SET transaction_timeout = '200ms'")
+    await connection.execute("BEGIN")
+    await connection.prepare("SELECT 1")  # and never again a word
+    async with asyncio.timeout(30):  # it hangs otherwise
+        await ended.wait()

@@ -27,6 +27,14 @@ ORDER BY name;
 -- One plan for every size of a batch, and none that reads a whole table while it is small and goes
 -- on doing so when it has grown: nested loops over indexes are right at every size.
 SELECT
+    -- A gateway that is stopped between sending a statement to be prepared and using it is not idle
+    -- to PostgreSQL, so idle_in_transaction_session_timeout does not end it, and it keeps its locks.
+    -- PostgreSQL 17 and later.
+    (
+        SELECT set_config(name, '20s', false)
+        FROM pg_settings
+        WHERE name = 'transaction_timeout'
+    ),
     set_config('plan_cache_mode', 'force_generic_plan', false),
     set_config('enable_seqscan', 'off', false),
     set_config('enable_hashjoin', 'off', false),
