@@ -900,7 +900,7 @@ async def doubts_resolve(
 
     from gateway.application.administration import Administration
     from gateway.application.ports import Resolution
-    from gateway.application.usecases import DatabaseClock, NoCache, Outcomes
+    from gateway.application.usecases import DatabaseClock, Outcomes
     from gateway.domain.model import DoubtOutcome
     from gateway.rpc.conversion import ContractEncoder
     from storage.postgres import open_reader
@@ -914,9 +914,7 @@ async def doubts_resolve(
         )
     async with open_reader(_postgres_dsn(_settings())) as store:
         # A decided operation is definite: nothing is left to take over, and nothing to check.
-        outcomes = Outcomes(
-            store, NoCache(), ContractEncoder(), DatabaseClock(), 0.0, lambda _: 0.0
-        )
+        outcomes = Outcomes(store, None, ContractEncoder(), DatabaseClock(), 0.0, lambda _: 0.0)
         resolved = await Administration(store, outcomes).resolve(
             merchant_id,
             None,

@@ -271,7 +271,8 @@ class MemoryStore:
         if row is None:
             self.doubts[key] = DoubtRow(check_at)
         else:
-            row.check_at = self.now if row.has_unseen_evidence else check_at
+            sending = change.operation.state is OperationState.PROCESSING
+            row.check_at = self.now if row.has_unseen_evidence and not sending else check_at
             row.lease_until = None
 
     # --- reads ---

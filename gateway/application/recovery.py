@@ -212,11 +212,11 @@ class Recovery:
 
     async def _absorb_late(self, lease: Lease) -> None:
         """An answer came after a definite outcome: a success that must not stand is reversed."""
-        operation, evidence = lease.operation, lease.evidence
+        operation = lease.operation
+        evidence = await self._evidence(lease)
         late_success = evidence is not None and decisions.event_of(evidence) is Event.APPROVED
         if evidence is not None and late_success and operation.state is not S.SUCCEEDED:
-            number = evidence.attempt_number or operation.attempt.number
-            await self._outcomes.reverse(operation, number, evidence)
+            await self._outcomes.reverse(operation, operation.attempt.number, evidence)
         await self._store.forget(operation)
 
     async def _ask(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:

@@ -668,53 +668,16 @@ class Payments:
         return Answer(response, replayed, first_request_id, operation.payment_id, frozen)
 
 
-class AnswerCache(Protocol):
-    """What keeps frozen answers for repeats: a part of Claims."""
-
-    @property
-    def generation(self) -> str | None:
-        """See Claims."""
-
-    def cache(
-        self,
-        merchant_id: str,
-        idempotency_key: str,
-        nonce: bytes | None,
-        *,
-        fingerprint: bytes,
-        first_request_id: str,
-        response: bytes,
-        generation: str | None = None,
-    ) -> None:
-        """See Claims."""
-
-
-class NoCache:
-    """For commands that reach no Redis: PostgreSQL has every answer."""
-
-    generation: str | None = None
-
-    def cache(
-        self,
-        merchant_id: str,
-        idempotency_key: str,
-        nonce: bytes | None,
-        *,
-        fingerprint: bytes,
-        first_request_id: str,
-        response: bytes,
-        generation: str | None = None,
-    ) -> None:
-        """Nothing."""
-
-
 class Outcomes:
-    """Writes what came of an attempt, whatever else happens to its payment meanwhile."""
+    """Writes what came of an attempt, whatever else happens to its payment meanwhile.
+
+    Without `claims`, for commands that reach no Redis, no answer is cached: PostgreSQL has it.
+    """
 
     def __init__(
         self,
         store: Store,
-        claims: AnswerCache,
+        claims: Claims | None,
         encoder: Encoder,
         clock: DatabaseClock,
         first_check_s: float,
@@ -867,7 +830,7 @@ class Outcomes:
         # Still PROCESSING where an earlier attempt of it is reversed: its sender keeps its time.
         sending = operation.state is OperationState.PROCESSING
         unfinished = operation.state in states.UNFINISHED
-        generation = self._claims.generation
+        generation = None if self._claims is None else self._claims.generation
         stored = await self._store.write_change(
             Change(
                 operation=operation,
@@ -1005,10 +968,11 @@ def _begin(command: FollowUp, aggregate: Aggregate, origin: Origin) -> Begun:
             )
 
 
-def _cache(claims: AnswerCache, operation: Operation, generation: str | None) -> None:
+def _cache(claims: Claims | None, operation: Operation, generation: str | None) -> None:
     """Cache a frozen answer that is committed; `generation` is from before the commit or read."""
     if (
-        operation.response is not None
+        claims is not None
+        and operation.response is not None
         and operation.idempotency_key is not None
         and generation is not None
     ):

@@ -688,6 +688,31 @@ async def test_a_new_attempt_of_an_old_operation_has_its_recovery_too(
     assert lease.operation.epoch == 3
 
 
+async def test_evidence_of_an_earlier_attempt_leaves_the_new_ones_sender_its_time(
+    store: PostgresStore,
+) -> None:
+    intent = authorize(recover_after_s=-1)
+    await store.write_intent(intent)
+    await store.expired(100)
+    [lease] = await due(store)
+    assert await store.add_evidence(lease.operation, ANSWER)
+    settled = outcome(lease.operation, lease.aggregate.payment, S.NOT_SENT)
+    assert await store.write_change(settled) is Stored.WRITTEN
+    operation, payment = await stored(store, intent.operation)
+    attempt = Attempt(2, "simulator", "a")
+    again = {"epoch": operation.epoch + 1, "response": None, "attempt": attempt}
+    restart = outcome(
+        operation, payment, S.PROCESSING, changed_operation=again, recover_after_s=NEVER_S
+    )
+    assert await store.write_change(restart) is Stored.WRITTEN
+    assert await due(store) == []
+    # It is kept meanwhile, and unseen as it is, goes before everything once anybody asks.
+    present, _ = await stored(store, intent.operation)
+    await store.postpone(present, NEVER_S)
+    [lease] = await due(store)
+    assert (lease.operation.attempt.number, lease.evidence) == (2, ANSWER)
+
+
 async def test_an_operation_with_a_definite_outcome_is_leased_to_be_forgotten(
     store: PostgresStore,
 ) -> None:

@@ -1057,14 +1057,16 @@ async def test_evidence_of_the_first_attempt_is_no_answer_to_the_second(
     again = in_background(gateway.payments.authorize(gateway.authorize()))
     await second.reached.wait()
     assert gateway.store.by_key("a").attempt.number == 2
+    # The second sender keeps all of its time.
+    gateway.store.advance(TAKEOVER_S - 1)
     await gateway.recovery.run_once()
     second.opened.set()
-    await again
+    assert b"SUCCEEDED" in (await again).response
+    gateway.store.advance(1)
     await gateway.recover(rounds=2)
     operation = gateway.store.by_key("a")
-    # Recovery looked before the second attempt arrived, and made its reference unusable.
-    assert (operation.state, operation.attempt.number) == (S.NOT_SENT, 2)
-    assert gateway.connector.standing(K.AUTHORIZE) == []
+    assert (operation.state, operation.attempt.number) == (S.SUCCEEDED, 2)
+    assert gateway.connector.standing(K.AUTHORIZE) == [operation.reference]
     reversed_ = [each.note for each in operations_of(gateway, operation.payment_id, K.REVERSAL)]
     assert reversed_ == ([f"{operation.operation_id}-1"] if told is APPROVED else [])
 

@@ -164,8 +164,14 @@ doubted AS (
     ORDER BY merchant_id COLLATE "C", operation_id COLLATE "C"
     ON CONFLICT (merchant_id, operation_id) DO UPDATE
     SET check_at = CASE
-            -- Evidence that no recoverer has seen yet does not wait.
-            WHEN doubt.evidence IS NOT NULL AND NOT doubt.evidence_leased THEN now()
+            -- Evidence that no recoverer has seen yet does not wait, but for a new attempt, whose
+            -- sender keeps its time: it is of an earlier one.
+            WHEN doubt.evidence IS NOT NULL AND NOT doubt.evidence_leased AND NOT EXISTS (
+                SELECT FROM changed
+                WHERE changed.merchant_id = excluded.merchant_id
+                    AND changed.operation_id = excluded.operation_id
+                    AND changed.recover_after_s IS NOT NULL
+            ) THEN now()
             ELSE excluded.check_at
         END,
         lease_until = NULL
