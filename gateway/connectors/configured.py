@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gateway.connectors.http import HttpClient, Limits
 from gateway.connectors.kinds import ConnectorKind
+from gateway.connectors.notifications import NotificationSource
 from gateway.connectors.sealing import LocalKeys
 from gateway.connectors.stripe.kind import StripeKind
 from gateway.settings import Settings
@@ -51,3 +52,8 @@ def configured_keys(settings: Settings) -> LocalKeys | None:
         return LocalKeys.parse(text) if text else None
     except (OSError, ValueError) as error:
         raise ConnectorsMisconfigured(f"The wrapping keys cannot be used: {error}") from error
+
+
+def configured_sources() -> list[NotificationSource]:
+    """Those whose notifications the gateway takes."""
+    return []

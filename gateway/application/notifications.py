@@ -1,0 +1,86 @@
+"""What PSPs tell of their own accord, as values: notifications, and what they may be about."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import IntEnum
+
+from gateway.domain.model import ConnectorAnswer, Mode
+
+
+class NotificationKind(IntEnum):
+    """What a notification is about."""
+
+    UNKNOWN = 0
+    """Nothing that the gateway acts on: kept and counted."""
+    AUTHORIZATION = 1
+    """An authorization, or a verification."""
+    CAPTURE = 2
+    VOID = 3
+    REFUND = 4
+    INCREMENT = 5
+    DISPUTE = 6
+
+
+class DisputeStage(IntEnum):
+    """How far a dispute has gone."""
+
+    PRE_DISPUTE = 1
+    ACTIVE_DISPUTE = 2
+    PRE_ARBITRATION = 3
+
+
+class DisputeStatus(IntEnum):
+    """What became of a dispute."""
+
+    OPENED = 1
+    CHALLENGED = 2
+    WON = 3
+    LOST = 4
+    ACCEPTED = 5
+    CANCELLED = 6
+    EXPIRED = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Dispute:
+    """What a notification says of a dispute."""
+
+    dispute_id: str
+    """The PSP's."""
+    stage: DisputeStage
+    status: DisputeStatus
+    reason: str = ""
+    """The PSP's or the network's code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Notification:
+    """One event as a PSP tells it. All texts are bounded and printable, none holds card data."""
+
+    connector: str
+    event_id: str
+    """The PSP's, the same each time it sends this event. Where it has none, what is the same of the
+    event each time, as its type with the PSP's id and verdict."""
+    event_type: str
+    """As the PSP calls it."""
+    kind: NotificationKind = NotificationKind.UNKNOWN
+    occurred_at: datetime | None = None
+    """By the PSP's clock, which orders the events of one operation."""
+    mode: Mode | None = None
+    """Where it says so: one of the other mode than the account's is refused."""
+    reference: str = ""
+    """Our reference of the attempt that it is about, where the PSP tells it; empty for what was
+    done elsewhere, as in the PSP's console."""
+    payment_reference: str = ""
+    """Our reference of the authorization that it belongs to, where the PSP tells it."""
+    payment_transaction_id: str = ""
+    """The PSP's id of the authorization that it belongs to."""
+    answer: ConnectorAnswer | None = None
+    """What it says of the operation, as an answer to its request would: the verdict, the PSP's own
+    id, `outcome.amount_reported_minor`. A capture or refund that bounces is FAILED. None for
+    UNKNOWN and DISPUTE."""
+    amount_minor: int | None = None
+    """In minor units of ISO 4217, where it names an amount: of what it is about, not a total."""
+    currency: str = ""
+    dispute: Dispute | None = None
+    """For DISPUTE."""

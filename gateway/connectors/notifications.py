@@ -1,0 +1,97 @@
+"""The port of what PSPs tell of their own accord: a connector verifies and reads it, purely."""
+
+import hmac
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Final, Protocol
+
+from gateway.application.notifications import (
+    Dispute,
+    DisputeStage,
+    DisputeStatus,
+    Notification,
+    NotificationKind,
+)
+from gateway.connectors.kinds import AccountRefused
+
+__all__ = [
+    "WEBHOOK_SECRETS",
+    "BadSignature",
+    "Dispute",
+    "DisputeStage",
+    "DisputeStatus",
+    "Notification",
+    "NotificationKind",
+    "NotificationSource",
+    "UnusableNotification",
+    "signed_by_any",
+    "webhook_secrets",
+]
+
+WEBHOOK_SECRETS: Final = "webhook_secrets"
+"""The credential with the secrets that notifications are signed with, separated by spaces: while
+they are rotated there are two."""
+SECRETS_MAX: Final = 4
+SECRET_LENGTH_MIN: Final = 16
+SECRET_LENGTH_MAX: Final = 256
+
+
+class BadSignature(Exception):
+    """The PSP did not send this, or not now; the text says why and holds nothing of it."""
+
+
+class UnusableNotification(Exception):
+    """It is genuine and cannot be read; the text says why and holds nothing of it."""
+
+
+class NotificationSource(Protocol):
+    """How one PSP's notifications are verified and read: pure, for every account at it."""
+
+    @property
+    def connector(self) -> str:
+        """The connector's name, as `stripe`."""
+
+    @property
+    def acknowledgement(self) -> bytes:
+        """The body that the PSP expects with status 200."""
+
+    def secrets(self, credentials: Mapping[str, str]) -> Sequence[str]:
+        """What an account's notifications may be signed with; empty where it takes none."""
+
+    def verify_and_parse(
+        self, headers: Mapping[str, str], body: bytes, secrets: Sequence[str], now: datetime
+    ) -> list[Notification]:
+        """The events of one request. The names in `headers` are in lower case.
+
+        Nothing is read before its signature holds, but for what the signature needs. All secrets
+        are tried, in constant time (`signed_by_any`). An event of a type that the connector does
+        not know is one of kind UNKNOWN, no error. Raises BadSignature and UnusableNotification.
+        """
+
+
+def webhook_secrets(credentials: Mapping[str, str]) -> tuple[str, ...]:
+    """The secrets in an account's credentials; empty without any. Raises AccountRefused."""
+    secrets = tuple(credentials.get(WEBHOOK_SECRETS, "").split())
+    if len(secrets) > SECRETS_MAX:
+        raise AccountRefused(f"`{WEBHOOK_SECRETS}` are at most {SECRETS_MAX}")
+    if not all(SECRET_LENGTH_MIN <= len(each) <= SECRET_LENGTH_MAX for each in secrets):
+        raise AccountRefused(
+            f"each of `{WEBHOOK_SECRETS}` has {SECRET_LENGTH_MIN} to {SECRET_LENGTH_MAX} characters"
+        )
+    return secrets
+
+
+def signed_by_any(
+    message: bytes, signatures: Iterable[bytes], keys: Iterable[bytes], digest: str = "sha256"
+) -> bool:
+    """Whether one of the signatures is the message's HMAC under one of the keys.
+
+    All pairs are compared, each in constant time. The caller bounds how many there are.
+    """
+    told = list(signatures)
+    held = False
+    for key in keys:
+        expected = hmac.digest(key, message, digest)
+        for signature in told:
+            held |= hmac.compare_digest(expected, signature)
+    return held
