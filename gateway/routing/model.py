@@ -1,0 +1,130 @@
+"""What a routing decision is made from and of: segments, candidates, and the ports of its parts.
+
+Everything here is synchronous and local to the process: a decision waits for nobody. What processes
+share (breakers' states, learned counts, rules) is exchanged in the background.
+"""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple, Protocol
+
+from gateway.domain.model import ConnectorAnswer, Mode, OperationKind
+
+
+class Segment(NamedTuple):
+    """The kind of payment that success and cost are counted for. Empty strings: not known."""
+
+    merchant_id: str
+    mode: Mode
+    method: str
+    """The payment method: `card` (a token, a network token, a stored method), or a redirect's
+    type, as `ideal`. Empty for what is done to an existing payment."""
+    scheme: str = ""
+    """The card scheme, lower case, as `visa`."""
+    currency: str = ""
+    """ISO 4217."""
+    issuer_country: str = ""
+    """ISO 3166-1 alpha-2."""
+    channel: str = ""
+    """As the contract names it, as `ECOMMERCE`."""
+
+
+class Candidate(NamedTuple):
+    """An account that a payment may go to."""
+
+    connector: str
+    connector_account_id: str
+    priority: int = 0
+    """The lowest number is tried first."""
+    weight: int = 1
+    """The share among candidates of the same priority, by a stable hash; at least 1."""
+
+
+class Exclusion(StrEnum):
+    """Why a candidate is not asked."""
+
+    DISABLED = "DISABLED"
+    """The account is disabled."""
+    UNUSABLE = "UNUSABLE"
+    """The account cannot be used, as where its credentials cannot be opened."""
+    FIELD_NOT_SUPPORTED = "FIELD_NOT_SUPPORTED"
+    OPERATION_NOT_SUPPORTED = "OPERATION_NOT_SUPPORTED"
+    CURRENCY_NOT_SUPPORTED = "CURRENCY_NOT_SUPPORTED"
+    AMOUNT_NOT_SUPPORTED = "AMOUNT_NOT_SUPPORTED"
+    BREAKER_OPEN = "BREAKER_OPEN"
+    """Its calls failed too often or were too slow lately."""
+    PROBES_TAKEN = "PROBES_TAKEN"
+    """Its breaker is half-open, and as many calls as may try it are under way."""
+    KILLED = "KILLED"
+    """A person switched it off."""
+    MAINTENANCE = "MAINTENANCE"
+    """A maintenance window."""
+
+
+class Excluded(NamedTuple):
+    """A candidate that is not asked, and why."""
+
+    candidate: Candidate
+    reason: Exclusion
+
+
+class Scored(NamedTuple):
+    """A candidate with what a ranking thinks of it; the highest score first."""
+
+    candidate: Candidate
+    score: float
+    parts: tuple[tuple[str, float], ...] = ()
+    """(name, value) of what the score is made of, for the explanation."""
+
+
+class RouteDecision(NamedTuple):
+    """Where a payment may go, in the order to try, and why."""
+
+    candidates: tuple[Candidate, ...]
+    """Those that remain; several where a cascade may follow."""
+    excluded: tuple[Excluded, ...] = ()
+    rules_version: int = 0
+    """Of the merchant's rules; 0 where it has none."""
+    rule: str = ""
+    """The name of the rule that matched."""
+    experiment: str = ""
+    arm: str = ""
+    """With an experiment: the arm that the payment is in."""
+    scores: tuple[Scored, ...] = ()
+    """Where a ranking ordered the candidates."""
+
+
+class Availability(Protocol):
+    """Which accounts may be asked now: breakers, kill switches, maintenance windows."""
+
+    def refusal(self, candidate: Candidate, method: str) -> Exclusion | None:
+        """Why the candidate must not be asked now; None where it may be. Only looks."""
+
+    def admit(self, candidate: Candidate, method: str) -> Exclusion | None:
+        """As `refusal`, for the candidate that is chosen, just before its intent: None takes a
+        place among the probes of a half-open breaker, which the call's `Observer.observed` gives
+        back; one that nobody observes comes free by itself after a while.
+        """
+
+
+class Ranking(Protocol):
+    """Orders candidates of the same priority by what is expected of them."""
+
+    def rank(
+        self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int, draw: int
+    ) -> Sequence[Scored]:
+        """Every candidate, the best first. `draw`, 64 random bits, is all of its chance."""
+
+
+class Observer(Protocol):
+    """Learns from what came of the calls."""
+
+    def observed(
+        self,
+        segment: Segment,
+        candidate: Candidate,
+        kind: OperationKind,
+        answer: ConnectorAnswer,
+        seconds: float,
+    ) -> None:
+        """A connector's `send` ended after so long, whatever came of it."""
