@@ -122,7 +122,8 @@ class Connector(Protocol):
     ) -> ConnectorAnswer:
         """Make a reference unusable. Verdict CANCELED: it had taken effect, which was taken back;
         delivery NOT_SENT: it had no effect and never will; DECLINED or FAILED: it had been refused
-        before; delivery MAY_HAVE_BEEN_SENT: the PSP did not answer, nothing is known.
+        before; APPROVED: it stands, and the PSP does not take it back, since later operations rest
+        on it; delivery MAY_HAVE_BEEN_SENT: the PSP did not answer, nothing is known.
 
         `request` as in `query`.
         """

@@ -35,6 +35,7 @@ from gateway.domain.model import (
     DoubtCause,
     Operation,
     OperationKind,
+    OperationOrigin,
     OperationState,
     Payment,
     Verdict,
@@ -211,11 +212,14 @@ class Recovery:
         return evidence
 
     async def _absorb_late(self, lease: Lease) -> None:
-        """An answer came after a definite outcome: a success that must not stand is reversed."""
+        """An answer came after a definite outcome: a success that must not stand is reversed, what
+        denies a success is recorded.
+        """
         operation = lease.operation
         evidence = await self._evidence(lease)
-        late_success = evidence is not None and decisions.event_of(evidence) is Event.APPROVED
-        if evidence is not None and late_success and operation.state is not S.SUCCEEDED:
+        if evidence is not None and operation.state is S.SUCCEEDED:
+            await self._outcomes.contradict(operation, evidence)
+        elif evidence is not None and decisions.event_of(evidence) is Event.APPROVED:
             await self._outcomes.reverse(operation, operation.attempt.number, evidence)
         await self._store.forget(operation)
 
@@ -255,6 +259,8 @@ class Recovery:
         if authorization.state is not S.SUCCEEDED:
             # Nothing stands that could be voided: what the caller wanted is so.
             return ConnectorAnswer(Delivery.NOT_SENT, Verdict.APPROVED)
+        if lease.operation.origin is OperationOrigin.GATEWAY:
+            return await self._release(lease, connector)
         capabilities = connector.capabilities
         charged = payment.cancel_requested and payment.capture_method is CaptureMethod.AUTOMATIC
         # Without a query, taken back as a whole it is void whatever an earlier sending did.
@@ -263,6 +269,15 @@ class Recovery:
             capabilities.cancel_by_reference and (charged or blind)
         ):
             return await self._take_back(lease, authorization, connector)
+        return await self._repeat_void(lease, connector)
+
+    async def _release(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
+        """Void what a capture gave back to a closed payment, once that surely stays closed."""
+        if _waits_for(lease, K.CAPTURE, K.REVERSAL):
+            return ConnectorAnswer(Delivery.NOT_SENT, Verdict.PENDING)
+        if not lease.aggregate.payment.capture_closed:
+            # The final capture had no effect: what came back may be captured again.
+            return ConnectorAnswer(Delivery.NOT_SENT, Verdict.CANCELED)
         return await self._repeat_void(lease, connector)
 
     async def _repeat_void(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
@@ -357,15 +372,20 @@ def _cause(lease: Lease, connector: Connector | None) -> DoubtCause:
     """Why a look did not settle the operation."""
     if connector is None:
         return DoubtCause.CONNECTOR_MISSING
-    if lease.operation.kind is K.VOID and any(
-        other.kind is K.AUTHORIZE and other.state in states.UNFINISHED
-        for other in lease.aggregate.operations
-    ):
+    if lease.operation.kind is K.VOID and _waits_for(lease, K.AUTHORIZE, K.CAPTURE, K.REVERSAL):
         return DoubtCause.WAITS_FOR_OPERATION
     capabilities = connector.capabilities
     if not (capabilities.query_by_reference or capabilities.cancel_by_reference):
         return DoubtCause.NO_MEANS
     return DoubtCause.NO_ANSWER
+
+
+def _waits_for(lease: Lease, *kinds: OperationKind) -> bool:
+    """Whether an operation of these kinds is unfinished on the lease's payment."""
+    return any(
+        other.kind in kinds and other.state in states.UNFINISHED
+        for other in lease.aggregate.operations
+    )
 
 
 def _is_news(payment: Payment, operation: Operation, answer: ConnectorAnswer) -> bool:

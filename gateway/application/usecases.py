@@ -796,18 +796,31 @@ class Outcomes:
                 attempt_number,
                 answer,
                 self._clock.after(aggregate.payment.updated_at),
-                ids.new_operation_id(),
+                (ids.new_operation_id(), ids.new_operation_id()),
             )
             if await self._commit(current, aggregate.payment, settled) is Stored.WRITTEN:
                 return
 
     async def bounce(self, operation: Operation, answer: ConnectorAnswer) -> None:
         """A capture or refund that had succeeded was returned."""
+        await self._add(operation, answer, decisions.bounce)
+
+    async def contradict(self, operation: Operation, answer: ConnectorAnswer) -> None:
+        """Record an answer that denies the operation's success, should it do so."""
+        await self._add(operation, answer, decisions.contradict)
+
+    async def _add(
+        self,
+        operation: Operation,
+        answer: ConnectorAnswer,
+        decide: Callable[[Payment, Operation, ConnectorAnswer, datetime], Settled | None],
+    ) -> None:
+        """Write what a later answer makes of an operation, whoever owns it, where it does."""
         while True:
             found = await self._store.find_operation(operation.merchant_id, operation.operation_id)
             if found is None:
                 raise StoreUnavailable("the operation's row is missing")
-            settled = decisions.bounce(
+            settled = decide(
                 found.payment, found.operation, answer, self._clock.after(found.payment.updated_at)
             )
             if settled is None:
@@ -875,6 +888,8 @@ class Outcomes:
                 continue
             if event is Event.APPROVED and (not same_attempt or current.state in _WITHOUT_EFFECT):
                 await self.reverse(current, owned.attempt.number, answer)
+            elif same_attempt:
+                await self.contradict(current, answer)
             return found
 
 

@@ -369,6 +369,8 @@ def settle(
         _settle_authorization(settled, answer, event, at, new_operation_id)
     elif operation.kind is K.CAPTURE:
         _settle_capture(settled, event)
+        if event is Event.CANCELED:
+            _begin_release(settled, new_operation_id, at)
     elif operation.kind is K.REFUND:
         _settle_refund(settled, event)
     elif operation.kind is K.VOID:
@@ -416,9 +418,10 @@ def reverse_late_success(
     attempt_number: int,
     answer: ConnectorAnswer,
     at: datetime,
-    new_operation_id: str,
+    new_operation_ids: tuple[str, str],
 ) -> Settled:
-    """A success of an attempt that was taken for not sent or cancelled: a durable REVERSAL begins.
+    """A success of an attempt that was taken for not sent or cancelled: a durable REVERSAL begins,
+    and of a capture on a closed payment, the release of what the reversal gives back.
 
     The operation keeps its state. A late void is only reported: what it released cannot be had
     back.
@@ -432,12 +435,39 @@ def reverse_late_success(
         reported = answer.outcome.amount_reported_minor if answer.outcome else None
         amount = reported if reported is not None and reported > 0 else operation.amount_minor
         settled.companions.append(
-            _reversal(operation, new_operation_id, reference, amount, answer, at)
+            _reversal(operation, new_operation_ids[0], reference, amount, answer, at)
         )
+        if operation.kind is K.CAPTURE:
+            _begin_release(settled, new_operation_ids[1], at)
     settled.discrepancies.append(
         _discrepancy(
             operation, "late_success", operation.state.name, f"{reference} took effect later"
         )
+    )
+    return settled
+
+
+def contradict(
+    payment: Payment, operation: Operation, answer: ConnectorAnswer, at: datetime
+) -> Settled | None:
+    """What is left of an answer that comes after a success and denies it: a discrepancy, and the
+    success stands. None where it contradicts nothing.
+
+    A void or reversal may be sent several times, and all but one of them refused.
+    """
+    event = event_of(answer)
+    if (
+        operation.state is not S.SUCCEEDED
+        or operation.kind in (K.VOID, K.REVERSAL)
+        or event not in _DENIALS
+    ):
+        return None
+    settled = Settled(
+        operation.copy_with(updated_at=at),
+        payment.copy_with(version=payment.version + 1, updated_at=at),
+    )
+    settled.discrepancies.append(
+        _discrepancy(operation, "late_refusal", operation.state.name, event.name)
     )
     return settled
 
@@ -570,6 +600,11 @@ def _answered(attempt: Attempt, answer: ConnectorAnswer) -> Attempt:
     )
 
 
+_DENIALS = frozenset(
+    {Event.DECLINED, Event.FAILED, Event.NEVER_SENT, Event.CANCELED, Event.EXPIRED}
+)
+"""What says that an operation has no effect."""
+
 _PAYMENT_STATES: dict[S, PaymentState] = {
     S.REQUIRES_ACTION: PaymentState.REQUIRES_ACTION,
     S.PENDING: PaymentState.PENDING,
@@ -691,6 +726,36 @@ def _reversal(
         note=reference,
         created_at=at,
         updated_at=at,
+    )
+
+
+def _begin_release(settled: Settled, new_operation_id: str, at: datetime) -> None:
+    """The PSP gives a capture's hold back: where the payment takes no further capture, the gateway
+    voids what is left of the authorization.
+    """
+    capture, payment = settled.operation, settled.payment
+    left = payment.authorized_minor - payment.captured_minor - payment.capture_pending_minor
+    if not payment.capture_closed or left <= 0:
+        return
+    attempt = capture.attempt
+    settled.companions.append(
+        Operation(
+            merchant_id=capture.merchant_id,
+            operation_id=new_operation_id,
+            payment_id=capture.payment_id,
+            kind=K.VOID,
+            origin=OperationOrigin.GATEWAY,
+            state=S.PROCESSING,
+            amount_minor=left,
+            currency=capture.currency,
+            attempt=Attempt(
+                1, attempt.connector, attempt.connector_account_id, delivery=Delivery.NOT_SENT
+            ),
+            parent_operation_id=capture.operation_id,
+            request_id=capture.request_id,
+            created_at=at,
+            updated_at=at,
+        )
     )
 
 

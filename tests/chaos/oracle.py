@@ -88,9 +88,6 @@ class Rule(enum.StrEnum):
     """Every operation has a definite outcome, but doubts that the PSP does not help to end."""
 
 
-CANCEL_REFUSED: Final = "cancel_refused"
-"""The PSP's code where later operations rest on what is to be taken back (docs/simulator.md)."""
-
 LOST_ACKS: Final = frozenset({Rule.ACKNOWLEDGED_IS_DURABLE, Rule.STATE_IS_REACHABLE})
 """Violations by which something acknowledged is gone or contradicted."""
 
@@ -608,18 +605,13 @@ def _totals(books: _Books) -> Iterator[Violation]:
 
 
 def _unfinished(books: _Books) -> Iterator[Violation]:
-    refused = {
-        _operation_of(record["reference"])
-        for record in books.history.psp
-        if record["type"] == "outcome"
-        and record["method"] == "cancel"
-        and record["answer"].get("code") == CANCEL_REFUSED
-    }
+    profile, settles = books.profile, books.history.settles
+    # Where it does not, a void of a remainder can neither be asked for nor repeated.
+    tells_of_voids = profile.query_by_reference or profile.idempotent_by_reference
     for row in unresolved(books.history):
-        # A capture rests on the increment by now: neither can the PSP take it back nor may anybody
-        # believe that it stands, with a cancellation on its way. A person has to.
-        kept = row["kind"] == K.INCREMENT and row["operation_id"] in refused
-        settles = books.history.settles and not kept
+        release = row["kind"] == K.VOID and row["origin"] == OperationOrigin.GATEWAY
+        if release and not tells_of_voids:
+            continue
         if settles or row["state"] != S.IN_DOUBT:
             yield Violation(
                 Rule.NOTHING_UNFINISHED,

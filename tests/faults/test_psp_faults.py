@@ -13,6 +13,7 @@ from payments.v1.payment_service_pb2 import (
     VoidPaymentRequest,
 )
 
+from gateway.connectors.simulator.outcomes import AMOUNTS, SCRIPTED_TOKEN
 from gateway.domain.model import OperationKind
 from gateway.domain.model import OperationState as S
 from tests.faults.checker import Client, check, settled
@@ -282,6 +283,49 @@ async def test_a_capture_in_doubt_keeps_its_reservation(
             await settled(system)
             after = await caller.payment(payment_id)
             assert after.payment.amounts.captured_minor == 1000
+            check(system, client)
+
+
+@alternating(profile=("cancel_only",))
+async def test_a_hold_that_a_cancelled_capture_gives_back_to_a_closed_payment_is_released(
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, transport: str
+) -> None:
+    amount_minor = next(
+        amount for amount, each in AMOUNTS.items() if each.name == "reset_after_charge"
+    )
+    with _system(postgres, redis, profile) as system:
+        gateway = system.start_gateway(transport=transport)
+        async with calling(gateway, system.shop.api_key) as caller:
+            client = Client(caller)
+            control = system.control
+            request = authorize_request(
+                amount_minor=amount_minor + 400,
+                capture_method="MANUAL_MULTIPLE",
+                token=SCRIPTED_TOKEN,
+            )
+            payment_id = (await client.call("AuthorizePayment", request)).payment.payment_id
+
+            def capture(amount_minor: int, *, final: bool) -> CapturePaymentRequest:
+                return CapturePaymentRequest(
+                    idempotency_key=new_key(),
+                    payment_id=payment_id,
+                    amount=eur(amount_minor),
+                    final=final,
+                )
+
+            await control.hold(method="cancel")
+            doubtful = await client.call("CapturePayment", capture(amount_minor, final=False))
+            assert doubtful.operation.state == IN_DOUBT
+            closing = await client.call("CapturePayment", capture(300, final=True))
+            assert closing.operation.state == SUCCEEDED
+            await control.release()
+            await control.close()
+            await settled(system)
+            after = await caller.payment(payment_id)
+            released = [each for each in after.operations if each.kind == OperationKind.VOID]
+            assert [each.state for each in released] == [SUCCEEDED]
+            assert after.payment.amounts.captured_minor == 300
+            assert after.payment.amounts.voided_minor == amount_minor + 100
             check(system, client)
 
 

@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -546,6 +547,23 @@ async def test_cancel_of_a_declined_reference_says_that_it_was_declined(psp: Psp
         assert outcome_of(answer).response_code is ResponseCode.INSUFFICIENT_FUNDS
     again = await send(psp.connector, request)
     assert outcome_of(again).response_code is ResponseCode.REFERENCE_CANCELED
+
+
+async def test_cancel_that_is_refused_says_that_the_operation_stands(psp: Psp) -> None:
+    request = await prepare(psp, OperationKind.CAPTURE)
+    captured = await send(psp.connector, request)
+    refund = replace(
+        request,
+        kind=OperationKind.REFUND,
+        reference=f"{request.reference}-refund",
+        amount_minor=1,
+        target_transaction_id=captured.connector_transaction_id,
+    )
+    assert (await send(psp.connector, refund)).verdict is Verdict.APPROVED
+    stands = await psp.connector.cancel(request.kind, request.reference)
+    assert (stands.delivery, stands.verdict) == (Delivery.ANSWERED, Verdict.APPROVED)
+    assert stands.connector_transaction_id == captured.connector_transaction_id
+    assert outcome_of(stands) == outcome_of(captured)
 
 
 async def test_double_charge_is_reported_as_the_sum(psp_of: Callable[[str], Psp]) -> None:

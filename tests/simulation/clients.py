@@ -164,8 +164,9 @@ class Clients:
             ((K.VOID, None),),
         )
         if self._settles_remainders:
+            plans += (((K.CAPTURE, part), (K.VOID, None)),)
+        if self._may_cancel:
             plans += (
-                ((K.CAPTURE, part), (K.VOID, None)),
                 ((K.INCREMENT, INCREMENT_MINOR), (K.CAPTURE, amount_minor + INCREMENT_MINOR)),
                 ((K.INCREMENT, INCREMENT_MINOR), (K.VOID, None)),
             )

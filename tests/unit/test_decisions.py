@@ -603,7 +603,7 @@ def test_late_success_of_an_earlier_attempt_is_reversed_by_a_durable_operation(
     answer = says(Verdict.APPROVED, reported)
     at = datetime.now(UTC)
     settled = decisions.reverse_late_success(
-        book.payment, book.authorization, 1, answer, at, "op_9"
+        book.payment, book.authorization, 1, answer, at, ("op_8", "op_9")
     )
     [reversal] = settled.companions
     assert (reversal.kind, reversal.amount_minor, reversal.note) == (K.REVERSAL, amount, "op_1-1")
@@ -614,9 +614,93 @@ def test_late_success_of_an_earlier_attempt_is_reversed_by_a_durable_operation(
 def test_late_success_of_a_void_is_reported_and_not_reversed() -> None:
     book = Book().authorized()
     void = book[book.settle(book.void(), NO)]
-    settled = decisions.reverse_late_success(book.payment, void, 1, YES, datetime.now(UTC), "op_9")
+    settled = decisions.reverse_late_success(
+        book.payment, void, 1, YES, datetime.now(UTC), ("op_8", "op_9")
+    )
     assert settled.companions == []
     assert len(settled.discrepancies) == 1
+
+
+def test_capture_that_is_taken_back_from_a_closed_payment_is_followed_by_a_release() -> None:
+    book = Book().authorized()
+    doubtful = book.settle(book.capture(40), DOUBT)
+    final = book.settle(book.capture(30, final=True), DOUBT)
+    book.settle(doubtful, says(Verdict.CANCELED))
+    assert book.last is not None
+    [release] = book.last.companions
+    assert (release.kind, release.origin) == (K.VOID, OperationOrigin.GATEWAY)
+    assert (release.amount_minor, release.state) == (70, S.PROCESSING)
+    assert release.parent_operation_id == doubtful
+    book.settle(final, YES)
+    book.settle(release.operation_id, YES)
+    assert (book.payment.captured_minor, book.payment.voided_minor) == (30, 70)
+
+
+@pytest.mark.parametrize(
+    "answer", [UNSENT, NO, says(Verdict.FAILED), YES], ids=["unsent", "declined", "failed", "yes"]
+)
+def test_capture_of_a_closed_payment_that_gives_no_hold_back_is_followed_by_nothing(
+    answer: ConnectorAnswer,
+) -> None:
+    book = Book().authorized()
+    doubtful = book.settle(book.capture(40), DOUBT)
+    book.settle(book.capture(30, final=True), YES)
+    book.settle(doubtful, answer)
+    assert book.last is not None
+    assert book.last.companions == []
+
+
+def test_capture_that_is_taken_back_from_an_open_payment_may_be_captured_again() -> None:
+    book = Book().authorized()
+    book.settle(book.capture(40), says(Verdict.CANCELED))
+    assert book.last is not None
+    assert book.last.companions == []
+    assert book[book.capture()].amount_minor == 100
+
+
+def test_late_capture_of_a_closed_payment_is_reversed_and_what_that_gives_back_released() -> None:
+    book = Book().authorized()
+    late = book[book.settle(book.capture(40), UNSENT)]
+    book.settle(book.capture(30, final=True), YES)
+    settled = decisions.reverse_late_success(
+        book.payment, late, 1, YES, datetime.now(UTC), ("op_8", "op_9")
+    )
+    kinds = [(each.operation_id, each.kind) for each in settled.companions]
+    assert kinds == [("op_8", K.REVERSAL), ("op_9", K.VOID)]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (NO, "DECLINED"),
+        (says(Verdict.FAILED), "FAILED"),
+        (says(Verdict.CANCELED), "CANCELED"),
+        (UNSENT, "NEVER_SENT"),
+    ],
+)
+def test_refusal_after_a_success_is_a_discrepancy_and_the_success_stands(
+    answer: ConnectorAnswer, told: str
+) -> None:
+    book = Book().authorized()
+    capture = book[book.settle(book.capture(40), YES)]
+    settled = decisions.contradict(book.payment, capture, answer, book.later())
+    assert settled is not None
+    assert settled.operation.state is S.SUCCEEDED
+    assert settled.payment.captured_minor == 40
+    assert settled.payment.version == book.payment.version + 1
+    [found] = settled.discrepancies
+    assert (found.kind, found.expected, found.reported) == ("late_refusal", "SUCCEEDED", told)
+
+
+@pytest.mark.parametrize("answer", [YES, DOUBT, says(Verdict.PENDING)])
+def test_what_denies_no_success_is_no_discrepancy(answer: ConnectorAnswer) -> None:
+    book = Book().authorized()
+    capture = book[book.settle(book.capture(40), YES)]
+    assert decisions.contradict(book.payment, capture, answer, book.later()) is None
+    declined = book[book.settle(book.capture(10), NO)]
+    assert decisions.contradict(book.payment, declined, NO, book.later()) is None
+    void = book[book.settle(book.void(), YES)]
+    assert decisions.contradict(book.payment, void, NO, book.later()) is None
 
 
 # --- allocation -----------------------------------------------------------------------------------

@@ -167,7 +167,10 @@ def test_cancel_that_later_operations_forbid_is_refused() -> None:
     books, target = authorized()
     capture = books.send("capture", "c-1", 100, target_transaction_id=target)
     books.send("refund", "r-1", 1, target_transaction_id=capture["transaction_id"])
-    assert books.cancel("capture", "c-1")["code"] == "cancel_refused"
+    told = books.cancel("capture", "c-1")
+    assert (told["code"], told["standing"]) == ("cancel_refused", books.query("capture", "c-1"))
+    assert books.cancel("refund", "c-1")["code"] == "cancel_refused"
+    assert "standing" not in books.cancel("refund", "c-1")
     assert books.query("capture", "c-1")["result"] == "approved"
     assert books.cancel("refund", "r-1")["had"] == "effect"
     assert books.cancel("capture", "c-1")["had"] == "effect"

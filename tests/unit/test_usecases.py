@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.application.administration import answer_of_person
 from gateway.application.commands import Answer
 from gateway.application.ports import (
     AmountRule,
@@ -24,6 +25,7 @@ from gateway.application.ports import (
     IntentResult,
     Lease,
     ListFilter,
+    Resolution,
     StoreUnavailable,
 )
 from gateway.domain.errors import GatewayError, Reason
@@ -31,6 +33,7 @@ from gateway.domain.model import (
     CaptureMethod,
     ConnectorAnswer,
     DoubtCause,
+    DoubtOutcome,
     Mode,
     Operation,
     OperationKind,
@@ -975,6 +978,94 @@ async def test_evidence_of_a_success_does_not_outweigh_a_cancellation_after_it()
     await gateway.recover()
     assert gateway.store.by_key("a").state is S.CANCELED
     assert gateway.connector.standing(K.AUTHORIZE) == []
+
+
+async def test_what_the_psp_does_not_take_back_has_taken_effect() -> None:
+    gateway = bench(CAPABLE, LOST)
+    payment_id = await gateway.authorized()
+    # Not found yet, so it is cancelled; it has arrived since, and something rests on it.
+    gateway.connector.asks.extend([None, APPROVED])
+    await gateway.recover()
+    [authorization] = operations_of(gateway, payment_id, K.AUTHORIZE)
+    assert authorization.state is S.SUCCEEDED
+    assert gateway.store.doubts == {}
+
+
+@pytest.mark.parametrize("capabilities", [CAPABLE, CANCEL_ONLY])
+async def test_hold_that_comes_back_to_a_closed_payment_is_released_until_the_psp_confirms(
+    capabilities: Capabilities,
+) -> None:
+    gateway = bench(capabilities)
+    payment_id = await gateway.authorized()
+    gateway.connector.steps.append(LOST)
+    await gateway.payments.capture(gateway.capture(payment_id, "c1", 30))
+    await gateway.payments.capture(gateway.capture(payment_id, "c2", 40, final=True))
+    if capabilities.query_by_reference:
+        gateway.connector.asks.append(None)  # it is not found yet, and cancelled
+    await gateway.recover()
+    [release] = operations_of(gateway, payment_id, K.VOID)
+    assert gateway.store.by_key("c1").state is S.CANCELED
+    assert (release.amount_minor, release.state) == (60, S.PROCESSING)
+    gateway.connector.steps.append(UNSENT)
+    await gateway.recover(rounds=3)
+    [release] = operations_of(gateway, payment_id, K.VOID)
+    assert release.state is S.SUCCEEDED
+    assert gateway.connector.standing(K.VOID) == [release.reference]
+    assert gateway.store.doubts == {}
+    amounts = gateway.store.of_payment(payment_id).payment
+    assert (amounts.captured_minor, amounts.voided_minor) == (40, 60)
+
+
+@pytest.mark.parametrize("took_effect", [True, False])
+async def test_release_waits_for_the_final_capture_and_is_dropped_where_that_has_no_effect(
+    took_effect: bool,
+) -> None:
+    gateway = bench(CANCEL_ONLY)
+    payment_id = await gateway.authorized()
+    gateway.connector.steps.extend([LOST, Step(decides=PENDING)])
+    await gateway.payments.capture(gateway.capture(payment_id, "c1", 30))
+    await gateway.payments.capture(gateway.capture(payment_id, "c2", 40, final=True))
+    await gateway.recover(rounds=2)
+    [release] = operations_of(gateway, payment_id, K.VOID)
+    assert (gateway.store.by_key("c2").state, release.state) == (S.PENDING, S.PENDING)
+    final = gateway.store.by_key("c2")
+    payment = gateway.store.of_payment(payment_id).payment
+    answer = APPROVED if took_effect else DECLINED
+    await gateway.payments.outcomes.write(final, payment, answer)
+    await gateway.recover()
+    [release] = operations_of(gateway, payment_id, K.VOID)
+    sent = [release.reference] if took_effect else []
+    assert release.state is (S.SUCCEEDED if took_effect else S.CANCELED)
+    assert gateway.connector.standing(K.VOID) == sent
+    if not took_effect:
+        await gateway.payments.capture(gateway.capture(payment_id, "c3", 100))
+        assert gateway.store.by_key("c3").state is S.SUCCEEDED
+
+
+@pytest.mark.parametrize("refused_first", [True, False])
+async def test_late_refusal_of_what_a_person_took_for_done_is_recorded_at_once(
+    refused_first: bool,
+) -> None:
+    gate = Gate()
+    gateway = bench(INCAPABLE, Step(after=gate, decides=DECLINED))
+    call = await paused(gateway, gate)
+    await gateway.recovery.run_once()
+    if refused_first:  # it is kept, and nobody has looked at it when the person decides
+        gate.opened.set()
+        await call
+    operation = gateway.store.by_key("a")
+    found = await gateway.store.find_operation(MERCHANT, operation.operation_id)
+    assert found is not None
+    decision = Resolution(1, DoubtOutcome.TOOK_EFFECT, "tx-1", None, "seen", "key_1")
+    answer = answer_of_person(operation, decision)
+    assert await gateway.payments.outcomes.resolve(found, answer, decision) is not None
+    gate.opened.set()
+    await call
+    await gateway.recover()
+    [told] = gateway.store.discrepancies
+    assert (told.kind, told.expected, told.reported) == ("late_refusal", "SUCCEEDED", "DECLINED")
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    assert gateway.store.doubts == {}
 
 
 @pytest.mark.parametrize("capabilities", [CAPABLE, replace(CAPABLE, cancel_by_reference=False)])

@@ -185,9 +185,11 @@ class SimulatorConnector:
             # That the *cancellation* was not sent says nothing about what it should cancel.
             return _doubt(error.reason)
         told = _envelope(response, name, reference)
-        if told is None or told.get("code") == "cancel_refused":
-            return _doubt(Reason.ANSWER_UNUSABLE)
-        return _found(told)
+        if told is not None and told.get("code") == "cancel_refused":
+            # It stands, and the PSP says how.
+            told = _checked(told.get("standing"), name, reference)
+            told = told if told is not None and told["result"] == "approved" else None
+        return _doubt(Reason.ANSWER_UNUSABLE) if told is None else _found(told)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -292,13 +294,12 @@ def _object(response: Response) -> dict[str, Any] | None:
 
 def _envelope(response: Response, kind: str, reference: str) -> dict[str, Any] | None:
     """The PSP's answer to this very request; None for anything else, as a proxy's error page."""
-    told = _object(response)
-    if (
-        told is None
-        or response.status != 200
-        or told.get("reference") != reference
-        or told.get("kind") != kind
-    ):
+    return _checked(_object(response), kind, reference) if response.status == 200 else None
+
+
+def _checked(told: object, kind: str, reference: str) -> dict[str, Any] | None:
+    """What the PSP says of this reference, where it says something that can be used."""
+    if not isinstance(told, dict) or told.get("reference") != reference or told.get("kind") != kind:
         return None
     result = told.get("result")
     verdict = _VERDICTS.get(result) if isinstance(result, str) else None

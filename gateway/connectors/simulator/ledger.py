@@ -281,8 +281,7 @@ class Ledger:
             for transaction in known.transactions
             if (record := self._look(transaction, request, now)) is not None
         ]
-        answers = [transaction.answer for transaction in known.transactions]
-        return records, {**_telling(answers), "transactions": answers}
+        return records, _all_of(known)
 
     def cancel(self, kind: str, reference: str, request: int, now: float) -> tuple[Record, Answer]:
         """Make a reference unusable, and take back what it caused."""
@@ -305,6 +304,8 @@ class Ledger:
             record["answer"] = answer = _answer(
                 Result.REJECTED, "cancel_refused", reference=reference, kind=kind
             )
+            if known.kind == kind:
+                answer["standing"] = _all_of(known)
             # Nothing is applied: the reference stays as it is.
             return record, answer
         settled = {Result.DECLINED.value, Result.REJECTED.value, Result.FAILED.value}
@@ -598,6 +599,12 @@ def _telling(answers: list[Answer]) -> Answer:
             if answer["result"] == result.value:
                 return answer
     return answers[-1] if answers else {}
+
+
+def _all_of(known: Reference) -> Answer:
+    """The answer that counts, with all answers of a reference."""
+    answers = [transaction.answer for transaction in known.transactions]
+    return {**_telling(answers), "transactions": answers}
 
 
 def _item(transaction: Transaction) -> dict[str, Any]:
