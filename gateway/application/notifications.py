@@ -1,10 +1,13 @@
-"""What PSPs tell of their own accord, as values: notifications, and what they may be about."""
+"""What PSPs tell of their own accord, as values, and the port of where it is kept."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum
+from typing import NamedTuple, Protocol
 
 from gateway.domain.model import ConnectorAnswer, Mode
+from gateway.domain.states import Event
 
 
 class NotificationKind(IntEnum):
@@ -84,3 +87,74 @@ class Notification:
     currency: str = ""
     dispute: Dispute | None = None
     """For DISPUTE."""
+
+
+class Result(IntEnum):
+    """What became of a notification."""
+
+    APPLIED = 1
+    """It changed an operation."""
+    NO_NEWS = 2
+    """What it tells is so already, or was overtaken by what happened later."""
+    RECORDED = 3
+    """Something done elsewhere: an operation of the PSP's, a dispute, a discrepancy."""
+    UNKNOWN = 4
+    """Of a kind that the gateway does not act on."""
+    UNMATCHED = 5
+    """Of no payment of the account's merchant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A notification, and whose account it came to."""
+
+    merchant_id: str
+    connector_account_id: str
+    notification: Notification
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """One that is to be applied."""
+
+    received: Received
+    tries: int
+    """How often that was tried before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of one, and what it was about."""
+
+    result: Result
+    payment_id: str | None = None
+    operation_id: str | None = None
+
+
+class PendingCount(NamedTuple):
+    """What is yet to be applied."""
+
+    notifications: int
+    oldest_age_s: float
+
+
+class NotificationStore(Protocol):
+    """Where notifications are kept. Every method raises StoreUnavailable."""
+
+    async def keep(self, received: Sequence[Received]) -> int:
+        """Keep them, each once by merchant, account and event; how many are new.
+
+        Raises GatewayError(OVERLOADED) where the queue is full.
+        """
+
+    async def lease(self, limit: int, lease_s: float) -> Sequence[Pending]:
+        """Take some that are due, in the order of the PSP's clock."""
+
+    async def finish(self, received: Received, applied: Applied) -> None:
+        """It is done with."""
+
+    async def put_off(self, received: Received, apply_after_s: float) -> None:
+        """Apply it later."""
+
+    async def is_outdated(self, received: Received, event: Event) -> bool:
+        """Whether the PSP told another definite event of the same attempt that happened later."""

@@ -8,6 +8,7 @@ from storage.postgres.connector_accounts import ConnectorAccounts
 from storage.postgres.errors import NotDurable, RowRefused, SchemaError
 from storage.postgres.lanes import LaneLimits
 from storage.postgres.migrate import check_schema, required_version
+from storage.postgres.notifications import Notifications
 from storage.postgres.pool import durability, durability_problems, system_generation
 from storage.postgres.store import PostgresStore, open_reader
 
@@ -18,6 +19,7 @@ __all__ = [
     "LaneLimits",
     "MerchantRow",
     "NotDurable",
+    "Notifications",
     "OrganisationRow",
     "PostgresStore",
     "RowRefused",

@@ -42,6 +42,7 @@ from storage.postgres.connector_accounts import ConnectorAccounts
 from storage.postgres.errors import NotDurable, SchemaError
 from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
 from storage.postgres.migrate import check_schema
+from storage.postgres.notifications import Notifications, keeping_lane
 from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections, durability
 from storage.postgres.queries import Query, query, run
 from storage.postgres.row_security import (
@@ -93,6 +94,7 @@ _ROLES: Final = {
     "changes": WRITER,
     "reads": READER,
     "direct": RECOVERER,
+    "notifications": WRITER,
 }
 
 LIST_SCAN_MAX: Final = 2_000
@@ -122,7 +124,8 @@ class PostgresStore:
     Args:
         dsn: a libpq URL of the primary; with several hosts, of those that may be it.
         intents, follow_ups, changes, reads, direct: what each lane may take and hold; `direct`
-            serves ListPayments and recovery. `changes.retry_s_max` is for how long an outcome is
+            serves ListPayments and recovery. Without `notifications` none are kept.
+            `changes.retry_s_max` is for how long an outcome is
             repeated while the database is away; recovery settles what could not be written.
         connection: how to connect; `dsn` comes first.
         retry_after_s: what a caller who met a full queue is told, in seconds.
@@ -145,6 +148,7 @@ class PostgresStore:
         changes: LaneLimits = CHANGES,
         reads: LaneLimits = READS,
         direct: LaneLimits = DIRECT,
+        notifications: LaneLimits | None = None,
         application_name: str = "gateway",
         connect_timeout_s: float = 5.0,
         statement_timeout_s: float = 10.0,
@@ -176,6 +180,8 @@ class PostgresStore:
             "reads": reads,
             "direct": direct,
         }
+        if notifications is not None:
+            self._limits["notifications"] = notifications
         self._outcome_retry_s_max = changes.retry_s_max
         self._retry_after_s = retry_after_s
         self._list_scan_max = list_scan_max
@@ -267,6 +273,16 @@ class PostgresStore:
             "reads": self._reads,
             "direct": self._direct,
         }
+        keeping = None
+        if "notifications" in held:
+            keeping = self.queues["notifications"] = keeping_lane(
+                held["notifications"],
+                self._limits["notifications"],
+                retry_after_s=self._retry_after_s,
+                row_security=self._row_security,
+                metrics=self._metrics,
+            )
+        self.notifications = Notifications(self._direct, keeping)
         self.accounts = Accounts(self._direct)
         self.audit = PostgresAudit(self._direct, _load_aggregates)
         self.connector_accounts = ConnectorAccounts(self._direct)
@@ -279,6 +295,8 @@ class PostgresStore:
         await self._follow_ups.close()
         await self._changes.close()
         await self._reads.close()
+        if "notifications" in self.queues:
+            await self.queues["notifications"].close()
         await self._direct.close()
 
     async def __aenter__(self) -> Self:

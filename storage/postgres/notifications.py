@@ -1,0 +1,292 @@
+"""PSPs' notifications in PostgreSQL: kept in batches on a lane of their own, applied by lease."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, fields
+from datetime import datetime
+from enum import IntEnum
+from typing import Any, Final
+
+import asyncpg
+import orjson
+
+from gateway.application.notifications import (
+    Applied,
+    Dispute,
+    DisputeStage,
+    DisputeStatus,
+    Notification,
+    NotificationKind,
+    Pending,
+    PendingCount,
+    Received,
+    Result,
+)
+from gateway.domain.decisions import event_of
+from gateway.domain.model import Mode
+from gateway.domain.states import Event
+from storage.batching import LaneMetrics
+from storage.postgres.accounts import LIMITS
+from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
+from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections
+from storage.postgres.queries import Query, query, run
+from storage.postgres.row_security import Write, within_merchants
+from storage.postgres.rows import answer_json, answer_of, clean
+
+_KEEP = query("notifications", "keep")
+_LEASE = query("notifications", "lease")
+_FINISH = query("notifications", "finish")
+_PUT_OFF = query("notifications", "put_off")
+_IS_OUTDATED = query("notifications", "is_outdated")
+_COUNT_PENDING = query("notifications", "count_pending")
+_LIST = query("notifications", "list")
+_FIND = query("notifications", "find")
+_APPLY_AGAIN = query("notifications", "apply_again")
+
+DEFINITE: Final = (
+    Event.APPROVED,
+    Event.DECLINED,
+    Event.FAILED,
+    Event.CANCELED,
+    Event.EXPIRED,
+)
+"""Events that say how something ended."""
+
+_Key = tuple[str, str, str]
+_Row = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A notification as it is stored, for people."""
+
+    received: Received
+    received_at: datetime
+    result: Result | None
+    """None until it was applied."""
+    applied_at: datetime | None
+    payment_id: str
+    operation_id: str
+
+
+class Notifications:
+    """Implements the NotificationStore port, and what the command line does.
+
+    What arrives goes through a lane with connections and a queue of its own, so that a flood takes
+    nothing from the payments'; what applies it goes through `direct`, beside recovery.
+    """
+
+    def __init__(self, direct: DirectLane, keeping: PostgresLane[Received, bool] | None) -> None:
+        """Both are the caller's to close. Without `keeping` nothing can be kept."""
+        self._direct = direct
+        self._keeping = keeping
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, dsn: str, *, connect_timeout_s: float = 5.0, statement_timeout_s: float = 10.0
+    ) -> AsyncIterator["Notifications"]:
+        """With a connection of its own, which keeps nothing."""
+        settings = ConnectionSettings(
+            dsn, connect_timeout_s=connect_timeout_s, statement_timeout_s=statement_timeout_s
+        )
+        name = "notifications"
+        lane = DirectLane(name, HeldConnections(settings, name, 1), LIMITS)
+        try:
+            yield cls(lane, None)
+        finally:
+            await lane.close()
+
+    async def keep(self, received: Sequence[Received]) -> int:
+        """See the port."""
+        assert self._keeping is not None, "a store for the command line keeps nothing"
+        new = await asyncio.gather(*(self._keeping.put(each) for each in received))
+        return sum(new)
+
+    async def lease(self, limit: int, lease_s: float) -> Sequence[Pending]:
+        """See the port."""
+        records = await self._run(_LEASE, limit=limit, lease_s=lease_s)
+        return [Pending(_received_of(record), record["tries"]) for record in records]
+
+    async def finish(self, received: Received, applied: Applied) -> None:
+        """See the port."""
+        await self._run(
+            _FINISH,
+            **_key(received),
+            result=applied.result,
+            payment_id=applied.payment_id,
+            operation_id=applied.operation_id,
+        )
+
+    async def put_off(self, received: Received, apply_after_s: float) -> None:
+        """See the port."""
+        await self._run(_PUT_OFF, **_key(received), apply_after_s=apply_after_s)
+
+    async def is_outdated(self, received: Received, event: Event) -> bool:
+        """See the port."""
+        notification = received.notification
+        [found] = await self._run(
+            _IS_OUTDATED,
+            merchant_id=received.merchant_id,
+            connector_account_id=received.connector_account_id,
+            reference=notification.reference,
+            kind=notification.kind,
+            event=event,
+            definite=list(DEFINITE),
+            occurred_at=notification.occurred_at,
+        )
+        return bool(found["is_outdated"])
+
+    async def count_pending(self) -> PendingCount:
+        """What is yet to be applied, of all merchants."""
+        [counted] = await self._run(_COUNT_PENDING)
+        return PendingCount(counted["pending"], counted["oldest_age_s"] or 0.0)
+
+    async def list(
+        self, merchant_id: str, *, limit: int, pending_only: bool = False, result: int | None = None
+    ) -> Sequence[Kept]:
+        """A merchant's, the newest first."""
+        records = await self._run(
+            _LIST, merchant_id=merchant_id, limit=limit, pending_only=pending_only, result=result
+        )
+        return [_kept_of(record) for record in records]
+
+    async def find(self, merchant_id: str, event_id: str) -> Sequence[Kept]:
+        """By the PSP's id; one for each account that has it."""
+        records = await self._run(_FIND, merchant_id=merchant_id, event_id=event_id)
+        return [_kept_of(record) for record in records]
+
+    async def apply_again(self, merchant_id: str, event_id: str) -> bool:
+        """Have it applied now, whatever became of it before; False without it."""
+        records = await self._run(_APPLY_AGAIN, merchant_id=merchant_id, event_id=event_id)
+        return bool(records)
+
+    async def _run(self, statement: Query, **values: object) -> Sequence[asyncpg.Record]:
+        async def call(connection: Connection) -> Sequence[asyncpg.Record]:
+            return await run(connection, statement, **values)
+
+        return await self._direct.run(call)
+
+
+async def _keep(connection: Connection, batch: Sequence[LaneRow[Received]]) -> Sequence[bool]:
+    records = await run(connection, _KEEP, notifications=[_row(row.value) for row in batch])
+    new: set[_Key] = {tuple(record) for record in records}
+    results = []
+    for row in batch:
+        key = tuple(_key(row.value).values())
+        results.append(key in new)
+        new.discard(key)  # of two equal ones in a batch, one is new
+    return results
+
+
+def _key(received: Received) -> dict[str, str]:
+    return {
+        "merchant_id": received.merchant_id,
+        "connector_account_id": received.connector_account_id,
+        "event_id": received.notification.event_id,
+    }
+
+
+def _row(received: Received) -> _Row:
+    """A received_notification."""
+    notification = received.notification
+    return (
+        *_key(received).values(),
+        notification.connector,
+        clean(notification.event_type),
+        notification.kind,
+        None if notification.answer is None else event_of(notification.answer),
+        notification.occurred_at,
+        notification.reference,
+        notification_json(notification),
+    )
+
+
+def notification_json(notification: Notification) -> str:
+    """By field names, defaults left out."""
+    document: dict[str, Any] = {}
+    for field in fields(Notification):
+        value = getattr(notification, field.name)
+        if value == field.default:
+            continue
+        document[field.name] = _plain(value)
+    if notification.answer is not None:
+        document["answer"] = orjson.loads(answer_json(notification.answer))
+    if notification.dispute is not None:
+        dispute = notification.dispute
+        document["dispute"] = {
+            each.name: _plain(getattr(dispute, each.name)) for each in fields(Dispute)
+        }
+    return orjson.dumps(document).decode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, IntEnum):
+        return int(value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return clean(value) if isinstance(value, str) else value
+
+
+def notification_of(text: str) -> Notification:
+    """The notification of a column."""
+    document = orjson.loads(text)
+    document["kind"] = NotificationKind(document.get("kind", NotificationKind.UNKNOWN))
+    if "mode" in document:
+        document["mode"] = Mode(document["mode"])
+    if "occurred_at" in document:
+        document["occurred_at"] = datetime.fromisoformat(document["occurred_at"])
+    if "answer" in document:
+        document["answer"] = answer_of(orjson.dumps(document["answer"]).decode())
+    if "dispute" in document:
+        dispute = document["dispute"]
+        document["dispute"] = Dispute(
+            dispute["dispute_id"],
+            DisputeStage(dispute["stage"]),
+            DisputeStatus(dispute["status"]),
+            dispute.get("reason", ""),
+        )
+    return Notification(**document)
+
+
+def _received_of(record: asyncpg.Record) -> Received:
+    return Received(
+        record["merchant_id"],
+        record["connector_account_id"],
+        notification_of(record["content"]),
+    )
+
+
+def _kept_of(record: asyncpg.Record) -> Kept:
+    result = record["result"]
+    return Kept(
+        received=_received_of(record),
+        received_at=record["received_at"],
+        result=None if result is None else Result(result),
+        applied_at=record["applied_at"],
+        payment_id=record["payment_id"] or "",
+        operation_id=record["operation_id"] or "",
+    )
+
+
+def keeping_lane(
+    connections: HeldConnections,
+    limits: LaneLimits,
+    *,
+    retry_after_s: float,
+    row_security: bool,
+    metrics: LaneMetrics | None,
+) -> PostgresLane[Received, bool]:
+    """A lane that keeps what it is given; for each, whether it is new."""
+    write: Write[Received, bool] = _keep
+    if row_security:
+        write = within_merchants(write, lambda each: each.merchant_id)
+    return PostgresLane(
+        "notifications",
+        connections,
+        limits,
+        write,
+        retry_after_s=retry_after_s,
+        metrics=metrics,
+    )

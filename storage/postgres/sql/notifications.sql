@@ -1,0 +1,135 @@
+-- What PSPs tell: kept once each, applied by whoever leases it.
+
+-- :name keep
+-- The PSP repeats what it has no answer to, also to two gateways at once: who comes second waits for
+-- the first one's commit and finds the row. Rows go in by their key, so that two batches never wait
+-- for each other.
+WITH input AS MATERIALIZED (
+    SELECT *
+    FROM unnest(:notifications::received_notification[])
+    ORDER BY merchant_id COLLATE "C", connector_account_id COLLATE "C", event_id COLLATE "C"
+),
+kept AS (
+    INSERT INTO notifications (
+        merchant_id, connector_account_id, event_id, connector, event_type, kind, event,
+        occurred_at, reference, content
+    )
+    SELECT
+        merchant_id, connector_account_id, event_id, connector, event_type, kind, event,
+        occurred_at, reference, content
+    FROM input
+    ORDER BY merchant_id COLLATE "C", connector_account_id COLLATE "C", event_id COLLATE "C"
+    ON CONFLICT DO NOTHING
+    RETURNING merchant_id, connector_account_id, event_id
+)
+INSERT INTO pending_notifications (merchant_id, connector_account_id, event_id)
+SELECT merchant_id, connector_account_id, event_id
+FROM kept
+RETURNING merchant_id, connector_account_id, event_id;
+
+-- :name lease
+-- Those longest due first; what another gateway is leasing at this moment is passed over.
+WITH due AS MATERIALIZED (
+    SELECT merchant_id, connector_account_id, event_id
+    FROM pending_notifications
+    WHERE apply_at <= now() AND (lease_until IS NULL OR lease_until <= now())
+    ORDER BY apply_at
+    LIMIT :limit::int4
+    FOR UPDATE SKIP LOCKED
+),
+leased AS (
+    UPDATE pending_notifications AS pending
+    SET lease_until = now() + :lease_s::float8 * interval '1 second', tries = pending.tries + 1
+    FROM due
+    WHERE pending.merchant_id = due.merchant_id
+        AND pending.connector_account_id = due.connector_account_id
+        AND pending.event_id = due.event_id
+    RETURNING
+        pending.merchant_id, pending.connector_account_id, pending.event_id,
+        pending.tries - 1 AS tries
+)
+SELECT
+    notification.merchant_id, notification.connector_account_id,
+    notification.content::text AS content, tries
+FROM leased
+JOIN notifications AS notification USING (merchant_id, connector_account_id, event_id)
+ORDER BY notification.occurred_at NULLS LAST, notification.event_id;
+
+-- :name finish
+WITH gone AS (
+    DELETE FROM pending_notifications
+    WHERE merchant_id = :merchant_id::text
+        AND connector_account_id = :connector_account_id::text
+        AND event_id = :event_id::text
+)
+UPDATE notifications
+SET result = :result::int2,
+    payment_id = :payment_id::text,
+    operation_id = :operation_id::text,
+    applied_at = now()
+WHERE merchant_id = :merchant_id::text
+    AND connector_account_id = :connector_account_id::text
+    AND event_id = :event_id::text
+    AND result IS NULL;
+
+-- :name put_off
+UPDATE pending_notifications
+SET apply_at = now() + :apply_after_s::float8 * interval '1 second', lease_until = NULL
+WHERE merchant_id = :merchant_id::text
+    AND connector_account_id = :connector_account_id::text
+    AND event_id = :event_id::text;
+
+-- :name is_outdated
+-- Whether the PSP told something else of the same attempt that happened later; of what happened at
+-- the same time, the worse counts: approvals have the lowest number.
+SELECT EXISTS (
+    SELECT FROM notifications AS other
+    WHERE other.merchant_id = :merchant_id::text
+        AND other.reference = :reference::text
+        AND other.reference <> ''
+        AND other.connector_account_id = :connector_account_id::text
+        AND other.kind = :kind::int2
+        AND other.event <> :event::int2
+        AND other.event = ANY (:definite::int2[])
+        AND (other.occurred_at, other.event) > (:occurred_at::timestamptz, :event::int2)
+) AS is_outdated;
+
+-- :name count_pending
+SELECT
+    count(*) AS pending,
+    extract(epoch FROM now() - min(since))::float8 AS oldest_age_s
+FROM pending_notifications;
+
+-- :name list
+SELECT {{listed}}
+FROM notifications
+WHERE merchant_id = :merchant_id::text
+    AND (NOT :pending_only::bool OR result IS NULL)
+    AND (:result::int2 IS NULL OR result = :result::int2)
+ORDER BY received_at DESC, event_id
+LIMIT :limit::int4;
+
+-- :name find
+SELECT {{listed}}
+FROM notifications
+WHERE merchant_id = :merchant_id::text AND event_id = :event_id::text
+ORDER BY connector_account_id;
+
+-- :name apply_again
+-- One that was applied too: applying it twice has one effect.
+WITH again AS (
+    UPDATE notifications
+    SET result = NULL, applied_at = NULL
+    WHERE merchant_id = :merchant_id::text AND event_id = :event_id::text
+    RETURNING merchant_id, connector_account_id, event_id
+)
+INSERT INTO pending_notifications (merchant_id, connector_account_id, event_id)
+SELECT merchant_id, connector_account_id, event_id
+FROM again
+ON CONFLICT (merchant_id, connector_account_id, event_id) DO UPDATE
+SET apply_at = now(), lease_until = NULL, tries = 0
+RETURNING event_id;
+
+-- :fragment listed
+merchant_id, connector_account_id, event_id, connector, event_type, kind, occurred_at, received_at,
+reference, content::text AS content, result, applied_at, payment_id, operation_id

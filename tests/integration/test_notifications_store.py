@@ -1,0 +1,145 @@
+"""Notifications in PostgreSQL: kept once each, leased, finished, and which of them counts."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gateway.application.notifications import (
+    Applied,
+    Dispute,
+    DisputeStage,
+    DisputeStatus,
+    Notification,
+    NotificationKind,
+    Received,
+    Result,
+)
+from gateway.domain.ids import new_connector_account_id, new_merchant_id
+from gateway.domain.model import (
+    ConnectorAnswer,
+    Delivery,
+    Mode,
+    Outcome,
+    ResponseCode,
+    Verdict,
+)
+from gateway.domain.states import Event
+from storage.postgres import LaneLimits, PostgresStore
+from storage.postgres.notifications import notification_json, notification_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+AT = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+@pytest.fixture
+async def store(dsn: str) -> AsyncIterator[PostgresStore]:
+    async with PostgresStore(dsn, notifications=LaneLimits(connections=2)) as opened:
+        yield opened
+
+
+def received(event_id: str = "evt_1", verdict: Verdict = Verdict.APPROVED) -> Received:
+    notification = Notification(
+        connector="stripe",
+        event_id=event_id,
+        event_type="refund.updated",
+        kind=NotificationKind.REFUND,
+        occurred_at=AT,
+        mode=Mode.TEST,
+        reference="op_1-1",
+        answer=ConnectorAnswer(
+            Delivery.ANSWERED,
+            verdict,
+            Outcome(response_code=ResponseCode.APPROVED, amount_reported_minor=5),
+            connector_transaction_id="re_1",
+        ),
+        amount_minor=5,
+        currency="EUR",
+    )
+    return Received(new_merchant_id(), new_connector_account_id(), notification)
+
+
+def of_same_account(one: Received, event_id: str, verdict: Verdict, after_s: float) -> Received:
+    notification = replace(
+        received(event_id, verdict).notification, occurred_at=AT + timedelta(seconds=after_s)
+    )
+    return replace(one, notification=notification)
+
+
+def test_a_notification_is_read_as_it_was_written() -> None:
+    one = received().notification
+    assert notification_of(notification_json(one)) == one
+    disputed = Notification(
+        "stripe",
+        "evt_2",
+        "charge.dispute.created",
+        NotificationKind.DISPUTE,
+        dispute=Dispute("dp_1", DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED, "fraudulent"),
+    )
+    assert notification_of(notification_json(disputed)) == disputed
+
+
+async def test_an_event_that_comes_often_and_at_once_is_kept_once(store: PostgresStore) -> None:
+    one = received()
+    new = await asyncio.gather(*(store.notifications.keep([one]) for _ in range(50)))
+    assert sum(new) == 1
+    assert await store.notifications.keep([one, one]) == 0
+    [leased] = await store.notifications.lease(10, 60)
+    assert leased.received == one
+    assert leased.tries == 0
+
+
+async def test_the_same_event_id_of_another_account_is_another_event(store: PostgresStore) -> None:
+    one, other = received(), received()
+    assert await store.notifications.keep([one, other]) == 2
+
+
+async def test_what_is_leased_is_nobody_elses_until_the_lease_ends(store: PostgresStore) -> None:
+    one = received()
+    await store.notifications.keep([one])
+    leases = await asyncio.gather(*(store.notifications.lease(10, 60) for _ in range(8)))
+    assert sum(len(each) for each in leases) == 1
+    await store.notifications.put_off(one, 0)
+    [again] = await store.notifications.lease(10, 0)
+    assert again.tries == 1
+    [expired] = await store.notifications.lease(10, 60)
+    assert expired.tries == 2
+
+
+async def test_what_is_finished_is_shown_and_not_leased_again(store: PostgresStore) -> None:
+    one = received()
+    await store.notifications.keep([one])
+    assert (await store.notifications.count_pending()).notifications == 1
+    await store.notifications.lease(10, 0)
+    await store.notifications.finish(one, Applied(Result.APPLIED, "pay_1", "op_1"))
+    assert not await store.notifications.lease(10, 60)
+    assert (await store.notifications.count_pending()).notifications == 0
+    [kept] = await store.notifications.list(one.merchant_id, limit=5)
+    assert (kept.received, kept.result, kept.payment_id) == (one, Result.APPLIED, "pay_1")
+    assert not await store.notifications.list(new_merchant_id(), limit=5)
+    assert await store.notifications.apply_again(one.merchant_id, "evt_1")
+    assert not await store.notifications.apply_again(new_merchant_id(), "evt_1")
+    [leased] = await store.notifications.lease(10, 60)
+    assert leased.received == one
+
+
+async def test_of_the_events_of_one_attempt_the_latest_counts(store: PostgresStore) -> None:
+    one = received()
+    pending = of_same_account(one, "evt_2", Verdict.PENDING, 1)
+    bounced = of_same_account(one, "evt_3", Verdict.FAILED, 2)
+    at_once = of_same_account(one, "evt_4", Verdict.APPROVED, 2)
+    unordered = replace(one, notification=replace(one.notification, occurred_at=None))
+    is_outdated = store.notifications.is_outdated
+    await store.notifications.keep([one, pending])
+    assert not await is_outdated(one, Event.APPROVED)
+    await store.notifications.keep([bounced, at_once])
+    assert await is_outdated(one, Event.APPROVED)
+    assert not await is_outdated(bounced, Event.FAILED)
+    assert await is_outdated(at_once, Event.APPROVED)
+    assert not await is_outdated(unordered, Event.APPROVED)
