@@ -3,7 +3,6 @@
 Source of the rules: Stripe's API reference and guides, named where a rule is used.
 """
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from urllib.parse import quote, urlencode
 from gateway import __version__
 from gateway.application.ports import Capabilities, ConnectorRequest
 from gateway.connectors.http import FORM, HttpClient, MaybeSent, NotSent, Response
+from gateway.connectors.repeats import send_and_repeat
 from gateway.connectors.stripe import answers
 from gateway.connectors.stripe.amounts import RULES, to_stripe
 from gateway.connectors.stripe.answers import REFERENCE, TOMBSTONE, StripeError, Unusable
@@ -256,30 +256,15 @@ class StripeConnector:
 
         Raises NotSent and MaybeSent.
         """
-        began = time.monotonic()
-        answer_before = began + self._capabilities.answer_timeout_s
-        response: Response | None = None
-        lost: MaybeSent | None = None
-        try:
-            response = await self._post(call, key, send_before)
-        except MaybeSent as error:
-            lost = error
-        if response is not None and not _is_uncertain(response):
-            return response, False
-        if lost is not None and lost.reason is not Reason.CONNECTION_LOST:
-            raise lost
-        # Stripe may say that a repeat is of no use ("Advanced error handling").
-        again = response is None or response.headers.get("stripe-should-retry") != "false"
-        again_before = min(send_before, answer_before)
-        if again and time.monotonic() + self._repeat_pause_s < again_before:
-            await asyncio.sleep(self._repeat_pause_s)
-            try:
-                return await self._post(call, key, again_before, answer_before), True
-            except NotSent:
-                pass  # not the second time, but the first
-        if response is None:
-            raise lost or MaybeSent(Reason.ANSWER_UNUSABLE)
-        return response, False
+        return await send_and_repeat(
+            lambda send_before, answer_before: self._post(call, key, send_before, answer_before),
+            send_before=send_before,
+            answer_timeout_s=self._capabilities.answer_timeout_s,
+            pause_s=self._repeat_pause_s,
+            is_uncertain=_is_uncertain,
+            # Stripe may say that a repeat is of no use ("Advanced error handling").
+            may_repeat=lambda answer: answer.headers.get("stripe-should-retry") != "false",
+        )
 
     def _answer(
         self, request: ConnectorRequest, call: _Call, response: Response, *, repeated: bool

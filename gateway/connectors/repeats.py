@@ -1,0 +1,47 @@
+"""Sending a request once more under the same idempotency key, within its sender's window."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+from gateway.connectors.http import MaybeSent, NotSent, Response
+from gateway.domain.errors import Reason
+
+
+async def send_and_repeat(
+    post: Callable[[float, float], Awaitable[Response]],
+    *,
+    send_before: float,
+    answer_timeout_s: float,
+    pause_s: float,
+    is_uncertain: Callable[[Response], bool],
+    may_repeat: Callable[[Response], bool],
+) -> tuple[Response, bool]:
+    """Send, and once more where the answer was lost or is uncertain; whether it is the repeat's.
+
+    `post` takes until when it may be sent and until when its answer may come, times of
+    `time.monotonic()`; it must send the same request under the same key both times. `is_uncertain`:
+    the request may or may not have been executed, now or by another one of its key. Raises NotSent
+    and MaybeSent.
+    """
+    answer_before = time.monotonic() + answer_timeout_s
+    response: Response | None = None
+    lost: MaybeSent | None = None
+    try:
+        response = await post(send_before, answer_before)
+    except MaybeSent as error:
+        lost = error
+    if response is not None and not is_uncertain(response):
+        return response, False
+    if lost is not None and lost.reason is not Reason.CONNECTION_LOST:
+        raise lost
+    again_before = min(send_before, answer_before)
+    if (response is None or may_repeat(response)) and time.monotonic() + pause_s < again_before:
+        await asyncio.sleep(pause_s)
+        try:
+            return await post(again_before, answer_before), True
+        except NotSent:
+            pass  # not the second time, but the first
+    if response is None:
+        raise lost or MaybeSent(Reason.ANSWER_UNUSABLE)
+    return response, False
