@@ -512,6 +512,24 @@ class Settings(BaseSettings):
         le=100_000,
         unit="connections",
     )
+    adyen_test_url: str = _field(
+        "https://checkout-test.adyen.com",
+        "Where Adyen's test accounts are served; another address is for doubles. Live accounts have"
+        " an address of their own, which their prefix names.",
+    )
+    adyen_connect_timeout_s: float = _field(
+        3.0, "How long connecting may take, the TLS handshake included.", gt=0, le=60
+    )
+    adyen_answer_timeout_s: float = _field(
+        30.0, "How long an answer may take before the operation is in doubt.", gt=0, le=120
+    )
+    adyen_connections_max: int = _field(
+        500,
+        "Connections to one address of Adyen's, of all accounts there together.",
+        ge=1,
+        le=100_000,
+        unit="connections",
+    )
 
     # Logs.
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = _field(
@@ -569,9 +587,9 @@ class Settings(BaseSettings):
         split_address(value)
         return value
 
-    @field_validator("stripe_url")
+    @field_validator("stripe_url", "adyen_test_url")
     @classmethod
-    def _stripe(cls, value: str) -> str:
+    def _psp(cls, value: str) -> str:
         if not re.fullmatch(r"https?://[^\s/@]+/?", value):
             raise ValueError("an http:// or https:// address without credentials and path")
         return value

@@ -58,6 +58,9 @@ class Capabilities:
     operations: AbstractSet[OperationKind] = frozenset(OperationKind)
     """What the PSP can do; others are refused."""
     capture_methods: AbstractSet[CaptureMethod] = frozenset(CaptureMethod)
+    tells_by_notification: bool = False
+    """The PSP tells outcomes by notification, as those of what it only accepts; what it answers to
+    a question is no newer."""
     amounts: Mapping[str, AmountRule] | None = None
     """The currencies that the PSP takes, and which amounts of each; None: all."""
 
@@ -85,8 +88,14 @@ class ConnectorRequest:
     authorization or verification is asked about or cancelled: its own, should it be known."""
     target_reference: str = ""
     """Our reference of what they act on, for a REVERSAL without the PSP's id."""
+    payment_transaction_id: str = ""
+    """For those that act on an authorization: the PSP's id of it, whatever `target_transaction_id`
+    is."""
+    authorized_minor: int = 0
+    """For INCREMENT: what is authorized before it, in minor units, as the PSP reported it."""
     fields: Mapping[str, object] = field(default_factory=dict)
-    """The contract's remaining fields, in the JSON form of the contract with its field names."""
+    """The contract's fields that a connector must support, where they are used, and `customer_id`,
+    in the JSON form of the contract with its field names."""
 
 
 class Connector(Protocol):
@@ -113,6 +122,7 @@ class Connector(Protocol):
     ) -> ConnectorAnswer | None:
         """Ask what became of a reference. None: the PSP does not know it, which proves nothing
         while a sender may be alive. Delivery MAY_HAVE_BEEN_SENT: the PSP did not answer now.
+        Delivery NOT_SENT: it had no effect, and by asking was made unusable.
 
         `request` is the attempt as it was sent, for PSPs that cannot be asked by reference alone.
         """
@@ -123,7 +133,8 @@ class Connector(Protocol):
         """Make a reference unusable. Verdict CANCELED: it had taken effect, which was taken back;
         delivery NOT_SENT: it had no effect and never will; DECLINED or FAILED: it had been refused
         before; APPROVED: it stands, and the PSP does not take it back, since later operations rest
-        on it; delivery MAY_HAVE_BEEN_SENT: the PSP did not answer, nothing is known.
+        on it; PENDING: the PSP will take it back, and a notification tells whether it did, with the
+        id that is answered; delivery MAY_HAVE_BEEN_SENT: the PSP did not answer, nothing is known.
 
         `request` as in `query`.
         """

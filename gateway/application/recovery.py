@@ -48,6 +48,10 @@ K = OperationKind
 S = OperationState
 
 _NO_ANSWER = ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=Reason.RECOVERED)
+_NOTHING_STANDS = frozenset(
+    {Event.CANCELED, Event.NEVER_SENT, Event.DECLINED, Event.FAILED, Event.EXPIRED}
+)
+"""What a cancellation may find of a reference: taken back, or without effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +251,9 @@ class Recovery:
             return None
         if not await self._store.begin_cancel(operation):
             raise _Overtaken
-        return await connector.cancel(operation.kind, operation.reference, request)
+        answer = await connector.cancel(operation.kind, operation.reference, request)
+        # What the PSP will take back stands until it tells that it did.
+        return _NO_ANSWER if decisions.event_of(answer) is Event.ACCEPTED else answer
 
     async def _void(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
         payment = lease.aggregate.payment
@@ -306,7 +312,7 @@ class Recovery:
         if connector.capabilities.cancel_by_reference:
             request = self._request(lease, authorization)
             answer = await connector.cancel(authorization.kind, authorization.reference, request)
-            if decisions.event_of(answer) is Event.DOUBTED:
+            if decisions.event_of(answer) not in _NOTHING_STANDS:
                 return None
         else:
             answer = await self._repeat(lease, connector, K.REVERSAL)
@@ -319,6 +325,8 @@ class Recovery:
 
     async def _reverse(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
         operation = lease.operation
+        if operation.state is S.PENDING:
+            return None  # the PSP will do it, and a notification tells when it did
         target = next(
             other
             for other in lease.aggregate.operations
@@ -330,9 +338,11 @@ class Recovery:
             if target.kind in (K.AUTHORIZE, K.VERIFY):
                 request.target_transaction_id = operation.attempt.connector_transaction_id
             answer = await connector.cancel(target.kind, operation.note, request)
-            if decisions.event_of(answer) is Event.DOUBTED:
+            event = decisions.event_of(answer)
+            if event is Event.ACCEPTED:
+                return answer
+            if event not in _NOTHING_STANDS:
                 return None
-            # Taken back, or without effect: in both nothing stands.
             return ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED, answer.outcome)
         repeated = await self._repeat(lease, connector)
         # A reversal that the PSP refuses stays open: a person has to see to it.

@@ -949,7 +949,11 @@ def connector_request(
         request.capture = payment.capture_method.name == "AUTOMATIC"
         return request
     request.target_transaction_id = payment.connector_transaction_id
-    if operation.kind is OperationKind.REVERSAL:
+    request.payment_transaction_id = payment.connector_transaction_id
+    if operation.kind is OperationKind.INCREMENT:
+        reported = payment.authorized_reported_minor
+        request.authorized_minor = payment.authorized_minor if reported is None else reported
+    elif operation.kind is OperationKind.REVERSAL:
         request.target_reference = operation.note
         request.target_transaction_id = operation.attempt.connector_transaction_id
     elif operation.kind is OperationKind.REFUND and len(operation.allocations) == 1 and aggregate:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gateway.connectors.adyen.kind import AdyenKind
 from gateway.connectors.http import HttpClient, Limits
 from gateway.connectors.kinds import ConnectorKind
 from gateway.connectors.notifications import NotificationSource
@@ -19,28 +20,41 @@ class ConnectorsMisconfigured(ValueError):
 
 def configured_kinds(settings: Settings) -> list[ConnectorKind]:
     """Connects to nothing yet. Raises ConnectorsMisconfigured."""
-    proxy_url = settings.connector_proxy_url.get_secret_value()
-    https = settings.stripe_url.startswith("https://")
-    try:
-        stripe = HttpClient(
-            settings.stripe_url,
-            Limits(
-                connections_max=settings.stripe_connections_max,
-                connect_timeout_s=settings.stripe_connect_timeout_s,
-                body_bytes_max=STRIPE_BODY_BYTES_MAX,
-            ),
-            ca_file=settings.connector_ca_file,
-            proxy_url=proxy_url if https else "",
-        )
-    except (OSError, ValueError) as error:
-        raise ConnectorsMisconfigured(f"Stripe cannot be connected to: {error}") from error
+    stripe_limits = Limits(
+        connections_max=settings.stripe_connections_max,
+        connect_timeout_s=settings.stripe_connect_timeout_s,
+        body_bytes_max=STRIPE_BODY_BYTES_MAX,
+    )
+    adyen_limits = Limits(
+        connections_max=settings.adyen_connections_max,
+        connect_timeout_s=settings.adyen_connect_timeout_s,
+    )
     return [
         StripeKind(
-            stripe,
+            _pool(settings, "Stripe", settings.stripe_url, stripe_limits),
             url=settings.stripe_url,
             answer_timeout_s=settings.stripe_answer_timeout_s,
-        )
+        ),
+        AdyenKind(
+            lambda url: _pool(settings, "Adyen", url, adyen_limits),
+            test_url=settings.adyen_test_url,
+            answer_timeout_s=settings.adyen_answer_timeout_s,
+        ),
     ]
+
+
+def _pool(settings: Settings, name: str, url: str, limits: Limits) -> HttpClient:
+    """Connects to nothing yet. Raises ConnectorsMisconfigured."""
+    proxy_url = settings.connector_proxy_url.get_secret_value()
+    try:
+        return HttpClient(
+            url,
+            limits,
+            ca_file=settings.connector_ca_file,
+            proxy_url=proxy_url if url.startswith("https://") else "",
+        )
+    except (OSError, ValueError) as error:
+        raise ConnectorsMisconfigured(f"{name} cannot be connected to: {error}") from error
 
 
 def configured_keys(settings: Settings) -> LocalKeys | None:

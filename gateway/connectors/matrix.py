@@ -7,6 +7,8 @@ import sys
 from typing import Final
 
 from gateway.application.ports import Capabilities
+from gateway.connectors.adyen import connector as adyen_connector
+from gateway.connectors.adyen import kind as adyen_kind
 from gateway.connectors.simulator.connector import ANSWER_TIMEOUT_S, SUPPORTED_FIELDS
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.connectors.stripe.connector import widest
@@ -42,8 +44,12 @@ def known() -> dict[str, tuple[Capabilities, Capabilities]]:
         answer_timeout_s=ANSWER_TIMEOUT_S,
         supported_fields=SUPPORTED_FIELDS,
     )
-    stripe = widest(Mode.TEST)
-    return {"simulator": (simulator, simulator), "stripe": (usual(stripe), stripe)}
+    stripe, adyen = widest(Mode.TEST), adyen_connector.widest(Mode.TEST)
+    return {
+        "simulator": (simulator, simulator),
+        "stripe": (usual(stripe), stripe),
+        "adyen": (adyen_kind.usual(adyen), adyen),
+    }
 
 
 def matrix() -> str:

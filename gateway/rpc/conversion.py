@@ -475,10 +475,15 @@ def _decode_details(details: bytes) -> _Details:
             getattr(echo, name).CopyFrom(getattr(request, name))
     used = _used_fields(request)
     fields = _NO_CONNECTOR_FIELDS
-    if used:
-        names = {path.partition(".")[0] for path in used}
-        everything = MessageToDict(request, preserving_proto_field_name=True)
-        fields = MappingProxyType({name: everything[name] for name in sorted(names)})
+    if used or request.customer_id:
+        told: dict[str, object] = {}
+        if request.customer_id:
+            told["customer_id"] = request.customer_id  # of use to some, and refused by none
+        if used:
+            names = {path.partition(".")[0] for path in used}
+            everything = MessageToDict(request, preserving_proto_field_name=True)
+            told |= {name: everything[name] for name in sorted(names)}
+        fields = MappingProxyType(told)
     return _Details(
         echo.SerializeToString(deterministic=True), request.payment_method.token, fields
     )

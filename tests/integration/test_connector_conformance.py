@@ -14,6 +14,7 @@ from gateway.connectors.simulator.connector import SimulatorConnector
 from gateway.connectors.simulator.launch import SimulatorProcess
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.domain.model import OperationKind, ResponseCode
+from tests.adyen_double import AdyenPsp, adyen_psp
 from tests.connector_conformance import SHORT_S, WAIT_S, Conformance, Way, way_to
 from tests.simulators import running_simulator, standings_of
 from tests.stripe_double import StripePsp, stripe_psp
@@ -95,4 +96,16 @@ class TestStripe(Conformance):
     @pytest_asyncio.fixture
     async def psp(self) -> AsyncIterator[StripePsp]:
         async with stripe_psp() as psp:
+            yield psp
+
+
+class TestAdyen(Conformance):
+    """Adyen's connector."""
+
+    notified = frozenset({K.CAPTURE, K.VOID, K.REFUND, K.INCREMENT, K.REVERSAL})
+    asking_uses_up = True
+
+    @pytest_asyncio.fixture
+    async def psp(self) -> AsyncIterator[AdyenPsp]:
+        async with adyen_psp() as psp:
             yield psp

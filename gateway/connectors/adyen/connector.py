@@ -1,0 +1,430 @@
+"""The connector to one Adyen merchant account: Checkout API v71.
+
+Source of the rules: Adyen's API reference and documentation pages, named where a rule is used.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+from urllib.parse import quote
+
+import orjson
+
+from gateway import __version__
+from gateway.application.ports import Capabilities, ConnectorRequest
+from gateway.connectors.adyen import answers
+from gateway.connectors.adyen.amounts import RULES, to_adyen
+from gateway.connectors.adyen.answers import Unusable
+from gateway.connectors.http import JSON, HttpClient, MaybeSent, NotSent, Response
+from gateway.connectors.repeats import send_and_repeat
+from gateway.domain.errors import Reason
+from gateway.domain.ids import created_s
+from gateway.domain.model import (
+    CaptureMethod,
+    ConnectorAnswer,
+    Delivery,
+    Mode,
+    OperationKind,
+    Verdict,
+)
+
+API_VERSION: Final = "v71"
+ANSWER_TIMEOUT_S: Final = 30.0
+KEY_VALIDITY_S: Final = 7 * 24 * 3600.0
+"""Keys are valid for at least 7 days ("API idempotency")."""
+REPEAT_PAUSE_S: Final = 0.5
+"""Before the one repeat of a request whose answer was lost or is uncertain."""
+NAME: Final = "adyen"
+NO_RETURN_URL: Final = "https://no-return.invalid/"
+"""For the required `returnUrl` of who has none (RFC 2606 §2): nobody is ever sent there."""
+
+TOMBSTONE_SUFFIX: Final = "-cancel"
+"""Of the reference of a technical cancel, which uses up a key."""
+REVERSAL_SUFFIX: Final = "-reversal"
+"""Of the reference and key of a reversal of an authorization."""
+REFUND_SUFFIX: Final = "-refund"
+"""Of the reference and key of a refund that gives a capture back."""
+
+K = OperationKind
+
+SUPPORTED_FIELDS: Final = frozenset(
+    {
+        "payment_method.stored",
+        "channel",
+        "initiator",
+        "stored_credential",
+        "return_url",
+        "statement_descriptor",
+    }
+)
+_TOKEN_PREFIX: Final = "tok_"  # noqa: S105 - the contract's, before Adyen's id
+_MOTO: Final = frozenset({"CHANNEL_MAIL_ORDER", "CHANNEL_TELEPHONE_ORDER"})
+_WITHOUT_EFFECT: Final = frozenset({Verdict.DECLINED, Verdict.CANCELED})
+_ENDPOINTS: Final[Mapping[OperationKind, str]] = {
+    K.CAPTURE: "captures",
+    K.VOID: "cancels",
+    K.REFUND: "refunds",
+    K.INCREMENT: "amountUpdates",
+    K.REVERSAL: "reversals",
+}
+
+
+def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabilities:
+    """The most that an account can do.
+
+    Adyen takes several captures from accounts that it enabled for them, but does not release what
+    the last one leaves: there is one capture.
+    """
+    return Capabilities(
+        mode=mode,
+        idempotent_by_reference=True,
+        key_validity_s=KEY_VALIDITY_S,
+        query_by_reference=True,
+        cancel_by_reference=True,
+        answer_timeout_s=answer_timeout_s,
+        supported_fields=SUPPORTED_FIELDS,
+        capture_methods=frozenset({CaptureMethod.AUTOMATIC, CaptureMethod.MANUAL}),
+        tells_by_notification=True,
+        amounts=RULES,
+    )
+
+
+class _Unsendable(Exception):
+    """The request cannot be put as Adyen takes it."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    path: str
+    body: bytes
+
+
+class AdyenConnector:
+    """Implements `gateway.application.ports.Connector` for one merchant account.
+
+    The idempotency key of a request is its reference, and so is the `reference` in it. What makes
+    an outcome definite:
+
+    - An answer to /payments, or a refusal of the first sending. What acts on a payment (captures,
+      cancellations, refunds, new amounts) Adyen only receives: a notification tells the outcome.
+    - A repeat of the same request with the same key within the key's validity. The sender repeats
+      once within its send window, where the answer was lost or Adyen calls the error transient.
+    - The key. Adyen cannot be asked by reference, but a key is used once in a company account: a
+      technical cancel of the reference, sent under it, is either executed, and then nothing else
+      was or will be under this key; or the first request was, and then its answer is answered.
+    """
+
+    def __init__(
+        self,
+        http: HttpClient,
+        api_key: str,
+        merchant_account: str,
+        capabilities: Capabilities,
+        *,
+        base_path: str = f"/{API_VERSION}",
+        repeat_pause_s: float = REPEAT_PAUSE_S,
+    ) -> None:
+        """`http` is the caller's to close; `base_path` is where the API begins there."""
+        self._http = http
+        self._merchant_account = merchant_account
+        self._capabilities = capabilities
+        self._base_path = base_path
+        self._repeat_pause_s = repeat_pause_s
+        self._headers = {
+            "X-API-Key": api_key,
+            "User-Agent": f"payment-gateway/{__version__}",
+        }
+
+    @property
+    def name(self) -> str:
+        """The connector's name."""
+        return NAME
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this account can do."""
+        return self._capabilities
+
+    async def close(self) -> None:
+        """The connections are shared, and closed by who opened them."""
+
+    # --- send -------------------------------------------------------------------------------------
+
+    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """See the port."""
+        try:
+            call = self._call(request)
+            response, repeated = await send_and_repeat(
+                lambda send_before, answer_before: self._post(
+                    call, request.reference, send_before, answer_before
+                ),
+                send_before=send_before,
+                answer_timeout_s=self._capabilities.answer_timeout_s,
+                pause_s=self._repeat_pause_s,
+                is_uncertain=answers.is_uncertain,
+                may_repeat=answers.may_repeat,
+            )
+            if answers.is_done(response):
+                return self._done(request, answers.read(response))
+            if repeated or answers.is_uncertain(response):
+                # It refuses this sending, and tells nothing of the one before.
+                raise Unusable
+            return answers.rejected(response)
+        except (_Unsendable, NotSent) as error:
+            return answers.not_sent(error.reason)
+        except MaybeSent as error:
+            return answers.doubt(error.reason)
+        except Unusable:
+            return answers.doubt()
+
+    def _call(self, request: ConnectorRequest) -> _Call:
+        """Raises _Unsendable."""
+        if request.kind in (K.AUTHORIZE, K.VERIFY):
+            return _Call("/payments", _encode(self._payment(request)))
+        payment_id = _payment_id(request)
+        if not payment_id:
+            raise _Unsendable(Reason.INVALID_REQUEST)
+        body: dict[str, Any] = {
+            "merchantAccount": self._merchant_account,
+            "reference": request.reference,
+        }
+        if request.kind in (K.CAPTURE, K.REFUND):
+            body["amount"] = _amount(request.amount_minor, request.currency)
+        elif request.kind is K.INCREMENT:
+            # The new amount, not what it grows by ("Adjust an authorisation").
+            total_minor = request.authorized_minor + request.amount_minor
+            body["amount"] = _amount(total_minor, request.currency)
+        path = f"/payments/{quote(payment_id, safe='')}/{_ENDPOINTS[request.kind]}"
+        return _Call(path, _encode(body))
+
+    def _payment(self, request: ConnectorRequest) -> dict[str, Any]:
+        fields = request.fields
+        body: dict[str, Any] = {
+            "merchantAccount": self._merchant_account,
+            "reference": request.reference,
+            "amount": _amount(request.amount_minor, request.currency),
+            "returnUrl": str(fields.get("return_url") or NO_RETURN_URL),
+            **_payment_method(request),
+            "shopperInteraction": "Moto" if fields.get("channel") in _MOTO else "ContAuth",
+            "recurringProcessingModel": _processing_model(fields),
+        }
+        if fields.get("statement_descriptor"):
+            body["shopperStatement"] = str(fields["statement_descriptor"])
+        more: dict[str, str] = {}
+        if request.kind is K.AUTHORIZE and request.capture:
+            body["captureDelayHours"] = 0
+        elif request.kind is K.AUTHORIZE:
+            # Whatever the merchant account's capture delay is ("Capture").
+            more["manualCapture"] = "true"
+            if K.INCREMENT in self._capabilities.operations:
+                more["authorisationType"] = "PreAuth"
+        stored = fields.get("stored_credential")
+        network_id = stored.get("network_transaction_id") if isinstance(stored, dict) else None
+        if network_id:
+            more["networkTxReference"] = str(network_id)
+        if more:
+            body["additionalData"] = more
+        return body
+
+    def _done(self, request: ConnectorRequest, told: Mapping[str, Any]) -> ConnectorAnswer:
+        """What Adyen answered a request with. Raises Unusable."""
+        if request.kind not in (K.AUTHORIZE, K.VERIFY):
+            return answers.modification(
+                told, request.reference, _payment_id(request), request.currency
+            )
+        can_return = bool(request.fields.get("return_url"))
+        answer = answers.payment(told, request.reference, can_return=can_return)
+        if answer.currency not in ("", request.currency):
+            raise Unusable
+        return answer
+
+    # --- query ------------------------------------------------------------------------------------
+
+    async def query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer | None:
+        """See the port. Asking uses the reference up, where it had no effect.
+
+        Past half of the key's validity nothing is asked; the other half is for clocks and for the
+        way there. A void or reversal is None within it: its own repeat tells.
+        """
+        if not _is_remembered(reference):
+            return answers.doubt(Reason.RECOVERED)
+        if kind in (K.VOID, K.REVERSAL):
+            return None
+        try:
+            return await self._ask(reference, request)
+        except (NotSent, MaybeSent) as error:
+            return answers.doubt(error.reason)
+        except Unusable:
+            return answers.doubt()
+
+    async def _ask(self, reference: str, request: ConnectorRequest | None) -> ConnectorAnswer:
+        """What was answered under a reference; NOT_SENT where nothing was, and never will be.
+
+        Raises NotSent, MaybeSent, and Unusable for what says neither.
+        """
+        tombstone = reference + TOMBSTONE_SUFFIX
+        body = {
+            "merchantAccount": self._merchant_account,
+            "paymentReference": reference,
+            "reference": tombstone,
+        }
+        response = await self._post_now(_Call("/cancels", _encode(body)), reference)
+        told = answers.read(response)
+        if not answers.is_done(response):
+            raise Unusable
+        if told.get("reference") == tombstone:
+            if told.get("status") != "received" or told.get("paymentReference") != reference:
+                raise Unusable
+            return answers.not_sent(Reason.REFERENCE_CANCELED)
+        if request is None or answers.is_payment(told) != (request.kind in (K.AUTHORIZE, K.VERIFY)):
+            raise Unusable
+        return self._done(request, told)
+
+    # --- cancel -----------------------------------------------------------------------------------
+
+    async def cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer:
+        """See the port.
+
+        Of an authorization and a capture that took effect Adyen only says that it will take them
+        back: PENDING. A refund and an increment cannot be taken back: where they took effect
+        nothing is said here.
+        """
+        try:
+            return await self._cancel(kind, reference, request)
+        except (NotSent, MaybeSent, _Unsendable) as error:
+            return answers.doubt(error.reason)
+        except Unusable:
+            return answers.doubt()
+
+    async def _cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None
+    ) -> ConnectorAnswer:
+        """Raises as `_ask`, and _Unsendable."""
+        if kind is K.AUTHORIZE and request is not None and request.target_transaction_id:
+            return await self._reverse(reference, request.target_transaction_id)
+        if not _is_remembered(reference):
+            return answers.doubt(Reason.RECOVERED)
+        found = await self._ask(reference, request)
+        without_effect = found.delivery is Delivery.NOT_SENT or found.verdict in _WITHOUT_EFFECT
+        if without_effect or kind is K.VERIFY:
+            return found
+        if kind is K.AUTHORIZE and found.connector_transaction_id:
+            return await self._reverse(reference, found.connector_transaction_id)
+        if kind is K.CAPTURE and request is not None:
+            return await self._give_back(request)
+        return answers.doubt(Reason.RECOVERED)
+
+    async def _reverse(self, reference: str, payment_id: str) -> ConnectorAnswer:
+        """Cancel or refund a payment, whichever it needs, as a whole. Raises as `_ask`."""
+        return await self._modify(payment_id, "reversals", reference + REVERSAL_SUFFIX, {})
+
+    async def _give_back(self, capture: ConnectorRequest) -> ConnectorAnswer:
+        """Refund what a capture took. Raises as `_ask`, and _Unsendable."""
+        amount = _amount(capture.amount_minor, capture.currency)
+        return await self._modify(
+            _payment_id(capture),
+            "refunds",
+            capture.reference + REFUND_SUFFIX,
+            {"amount": amount},
+            capture.currency,
+        )
+
+    async def _modify(
+        self,
+        payment_id: str,
+        endpoint: str,
+        key: str,
+        more: Mapping[str, object],
+        currency: str = "",
+    ) -> ConnectorAnswer:
+        body = {"merchantAccount": self._merchant_account, "reference": key, **more}
+        call = _Call(f"/payments/{quote(payment_id, safe='')}/{endpoint}", _encode(body))
+        response = await self._post_now(call, key)
+        if not answers.is_done(response):
+            raise Unusable
+        return answers.modification(answers.read(response), key, payment_id, currency)
+
+    # --- HTTP -------------------------------------------------------------------------------------
+
+    async def _post_now(self, call: _Call, key: str) -> Response:
+        until = time.monotonic() + self._capabilities.answer_timeout_s
+        return await self._post(call, key, until, until)
+
+    async def _post(
+        self, call: _Call, key: str, send_before: float, answer_before: float
+    ) -> Response:
+        return await self._http.request(
+            "POST",
+            self._base_path + call.path,
+            call.body,
+            send_before=send_before,
+            answer_timeout_s=self._capabilities.answer_timeout_s,
+            answer_before=answer_before,
+            headers={**self._headers, "Idempotency-Key": key},
+            content_type=JSON,
+        )
+
+
+def _encode(body: Mapping[str, Any]) -> bytes:
+    return orjson.dumps(body)
+
+
+def _amount(amount_minor: int, currency: str) -> dict[str, object]:
+    """In Adyen's unit. Raises _Unsendable."""
+    value = to_adyen(amount_minor, currency)
+    if value is None:
+        known = currency in RULES
+        raise _Unsendable(Reason.AMOUNT_NOT_SUPPORTED if known else Reason.CURRENCY_NOT_SUPPORTED)
+    return {"currency": currency, "value": value}
+
+
+def _payment_id(request: ConnectorRequest) -> str:
+    """Adyen's id of the payment that a request acts on: never that of a capture."""
+    return request.payment_transaction_id or request.target_transaction_id
+
+
+def _payment_method(request: ConnectorRequest) -> dict[str, Any]:
+    """A token of Adyen's and whose it is: tokens belong to a customer ("Tokenization").
+
+    Raises _Unsendable.
+    """
+    method = request.fields.get("payment_method")
+    stored = method.get("stored") if isinstance(method, dict) else None
+    if isinstance(stored, dict):
+        token = str(stored.get("stored_payment_method_id", ""))
+    else:
+        token = request.payment_method_token.removeprefix(_TOKEN_PREFIX)
+    customer_id = request.fields.get("customer_id")
+    if not token:
+        raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
+    if not customer_id:
+        raise _Unsendable(Reason.INVALID_REQUEST)
+    return {
+        "paymentMethod": {"type": "scheme", "storedPaymentMethodId": token},
+        "shopperReference": str(customer_id),
+    }
+
+
+def _processing_model(fields: Mapping[str, object]) -> str:
+    """Who pays again, and how regularly: required of a token ("Tokenization")."""
+    if fields.get("initiator") != "INITIATOR_MERCHANT":
+        return "CardOnFile"
+    stored = fields.get("stored_credential")
+    category = stored.get("mit_category") if isinstance(stored, dict) else None
+    regular = category in ("MIT_CATEGORY_RECURRING", "MIT_CATEGORY_INSTALLMENT")
+    return "Subscription" if regular else "UnscheduledCardOnFile"
+
+
+def _is_remembered(reference: str) -> bool:
+    """Whether Adyen surely remembers the key still, however early it was used."""
+    made_s = created_s(reference)
+    return made_s is not None and time.time() - made_s <= KEY_VALIDITY_S / 2

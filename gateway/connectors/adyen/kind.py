@@ -1,0 +1,116 @@
+"""Adyen as a kind of connector: what an account needs, and the pools that accounts share."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Final
+
+from gateway.application.connector_accounts import ConnectorAccount
+from gateway.application.ports import Capabilities
+from gateway.connectors.adyen.connector import (
+    ANSWER_TIMEOUT_S,
+    API_VERSION,
+    NAME,
+    AdyenConnector,
+    widest,
+)
+from gateway.connectors.http import HttpClient
+from gateway.connectors.kinds import AccountRefused, narrowed
+from gateway.domain.model import Mode, OperationKind
+
+ADYEN_TEST_URL: Final = "https://checkout-test.adyen.com"
+LIVE_HOST: Final = "-checkout-live.adyenpayments.com"
+"""After the account's own prefix ("Live endpoints")."""
+
+_API_KEY: Final = re.compile(r"[\x21-\x7e]{16,512}")
+_MERCHANT_ACCOUNT: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
+_LIVE_URL_PREFIX: Final = re.compile(r"[A-Za-z0-9]{4,32}-[A-Za-z0-9]{1,60}")
+_CREDENTIALS: Final = frozenset({"api_key", "merchant_account", "live_url_prefix"})
+
+
+class AdyenKind:
+    """Implements the ConnectorKind port.
+
+    Every live company account has an address of its own, and so a pool of its own. An account's
+    usual capabilities leave out what Adyen has to enable for it: INCREMENT.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[str], HttpClient],
+        *,
+        test_url: str = ADYEN_TEST_URL,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> None:
+        """`connect` opens the pool to an address, or raises ValueError; each is closed with the
+        kind.
+        """
+        self._connect = connect
+        self._test_url = test_url
+        self._answer_timeout_s = answer_timeout_s
+        self._pools: dict[str, HttpClient] = {}
+
+    @property
+    def name(self) -> str:
+        """The connector's name."""
+        return NAME
+
+    @property
+    def widest(self) -> Capabilities:
+        """The most that an account can do."""
+        return widest(Mode.TEST, self._answer_timeout_s)
+
+    def check(
+        self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
+    ) -> None:
+        """See the port. `api_key` and `merchant_account` are needed, and for LIVE
+        `live_url_prefix`: an API key does not tell its mode, the address does.
+        """
+        needed = {"api_key", "merchant_account"}
+        if mode is Mode.LIVE:
+            needed.add("live_url_prefix")
+        if not needed <= credentials.keys() <= (_CREDENTIALS & needed):
+            names = ", ".join(f"`{name}`" for name in sorted(needed))
+            raise AccountRefused(f"the credentials of a {mode.name} account must be {names}")
+        for name, pattern in (
+            ("api_key", _API_KEY),
+            ("merchant_account", _MERCHANT_ACCOUNT),
+            ("live_url_prefix", _LIVE_URL_PREFIX),
+        ):
+            if name in credentials and pattern.fullmatch(credentials[name]) is None:
+                raise AccountRefused(f"`{name}` is none of Adyen's")
+        self._capabilities(mode, capabilities)
+
+    def connect(self, account: ConnectorAccount, credentials: Mapping[str, str]) -> AdyenConnector:
+        """See the port."""
+        self.check(account.mode, credentials, account.capabilities)
+        url, base_path = self._test_url, f"/{API_VERSION}"
+        if account.mode is Mode.LIVE:
+            url = f"https://{credentials['live_url_prefix']}{LIVE_HOST}"
+            base_path = f"/checkout/{API_VERSION}"
+        if url not in self._pools:
+            try:
+                self._pools[url] = self._connect(url)
+            except ValueError as error:
+                raise AccountRefused(f"there is no way to {url}: {error}") from error
+        return AdyenConnector(
+            self._pools[url],
+            credentials["api_key"],
+            credentials["merchant_account"],
+            self._capabilities(account.mode, account.capabilities),
+            base_path=base_path,
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for pool in self._pools.values():
+            await pool.close()
+
+    def _capabilities(self, mode: Mode, told: Mapping[str, object]) -> Capabilities:
+        most = widest(mode, self._answer_timeout_s)
+        return narrowed(usual(most), most, told)
+
+
+def usual(most: Capabilities) -> Capabilities:
+    """What an account can do of which nothing else is known."""
+    return replace(most, operations=most.operations - {OperationKind.INCREMENT})
