@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from loadtest.bench.generator import WARM_UP_S, Generator, Load, NoWindow, OpenLoad, Target
 from loadtest.bench.ratios import turns
-from loadtest.bench.system import System
+from loadtest.bench.system import CALLERS_MAX, System
 
 Progress = Callable[[str], None]
 """Takes a line for the person who waits."""
@@ -27,10 +27,11 @@ SEARCH_GAIN_MIN: Final = 1.03
 DELAYED_WARM_UP_S: Final = 2
 """With a delayed PSP the load is even only after the slowest answers to its first calls."""
 OPEN_RATE: Final = 5_000
+OPEN_WARM_UP_CALLERS: Final = 128
 OPEN_CALLERS_MAX: Final = 1_000
 """Calls under way at once in the open loop: a stall of 0.2 s; beyond it sends are dropped."""
 
-_UNARY: Final = (32, 64, 128, 256, 512)
+_UNARY: Final = (32, 64, 128, 256, CALLERS_MAX)
 _BULK: Final = (1, 2, 4, 8, 16)
 CONCURRENCIES: Final[Mapping[str, tuple[int, ...]]] = {
     **dict.fromkeys(ORDER, _UNARY),
@@ -205,6 +206,8 @@ class Bench:
     def open_loop(self, seconds: int) -> OpenLoad:
         """Calls at a constant rate, native."""
         server = self._system.server("open_5000")
+        self.run_once("open_5000", OPEN_WARM_UP_CALLERS, SEARCH_S)
+        self._system.analyze()
         self._progress(f"open loop: {OPEN_RATE:,}/s for {seconds} s")
         load = self._generator.open(server.target, OPEN_RATE, seconds, OPEN_CALLERS_MAX)
         server.acknowledged += load.calls

@@ -79,9 +79,20 @@ class NaivePayments:
         self._encoder = encoder
         self._metrics = metrics
         self._settings = settings
+        self._begun: set[asyncio.Task[Answer]] = set()
 
     async def authorize(self, command: Authorize) -> Answer:
-        """Authorize. Raises GatewayError where the call is refused."""
+        """Authorize. Raises GatewayError where the call is refused.
+
+        It ends whatever its caller does, as the gateway's calls do: each round ends with calls that
+        are cancelled, and commands hung on redis-py's connections that a cancellation had met.
+        """
+        task = asyncio.get_running_loop().create_task(self._authorize(command))
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        return await asyncio.shield(task)
+
+    async def _authorize(self, command: Authorize) -> Answer:
         name = f"idem:{command.merchant_id}:{command.idempotency_key}"
         claimed = await self._redis.set(name, b"", nx=True, px=self._settings.claim_life_ms)
         if not claimed:
