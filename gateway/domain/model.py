@@ -222,6 +222,10 @@ class Outcome:
     acquirer_reference_number: str = ""
     amount_reported_minor: int | None = None
 
+    def told(self) -> dict[str, Any]:
+        """The fields that are not at their defaults, by name."""
+        return _told_of_outcome(self)
+
 
 @dataclass(slots=True)
 class ConnectorAnswer:
@@ -361,6 +365,20 @@ def _copier(cls: type[_T]) -> Callable[[_T], _T]:
     return cast("Callable[[_T], _T]", names["copy"])
 
 
+def _teller(cls: type[_T]) -> Callable[[_T], dict[str, Any]]:
+    """A function that gives an instance's fields that are not at their defaults, which are all None
+    or false: written out too, since most of many fields are at their defaults.
+    """
+    lines = ["def tell(value):\n    told = {}\n"]
+    for each in fields(cast("Any", cls)):
+        condition = f"value.{each.name}" + (" is not None" if each.default is None else "")
+        lines.append(f"    if {condition}:\n        told[{each.name!r}] = value.{each.name}\n")
+    names: dict[str, Any] = {}
+    exec("".join(lines) + "    return told\n", names)  # noqa: S102 (as above)
+    return cast("Callable[[_T], dict[str, Any]]", names["tell"])
+
+
+_told_of_outcome = _teller(Outcome)
 _copy_operation = _copier(Operation)
 _copy_payment = _copier(Payment)
 

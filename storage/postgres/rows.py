@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, fields
 from datetime import datetime
+from operator import attrgetter
 from typing import Any
 
 import asyncpg
@@ -35,7 +36,6 @@ from gateway.domain.model import (
 Row = tuple[Any, ...]
 """A composite value: what a statement takes an array of."""
 
-_OUTCOME_DEFAULTS = tuple((field.name, field.default) for field in fields(Outcome))
 _OUTCOME_ENUMS = {
     "response_code": ResponseCode,
     "advice_action": AdviceAction,
@@ -50,11 +50,13 @@ _WRITTEN_WITH_NEW_PAYMENT = {
     "created_at",
     "updated_at",
 }
-_NEW_PAYMENT = tuple(
-    (field.name, field.default)
+_NEW_PAYMENT = {
+    field.name: field.default
     for field in fields(Payment)
     if field.default is not MISSING and field.name not in _WRITTEN_WITH_NEW_PAYMENT
-)
+}
+_NEW_PAYMENT_DEFAULTS = tuple(_NEW_PAYMENT.values())
+_new_payment_values = attrgetter(*_NEW_PAYMENT)
 
 
 def clean(text: str) -> str:
@@ -76,16 +78,23 @@ def _json(document: object) -> str:
 
 def outcome_json(outcome: Outcome | None) -> str | None:
     """By field names, defaults left out."""
-    return None if outcome is None else _json(_outcome_document(outcome))
+    if outcome is None:
+        return None
+    try:
+        text = orjson.dumps(outcome.told())
+    except TypeError:  # half a surrogate pair
+        return _json(_outcome_document(outcome))
+    # As ASCII, but for NUL, a text is clean.
+    if text.isascii() and b"\\u0000" not in text:
+        return text.decode()
+    return _json(_outcome_document(outcome))
 
 
-def _outcome_document(outcome: Outcome) -> dict[str, str | int]:
-    document: dict[str, str | int] = {}
-    for name, default in _OUTCOME_DEFAULTS:
-        value = getattr(outcome, name)
-        if value != default:
-            document[name] = clean(value) if isinstance(value, str) else int(value)
-    return document
+def _outcome_document(outcome: Outcome) -> dict[str, Any]:
+    return {
+        name: clean(value) if isinstance(value, str) else value
+        for name, value in outcome.told().items()
+    }
 
 
 def outcome_of(text: str | None) -> Outcome | None:
@@ -222,9 +231,11 @@ def check_new_payment(intent: Intent) -> None:
         or payment.connector_account_id != attempt.connector_account_id
     ):
         raise ValueError("a new payment and its first operation differ")
-    for name, default in _NEW_PAYMENT:
-        if getattr(payment, name) != default:
-            raise ValueError(f"{name} of a new payment is set")
+    values = _new_payment_values(payment)
+    if values != _NEW_PAYMENT_DEFAULTS:
+        pairs = zip(_NEW_PAYMENT, values, _NEW_PAYMENT_DEFAULTS, strict=True)
+        name = next(name for name, value, default in pairs if value != default)
+        raise ValueError(f"{name} of a new payment is set")
 
 
 def authorize_row(intent: Intent) -> Row:
