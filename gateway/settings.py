@@ -530,6 +530,28 @@ class Settings(BaseSettings):
         le=100_000,
         unit="connections",
     )
+    braintree_sandbox_url: str = _field(
+        "https://payments.sandbox.braintree-api.com",
+        "Where Braintree's test accounts are; another is for doubles. Live accounts are served at"
+        " Braintree's own address alone.",
+    )
+    braintree_connect_timeout_s: float = _field(
+        3.0, "How long connecting may take, the TLS handshake included.", gt=0, le=60
+    )
+    braintree_answer_timeout_s: float = _field(
+        60.0,
+        "How long an answer may take before the operation is in doubt. Braintree works on a"
+        " request for up to 60 s.",
+        gt=0,
+        le=120,
+    )
+    braintree_connections_max: int = _field(
+        500,
+        "Connections to each of Braintree's environments, of all accounts together.",
+        ge=1,
+        le=100_000,
+        unit="connections",
+    )
 
     # Logs.
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = _field(
@@ -587,7 +609,7 @@ class Settings(BaseSettings):
         split_address(value)
         return value
 
-    @field_validator("stripe_url", "adyen_test_url")
+    @field_validator("stripe_url", "adyen_test_url", "braintree_sandbox_url")
     @classmethod
     def _psp(cls, value: str) -> str:
         if not re.fullmatch(r"https?://[^\s/@]+/?", value):

@@ -80,8 +80,9 @@ DISTURBED = [
 class Way:
     """A proxy before a PSP: what it does to the next requests that change something (POST)."""
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, is_change: Callable[[bytes], bool]) -> None:
         self._upstream = upstream
+        self._is_change = is_change
         self.url = ""
         self.fault: Fault | None = None
         self.times = 0
@@ -101,7 +102,9 @@ class Way:
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Any request."""
         fault = None
-        if request.method == "POST" and self.times:
+        sent = await request.read()
+        changes = request.method == "POST" and self._is_change(sent)
+        if changes and self.times:
             self.times -= 1
             fault = self.fault
         if fault is not None and not fault.arrives:
@@ -111,7 +114,7 @@ class Way:
             session.request(
                 request.method,
                 f"{self._upstream}{request.path_qs}",
-                data=await request.read(),
+                data=sent,
                 headers={
                     name: value
                     for name, value in request.headers.items()
@@ -125,7 +128,7 @@ class Way:
             }
         if fault is not None:
             return await self._answer(request, fault, body, response.status)
-        if self.alter is not None and request.method == "POST" and response.status == 200:
+        if self.alter is not None and changes and response.status == 200:
             told = json.loads(body)
             self.alter(told)
             body = json.dumps(told).encode()
@@ -166,9 +169,13 @@ _TOLD = {
 
 
 @asynccontextmanager
-async def way_to(upstream: str) -> AsyncIterator[Way]:
-    """A proxy for as long as the context lasts."""
-    way = Way(upstream)
+async def way_to(
+    upstream: str, is_change: Callable[[bytes], bool] = lambda _: True
+) -> AsyncIterator[Way]:
+    """A proxy for as long as the context lasts. `is_change` tells from the body of a POST whether
+    it changes something.
+    """
+    way = Way(upstream, is_change)
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", way.handle)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gateway.connectors.adyen.kind import AdyenKind
+from gateway.connectors.braintree.kind import BraintreeKind
 from gateway.connectors.http import HttpClient, Limits
 from gateway.connectors.kinds import ConnectorKind
 from gateway.connectors.notifications import NotificationSource
@@ -12,6 +13,8 @@ from gateway.settings import Settings
 
 STRIPE_BODY_BYTES_MAX = 2 * 1024 * 1024
 """A page of a hundred objects."""
+BRAINTREE_BODY_BYTES_MAX = 2 * 1024 * 1024
+"""A page of fifty Transactions, each with its history."""
 
 
 class ConnectorsMisconfigured(ValueError):
@@ -29,6 +32,11 @@ def configured_kinds(settings: Settings) -> list[ConnectorKind]:
         connections_max=settings.adyen_connections_max,
         connect_timeout_s=settings.adyen_connect_timeout_s,
     )
+    braintree_limits = Limits(
+        connections_max=settings.braintree_connections_max,
+        connect_timeout_s=settings.braintree_connect_timeout_s,
+        body_bytes_max=BRAINTREE_BODY_BYTES_MAX,
+    )
     return [
         StripeKind(
             _pool(settings, "Stripe", settings.stripe_url, stripe_limits),
@@ -39,6 +47,11 @@ def configured_kinds(settings: Settings) -> list[ConnectorKind]:
             lambda url: _pool(settings, "Adyen", url, adyen_limits),
             test_url=settings.adyen_test_url,
             answer_timeout_s=settings.adyen_answer_timeout_s,
+        ),
+        BraintreeKind(
+            lambda url: _pool(settings, "Braintree", url, braintree_limits),
+            sandbox_url=settings.braintree_sandbox_url,
+            answer_timeout_s=settings.braintree_answer_timeout_s,
         ),
     ]
 

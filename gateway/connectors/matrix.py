@@ -9,6 +9,8 @@ from typing import Final
 from gateway.application.ports import Capabilities
 from gateway.connectors.adyen import connector as adyen_connector
 from gateway.connectors.adyen import kind as adyen_kind
+from gateway.connectors.braintree import connector as braintree_connector
+from gateway.connectors.braintree import kind as braintree_kind
 from gateway.connectors.simulator.connector import ANSWER_TIMEOUT_S, SUPPORTED_FIELDS
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.connectors.stripe.connector import widest
@@ -45,10 +47,12 @@ def known() -> dict[str, tuple[Capabilities, Capabilities]]:
         supported_fields=SUPPORTED_FIELDS,
     )
     stripe, adyen = widest(Mode.TEST), adyen_connector.widest(Mode.TEST)
+    braintree = braintree_connector.widest(Mode.TEST)
     return {
         "simulator": (simulator, simulator),
         "stripe": (usual(stripe), stripe),
         "adyen": (adyen_kind.usual(adyen), adyen),
+        "braintree": (braintree_kind.usual(braintree), braintree),
     }
 
 

@@ -1,0 +1,1 @@
+"""Braintree: card payments over its GraphQL API."""

@@ -1,0 +1,90 @@
+"""A merchant's payments through Braintree's double, over gRPC: charged, found, or in doubt."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from payments.v1 import payment_pb2
+
+from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
+from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
+from gateway.domain.ids import new_connector_account_id
+from gateway.domain.model import Mode
+from storage.postgres import ConnectorAccounts
+from tests.braintree_double import PRIVATE_KEY, PUBLIC_KEY, braintree_psp
+from tests.connector_conformance import Fault
+from tests.harness import START_TIMEOUT_S, calling, running_system
+
+if TYPE_CHECKING:
+    from storage.embedded import EmbeddedRedis
+    from tests.servers import PostgresForTests
+
+KEY = new_wrapping_key("k1")
+CREDENTIALS = {
+    "public_key": PUBLIC_KEY,
+    "private_key": PRIVATE_KEY,
+    "merchant_accounts": "EUR=shop_eur",
+}
+
+
+async def add_account(dsn: str, merchant_id: str) -> None:
+    account = ConnectorAccount(
+        merchant_id,
+        new_connector_account_id(),
+        Mode.TEST,
+        "braintree",
+        Sealed(b"", WrappedKey("", b"")),
+    )
+    sealed = await seal(CREDENTIALS, account.context, LocalKeys.parse(KEY))
+    async with ConnectorAccounts.connect(dsn) as accounts:
+        await accounts.add(replace(account, sealed=sealed))
+
+
+async def test_merchants_payments_go_to_braintree_and_what_is_not_found_stays_in_doubt(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    async with braintree_psp() as psp:
+        with running_system(
+            postgres,
+            redis,
+            braintree_sandbox_url=psp.way.url,
+            braintree_answer_timeout_s=1,
+            connector_keys=KEY,
+        ) as system:
+            await add_account(system.dsn, system.shop.merchant_id)
+            gateway = await asyncio.to_thread(system.start_gateway)
+            async with calling(gateway, system.shop.api_key) as caller:
+                answer = await caller.authorize(capture_method="MANUAL")
+                assert answer.payment.connector == "braintree"
+                payment_id = answer.payment.payment_id
+                for told in (
+                    answer,
+                    await caller.capture(payment_id, 600),
+                    await caller.refund(payment_id, 200),
+                ):
+                    assert told.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+                assert await psp.held_minor(f"{answer.operation.operation_id}-1") == 400
+
+                states = {}
+                for fault in (Fault.SILENT, Fault.SWALLOWED):
+                    psp.way.disturb(fault)
+                    lost = await caller.authorize(capture_method="AUTOMATIC")
+                    assert lost.operation.state == payment_pb2.OPERATION_STATE_IN_DOUBT
+                    operation_id = lost.operation.operation_id
+                    psp.way.clear()
+                    async with asyncio.timeout(START_TIMEOUT_S):
+                        while True:
+                            asked = psp.double.searched.count(f"{operation_id}-1")
+                            told = await caller.operation(operation_id=operation_id)
+                            settled = told.operation.state != lost.operation.state
+                            if settled or asked > 1:
+                                break
+                            await asyncio.sleep(0.05)
+                    states[fault] = told.operation.state
+                assert states == {
+                    Fault.SILENT: payment_pb2.OPERATION_STATE_SUCCEEDED,
+                    Fault.SWALLOWED: payment_pb2.OPERATION_STATE_IN_DOUBT,
+                }
+        assert not any(PRIVATE_KEY in line for line in gateway.lines)
