@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gateway.connectors.adyen.kind import AdyenKind
 from gateway.connectors.braintree.kind import BraintreeKind
+from gateway.connectors.braintree.notifications import BraintreeNotifications
 from gateway.connectors.http import HttpClient, Limits
 from gateway.connectors.kinds import ConnectorKind
 from gateway.connectors.notifications import NotificationSource
@@ -83,4 +84,4 @@ def configured_keys(settings: Settings) -> LocalKeys | None:
 
 def configured_sources() -> list[NotificationSource]:
     """Those whose notifications the gateway takes."""
-    return []
+    return [BraintreeNotifications()]
