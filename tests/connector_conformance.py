@@ -44,7 +44,7 @@ BEFORE: Mapping[K, tuple[K, ...]] = {
     K.REFUND: (K.AUTHORIZE, K.CAPTURE),
 }
 """What has to be done before an operation of a kind."""
-KINDS = [kind for kind in K if kind is not K.REVERSAL]
+KINDS = [kind for kind in K if kind not in (K.REVERSAL, K.DISPUTE)]
 
 
 class Fault(Enum):

@@ -157,4 +157,19 @@ class NotificationStore(Protocol):
         """Apply it later."""
 
     async def is_outdated(self, received: Received, event: Event) -> bool:
-        """Whether the PSP told another definite event of the same attempt that happened later."""
+        """Whether the PSP told another definite event of the same thing that happened later."""
+
+
+class LookupUnavailable(Exception):
+    """The PSP does not tell now what it was asked."""
+
+
+class ReferenceLookup(Protocol):
+    """Asks PSPs what their notifications leave out."""
+
+    async def reference_of(
+        self, connector_account_id: str, connector_transaction_id: str
+    ) -> str | None:
+        """Our reference of an authorization by the PSP's id; None for one that is not ours, and at
+        PSPs that cannot be asked. Raises LookupUnavailable.
+        """

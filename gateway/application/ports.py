@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from gateway.application.accounts import RateLimit
 from gateway.domain.model import (
+    SENT_KINDS,
     Aggregate,
     CaptureMethod,
     ConnectorAnswer,
@@ -55,7 +56,7 @@ class Capabilities:
     supported_fields: frozenset[str]
     """The paths of the contract's request fields that the PSP can use beyond the amount, the
     capture method and what the gateway keeps to itself; others are refused."""
-    operations: AbstractSet[OperationKind] = frozenset(OperationKind)
+    operations: AbstractSet[OperationKind] = SENT_KINDS
     """What the PSP can do; others are refused."""
     capture_methods: AbstractSet[CaptureMethod] = frozenset(CaptureMethod)
     tells_by_notification: bool = False

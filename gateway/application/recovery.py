@@ -174,7 +174,9 @@ class Recovery:
         evidence = await self._evidence(lease)
         attempt = operation.attempt
         connector = self._router.connector(attempt.connector, attempt.connector_account_id)
-        answer = None if connector is None else await self._ask(lease, connector)
+        answer = None
+        if connector is not None and (evidence is None or not _is_last_word(lease, connector)):
+            answer = await self._ask(lease, connector)
         if answer is None:
             # The PSP comes first: who left evidence was fenced out by a recoverer, and that one may
             # have cancelled since what the evidence says.
@@ -235,6 +237,8 @@ class Recovery:
         if operation.kind is K.VOID:
             return await self._void(lease, connector)
         request = self._request(lease, operation)
+        if operation.kind in (K.AUTHORIZE, K.VERIFY) and not request.target_transaction_id:
+            request.target_transaction_id = _id_in_evidence(lease)
         capabilities = connector.capabilities
         # A cancellation that was begun may take effect after whatever the PSP says before it.
         wanted = not lease.cancel_begun and not (
@@ -378,6 +382,18 @@ class Recovery:
         return min(pause_s, schedule.backoff_s_max) * random.uniform(0.8, 1.2)
 
 
+def _is_last_word(lease: Lease, connector: Connector) -> bool:
+    """Whether the evidence decides, since the PSP cannot be asked and nothing was cancelled yet: to
+    cancel now would take back what is known to have taken effect.
+    """
+    return not (
+        connector.capabilities.query_by_reference
+        or lease.cancel_begun
+        or lease.aggregate.payment.cancel_requested
+        or lease.operation.kind in (K.VOID, K.REVERSAL)
+    )
+
+
 def _cause(lease: Lease, connector: Connector | None) -> DoubtCause:
     """Why a look did not settle the operation."""
     if connector is None:
@@ -396,6 +412,14 @@ def _waits_for(lease: Lease, *kinds: OperationKind) -> bool:
         other.kind in kinds and other.state in states.UNFINISHED
         for other in lease.aggregate.operations
     )
+
+
+def _id_in_evidence(lease: Lease) -> str:
+    """The PSP's id of the present attempt, where a late answer or a notification told it."""
+    evidence, attempt = lease.evidence, lease.operation.attempt
+    if evidence is None or (evidence.attempt_number or attempt.number) != attempt.number:
+        return ""
+    return evidence.connector_transaction_id
 
 
 def _is_news(payment: Payment, operation: Operation, answer: ConnectorAnswer) -> bool:

@@ -828,6 +828,31 @@ class Outcomes:
             if await self._commit(found.operation, found.payment, settled) is Stored.WRITTEN:
                 return
 
+    async def record(
+        self,
+        merchant_id: str,
+        payment_id: str,
+        decide: Callable[[Aggregate, datetime, str], Settled | None],
+    ) -> bool:
+        """Write what `decide` makes of a payment as it is, of the time and of a new operation's id;
+        False where that is nothing. Raises StoreUnavailable.
+        """
+        while True:
+            aggregate = await self._store.load(merchant_id, payment_id)
+            if aggregate is None:
+                raise StoreUnavailable("the payment's row is missing")
+            at = self._clock.after(aggregate.payment.updated_at)
+            settled = decide(aggregate, at, ids.new_operation_id())
+            if settled is None:
+                return False
+            before = next(
+                other
+                for other in aggregate.operations
+                if other.operation_id == settled.operation.operation_id
+            )
+            if await self._commit(before, aggregate.payment, settled) is Stored.WRITTEN:
+                return True
+
     async def _commit(
         self,
         before: Operation,

@@ -15,7 +15,7 @@ from gateway.connectors.simulator.connector import ANSWER_TIMEOUT_S, SUPPORTED_F
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.connectors.stripe.connector import widest
 from gateway.connectors.stripe.kind import usual
-from gateway.domain.model import CaptureMethod, Mode, OperationKind
+from gateway.domain.model import SENT_KINDS, CaptureMethod, Mode, OperationKind
 
 FIELDS: Final = (
     "payment_method.stored",
@@ -65,6 +65,7 @@ def matrix() -> str:
             [_can(kind in a.operations, kind in b.operations) for a, b in _columns()],
         )
         for kind in OperationKind
+        if kind in SENT_KINDS
     ]
     rows += [
         (

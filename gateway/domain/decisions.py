@@ -214,11 +214,12 @@ def begin_refund(
     captured = payment.captured_minor
     if payment.captured_reported_minor is not None:
         captured = min(captured, payment.captured_reported_minor)
+    refunded = max(payment.refunded_minor, payment.refunded_reported_minor or 0)
     available = max(
         0,
         min(
             sum(part for _, part in open_parts),
-            captured - payment.refunded_minor - payment.refund_pending_minor,
+            captured - refunded - payment.refund_pending_minor,
         ),
     )
     amount = available if amount_minor is None else amount_minor
@@ -470,6 +471,130 @@ def contradict(
         _discrepancy(operation, "late_refusal", operation.state.name, event.name)
     )
     return settled
+
+
+def record_elsewhere(
+    aggregate: Aggregate,
+    kind: OperationKind,
+    amount_minor: int,
+    answer: ConnectorAnswer,
+    at: datetime,
+    new_operation_id: str,
+) -> Settled | None:
+    """What the PSP says was done to a payment and not by us: an operation of the PSP's origin.
+
+    For a CAPTURE, REFUND or VOID that took effect. It is a fact that no rule of ours may refuse, so
+    the amounts go where there is no CHECK, with a discrepancy; what it leaves no room for, the PSP
+    refuses. A void closes the payment, unless captures are under way: theirs is the last word.
+    None where it is recorded already, by the PSP's id of it.
+    """
+    authorization = _authorization(aggregate)
+    if done_elsewhere(aggregate, kind, answer.connector_transaction_id) is not None:
+        return None
+    payment = aggregate.payment.copy_with(version=aggregate.payment.version + 1, updated_at=at)
+    settled = Settled(authorization.copy_with(updated_at=at), payment)
+    parts = refundable_captures(aggregate.operations) if kind is K.REFUND else []
+    done = Operation(
+        merchant_id=payment.merchant_id,
+        operation_id=new_operation_id,
+        payment_id=payment.payment_id,
+        kind=kind,
+        origin=OperationOrigin.PSP,
+        state=S.SUCCEEDED,
+        amount_minor=amount_minor,
+        currency=payment.currency,
+        attempt=_answered(Attempt(1, payment.connector, payment.connector_account_id), answer),
+        parent_operation_id=authorization.operation_id,
+        allocations=allocate(parts, amount_minor),
+        created_at=at,
+        updated_at=at,
+    )
+    settled.companions.append(done)
+    expected = "0"
+    if kind is K.CAPTURE:
+        told = payment.captured_reported_minor
+        payment.captured_reported_minor = _told(
+            told, payment.captured_minor, amount_minor, payment.captured_minor
+        )
+    elif kind is K.REFUND:
+        told = payment.refunded_reported_minor
+        payment.refunded_reported_minor = _told(
+            told, payment.refunded_minor, amount_minor, payment.refunded_minor
+        )
+    else:
+        expected = payment.state.name
+        if not payment.capture_pending_minor and _is_money(payment):
+            payment.voided_minor = payment.authorized_minor - payment.captured_minor
+            payment.capture_closed = True
+            payment.state = payment_state_of_money(payment)
+    settled.discrepancies.append(
+        _discrepancy(done, f"{kind.name.lower()}_elsewhere", expected, str(amount_minor))
+    )
+    return settled
+
+
+def record_dispute(
+    aggregate: Aggregate,
+    amount_minor: int,
+    answer: ConnectorAnswer,
+    at: datetime,
+    new_operation_id: str,
+) -> Settled | None:
+    """A dispute that the PSP tells of: an operation of its origin, PENDING until it is decided,
+    SUCCEEDED where the money is gone, FAILED where it stays. A person has to see it.
+
+    None where it is recorded already, by the PSP's id of it, or where the answer is none.
+    """
+    if done_elsewhere(aggregate, K.DISPUTE, answer.connector_transaction_id) is not None:
+        return None
+    state = states.next_state(K.DISPUTE, S.PROCESSING, event_of(answer))
+    if state is None:
+        return None
+    authorization, payment = _authorization(aggregate), aggregate.payment
+    settled = Settled(
+        authorization.copy_with(updated_at=at),
+        payment.copy_with(version=payment.version + 1, updated_at=at),
+    )
+    dispute = Operation(
+        merchant_id=payment.merchant_id,
+        operation_id=new_operation_id,
+        payment_id=payment.payment_id,
+        kind=K.DISPUTE,
+        origin=OperationOrigin.PSP,
+        state=state,
+        amount_minor=amount_minor,
+        currency=payment.currency,
+        attempt=_answered(Attempt(1, payment.connector, payment.connector_account_id), answer),
+        parent_operation_id=authorization.operation_id,
+        created_at=at,
+        updated_at=at,
+    )
+    settled.companions.append(dispute)
+    settled.discrepancies.append(_discrepancy(dispute, "dispute", "0", str(amount_minor)))
+    return settled
+
+
+def done_elsewhere(
+    aggregate: Aggregate, kind: OperationKind, connector_transaction_id: str
+) -> Operation | None:
+    """The operation of the PSP's origin that has this id there; a payment has one void at most."""
+    for operation in aggregate.operations:
+        if operation.origin is OperationOrigin.PSP and operation.kind is kind:
+            its = operation.attempt.connector_transaction_id
+            if kind is K.VOID or its == connector_transaction_id:
+                return operation
+    return None
+
+
+def report(
+    payment: Payment, operation: Operation, kind: str, expected: str, reported: str, at: datetime
+) -> Settled:
+    """A fact that changes nothing here and that a person has to see: a discrepancy."""
+    return Settled(
+        operation.copy_with(updated_at=at),
+        payment.copy_with(version=payment.version + 1, updated_at=at),
+        discrepancies=[_discrepancy(operation, kind, expected, reported)],
+    )
 
 
 def payment_state_of_money(payment: Payment) -> PaymentState:
@@ -765,6 +890,11 @@ def _settle_capture(settled: Settled, event: Event) -> None:
     if operation.state in states.UNFINISHED:
         return
     before = payment.captured_minor
+    if operation.origin is OperationOrigin.PSP:  # it bounced, and was never in our own books
+        payment.captured_reported_minor = _told(
+            payment.captured_reported_minor, before, -amount, before
+        )
+        return
     if event is Event.BOUNCED:
         refunds = payment.refunded_minor + payment.refund_pending_minor
         returned = -_told_of(operation)
@@ -799,7 +929,9 @@ def _settle_refund(settled: Settled, event: Event) -> None:
     if operation.state in states.UNFINISHED:
         return
     before, told = payment.refunded_minor, 0
-    if event is Event.BOUNCED:
+    if operation.origin is OperationOrigin.PSP:
+        told = -amount  # it was never in our own books
+    elif event is Event.BOUNCED:
         payment.refunded_minor -= amount
         told = -_told_of(operation)
     else:

@@ -37,6 +37,11 @@ class OperationKind(IntEnum):
     INCREMENT = 5
     VERIFY = 6
     REVERSAL = 7
+    DISPUTE = 8
+
+
+SENT_KINDS = frozenset(OperationKind) - {OperationKind.DISPUTE}
+"""What a connector sends; the others are told by the PSP only."""
 
 
 class OperationOrigin(IntEnum):

@@ -150,6 +150,7 @@ MATRIX: dict[K, dict[K, Beside]] = {
         K.INCREMENT: _D,
         K.VERIFY: _R,
         K.REVERSAL: _R,
+        K.DISPUTE: _A,
     },
     K.VOID: {
         K.AUTHORIZE: _C,
@@ -159,6 +160,7 @@ MATRIX: dict[K, dict[K, Beside]] = {
         K.INCREMENT: _D,
         K.VERIFY: _R,
         K.REVERSAL: _R,
+        K.DISPUTE: _A,
     },
     K.REFUND: {
         K.AUTHORIZE: _R,
@@ -168,6 +170,7 @@ MATRIX: dict[K, dict[K, Beside]] = {
         K.INCREMENT: _A,
         K.VERIFY: _R,
         K.REVERSAL: _R,
+        K.DISPUTE: _A,
     },
     K.INCREMENT: {
         K.AUTHORIZE: _R,
@@ -177,6 +180,7 @@ MATRIX: dict[K, dict[K, Beside]] = {
         K.INCREMENT: _R,
         K.VERIFY: _R,
         K.REVERSAL: _R,
+        K.DISPUTE: _A,
     },
 }
 """MATRIX[new][unfinished]: whether `new` may start while `unfinished` has no definite outcome.

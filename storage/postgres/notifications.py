@@ -130,7 +130,7 @@ class Notifications:
             _IS_OUTDATED,
             merchant_id=received.merchant_id,
             connector_account_id=received.connector_account_id,
-            reference=notification.reference,
+            subject=_subject(notification),
             kind=notification.kind,
             event=event,
             definite=list(DEFINITE),
@@ -198,9 +198,14 @@ def _row(received: Received) -> _Row:
         notification.kind,
         None if notification.answer is None else event_of(notification.answer),
         notification.occurred_at,
-        notification.reference,
+        _subject(notification),
         notification_json(notification),
     )
+
+
+def _subject(notification: Notification) -> str:
+    answer = notification.answer
+    return notification.reference or (answer.connector_transaction_id if answer else "")
 
 
 def notification_json(notification: Notification) -> str:

@@ -142,7 +142,7 @@ PREPARED = {
     OperationKind.REVERSAL: (OperationKind.AUTHORIZE,),
     OperationKind.REFUND: (OperationKind.AUTHORIZE, OperationKind.CAPTURE),
 }
-KINDS = [kind for kind in OperationKind if kind is not OperationKind.REVERSAL]
+KINDS = [kind for kind in PREPARED if kind is not OperationKind.REVERSAL]
 """The kinds that can be cancelled; a reversal is none itself."""
 
 

@@ -16,12 +16,12 @@ from gateway.connectors.simulator.ledger import KINDS, Ledger, Send
 from gateway.connectors.simulator.outcomes import TOKENS, Result, choose
 from gateway.connectors.simulator.profiles import PROFILES, find_profile
 from gateway.domain.model import (
+    SENT_KINDS,
     AdviceAction,
     AvsResult,
     ConnectorAnswer,
     CvvResult,
     Delivery,
-    OperationKind,
     ResponseCode,
     Verdict,
 )
@@ -53,7 +53,7 @@ def test_document_shows_the_published_tables() -> None:
 
 
 def test_connector_and_simulator_know_the_same_kinds_of_operation() -> None:
-    assert set(KINDS) == {kind.name.lower() for kind in OperationKind}
+    assert set(KINDS) == {kind.name.lower() for kind in SENT_KINDS}
 
 
 def test_tokens_fit_the_contract_and_are_no_card_numbers() -> None:

@@ -160,8 +160,9 @@ _CANCELS = Beside.AS_CANCEL_REQUEST
 
 def rule(new: K, unfinished: K, state: S) -> Beside:
     """The matrix anew, in the words of the design."""
-    if unfinished in (K.VERIFY, K.REVERSAL):
-        return _NO  # there is no payment yet, or something is being taken back
+    if unfinished in (K.VERIFY, K.REVERSAL, K.DISPUTE):
+        # There is no payment yet, or something is being taken back; a bank's demand hinders nobody.
+        return _YES if unfinished is K.DISPUTE else _NO
     if unfinished is K.AUTHORIZE:
         return _CANCELS if new is K.VOID else _NO
     if new in (K.INCREMENT, K.REFUND):

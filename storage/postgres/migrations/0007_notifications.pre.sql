@@ -13,8 +13,8 @@ CREATE TABLE notifications (
     -- By the PSP's clock.
     occurred_at timestamptz,
     received_at timestamptz NOT NULL DEFAULT now(),
-    -- Our reference of the attempt that it is about; empty where it names none.
-    reference text COLLATE "C" NOT NULL,
+    -- Our reference of the attempt that it is about, or the PSP's id of it; empty where it names none.
+    subject text COLLATE "C" NOT NULL,
     -- gateway.application.notifications' Notification by field names, defaults left out.
     content jsonb NOT NULL,
     -- gateway.application.notifications' Result; NULL until it was applied.
@@ -25,9 +25,9 @@ CREATE TABLE notifications (
     PRIMARY KEY (merchant_id, connector_account_id, event_id)
 );
 
--- Of the events of one attempt the latest counts.
-CREATE INDEX notifications_reference ON notifications (merchant_id, reference)
-    WHERE reference <> '';
+-- Of the events of one thing the latest counts.
+CREATE INDEX notifications_subject ON notifications (merchant_id, subject)
+    WHERE subject <> '';
 CREATE INDEX notifications_received_at ON notifications
     USING brin (received_at) WITH (pages_per_range = 16, autosummarize = on);
 
@@ -48,5 +48,5 @@ CREATE INDEX pending_notifications_apply_at ON pending_notifications (apply_at);
 
 CREATE TYPE received_notification AS (
     merchant_id text, connector_account_id text, event_id text, connector text, event_type text,
-    kind int2, event int2, occurred_at timestamptz, reference text, content jsonb
+    kind int2, event int2, occurred_at timestamptz, subject text, content jsonb
 );

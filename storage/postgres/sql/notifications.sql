@@ -12,11 +12,11 @@ WITH input AS MATERIALIZED (
 kept AS (
     INSERT INTO notifications (
         merchant_id, connector_account_id, event_id, connector, event_type, kind, event,
-        occurred_at, reference, content
+        occurred_at, subject, content
     )
     SELECT
         merchant_id, connector_account_id, event_id, connector, event_type, kind, event,
-        occurred_at, reference, content
+        occurred_at, subject, content
     FROM input
     ORDER BY merchant_id COLLATE "C", connector_account_id COLLATE "C", event_id COLLATE "C"
     ON CONFLICT DO NOTHING
@@ -80,13 +80,13 @@ WHERE merchant_id = :merchant_id::text
     AND event_id = :event_id::text;
 
 -- :name is_outdated
--- Whether the PSP told something else of the same attempt that happened later; of what happened at
+-- Whether the PSP told something else of the same thing that happened later; of what happened at
 -- the same time, the worse counts: approvals have the lowest number.
 SELECT EXISTS (
     SELECT FROM notifications AS other
     WHERE other.merchant_id = :merchant_id::text
-        AND other.reference = :reference::text
-        AND other.reference <> ''
+        AND other.subject = :subject::text
+        AND other.subject <> ''
         AND other.connector_account_id = :connector_account_id::text
         AND other.kind = :kind::int2
         AND other.event <> :event::int2
@@ -132,4 +132,4 @@ RETURNING event_id;
 
 -- :fragment listed
 merchant_id, connector_account_id, event_id, connector, event_type, kind, occurred_at, received_at,
-reference, content::text AS content, result, applied_at, payment_id, operation_id
+subject, content::text AS content, result, applied_at, payment_id, operation_id

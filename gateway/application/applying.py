@@ -1,0 +1,515 @@
+"""Applies what PSPs told: a notification is evidence for an attempt, or a fact from elsewhere.
+
+An unfinished operation is left to recovery, which has one way to settle it: the notification is its
+evidence, and stays until the operation is definite. What had ended is moved along the transition
+table, or reversed. What nobody asked the gateway for, as a refund in the PSP's console, becomes an
+operation of the PSP's origin. Events may come in any order: of those of one thing the latest by the
+PSP's clock counts. Any number of gateways may run it, and a notification that is applied twice has
+one effect: a lease spreads the work, the payment's version keeps it right.
+"""
+
+import asyncio
+import logging
+import random
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
+
+from gateway.application.notifications import (
+    Applied,
+    DisputeStatus,
+    LookupUnavailable,
+    Notification,
+    NotificationKind,
+    NotificationStore,
+    Pending,
+    Received,
+    ReferenceLookup,
+    Result,
+)
+from gateway.application.ports import Encoder, Found, Router, Store, StoreUnavailable
+from gateway.application.usecases import Outcomes, connector_request
+from gateway.domain import decisions, states
+from gateway.domain.ids import is_operation_id
+from gateway.domain.model import (
+    Aggregate,
+    ConnectorAnswer,
+    Delivery,
+    Operation,
+    OperationKind,
+    OperationOrigin,
+    OperationState,
+    Outcome,
+    Verdict,
+)
+from gateway.domain.states import Event
+
+_log = logging.getLogger(__name__)
+
+K = OperationKind
+S = OperationState
+N = NotificationKind
+
+_KINDS: Final = {
+    N.AUTHORIZATION: frozenset({K.AUTHORIZE, K.VERIFY}),
+    N.CAPTURE: frozenset({K.CAPTURE}),
+    N.VOID: frozenset({K.VOID, K.REVERSAL}),
+    N.REFUND: frozenset({K.REFUND}),
+    N.INCREMENT: frozenset({K.INCREMENT}),
+}
+_ELSEWHERE: Final = {N.CAPTURE: K.CAPTURE, N.REFUND: K.REFUND}
+_DEFINITE: Final = frozenset(
+    {Event.APPROVED, Event.DECLINED, Event.FAILED, Event.CANCELED, Event.EXPIRED}
+)
+_RETURNED: Final = frozenset({Event.DECLINED, Event.FAILED, Event.CANCELED})
+_DISPUTED: Final = {
+    DisputeStatus.OPENED: Verdict.PENDING,
+    DisputeStatus.CHALLENGED: Verdict.PENDING,
+    DisputeStatus.WON: Verdict.FAILED,
+    DisputeStatus.CANCELLED: Verdict.FAILED,
+    DisputeStatus.LOST: Verdict.APPROVED,
+    DisputeStatus.ACCEPTED: Verdict.APPROVED,
+    DisputeStatus.EXPIRED: Verdict.APPROVED,
+}
+_NO_NEWS: Final = Applied(Result.NO_NEWS)
+_UNMATCHED: Final = Applied(Result.UNMATCHED)
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The bounds of applying; times in seconds."""
+
+    interval_s: float
+    """The pause between two looks, when there is nothing to do and nobody wakes it."""
+    lease_s: float
+    """For how long a notification is left to the applier that took it."""
+    batch_max: int
+    """How many are taken at once."""
+    concurrency_max: int
+    """How many are applied at once."""
+    backoff_s_min: float
+    """The first pause where one cannot be applied yet; doubled up to the next."""
+    backoff_s_max: float
+    """The longest pause."""
+
+
+class ApplyingObserver(Protocol):
+    """Counts what was applied, for metrics."""
+
+    def notification_applied(self, connector: str, kind: NotificationKind, result: Result) -> None:
+        """One is done with."""
+
+    def applying_failed(self) -> None:
+        """A look at the store or at a notification failed."""
+
+
+class _NotYet(Exception):
+    """It cannot be applied now; the text says why."""
+
+
+class Applier:
+    """The loop."""
+
+    def __init__(
+        self,
+        notifications: NotificationStore,
+        store: Store,
+        router: Router,
+        lookup: ReferenceLookup,
+        encoder: Encoder,
+        outcomes: Outcomes,
+        schedule: Schedule,
+        observer: ApplyingObserver,
+    ) -> None:
+        self._notifications = notifications
+        self._store = store
+        self._router = router
+        self._lookup = lookup
+        self._encoder = encoder
+        self._outcomes = outcomes
+        self._schedule = schedule
+        self._observer = observer
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        """Something was kept: look now."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Look for work until cancelled."""
+        while True:
+            self._woken.clear()
+            try:
+                worked = await self.run_once()
+            except Exception:  # noqa: BLE001 - the loop outlives whatever one round meets
+                self._observer.applying_failed()
+                _log.warning("notifications could not be looked for", exc_info=True)
+                worked = 0
+            if worked < self._schedule.batch_max:
+                pause_s = self._schedule.interval_s * random.uniform(0.8, 1.2)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._woken.wait()
+
+    async def run_once(self) -> int:
+        """Apply what is due; how many were looked at."""
+        pending = await self._notifications.lease(self._schedule.batch_max, self._schedule.lease_s)
+        room = asyncio.Semaphore(self._schedule.concurrency_max)
+        # Those of one thing one after the other, in the order of the PSP's clock.
+        lines: dict[tuple[str, str], list[Pending]] = {}
+        for each in pending:
+            received = each.received
+            line = received.connector_account_id, _line_of(received.notification)
+            lines.setdefault(line, []).append(each)
+
+        async def one(line: list[Pending]) -> None:
+            async with room:
+                for each in line:
+                    await self._guarded(each)
+
+        await asyncio.gather(*(one(line) for line in lines.values()))
+        return len(pending)
+
+    async def _guarded(self, pending: Pending) -> None:
+        received = pending.received
+        notification = received.notification
+        try:
+            try:
+                applied = await self.apply(received, tries=pending.tries)
+            except (_NotYet, LookupUnavailable) as reason:
+                _log.info("a notification has to wait: %s", reason)
+                await self._notifications.put_off(received, self._backoff_s(pending.tries))
+                return
+            await self._notifications.finish(received, applied)
+            self._observer.notification_applied(
+                notification.connector, notification.kind, applied.result
+            )
+        except Exception as error:  # noqa: BLE001 - one must not stop the others
+            # The lease runs out, and it is looked at again.
+            self._observer.applying_failed()
+            _log.warning(
+                "a notification could not be applied",
+                exc_info=not isinstance(error, StoreUnavailable),
+                extra={
+                    "merchant_id": received.merchant_id,
+                    "connector": notification.connector,
+                    "connector_account_id": received.connector_account_id,
+                },
+            )
+
+    def _backoff_s(self, tries: int) -> float:
+        schedule = self._schedule
+        pause_s: float = schedule.backoff_s_min * 2 ** min(tries, 30)
+        return min(pause_s, schedule.backoff_s_max) * random.uniform(0.8, 1.2)
+
+    # --- one notification ---
+
+    async def apply(self, received: Received, tries: int = 0) -> Applied:
+        """Do what it calls for. `tries`: how often it had to wait.
+
+        Raises _NotYet where that cannot be done now, LookupUnavailable and StoreUnavailable.
+        """
+        notification = received.notification
+        if notification.kind is N.UNKNOWN:
+            return Applied(Result.UNKNOWN)
+        if notification.kind is not N.DISPUTE and notification.answer is None:
+            return Applied(Result.UNKNOWN)
+        found = await self._find(received)
+        if found is None:
+            return _UNMATCHED
+        operation, number = found.operation, _attempt_of(notification.reference)
+        if number is None:
+            result = await self._from_elsewhere(received, found.payment.payment_id, tries)
+        elif operation.kind in _KINDS.get(notification.kind, ()):
+            assert notification.answer is not None
+            result = await self._ours(received, found, number, notification.answer, tries)
+        elif notification.kind is N.CAPTURE and operation.kind is K.AUTHORIZE:
+            result = await self._automatic_capture(received, found)
+        else:
+            return _UNMATCHED
+        return replace(
+            result,
+            payment_id=operation.payment_id,
+            operation_id=result.operation_id or operation.operation_id,
+        )
+
+    async def _find(self, received: Received) -> Found | None:
+        """The operation that it names, or the authorization of the payment that it belongs to.
+
+        None where that is not one of the account.
+        """
+        notification = received.notification
+        reference = notification.reference or notification.payment_reference
+        if not reference and notification.payment_transaction_id:
+            reference = (
+                await self._lookup.reference_of(
+                    received.connector_account_id, notification.payment_transaction_id
+                )
+                or ""
+            )
+        number = _attempt_of(reference)
+        if number is None:
+            return None
+        operation_id = reference.rpartition("-")[0]
+        found = await self._store.find_operation(received.merchant_id, operation_id)
+        if found is None:
+            return None
+        operation = found.operation
+        for attempt in (operation.attempt, *operation.superseded_attempts):
+            if attempt.number == number:
+                of_account = attempt.connector_account_id == received.connector_account_id
+                return found if of_account else None
+        return None
+
+    async def _ours(
+        self, received: Received, found: Found, number: int, answer: ConnectorAnswer, tries: int
+    ) -> Applied:
+        """What is told of an operation of ours."""
+        operation = found.operation
+        event = decisions.event_for(found.payment, operation, answer)
+        if event not in _DEFINITE or await self._notifications.is_outdated(received, event):
+            return _NO_NEWS
+        if operation.attempt.number != number:
+            return await self._late(received, found, number, answer, event)
+        if operation.state is S.PROCESSING:
+            raise _NotYet("its operation is being sent")
+        if operation.state in states.UNFINISHED:
+            if states.next_state(operation.kind, operation.state, event) is None:
+                return _NO_NEWS
+            evidence = replace(answer, attempt_number=number)
+            await self._store.add_evidence(operation, evidence)
+            raise _NotYet("recovery weighs it")
+        if operation.state is not S.SUCCEEDED:
+            return await self._late(received, found, number, answer, event)
+        if event is Event.APPROVED:
+            return Applied(Result.APPLIED) if tries else _NO_NEWS
+        return await self._ended(found, answer, event)
+
+    async def _automatic_capture(self, received: Received, found: Found) -> Applied:
+        """What is told of the capture that came with an authorization, under its reference."""
+        authorization, answer = found.operation, received.notification.answer
+        assert answer is not None
+        if authorization.state in states.UNFINISHED:
+            raise _NotYet("its payment is not authorized yet")
+        aggregate = await self._store.load(authorization.merchant_id, authorization.payment_id)
+        for operation in aggregate.operations if aggregate else ():
+            if (
+                operation.kind is K.CAPTURE
+                and operation.origin is OperationOrigin.GATEWAY
+                and operation.parent_operation_id == authorization.operation_id
+            ):
+                number = operation.attempt.number
+                capture = Found(operation, found.payment)
+                applied = await self._ours(received, capture, number, answer, 0)
+                return replace(applied, operation_id=operation.operation_id)
+        return _UNMATCHED
+
+    async def _ended(self, found: Found, answer: ConnectorAnswer, event: Event) -> Applied:
+        """Something that had succeeded has not, or no longer."""
+        operation = found.operation
+        bounces = states.next_state(operation.kind, operation.state, Event.BOUNCED) is not None
+        if bounces and event in _RETURNED:
+            await self._outcomes.bounce(operation, answer)
+            return Applied(Result.APPLIED)
+        if states.next_state(operation.kind, operation.state, event) is not None:
+            await self._outcomes.write(operation, found.payment, answer)
+            return Applied(Result.APPLIED)
+        await self._report(found, "contradiction", operation.state.name, event.name)
+        return Applied(Result.RECORDED)
+
+    async def _report(self, found: Found, kind: str, expected: str, reported: str) -> None:
+        operation = found.operation
+        await self._outcomes.record(
+            operation.merchant_id,
+            operation.payment_id,
+            lambda aggregate, at, _: decisions.report(
+                aggregate.payment,
+                next(
+                    each
+                    for each in aggregate.operations
+                    if each.operation_id == operation.operation_id
+                ),
+                kind,
+                expected,
+                reported,
+                at,
+            ),
+        )
+
+    async def _late(
+        self, received: Received, found: Found, number: int, answer: ConnectorAnswer, event: Event
+    ) -> Applied:
+        """A success of what is over must not stand; everything else is no news.
+
+        The event may be older than the end: whoever can be asked is asked before.
+        """
+        operation = found.operation
+        if event is not Event.APPROVED:
+            return _NO_NEWS
+        reference = received.notification.reference
+        attempt = operation.attempt
+        connector = self._router.connector(attempt.connector, attempt.connector_account_id)
+        if connector is not None and connector.capabilities.query_by_reference:
+            aggregate = await self._store.load(operation.merchant_id, operation.payment_id)
+            request = connector_request(self._encoder, operation, found.payment, aggregate)
+            request.reference = reference
+            if operation.kind in (K.AUTHORIZE, K.VERIFY):
+                request.target_transaction_id = answer.connector_transaction_id
+            told = await connector.query(operation.kind, reference, request)
+            if told is None or decisions.event_of(told) is Event.DOUBTED:
+                raise _NotYet("the PSP does not confirm it now")
+            if decisions.event_of(told) is not Event.APPROVED:
+                return _NO_NEWS
+        await self._outcomes.reverse(operation, number, answer)
+        return Applied(Result.APPLIED)
+
+    # --- done elsewhere ---
+
+    async def _from_elsewhere(self, received: Received, payment_id: str, tries: int) -> Applied:
+        """What is told of a payment of ours, without a reference of ours of its own."""
+        notification = received.notification
+        aggregate = await self._store.load(received.merchant_id, payment_id)
+        if aggregate is None:
+            raise StoreUnavailable("the payment's row is missing")
+        if notification.kind is N.VOID:
+            return await self._voided(received, aggregate, tries)
+        if _authorization(aggregate).state in states.UNFINISHED:
+            raise _NotYet("its payment is not authorized yet")
+        if notification.kind is N.DISPUTE:
+            return await self._disputed(received, aggregate)
+        kind, answer = _ELSEWHERE.get(notification.kind), notification.answer
+        if kind is None or answer is None:
+            return _UNMATCHED
+        for operation in aggregate.operations:
+            if operation.kind is not kind or operation.origin is OperationOrigin.PSP:
+                continue
+            told_id = operation.attempt.connector_transaction_id
+            if told_id and told_id == answer.connector_transaction_id:
+                found = Found(operation, aggregate.payment)
+                return await self._ours(received, found, operation.attempt.number, answer, tries)
+            if not told_id and operation.state in states.UNFINISHED:
+                raise _NotYet("it may be an operation of ours that has no answer yet")
+        return await self._recorded(received, aggregate, kind, answer)
+
+    async def _recorded(
+        self, received: Received, aggregate: Aggregate, kind: OperationKind, answer: ConnectorAnswer
+    ) -> Applied:
+        notification, payment = received.notification, aggregate.payment
+        event = decisions.event_of(answer)
+        if event not in _DEFINITE or await self._notifications.is_outdated(received, event):
+            return _NO_NEWS
+        known = decisions.done_elsewhere(aggregate, kind, answer.connector_transaction_id)
+        if event is not Event.APPROVED:
+            if known is None or known.state is not S.SUCCEEDED or event not in _RETURNED:
+                return _NO_NEWS
+            await self._outcomes.bounce(known, answer)
+            return Applied(Result.APPLIED, operation_id=known.operation_id)
+        if known is not None:
+            return Applied(Result.NO_NEWS, operation_id=known.operation_id)
+        amount = notification.amount_minor
+        if amount is None or amount < 0 or notification.currency not in ("", payment.currency):
+            reported = f"{kind.name} {amount} {notification.currency}"
+            authorization = Found(_authorization(aggregate), payment)
+            await self._report(authorization, "elsewhere", payment.currency, reported)
+            return Applied(Result.RECORDED)
+        await self._outcomes.record(
+            payment.merchant_id,
+            payment.payment_id,
+            lambda now, at, new_id: decisions.record_elsewhere(
+                now, kind, amount, answer, at, new_id
+            ),
+        )
+        return Applied(Result.RECORDED)
+
+    async def _voided(self, received: Received, aggregate: Aggregate, tries: int) -> Applied:
+        """The authorization is gone: by a void of ours, by time, or by somebody elsewhere."""
+        answer, payment = received.notification.answer, aggregate.payment
+        authorization = _authorization(aggregate)
+        found = Found(authorization, payment)
+        if answer is None or decisions.event_of(answer) not in (Event.APPROVED, Event.EXPIRED):
+            return _NO_NEWS
+        expired = answer.verdict is Verdict.EXPIRED
+        number = authorization.attempt.number
+        if authorization.state in states.UNFINISHED:
+            over = replace(answer, verdict=Verdict.EXPIRED if expired else Verdict.CANCELED)
+            return await self._ours(received, found, number, over, tries)
+        done = replace(answer, verdict=Verdict.APPROVED)
+        for operation in aggregate.operations:
+            if operation.kind is K.VOID and operation.state in states.UNFINISHED:
+                void = Found(operation, payment)
+                return await self._ours(received, void, operation.attempt.number, done, tries)
+        is_open = payment.captured_minor < payment.authorized_minor and not payment.voided_minor
+        reversed_ = any(each.kind is K.REVERSAL for each in aggregate.operations)
+        if authorization.state is not S.SUCCEEDED or not is_open or reversed_:
+            return _NO_NEWS
+        if expired:
+            await self._outcomes.write(authorization, payment, answer)
+            return Applied(Result.APPLIED)
+        return await self._voided_elsewhere(aggregate, done)
+
+    async def _voided_elsewhere(self, aggregate: Aggregate, answer: ConnectorAnswer) -> Applied:
+        payment = aggregate.payment
+        open_minor = payment.authorized_minor - payment.captured_minor
+        recorded = await self._outcomes.record(
+            payment.merchant_id,
+            payment.payment_id,
+            lambda now, at, new_id: decisions.record_elsewhere(
+                now, K.VOID, open_minor, answer, at, new_id
+            ),
+        )
+        return Applied(Result.RECORDED) if recorded else _NO_NEWS
+
+    async def _disputed(self, received: Received, aggregate: Aggregate) -> Applied:
+        notification, payment = received.notification, aggregate.payment
+        dispute = notification.dispute
+        if dispute is None:
+            return Applied(Result.UNKNOWN)
+        answer = ConnectorAnswer(
+            Delivery.ANSWERED,
+            _DISPUTED[dispute.status],
+            Outcome(
+                connector_code=dispute.reason,
+                connector_message=f"{dispute.stage.name} {dispute.status.name}",
+            ),
+            connector_transaction_id=dispute.dispute_id,
+            currency=notification.currency,
+        )
+        known = decisions.done_elsewhere(aggregate, K.DISPUTE, dispute.dispute_id)
+        if known is not None:
+            event = decisions.event_of(answer)
+            after = states.next_state(K.DISPUTE, known.state, event)
+            if after is None or after is known.state:
+                return Applied(Result.NO_NEWS, operation_id=known.operation_id)
+            await self._outcomes.write(known, payment, answer)
+            return Applied(Result.APPLIED, operation_id=known.operation_id)
+        recorded = await self._outcomes.record(
+            payment.merchant_id,
+            payment.payment_id,
+            lambda now, at, new_id: decisions.record_dispute(
+                now, max(0, notification.amount_minor or 0), answer, at, new_id
+            ),
+        )
+        return Applied(Result.RECORDED) if recorded else _NO_NEWS
+
+
+def _line_of(notification: Notification) -> str:
+    """What the events of one thing have in common."""
+    answer, dispute = notification.answer, notification.dispute
+    return (
+        notification.reference
+        or (dispute.dispute_id if dispute else "")
+        or (answer.connector_transaction_id if answer else "")
+        or notification.event_id
+    )
+
+
+def _attempt_of(reference: str) -> int | None:
+    """The attempt's number in a reference of ours; None in anything else."""
+    operation_id, _, number = reference.rpartition("-")
+    if not is_operation_id(operation_id) or not (number.isascii() and number.isdigit()):
+        return None
+    return int(number)
+
+
+def _authorization(aggregate: Aggregate) -> Operation:
+    return next(each for each in aggregate.operations if each.kind in (K.AUTHORIZE, K.VERIFY))
