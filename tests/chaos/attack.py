@@ -12,6 +12,7 @@ from statistics import quantiles
 from typing import TYPE_CHECKING, Final
 
 from tests.chaos.bad_clients import Orders, orders_text
+from tests.chaos.frames import CUT, NO_STATUS
 from tests.harness import asyncio_run, new_shop
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ MEMORY_RATIO_MAX: Final = 1.3
 """A gateway's memory at the attack's end, to that after its warm share."""
 ATTACK_TIMEOUT_S: Final = 3600.0
 
-NEVER: Final = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
+NEVER: Final = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS", CUT, NO_STATUS})
 
 
 class AttackSucceeded(Exception):

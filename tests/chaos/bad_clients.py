@@ -12,7 +12,6 @@ import random
 import resource
 import socket
 import ssl
-import struct
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -20,21 +19,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import grpc
+import uvloop
 from payments.v1 import payment_service_pb2 as rpc
 
+from tests.chaos.frames import (
+    CANCEL,
+    END_HEADERS,
+    HEADERS,
+    PREFACE,
+    RST_STREAM,
+    SETTINGS,
+    Connection,
+    call_headers,
+    frame,
+)
 from tests.harness import SERVICE, WRITE_LOST, authorize_request, eur, new_key
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable
 
 UNARY: Final = [method.name for method in SERVICE.methods if not method.server_streaming]
-AT_ONCE: Final = 24
-"""Fuzzed messages under way."""
+CONNECTIONS_OF_FUZZ: Final = 4
+AT_ONCE: Final = 16
+"""Fuzzed messages under way on each of them."""
+SEEDS: Final = 64
+"""Valid messages that are made once, to be mutated."""
 OTHERS_AT_ONCE: Final = 2
 """Of each other attack by calls."""
 OTHERS_PAUSE_S_MAX: Final = 0.2
 """Between two of the same: the fuzzed messages are the main thing."""
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 30
 """Of a call whose deadline is not the subject."""
 DEADLINES_S: Final = (0.001, 0.05)
 METADATA_BYTES: Final = 40_000
@@ -46,12 +60,6 @@ RESETS_OF_CONNECTION: Final = 200
 GARBAGE_BYTES_MAX: Final = 40
 STREAMED_MAX: Final = 50
 """Fuzzed messages on one stream, as far as it lasts."""
-
-_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_SETTINGS_FRAME: Final = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
-_HEADERS, _RST_STREAM = 0x1, 0x3
-_END_HEADERS: Final = 0x4
-_CANCEL: Final = struct.pack(">I", 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,11 @@ class Attack:
         self._draw = random.Random(orders.seed)
         self._metadata = (("authorization", f"Bearer {orders.api_key}"),)
         self._left = orders.messages
+        self._seeds = [make() for make in _VALID for _ in range(SEEDS)]
+        self._headers = [
+            call_headers(f"/{SERVICE.full_name}/{name}", orders.api_key, TIMEOUT_S)
+            for name in UNARY
+        ]
         self.statuses: dict[str, Counter[str]] = {
             name: Counter()
             for name in ("fuzz", "stream", "message", "metadata", "deadline", "cancel", "reset")
@@ -100,7 +113,7 @@ class Attack:
         ]
         async with self._channel() as self._shared:
             try:
-                await asyncio.gather(*(self._fuzz() for _ in range(AT_ONCE)))
+                await asyncio.gather(*(self._fuzz() for _ in range(CONNECTIONS_OF_FUZZ)))
             finally:
                 for task in others:
                     task.cancel()
@@ -130,12 +143,23 @@ class Attack:
     # --- by calls ---------------------------------------------------------------------------------
 
     async def _fuzz(self) -> None:
+        """Fuzzed messages on connections of one's own, as long as there are any left."""
+        host, port, context = self._endpoint()
+        loop = asyncio.get_running_loop()
         while self._left > 0:
-            self._left -= 1
-            call = self._unary(self._shared, self._draw.choice(UNARY))
-            await self._count(
-                "fuzz", call(self._mutant(), metadata=self._metadata, timeout=TIMEOUT_S)
+            _, connection = await loop.create_connection(
+                lambda: Connection(self._next_call, self._fuzzed, AT_ONCE), host, port, ssl=context
             )
+            await connection.ended
+
+    def _next_call(self) -> tuple[bytes, bytes] | None:
+        if self._left <= 0:
+            return None
+        self._left -= 1
+        return self._draw.choice(self._headers), self._mutant()
+
+    def _fuzzed(self, outcome: str) -> None:
+        self.statuses["fuzz"][outcome] += 1
 
     async def _fuzz_stream(self) -> None:
         stream: grpc.aio.StreamStreamMultiCallable[bytes, bytes] = self._shared.stream_stream(
@@ -208,7 +232,7 @@ class Attack:
     def _mutant(self) -> bytes:
         """A message that was valid, or never was."""
         draw = self._draw
-        data = bytearray(draw.choice(_VALID)())
+        data = bytearray(draw.choice(self._seeds))
         for _ in range(draw.randint(1, 4)):
             at = draw.randrange(len(data) + 1)
             match draw.randrange(6):
@@ -229,17 +253,17 @@ class Attack:
 
     # --- by frames --------------------------------------------------------------------------------
 
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    def _endpoint(self) -> tuple[str, int, ssl.SSLContext | None]:
         host, _, port = self._orders.address.rpartition(":")
         context = None
         if self._orders.certificate:
             context = ssl.create_default_context(cafile=self._orders.certificate)
             context.set_alpn_protocols(["h2"])
-        return await asyncio.open_connection(host, int(port), ssl=context)
+        return host, int(port), context
 
     async def _open_idle_connections(self) -> list[socket.socket]:
         """Connections on which nothing more will come: without TLS, which is no matter here."""
-        host, _, port = self._orders.address.rpartition(":")
+        host, port, _ = self._endpoint()
         room = asyncio.Semaphore(CONNECTIONS_AT_ONCE)
         loop = asyncio.get_running_loop()
 
@@ -247,8 +271,8 @@ class Attack:
             async with room:
                 connection = socket.socket()
                 connection.setblocking(False)
-                await loop.sock_connect(connection, (host, int(port)))
-                begun = _PREFACE + _SETTINGS_FRAME
+                await loop.sock_connect(connection, (host, port))
+                begun = PREFACE + _NO_SETTINGS
                 # Every other one stops in the middle of its first frame.
                 await loop.sock_sendall(connection, begun if number % 2 else begun[:-4])
                 return connection
@@ -256,14 +280,14 @@ class Attack:
         return list(await asyncio.gather(*map(one, range(self._orders.connections))))
 
     async def _resets(self) -> None:
-        reader, writer = await self._connect()
+        host, port, context = self._endpoint()
+        reader, writer = await asyncio.open_connection(host, port, ssl=context)
         ended = "SURVIVED"
         try:
-            writer.write(_PREFACE + _SETTINGS_FRAME)
-            headers = b"".join(_header_block(self._orders.api_key))
+            writer.write(PREFACE + _NO_SETTINGS)
             for stream in range(1, 2 * RESETS_OF_CONNECTION, 2):
-                writer.write(_frame(_HEADERS, _END_HEADERS, stream, headers))
-                writer.write(_frame(_RST_STREAM, 0, stream, _CANCEL))
+                writer.write(frame(HEADERS, END_HEADERS, stream, self._headers[0]))
+                writer.write(frame(RST_STREAM, 0, stream, CANCEL))
             await writer.drain()
             await reader.read(1)
         except OSError:
@@ -273,6 +297,7 @@ class Attack:
         self.statuses["reset"][ended] += RESETS_OF_CONNECTION
 
 
+_NO_SETTINGS: Final = frame(SETTINGS, 0, 0, b"")
 _HTTP_REFUSED: Final = "431"
 """Request Header Fields Too Large, RFC 6585: a proxy's answer, which gRPC clients call UNKNOWN."""
 
@@ -290,26 +315,6 @@ _VALID: Final[tuple[Callable[[], bytes], ...]] = (
 )
 
 
-def _header_block(api_key: str) -> Iterator[bytes]:
-    """The headers of a call, each a literal without indexing (RFC 7541, 6.2.2)."""
-    for name, value in (
-        (":method", "POST"),
-        (":scheme", "http"),
-        (":path", f"/{SERVICE.full_name}/AuthorizePayment"),
-        (":authority", "gateway"),
-        ("te", "trailers"),
-        ("content-type", "application/grpc"),
-        ("authorization", f"Bearer {api_key}"),
-    ):
-        yield b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """RFC 9113, section 4.1."""
-    head = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
-    return head + payload
-
-
 def orders_text(orders: Orders) -> str:
     """For the standard input."""
     return json.dumps(asdict(orders))
@@ -323,5 +328,5 @@ def _may_open_many_files() -> None:
 if __name__ == "__main__":
     _may_open_many_files()
     attack = Attack(Orders(**json.load(sys.stdin)))
-    asyncio.run(attack.run())
+    uvloop.run(attack.run())
     json.dump(attack.statuses, sys.stdout)

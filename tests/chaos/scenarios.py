@@ -32,7 +32,7 @@ PSP_OUTAGE_S: Final = 30.0
 PSP_OUTAGE_EVERY: Final = 10
 """Of so many faults of the PSP in a run, one is an outage of that length."""
 
-BAD_MESSAGES: Final = 2_000
+BAD_MESSAGES: Final = 10_000
 BAD_MESSAGES_FULL: Final = 500_000
 """Fuzzed messages of a trial; the full campaign has two."""
 CLOCK_STEP_S: Final = 300
