@@ -17,9 +17,11 @@ import click
 import uvloop
 
 from gateway import __version__
+from gateway.application import applying
 from gateway.application.accounts import parse_key
 from gateway.application.administration import Administration
 from gateway.application.admission import AdmissionLimits, open_gates
+from gateway.application.notifications import Received
 from gateway.application.ports import Connector, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
 from gateway.application.usecases import Limits, Payments
@@ -29,6 +31,7 @@ from gateway.connectors.configured import (
     ConnectorsMisconfigured,
     configured_keys,
     configured_kinds,
+    configured_sources,
 )
 from gateway.connectors.http import Limits as HttpLimits
 from gateway.connectors.registry import ConnectorRegistry
@@ -37,6 +40,7 @@ from gateway.connectors.simulator.launch import SimulatorFailed
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.jwks import fetch_jwks, read_jwks_file
 from gateway.local import LocalServers, LocalState, write_state
+from gateway.receiver import Receiver, ReceiverLimits
 from gateway.rpc.admin import AdminService
 from gateway.rpc.auth import Authenticator, AuthLimits
 from gateway.rpc.conversion import ContractEncoder
@@ -99,6 +103,8 @@ class Gateway:
         self.metrics = Metrics(_trace_id_source(settings))
         self.ready = False
         """Whether calls are served: started, not draining, and the database is there."""
+        self.notifications_port: int | None = None
+        """Where notifications are taken; None where they are not."""
         self._stack = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
 
@@ -206,6 +212,8 @@ class Gateway:
             if settings.workers == 1:  # of several workers, the supervisor serves them
                 await self._serve_metrics()
             await self.server.start()
+            if settings.notifications_address:
+                await self._take_notifications(encoder)
         except (OSError, RuntimeError) as error:
             raise StartError(f"The gateway cannot listen: {error}") from error
         self.ready = True
@@ -216,6 +224,54 @@ class Gateway:
         self._background.append(asyncio.create_task(accounts, name="connector-accounts"))
         lag = sample_lag(self.metrics.loop_lagged)
         self._background.append(asyncio.create_task(lag, name="loop-lag"))
+
+    async def _take_notifications(self, encoder: ContractEncoder) -> None:
+        """Open the door for what PSPs tell, and apply it."""
+        settings = self.settings
+        applier = applying.Applier(
+            self.store.notifications,
+            self.store,
+            self.connectors,
+            self.connector_accounts,
+            encoder,
+            self.payments.outcomes,
+            applying.Schedule(
+                interval_s=settings.notifications_interval_ms / 1000,
+                lease_s=settings.recovery_lease_s,
+                batch_max=settings.recovery_batch_max,
+                concurrency_max=settings.recovery_concurrency,
+                backoff_s_min=settings.recovery_backoff_s_min,
+                backoff_s_max=settings.recovery_backoff_s_max,
+            ),
+            self.metrics,
+        )
+
+        async def keep(received: Sequence[Received]) -> int:
+            new = await self.store.notifications.keep(received)
+            if new:
+                applier.wake()
+            return new
+
+        receiver = Receiver(
+            self.connector_accounts.notified,
+            configured_sources(settings),
+            keep,
+            ReceiverLimits(
+                body_bytes_max=settings.notifications_body_bytes_max,
+                timeout_s=settings.notifications_timeout_s,
+                connections_max=settings.notifications_connections_max,
+                in_flight_max=settings.notifications_in_flight_max,
+                per_s_max=settings.notifications_per_s_max,
+            ),
+            self.metrics,
+            settings.notifications_address,
+            share_port=settings.workers > 1,
+        )
+        await receiver.start()
+        self._stack.push_async_callback(receiver.stop)
+        _log.info("notifications are taken", extra={"port": receiver.port})
+        self.notifications_port = receiver.port
+        self._background.append(asyncio.create_task(applier.run(), name="notifications"))
 
     def _open_tokens(self) -> TokenVerifier | None:
         settings = self.settings
@@ -290,6 +346,13 @@ class Gateway:
             follow_ups=lane(1),
             changes=lane(settings.outcome_connections, settings.outcome_retry_s_max),
             reads=lane(settings.read_connections),
+            notifications=LaneLimits(
+                connections=1,
+                rows_max=settings.batch_rows_max,
+                queue_max=settings.notifications_queue_max,
+            )
+            if settings.notifications_address
+            else None,
             connect_timeout_s=settings.postgres_connect_timeout_s,
             statement_timeout_s=settings.postgres_statement_timeout_s,
             recovery_horizon_s=settings.recovery_horizon_s,
@@ -339,6 +402,7 @@ class Gateway:
                 configured_kinds(self.settings),
                 configured_keys(self.settings),
                 None if tracing is None else tracing.connector,
+                configured_sources(self.settings),
             )
             self._stack.push_async_callback(book.close)
             await book.refresh()
@@ -423,6 +487,9 @@ class Gateway:
                 await self.store.check()
                 self.metrics.operations_in_doubt(*await self.store.count_doubts())
                 self.metrics.outbox_rows(await self.store.estimate_outbox())
+                if self.settings.notifications_address:
+                    pending = await self.store.notifications.count_pending()
+                    self.metrics.notifications_pending(*pending)
                 self.ready = True
             except (StoreUnavailable, NotDurable, SchemaError) as error:
                 _log.warning("not ready: %s", error)

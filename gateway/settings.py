@@ -553,6 +553,52 @@ class Settings(BaseSettings):
         unit="connections",
     )
 
+    # What PSPs tell.
+    notifications_address: str = _field(
+        "",
+        "Where PSPs' notifications are taken over HTTP, as `host:port`; of several workers, they"
+        " share it. Empty: none are taken, and none are applied.",
+    )
+    notifications_body_bytes_max: int = _field(
+        262_144, "The longest request that is read.", ge=1024, le=16_777_216
+    )
+    notifications_timeout_s: float = _field(
+        10.0, "How long a request, or the wait for one, may take.", gt=0, le=120
+    )
+    notifications_connections_max: int = _field(
+        256, "Connections held at once.", ge=1, le=100_000, unit="connections"
+    )
+    notifications_in_flight_max: int = _field(
+        64, "Requests worked on at once; more get status 503.", ge=1, le=10_000, unit="requests"
+    )
+    notifications_per_s_max: int = _field(
+        200,
+        "Requests begun in a second; more get status 429, and PSPs send them again.",
+        ge=1,
+        le=100_000,
+        unit="requests/s",
+    )
+    notifications_tolerance_s: float = _field(
+        300.0,
+        "How old, or how far ahead, the time in a signature may be.",
+        gt=0,
+        le=86_400,
+    )
+    notifications_interval_ms: float = _field(
+        1000.0,
+        "The pause between two looks for what is to be applied, where nothing has just come."
+        " Leases, batches and longer pauses are recovery's.",
+        ge=1,
+        le=60_000,
+    )
+    notifications_queue_max: int = _field(
+        1000,
+        "Notifications that wait to be stored; more get status 503.",
+        ge=1,
+        le=1_000_000,
+        unit="notifications",
+    )
+
     # Logs.
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = _field(
         "INFO", "The lowest level that is logged."
@@ -608,6 +654,11 @@ class Settings(BaseSettings):
     def _address(cls, value: str) -> str:
         split_address(value)
         return value
+
+    @field_validator("notifications_address")
+    @classmethod
+    def _optional_address(cls, value: str) -> str:
+        return cls._address(value) if value else value
 
     @field_validator("stripe_url", "adyen_test_url", "braintree_sandbox_url")
     @classmethod

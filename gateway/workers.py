@@ -273,6 +273,8 @@ class Supervisor:
         )
         for place in self._places:
             self._restarts.labels(place.name)
+        self._addresses: dict[str, str] = {}
+        """Those that the workers share, by their settings' names."""
         self._stop = asyncio.Event()
         self._announced = False
         self._given_up = ""
@@ -288,13 +290,19 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._drain)
         http = MetricsServer(self._render, self._readiness, self._settings.metrics_address)
+        kept: list[socket.socket] = []
         try:
-            kept, self._address = reserve(self._settings.listen_address)
-        except OSError as error:
-            raise WorkersFailed(
-                f"The gateway cannot listen on {self._settings.listen_address}: {error}"
-            ) from error
-        try:
+            for name in ("listen_address", "notifications_address"):
+                address: str = getattr(self._settings, name)
+                if not address:
+                    continue
+                try:
+                    keepers, self._addresses[name] = reserve(address)
+                except OSError as error:
+                    raise WorkersFailed(
+                        f"The gateway cannot listen on {address}: {error}"
+                    ) from error
+                kept += keepers
             try:
                 await http.start()
             except OSError as error:
@@ -384,7 +392,7 @@ class Supervisor:
             theirs.close()
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         # Over the channel, for the settings hold secrets that a command line would show.
-        settings = _plain(self._settings) | {"listen_address": self._address}
+        settings = _plain(self._settings) | self._addresses
         writer.write(_frame({"worker": place.name, "settings": settings}))
         place.begin(process, writer)
         _log.info("worker started", extra=self._about(place))
@@ -444,7 +452,7 @@ class Supervisor:
             return
         if any(place.serving for place in self._places):
             self._announced = True
-            self._announce(self._address)
+            self._announce(self._addresses["listen_address"])
 
     async def _pulse(self, place: _Place) -> None:
         """Keep the worker's last metrics fresh, and end it where it is silent for too long.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 from typing import NamedTuple, Protocol
 
 from gateway.domain.model import ConnectorAnswer, Mode
@@ -87,6 +87,24 @@ class Notification:
     currency: str = ""
     dispute: Dispute | None = None
     """For DISPUTE."""
+
+
+class Receipt(StrEnum):
+    """What became of a request."""
+
+    KEPT = "kept"
+    REPEATED = "repeated"
+    """Every event of it was kept before."""
+    BAD_SIGNATURE = "bad-signature"
+    UNUSABLE = "unusable"
+    UNKNOWN_ACCOUNT = "unknown-account"
+    BAD_REQUEST = "bad-request"
+    """Of another method, path or content type, or cut off."""
+    TOO_LARGE = "too-large"
+    TOO_SLOW = "too-slow"
+    RATE_LIMITED = "rate-limited"
+    OVERLOADED = "overloaded"
+    STORE_UNAVAILABLE = "store-unavailable"
 
 
 class Result(IntEnum):

@@ -13,18 +13,43 @@ from gateway.application.connector_accounts import (
     KeyService,
     KeyServiceError,
 )
+from gateway.application.notifications import LookupUnavailable
 from gateway.application.ports import Connector, Route, StoreUnavailable
 from gateway.connectors.kinds import AccountRefused, ConnectorKind
+from gateway.connectors.notifications import NotificationSource, ReferenceTeller
 from gateway.connectors.sealing import SealBroken, unseal
 from gateway.domain.model import Mode
 
 _log = logging.getLogger(__name__)
 
 
+class NotifiedAccount(NamedTuple):
+    """What it takes to believe a notification."""
+
+    merchant_id: str
+    account_id: str
+    connector: str
+    mode: Mode
+    secrets: Sequence[str]
+    """What its notifications may be signed with; empty where it takes none."""
+
+
+class _Opened(NamedTuple):
+    """What an account's credentials gave."""
+
+    connector: Connector
+    teller: ReferenceTeller | None
+    secrets: Sequence[str]
+
+
 class _Entry(NamedTuple):
     account: ConnectorAccount
-    connector: Connector | None
+    opened: _Opened | None
     """None where the account cannot be used, as one whose credentials cannot be opened."""
+
+    @property
+    def connector(self) -> Connector | None:
+        return None if self.opened is None else self.opened.connector
 
 
 class AccountBook:
@@ -40,8 +65,12 @@ class AccountBook:
         kinds: Sequence[ConnectorKind],
         keys: KeyService | None,
         around: Callable[[Connector], Connector] | None = None,
+        notified: Sequence[NotificationSource] = (),
     ) -> None:
-        """`around` puts something around each account's connector, as a trace."""
+        """`around` puts something around each account's connector, as a trace. `notified` are those
+        whose notifications are taken.
+        """
+        self._notified = {source.connector: source for source in notified}
         self._source = source
         self._kinds = {kind.name: kind for kind in kinds}
         self._keys = keys
@@ -65,6 +94,30 @@ class AccountBook:
         """The connector of an account, with its present credentials; a disabled one's too."""
         entry = self._entries.get(account_id)
         return None if entry is None else entry.connector
+
+    def notified(self, account_id: str) -> NotifiedAccount | None:
+        """What believes an account's notifications; a disabled one's too."""
+        entry = self._entries.get(account_id)
+        if entry is None or entry.opened is None:
+            return None
+        account = entry.account
+        return NotifiedAccount(
+            account.merchant_id,
+            account_id,
+            account.connector,
+            account.mode,
+            entry.opened.secrets,
+        )
+
+    async def reference_of(
+        self, connector_account_id: str, connector_transaction_id: str
+    ) -> str | None:
+        """See gateway.application.notifications.ReferenceLookup."""
+        entry = self._entries.get(connector_account_id)
+        if entry is None or entry.opened is None:
+            raise LookupUnavailable("the account cannot be used")
+        teller = entry.opened.teller
+        return None if teller is None else await teller.reference_of(connector_transaction_id)
 
     async def run(self, interval_s: float) -> None:
         """Read what has changed, again and again, until cancelled."""
@@ -97,14 +150,14 @@ class AccountBook:
         if known is not None and known.account.version >= account.version and not retried:
             return
         if not account.removed:
-            connector = await self._connect(account, warned=retried)
-            self._entries[account.account_id] = _Entry(account, connector)
+            opened = await self._open(account, warned=retried)
+            self._entries[account.account_id] = _Entry(account, opened)
         elif known is not None:
             del self._entries[account.account_id]
             self._unopened.pop(account.account_id, None)
         self._route_anew(account)
 
-    async def _connect(self, account: ConnectorAccount, *, warned: bool) -> Connector | None:
+    async def _open(self, account: ConnectorAccount, *, warned: bool) -> _Opened | None:
         self._unopened.pop(account.account_id, None)
         try:
             kind = self._kinds.get(account.connector)
@@ -116,7 +169,12 @@ class AccountBook:
                 account.sealed, account.context, self._keys
             )
             connector = kind.connect(account, credentials)
-            return connector if self._around is None else self._around(connector)
+            source = self._notified.get(account.connector)
+            return _Opened(
+                connector if self._around is None else self._around(connector),
+                connector if isinstance(connector, ReferenceTeller) else None,
+                () if source is None else tuple(source.secrets(credentials)),
+            )
         except (AccountRefused, KeyServiceError, SealBroken) as error:
             if isinstance(error, KeyServiceError):
                 self._unopened[account.account_id] = account

@@ -10,6 +10,7 @@ from gateway.connectors.kinds import ConnectorKind
 from gateway.connectors.notifications import NotificationSource
 from gateway.connectors.sealing import LocalKeys
 from gateway.connectors.stripe.kind import StripeKind
+from gateway.connectors.stripe.notifications import StripeNotifications
 from gateway.settings import Settings
 
 STRIPE_BODY_BYTES_MAX = 2 * 1024 * 1024
@@ -82,6 +83,6 @@ def configured_keys(settings: Settings) -> LocalKeys | None:
         raise ConnectorsMisconfigured(f"The wrapping keys cannot be used: {error}") from error
 
 
-def configured_sources() -> list[NotificationSource]:
+def configured_sources(settings: Settings) -> list[NotificationSource]:
     """Those whose notifications the gateway takes."""
-    return [BraintreeNotifications()]
+    return [StripeNotifications(settings.notifications_tolerance_s), BraintreeNotifications()]

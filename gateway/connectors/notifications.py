@@ -3,7 +3,7 @@
 import hmac
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from gateway.application.notifications import (
     Dispute,
@@ -23,6 +23,7 @@ __all__ = [
     "Notification",
     "NotificationKind",
     "NotificationSource",
+    "ReferenceTeller",
     "UnusableNotification",
     "signed_by_any",
     "webhook_secrets",
@@ -66,6 +67,17 @@ class NotificationSource(Protocol):
         Nothing is read before its signature holds, but for what the signature needs. All secrets
         are tried, in constant time (`signed_by_any`). An event of a type that the connector does
         not know is one of kind UNKNOWN, no error. Raises BadSignature and UnusableNotification.
+        """
+
+
+@runtime_checkable
+class ReferenceTeller(Protocol):
+    """A connector that can ask its PSP what a notification leaves out."""
+
+    async def reference_of(self, connector_transaction_id: str) -> str | None:
+        """Our reference of an authorization by the PSP's id; None for one that is not ours.
+
+        Raises LookupUnavailable where the PSP does not answer now.
         """
 
 

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from gateway import __version__
 from gateway.application.admission import Admission, Gate, Stage
+from gateway.application.notifications import NotificationKind, Receipt, Result
 from gateway.application.ports import ClaimOutcome
 from gateway.domain.model import (
     ConnectorAnswer,
@@ -230,6 +231,32 @@ class Metrics:
         self._recovery_failures = self._counter(
             "recovery_failures", "Looks of recovery that failed."
         )
+        self._notifications = self._counter(
+            "notifications_received",
+            "Requests at the port for notifications, by what became of them.",
+            "connector",
+            "receipt",
+        )
+        self._notifications_applied = self._counter(
+            "notifications_applied",
+            "Notifications that are done with, by what they were.",
+            "connector",
+            "about",
+            "outcome",
+        )
+        self._notifications_failures = self._counter(
+            "notifications_failures", "Looks at notifications that failed."
+        )
+        self._notifications_pending = self._gauge(
+            "notifications_pending",
+            "Notifications that are stored and yet to be applied.",
+            over_workers="max",
+        )
+        self._notifications_pending_age_s = self._gauge(
+            "notifications_pending_age_seconds",
+            "Age of the oldest notification that is yet to be applied; 0 where there is none.",
+            over_workers="max",
+        )
 
     def _add_process(self) -> None:
         self._loop_lag_s = self._histogram(
@@ -379,7 +406,26 @@ class Metrics:
         """A look of recovery at the store or at an operation failed."""
         self._recovery_failures.add()
 
+    # gateway.receiver.ReceiverObserver and gateway.application.applying.ApplyingObserver
+
+    def notification_received(self, connector: str, receipt: Receipt) -> None:
+        """A request for a notification ended; `connector` is empty where none is known."""
+        self._notifications.add((connector, receipt.value))
+
+    def notification_applied(self, connector: str, kind: NotificationKind, result: Result) -> None:
+        """A notification is done with."""
+        self._notifications_applied.add((connector, kind, result))
+
+    def applying_failed(self) -> None:
+        """A look at the notifications, or at one of them, failed."""
+        self._notifications_failures.add()
+
     # The composition root's loops.
+
+    def notifications_pending(self, count: int, oldest_age_s: float) -> None:
+        """So many are yet to be applied now, the oldest for so long."""
+        self._notifications_pending.set(count)
+        self._notifications_pending_age_s.set(oldest_age_s)
 
     def operations_in_doubt(
         self,

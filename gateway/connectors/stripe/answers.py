@@ -187,6 +187,11 @@ def capture(intent: Mapping[str, Any], reference: str) -> ConnectorAnswer | None
     return _approved(intent, minor(taken, currency_of(intent)))
 
 
+def captures(intent: Mapping[str, Any]) -> list[str]:
+    """The references of a PaymentIntent's captures."""
+    return list(_entries(intent, "capture"))
+
+
 def increment(
     intent: Mapping[str, Any], reference: str, total: int | None = None
 ) -> ConnectorAnswer | None:

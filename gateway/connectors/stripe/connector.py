@@ -10,6 +10,7 @@ from typing import Any, Final
 from urllib.parse import quote, urlencode
 
 from gateway import __version__
+from gateway.application.notifications import LookupUnavailable
 from gateway.application.ports import Capabilities, ConnectorRequest
 from gateway.connectors.http import FORM, HttpClient, MaybeSent, NotSent, Response
 from gateway.connectors.repeats import send_and_repeat
@@ -428,6 +429,28 @@ class StripeConnector:
                 return None
             query["starting_after"] = str(listed[-1].get("id"))
         raise Unusable
+
+    async def reference_of(self, connector_transaction_id: str) -> str | None:
+        """See gateway.connectors.notifications.ReferenceTeller."""
+        target = f"/v1/payment_intents/{quote(connector_transaction_id, safe='')}"
+        timeout_s = self._capabilities.answer_timeout_s
+        try:
+            response = await self._http.request(
+                "GET",
+                target,
+                send_before=time.monotonic() + timeout_s,
+                answer_timeout_s=timeout_s,
+                headers=self._headers,
+                content_type=FORM,
+            )
+            if response.status == 404:
+                return None
+            intent = answers.read(response)
+            self._check(intent, "payment_intent")
+        except (NotSent, MaybeSent, Unusable):
+            raise LookupUnavailable("Stripe does not tell now") from None
+        reference = answers.part(intent, "metadata").get(REFERENCE)
+        return reference if isinstance(reference, str) else None
 
     # --- cancel -----------------------------------------------------------------------------------
 

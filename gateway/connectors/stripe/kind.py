@@ -9,6 +9,7 @@ from gateway.application.connector_accounts import ConnectorAccount
 from gateway.application.ports import Capabilities
 from gateway.connectors.http import HttpClient
 from gateway.connectors.kinds import AccountRefused, narrowed
+from gateway.connectors.notifications import WEBHOOK_SECRETS, webhook_secrets
 from gateway.connectors.stripe.connector import ANSWER_TIMEOUT_S, NAME, StripeConnector, widest
 from gateway.domain.model import CaptureMethod, Mode, OperationKind
 
@@ -19,7 +20,7 @@ _SECRET_KEYS: Final = {
     Mode.LIVE: re.compile(r"(?:sk|rk)_live_[A-Za-z0-9_]{8,247}"),
 }
 _STRIPE_ACCOUNT: Final = re.compile(r"acct_[A-Za-z0-9]{1,64}")
-_CREDENTIALS: Final = frozenset({"secret_key", "stripe_account"})
+_CREDENTIALS: Final = frozenset({"secret_key", "stripe_account", WEBHOOK_SECRETS})
 
 
 class StripeKind:
@@ -50,10 +51,13 @@ class StripeKind:
     def check(
         self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
     ) -> None:
-        """See the port. `secret_key` is needed, of the mode; `stripe_account` may be given."""
+        """See the port. `secret_key` is needed, of the mode; `stripe_account` and the secrets that
+        notifications are signed with may be given.
+        """
         if not {"secret_key"} <= credentials.keys() <= _CREDENTIALS:
             raise AccountRefused(
-                "the credentials must be `secret_key`, and may be `stripe_account`"
+                "the credentials must be `secret_key`, and may be `stripe_account` and"
+                f" `{WEBHOOK_SECRETS}`"
             )
         if _SECRET_KEYS[mode].fullmatch(credentials["secret_key"]) is None:
             raise AccountRefused(
@@ -62,6 +66,7 @@ class StripeKind:
         stripe_account = credentials.get("stripe_account", "")
         if stripe_account and _STRIPE_ACCOUNT.fullmatch(stripe_account) is None:
             raise AccountRefused("`stripe_account` is no id of a connected account, acct_…")
+        webhook_secrets(credentials)
         if mode is Mode.LIVE and not self._genuine:
             raise AccountRefused(f"live credentials go to {STRIPE_URL} alone")
         self._capabilities(mode, capabilities)

@@ -1,0 +1,330 @@
+"""The door for PSPs' notifications: HTTP on a port of its own, bounded in every direction.
+
+`POST /v1/notifications/{connector}/{account id}`. Status 200 leaves only after the notification is
+stored. PSPs repeat what has another status, so what is too much is refused early: a connection too
+many, a request too soon, a body too long, all before a signature is computed. Nothing of it shares
+a connection or a queue with the payments.
+"""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, Protocol
+
+from aiohttp import web
+
+from gateway.application.notifications import Notification, Receipt, Received
+from gateway.application.ports import StoreUnavailable
+from gateway.connectors.accounts import NotifiedAccount
+from gateway.connectors.notifications import (
+    BadSignature,
+    NotificationSource,
+    UnusableNotification,
+)
+from gateway.domain.errors import GatewayError
+from gateway.settings import split_address
+
+PATH: Final = "/v1/notifications"
+CONTENT_TYPES: Final = frozenset({"application/json", "application/x-www-form-urlencoded"})
+EVENTS_MAX: Final = 100
+"""Events in one request."""
+EVENT_ID_LENGTH_MAX: Final = 255
+LINGER_S: Final = 1.0
+"""For how long the rest of a refused body is read, so that the refusal is."""
+BACKLOG: Final = 128
+"""Connections that wait to be accepted."""
+
+_TARGET: Final = re.compile(re.escape(PATH) + "/([a-z][a-z0-9_]{0,63})/(acc_[0-9a-f]{32})")
+_REFUSAL: Final = (
+    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: %d\r\nContent-Length: 0\r\n"
+    b"Connection: close\r\n\r\n"
+)
+
+_log = logging.getLogger(__name__)
+
+
+_STATUS: Final = {
+    Receipt.KEPT: 200,
+    Receipt.REPEATED: 200,
+    Receipt.BAD_SIGNATURE: 400,
+    Receipt.UNUSABLE: 400,
+    Receipt.UNKNOWN_ACCOUNT: 404,
+    Receipt.BAD_REQUEST: 400,
+    Receipt.TOO_LARGE: 413,
+    Receipt.TOO_SLOW: 408,
+    Receipt.RATE_LIMITED: 429,
+    Receipt.OVERLOADED: 503,
+    Receipt.STORE_UNAVAILABLE: 503,
+}
+_RETRIED: Final = frozenset(
+    {Receipt.RATE_LIMITED, Receipt.OVERLOADED, Receipt.STORE_UNAVAILABLE, Receipt.TOO_SLOW}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverLimits:
+    """The bounds of the door, for each process."""
+
+    body_bytes_max: int
+    timeout_s: float
+    """From the first byte of a request, or a connection's beginning, to the last."""
+    connections_max: int
+    in_flight_max: int
+    """Requests worked on at once."""
+    per_s_max: int
+    """Requests begun in a second, and in one burst."""
+    retry_after_s: int = 1
+    """What a sender who is refused for now is told."""
+
+
+class ReceiverObserver(Protocol):
+    """Counts requests, for metrics."""
+
+    def notification_received(self, connector: str, receipt: Receipt) -> None:
+        """A request ended; `connector` is empty where it names none that is known."""
+
+
+class _Refused(Exception):
+    """The request gets no further."""
+
+    def __init__(self, receipt: Receipt, status: int | None = None) -> None:
+        super().__init__(receipt)
+        self.receipt = receipt
+        self.status = status or _STATUS[receipt]
+
+
+class _Rate:
+    """A token bucket: `per_s_max` in a second, and as many at once after a quiet second."""
+
+    def __init__(self, per_s_max: int) -> None:
+        self._per_s_max = per_s_max
+        self._tokens = float(per_s_max)
+        self._at = time.monotonic()
+
+    def take(self) -> bool:
+        now = time.monotonic()
+        self._tokens = min(self._per_s_max, self._tokens + (now - self._at) * self._per_s_max)
+        self._at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+class _Refusing(asyncio.Protocol):
+    """Answers a connection too many without reading from it."""
+
+    def __init__(self, retry_after_s: int) -> None:
+        self._answer = _REFUSAL % retry_after_s
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self._answer)
+        transport.close()
+
+
+class _Server(web.Server):
+    """A server that holds `connections_max` connections."""
+
+    def __init__(
+        self,
+        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        limits: ReceiverLimits,
+        refused: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            handler,
+            access_log=None,
+            # Also for a first request that does not come, or comes a byte at a time.
+            keepalive_timeout=limits.timeout_s,
+            lingering_time=LINGER_S,
+            # A PSP compresses nothing, and a few bytes could become a gigabyte.
+            auto_decompress=False,
+        )
+        self._limits = limits
+        self._refused = refused
+
+    def __call__(self) -> asyncio.Protocol:  # type: ignore[override]
+        if len(self.connections) >= self._limits.connections_max:
+            self._refused()
+            return _Refusing(self._limits.retry_after_s)
+        return super().__call__()
+
+
+class Receiver:
+    """Serves the door.
+
+    Args:
+        account: finds an account by its id, also a disabled one; None where there is none.
+        sources: how each connector's notifications are read.
+        keep: stores what was received and returns how many were new; raises as
+            `gateway.application.notifications.NotificationStore.keep`.
+        limits: see there.
+        observer: is told of every request.
+        address: where to listen, `host:port`.
+        share_port: whether other processes listen there too.
+    """
+
+    def __init__(
+        self,
+        account: Callable[[str], NotifiedAccount | None],
+        sources: Sequence[NotificationSource],
+        keep: Callable[[Sequence[Received]], Awaitable[int]],
+        limits: ReceiverLimits,
+        observer: ReceiverObserver,
+        address: str,
+        *,
+        share_port: bool = False,
+    ) -> None:
+        self._account = account
+        self._sources = {source.connector: source for source in sources}
+        self._keep = keep
+        self._limits = limits
+        self._observer = observer
+        self._host, self._port = split_address(address)
+        self._share_port = share_port
+        self._rate = _Rate(limits.per_s_max)
+        self._in_flight = 0
+        self._runner: web.ServerRunner | None = None
+
+    async def start(self) -> None:
+        """Listen. Raises OSError where the address is taken."""
+        server = _Server(self._serve, self._limits, self._refused_connection)
+        self._runner = web.ServerRunner(server)
+        await self._runner.setup()
+        await web.TCPSite(
+            self._runner,
+            self._host,
+            self._port,
+            backlog=BACKLOG,
+            reuse_port=self._share_port or None,
+            shutdown_timeout=self._limits.timeout_s,
+        ).start()
+
+    @property
+    def port(self) -> int:
+        """The port, also where a free one was asked for."""
+        assert self._runner is not None, "started"
+        port: int = self._runner.addresses[0][1]
+        return port
+
+    async def stop(self) -> None:
+        """Finish what has begun, and close the port. Safe to repeat."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    def _refused_connection(self) -> None:
+        self._observer.notification_received("", Receipt.OVERLOADED)
+
+    async def _serve(self, request: web.BaseRequest) -> web.Response:
+        connector, body = "", b""
+        try:
+            account, source = self._admitted(request)
+            connector = account.connector
+            self._in_flight += 1
+            try:
+                async with asyncio.timeout(self._limits.timeout_s):
+                    received = await self._read(request, account, source)
+                receipt = Receipt.KEPT if await self._stored(received) else Receipt.REPEATED
+            finally:
+                self._in_flight -= 1
+            status, body = 200, source.acknowledgement
+        except TimeoutError:
+            receipt, status = Receipt.TOO_SLOW, 408
+        except _Refused as refused:
+            receipt, status = refused.receipt, refused.status
+        except Exception:  # noqa: BLE001 - with 500 a PSP would blame its event
+            _log.exception("a notification could not be taken", extra={"connector": connector})
+            receipt, status = Receipt.STORE_UNAVAILABLE, 503
+        self._observer.notification_received(connector, receipt)
+        response = web.Response(status=status, body=body, content_type="text/plain")
+        if status == 405:
+            response.headers["Allow"] = "POST"
+        if receipt in _RETRIED:
+            response.headers["Retry-After"] = str(self._limits.retry_after_s)
+        if receipt not in (Receipt.KEPT, Receipt.REPEATED):
+            response.force_close()
+        return response
+
+    def _admitted(self, request: web.BaseRequest) -> tuple[NotifiedAccount, NotificationSource]:
+        """Whose it is; what can be refused by its head is. Raises _Refused."""
+        if not self._rate.take():
+            raise _Refused(Receipt.RATE_LIMITED)
+        target = _TARGET.fullmatch(request.path)
+        if target is None:
+            raise _Refused(Receipt.BAD_REQUEST, 404)
+        if request.method != "POST":
+            raise _Refused(Receipt.BAD_REQUEST, 405)
+        if request.content_type not in CONTENT_TYPES or "Content-Encoding" in request.headers:
+            raise _Refused(Receipt.BAD_REQUEST, 415)
+        if (request.content_length or 0) > self._limits.body_bytes_max:
+            raise _Refused(Receipt.TOO_LARGE)
+        account, source = self._account(target[2]), self._sources.get(target[1])
+        # An account that takes none looks like none.
+        if account is None or source is None or account.connector != target[1]:
+            raise _Refused(Receipt.UNKNOWN_ACCOUNT)
+        if not account.secrets:
+            raise _Refused(Receipt.UNKNOWN_ACCOUNT)
+        if self._in_flight >= self._limits.in_flight_max:
+            raise _Refused(Receipt.OVERLOADED)
+        return account, source
+
+    async def _read(
+        self, request: web.BaseRequest, account: NotifiedAccount, source: NotificationSource
+    ) -> list[Received]:
+        """The events of a genuine request. Raises _Refused."""
+        body = await self._body(request)
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        try:
+            told = source.verify_and_parse(headers, body, account.secrets, datetime.now(UTC))
+            if len(told) > EVENTS_MAX:
+                raise UnusableNotification(f"it has more than {EVENTS_MAX} events")
+            for each in told:
+                _check(each, account)
+        except (BadSignature, UnusableNotification) as error:
+            _log.warning(
+                "a notification was refused: %s",
+                error,
+                extra={
+                    "merchant_id": account.merchant_id,
+                    "connector": account.connector,
+                    "connector_account_id": account.account_id,
+                },
+            )
+            bad = isinstance(error, BadSignature)
+            raise _Refused(Receipt.BAD_SIGNATURE if bad else Receipt.UNUSABLE) from error
+        return [Received(account.merchant_id, account.account_id, each) for each in told]
+
+    async def _body(self, request: web.BaseRequest) -> bytes:
+        """Raises _Refused where it is too long, whatever its head says, or breaks off."""
+        body = bytearray()
+        try:
+            async for part in request.content.iter_any():
+                body += part
+                if len(body) > self._limits.body_bytes_max:
+                    raise _Refused(Receipt.TOO_LARGE)
+        except (web.RequestPayloadError, ConnectionError) as error:
+            raise _Refused(Receipt.BAD_REQUEST) from error
+        return bytes(body)
+
+    async def _stored(self, received: Sequence[Received]) -> bool:
+        """Whether any of it is new; it is stored in either case. Raises _Refused."""
+        try:
+            return await self._keep(received) > 0
+        except GatewayError as error:
+            raise _Refused(Receipt.OVERLOADED) from error
+        except StoreUnavailable as error:
+            raise _Refused(Receipt.STORE_UNAVAILABLE) from error
+
+
+def _check(notification: Notification, account: NotifiedAccount) -> None:
+    """Raises UnusableNotification for what cannot be kept, or is of the other mode."""
+    event_id = notification.event_id
+    if not event_id.isprintable() or not 0 < len(event_id) <= EVENT_ID_LENGTH_MAX:
+        raise UnusableNotification("it has no id that can be used")
+    if notification.mode not in (None, account.mode):
+        raise UnusableNotification("it is of the other mode than the account")
