@@ -136,7 +136,7 @@ def authorization(intent: Mapping[str, Any], *, captured: bool | None) -> Connec
         case "requires_action":
             return _action(intent)
         case "canceled":
-            expired = intent.get("cancellation_reason") in _EXPIRED_REASONS
+            expired = values.text(intent.get("cancellation_reason")) in _EXPIRED_REASONS
             return _answered(intent, Verdict.EXPIRED if expired else Verdict.CANCELED)
         case "requires_payment_method" | "requires_confirmation" if part(
             intent, "last_payment_error"

@@ -130,7 +130,8 @@ def _told(bare: Notification, told: Mapping[str, Any]) -> Iterator[Notification]
             yield from _of_refund(bare, told)
         case "charge" if type_ == "charge.refunded":
             # Newer versions of the API leave the refunds out; then refund.* tells them.
-            for refund in answers.part(told, "refunds").get("data") or ():
+            listed = answers.part(told, "refunds").get("data")
+            for refund in listed if isinstance(listed, list) else ():
                 if isinstance(refund, dict):
                     one = f"{bare.event_id}#{values.identifier(refund.get('id'))}"
                     yield from _of_refund(replace(bare, event_id=one), refund)
@@ -163,7 +164,7 @@ def _of_payment_intent(bare: Notification, intent: Mapping[str, Any]) -> Iterato
             answer=answer,
         )
         return
-    automatic = intent.get("capture_method") in ("automatic", "automatic_async")
+    automatic = values.text(intent.get("capture_method")).startswith("automatic")
     yield replace(
         one,
         kind=NotificationKind.AUTHORIZATION,

@@ -1,0 +1,557 @@
+"""What PSPs tell is applied once, in any order, and nothing that they tell can be refused."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gateway.application.notifications import (
+    Applied,
+    Dispute,
+    DisputeStage,
+    DisputeStatus,
+    NotificationKind,
+    Result,
+)
+from gateway.domain import invariants
+from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.model import (
+    CaptureMethod,
+    ConnectorAnswer,
+    Delivery,
+    Operation,
+    OperationKind,
+    OperationOrigin,
+    OperationState,
+    Payment,
+    PaymentState,
+    Verdict,
+)
+from tests.memory_notifications import NotifiedBench
+from tests.memory_store import (
+    APPROVED,
+    CAPABLE,
+    DECLINED,
+    INCAPABLE,
+    LOST,
+    PENDING,
+    UNSENT,
+    Gate,
+    ScriptedConnector,
+    Step,
+    answered,
+)
+
+if TYPE_CHECKING:
+    from gateway.application.ports import Capabilities
+
+K = OperationKind
+S = OperationState
+N = NotificationKind
+FAILED = answered(Verdict.FAILED)
+EXPIRED = answered(Verdict.EXPIRED)
+ACTION = answered(Verdict.REQUIRES_ACTION)
+MUTE = replace(CAPABLE, query_by_reference=False, cancel_by_reference=False)
+"""A PSP that tells only by notifications."""
+
+
+def bench(*steps: Step, capabilities: Capabilities = CAPABLE) -> NotifiedBench:
+    connector = ScriptedConnector(capabilities)
+    connector.steps.extend(steps)
+    return NotifiedBench(connector)
+
+
+def payment_of(gateway: NotifiedBench, payment_id: str) -> Payment:
+    return gateway.store.of_payment(payment_id).payment
+
+
+def only(gateway: NotifiedBench, payment_id: str, kind: K) -> Operation:
+    [operation] = [
+        each for each in gateway.store.of_payment(payment_id).operations if each.kind is kind
+    ]
+    return operation
+
+
+def findings(gateway: NotifiedBench, payment_id: str) -> list[invariants.Kind]:
+    """The rules of amounts, states and operations that do not hold; events are not kept here."""
+    aggregate = gateway.store.of_payment(payment_id)
+    kinds: dict[str, set[str]] = {}
+    for each in gateway.store.discrepancies:
+        kinds.setdefault(each.operation_id, set()).add(each.kind)
+    stored = invariants.Stored(
+        aggregate.payment,
+        aggregate.operations,
+        events=[],
+        answers={},
+        doubts=frozenset(operation_id for _, operation_id in gateway.store.doubts),
+        discrepancies={each: frozenset(some) for each, some in kinds.items()},
+    )
+    of_rows = {
+        invariants.Kind.AMOUNTS_OUT_OF_BOUNDS,
+        invariants.Kind.AMOUNTS_DIFFER,
+        invariants.Kind.RESERVATION_DIFFERS,
+        invariants.Kind.PAYMENT_STATE_DIFFERS,
+        invariants.Kind.DOUBT_NOT_LISTED,
+        invariants.Kind.ALLOCATIONS_DIFFER,
+        invariants.Kind.OPERATIONS_DIFFER,
+    }
+    return [each.kind for each in invariants.check(stored) if each.kind in of_rows]
+
+
+async def captured(gateway: NotifiedBench, amount_minor: int = 100) -> str:
+    payment_id = await gateway.authorized(100)
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=amount_minor))
+    return payment_id
+
+
+# --- operations of ours ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capabilities", [CAPABLE, MUTE])
+@pytest.mark.parametrize("first", [PENDING, ACTION])
+@pytest.mark.parametrize("last", [APPROVED, DECLINED, FAILED, EXPIRED])
+async def test_what_waits_for_the_psp_is_completed_by_its_notification(
+    capabilities: Capabilities, first: ConnectorAnswer, last: ConnectorAnswer
+) -> None:
+    gateway = bench(Step(decides=first), capabilities=capabilities)
+    answer = await gateway.payments.authorize(gateway.authorize())
+    operation = gateway.store.by_key("a")
+    assert operation.state in (S.PENDING, S.REQUIRES_ACTION)
+    gateway.connector.effects[operation.reference].answer = last
+    [applied] = await gateway.tell(
+        gateway.told(N.AUTHORIZATION, last, reference=operation.reference)
+    )
+    assert applied is not None
+    assert applied.payment_id == answer.payment_id
+    expected = {
+        Verdict.APPROVED: S.SUCCEEDED,
+        Verdict.DECLINED: S.DECLINED,
+        Verdict.FAILED: S.FAILED,
+        Verdict.EXPIRED: S.EXPIRED,
+    }
+    assert gateway.store.by_key("a").state is expected[last.verdict]
+    assert findings(gateway, answer.payment_id) == []
+
+
+async def test_a_doubt_ends_by_a_notification_where_the_psp_cannot_be_asked() -> None:
+    gateway = bench(LOST, capabilities=INCAPABLE)
+    await gateway.payments.authorize(gateway.authorize())
+    operation = gateway.store.by_key("a")
+    assert operation.state is S.IN_DOUBT
+    await gateway.tell(
+        gateway.told(
+            N.AUTHORIZATION, APPROVED, reference=operation.reference, transaction_id="tx-9"
+        )
+    )
+    operation = gateway.store.by_key("a")
+    assert (operation.state, operation.attempt.connector_transaction_id) == (S.SUCCEEDED, "tx-9")
+
+
+async def test_what_is_known_to_have_taken_effect_is_not_cancelled_for_want_of_a_query() -> None:
+    gateway = bench(LOST, capabilities=replace(CAPABLE, query_by_reference=False))
+    await gateway.payments.authorize(gateway.authorize())
+    reference = gateway.store.by_key("a").reference
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=reference))
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    assert gateway.connector.standing(K.AUTHORIZE) == [reference]
+
+
+async def test_a_sender_at_work_is_not_disturbed_and_the_notification_waits() -> None:
+    gate = Gate()
+    gateway = bench(Step(after=gate))
+    call = asyncio.ensure_future(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    operation = gateway.store.by_key("a")
+    told = gateway.told(N.AUTHORIZATION, APPROVED, reference=operation.reference)
+    assert await gateway.tell(told, recover=False) == [None]
+    assert gateway.store.doubts == {}
+    assert gateway.store.by_key("a").epoch == 1
+    gate.opened.set()
+    assert b"SUCCEEDED" in (await call).response
+    await gateway.applier.run_once()
+    assert gateway.results.results == {Result.APPLIED: 1}
+    assert not gateway.notifications.pending
+
+
+async def test_a_capture_that_bounces_after_its_success_fails_and_gives_its_amount_back() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway, 60)
+    reference = only(gateway, payment_id, K.CAPTURE).reference
+    told = gateway.told(N.CAPTURE, FAILED, reference=reference)
+    await gateway.tell(told)
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    assert payment_of(gateway, payment_id).captured_minor == 0
+    # Told again under another id, it has no effect.
+    await gateway.tell(gateway.told(N.CAPTURE, FAILED, reference=reference))
+    assert payment_of(gateway, payment_id).captured_minor == 0
+    assert findings(gateway, payment_id) == []
+
+
+async def test_the_capture_of_an_automatic_payment_bounces_by_the_authorizations_reference() -> (
+    None
+):
+    gateway = bench()
+    payment_id = await gateway.authorized(100, CaptureMethod.AUTOMATIC)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.CAPTURE, FAILED, reference=reference))
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    assert payment_of(gateway, payment_id).captured_minor == 0
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+async def test_events_of_a_refund_lead_to_the_same_end_in_every_order(
+    order: tuple[int, ...],
+) -> None:
+    gateway = bench(Step(), Step(), Step(decides=PENDING), capabilities=MUTE)
+    payment_id = await captured(gateway)
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=40))
+    reference = only(gateway, payment_id, K.REFUND).reference
+    events = [
+        gateway.told(N.REFUND, PENDING, reference=reference, after_s=1),
+        gateway.told(N.REFUND, APPROVED, reference=reference, after_s=2),
+        gateway.told(N.REFUND, FAILED, reference=reference, after_s=3),
+    ]
+    for number in order:
+        await gateway.tell(events[number])
+    refund, payment = only(gateway, payment_id, K.REFUND), payment_of(gateway, payment_id)
+    assert refund.state is S.FAILED
+    assert (payment.refunded_minor, payment.refund_pending_minor) == (0, 0)
+    assert [each for each in gateway.store.operations.values() if each.kind is K.REVERSAL] == []
+    assert findings(gateway, payment_id) == []
+
+
+async def test_events_that_come_together_are_applied_in_the_order_of_the_psps_clock() -> None:
+    gateway = bench(Step(), Step(), Step(decides=PENDING), capabilities=MUTE)
+    payment_id = await captured(gateway)
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=40))
+    reference = only(gateway, payment_id, K.REFUND).reference
+    await gateway.tell(
+        gateway.told(N.REFUND, FAILED, reference=reference, after_s=3),
+        gateway.told(N.REFUND, APPROVED, reference=reference, after_s=2),
+    )
+    assert only(gateway, payment_id, K.REFUND).state is S.FAILED
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_success_told_after_not_sent_is_reversed_once(asked: bool) -> None:
+    gateway = bench(
+        UNSENT, capabilities=CAPABLE if asked else replace(CAPABLE, query_by_reference=False)
+    )
+    answer = await gateway.payments.authorize(gateway.authorize())
+    operation = gateway.store.by_key("a")
+    assert operation.state is S.NOT_SENT
+    if asked:
+        gateway.connector.asks.extend([APPROVED, APPROVED])
+    told = [gateway.told(N.AUTHORIZATION, APPROVED, reference=operation.reference)] * 2
+    for each in told:
+        await gateway.tell(each, recover=False)
+        gateway.notifications.pending[next(iter(gateway.notifications.kept))] = 0
+    await gateway.applier.run_once()
+    assert only(gateway, answer.payment_id, K.REVERSAL).note == operation.reference
+
+
+async def test_an_old_success_of_what_was_cancelled_is_not_reversed_where_the_psp_denies_it() -> (
+    None
+):
+    gateway = bench(UNSENT)
+    await gateway.payments.authorize(gateway.authorize())
+    operation = gateway.store.by_key("a")
+    gateway.connector.asks.append(answered(Verdict.CANCELED))
+    [applied] = await gateway.tell(
+        gateway.told(N.AUTHORIZATION, APPROVED, reference=operation.reference)
+    )
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert [each.kind for each in gateway.store.operations.values()] == [K.AUTHORIZE]
+
+
+async def test_what_contradicts_a_success_is_shown_to_a_person_and_changes_nothing() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    [applied] = await gateway.tell(gateway.told(N.AUTHORIZATION, DECLINED, reference=reference))
+    assert applied is not None
+    assert applied.result is Result.RECORDED
+    assert payment_of(gateway, payment_id).state is PaymentState.AUTHORIZED
+    assert [each.kind for each in gateway.store.discrepancies] == ["contradiction"]
+
+
+async def test_notifications_of_nothing_of_ours_are_unmatched() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    gateway.references["tx-else"] = None
+    strange = [
+        gateway.told(N.AUTHORIZATION, DECLINED, reference="order-1"),
+        gateway.told(N.AUTHORIZATION, DECLINED, reference=f"{reference}-refund"),
+        gateway.told(N.AUTHORIZATION, DECLINED, reference=f"{reference}9"),
+        gateway.told(N.AUTHORIZATION, DECLINED, reference=reference, account="account-2"),
+        gateway.told(N.AUTHORIZATION, DECLINED, reference=reference, merchant="mer_2"),
+        gateway.told(N.CAPTURE, DECLINED, reference="op_" + 32 * "a" + "-1"),
+        gateway.told(N.REFUND, APPROVED, payment_transaction_id="tx-else", amount_minor=5),
+        gateway.told(N.REFUND, APPROVED, amount_minor=5),
+        gateway.told(N.REFUND, APPROVED, reference=reference, amount_minor=5),
+    ]
+    assert await gateway.tell(*strange) == [Applied(Result.UNMATCHED)] * len(strange)
+    assert payment_of(gateway, payment_id).state is PaymentState.AUTHORIZED
+
+
+async def test_unknown_kinds_are_kept_and_done_with() -> None:
+    gateway = bench()
+    assert await gateway.tell(gateway.told(N.UNKNOWN, None)) == [Applied(Result.UNKNOWN)]
+
+
+# --- done elsewhere -------------------------------------------------------------------------------
+
+
+async def test_a_refund_from_the_psps_console_is_an_operation_of_its_origin() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    authorization = only(gateway, payment_id, K.AUTHORIZE)
+    gateway.references["tx-1"] = authorization.reference
+    told = {"payment_transaction_id": "tx-1", "amount_minor": 30, "transaction_id": "re-1"}
+    [applied] = await gateway.tell(gateway.told(N.REFUND, APPROVED, **told))
+    assert applied is not None
+    assert (applied.result, applied.payment_id) == (Result.RECORDED, payment_id)
+    refund, payment = only(gateway, payment_id, K.REFUND), payment_of(gateway, payment_id)
+    assert (refund.origin, refund.state, refund.amount_minor) == (
+        OperationOrigin.PSP,
+        S.SUCCEEDED,
+        30,
+    )
+    assert refund.attempt.connector_transaction_id == "re-1"
+    assert refund.idempotency_key is None
+    assert (payment.refunded_minor, payment.refunded_reported_minor) == (0, 30)
+    assert [each.kind for each in gateway.store.discrepancies] == ["refund_elsewhere"]
+    assert findings(gateway, payment_id) == []
+    # What it took is not there for us.
+    with pytest.raises(GatewayError) as refused:
+        await gateway.payments.refund(gateway.refund(payment_id, amount_minor=71))
+    assert refused.value.reason is Reason.AMOUNT_EXCEEDS_CAPTURED
+    await gateway.payments.refund(gateway.refund(payment_id, "r2", amount_minor=70))
+    payment = payment_of(gateway, payment_id)
+    assert (payment.refunded_minor, payment.refunded_reported_minor) == (70, 100)
+    assert findings(gateway, payment_id) == []
+
+
+async def test_the_same_refund_told_many_times_and_ways_is_one_operation() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told = {"payment_reference": reference, "amount_minor": 30, "transaction_id": "re-1"}
+    same = [gateway.told(N.REFUND, APPROVED, after_s=n, **told) for n in range(8)]
+    await asyncio.gather(*(gateway.applier.apply(each) for each in same))
+    await gateway.tell(*same)
+    assert only(gateway, payment_id, K.REFUND).amount_minor == 30
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 30
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_a_refund_from_elsewhere_that_fails_in_the_end_is_none(
+    order: tuple[int, int],
+) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told = {"payment_reference": reference, "amount_minor": 30, "transaction_id": "re-1"}
+    events = [
+        gateway.told(N.REFUND, APPROVED, after_s=1, **told),
+        gateway.told(N.REFUND, FAILED, after_s=2, **told),
+    ]
+    for number in order:
+        await gateway.tell(events[number])
+    payment = payment_of(gateway, payment_id)
+    assert (payment.refunded_minor, payment.refunded_reported_minor) == (0, None)
+    states = {
+        each.state
+        for each in gateway.store.of_payment(payment_id).operations
+        if each.kind is K.REFUND
+    }
+    assert states <= {S.FAILED}
+    assert findings(gateway, payment_id) == []
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=100))
+    assert payment_of(gateway, payment_id).state is PaymentState.REFUNDED
+
+
+async def test_more_than_we_captured_may_be_refunded_elsewhere() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway, 50)
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=50))
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(
+        gateway.told(
+            N.REFUND,
+            APPROVED,
+            payment_reference=reference,
+            amount_minor=10**12,
+            transaction_id="re-9",
+        )
+    )
+    payment = payment_of(gateway, payment_id)
+    assert (payment.refunded_minor, payment.refunded_reported_minor) == (50, 50 + 10**12)
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_refund_of_ours_in_doubt_is_not_taken_for_one_from_elsewhere() -> None:
+    gateway = bench(Step(), Step(), LOST)
+    payment_id = await captured(gateway)
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=30))
+    refund = only(gateway, payment_id, K.REFUND)
+    authorization = only(gateway, payment_id, K.AUTHORIZE)
+    told = gateway.told(
+        N.REFUND,
+        APPROVED,
+        payment_reference=authorization.reference,
+        amount_minor=30,
+        transaction_id=f"tx-{refund.reference}",
+    )
+    assert await gateway.tell(told, recover=False) == [None]
+    await gateway.recover()
+    await gateway.applier.run_once()
+    assert only(gateway, payment_id, K.REFUND).state is S.SUCCEEDED
+    assert payment_of(gateway, payment_id).refunded_reported_minor is None
+
+
+async def test_a_capture_from_the_psps_console_is_reported() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(
+        gateway.told(
+            N.CAPTURE,
+            APPROVED,
+            payment_reference=reference,
+            amount_minor=250,
+            transaction_id="ch-1",
+        )
+    )
+    payment = payment_of(gateway, payment_id)
+    assert (payment.captured_minor, payment.captured_reported_minor) == (0, 250)
+    assert only(gateway, payment_id, K.CAPTURE).origin is OperationOrigin.PSP
+    assert findings(gateway, payment_id) == []
+
+
+async def test_what_has_no_amount_or_another_currency_is_shown_to_a_person() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    told = {
+        "payment_reference": only(gateway, payment_id, K.AUTHORIZE).reference,
+        "transaction_id": "re-1",
+    }
+    await gateway.tell(
+        gateway.told(N.REFUND, APPROVED, **told),
+        gateway.told(N.REFUND, APPROVED, amount_minor=5, currency="USD", **told),
+    )
+    assert [each.kind for each in gateway.store.discrepancies] == ["elsewhere", "elsewhere"]
+    assert payment_of(gateway, payment_id).refunded_reported_minor is None
+
+
+# --- voids ----------------------------------------------------------------------------------------
+
+
+async def test_a_void_from_the_psps_console_closes_the_payment_once() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    for _ in range(2):
+        await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference))
+    payment = payment_of(gateway, payment_id)
+    assert (payment.state, payment.voided_minor) == (PaymentState.VOIDED, 100)
+    assert only(gateway, payment_id, K.VOID).origin is OperationOrigin.PSP
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_void_from_elsewhere_beside_a_capture_under_way_leaves_the_amounts_alone() -> None:
+    gateway = bench(Step(), LOST, capabilities=MUTE)
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=60))
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference))
+    payment = payment_of(gateway, payment_id)
+    assert (payment.voided_minor, payment.capture_pending_minor) == (0, 60)
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_void_of_ours_in_doubt_ends_by_the_notification() -> None:
+    gateway = bench(Step(), LOST)
+    payment_id = await gateway.authorized()
+    await gateway.payments.void(gateway.void(payment_id))
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference))
+    void = only(gateway, payment_id, K.VOID)
+    assert (void.state, void.origin) == (S.SUCCEEDED, OperationOrigin.CLIENT)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+async def test_an_authorization_that_has_expired_is_expired(finished: bool) -> None:
+    gateway = bench(*([] if finished else [Step(decides=ACTION)]), capabilities=MUTE)
+    answer = await gateway.payments.authorize(gateway.authorize())
+    reference = gateway.store.by_key("a").reference
+    await gateway.tell(gateway.told(N.VOID, EXPIRED, payment_reference=reference))
+    assert gateway.store.by_key("a").state is S.EXPIRED
+    assert payment_of(gateway, answer.payment_id).state is PaymentState.EXPIRED
+
+
+# --- disputes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("statuses", "end"),
+    [
+        ([DisputeStatus.OPENED], S.PENDING),
+        ([DisputeStatus.OPENED, DisputeStatus.CHALLENGED, DisputeStatus.WON], S.FAILED),
+        ([DisputeStatus.OPENED, DisputeStatus.LOST], S.SUCCEEDED),
+        ([DisputeStatus.LOST, DisputeStatus.OPENED], S.SUCCEEDED),
+    ],
+)
+async def test_a_dispute_is_an_operation_of_the_psps_origin(
+    statuses: list[DisputeStatus], end: S
+) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    before = payment_of(gateway, payment_id)
+    for status in statuses:
+        await gateway.tell(
+            gateway.told(
+                N.DISPUTE,
+                None,
+                payment_reference=reference,
+                amount_minor=100,
+                currency="EUR",
+                dispute=Dispute("dp_1", DisputeStage.ACTIVE_DISPUTE, status, "fraudulent"),
+            )
+        )
+    dispute = only(gateway, payment_id, K.DISPUTE)
+    assert (dispute.state, dispute.origin, dispute.amount_minor) == (end, OperationOrigin.PSP, 100)
+    after = payment_of(gateway, payment_id)
+    assert (after.captured_minor, after.refunded_minor) == (before.captured_minor, 0)
+    assert [each.kind for each in gateway.store.discrepancies] == ["dispute"]
+    assert findings(gateway, payment_id) == []
+    # It hinders nothing.
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=10))
+    assert payment_of(gateway, payment_id).refunded_minor == 10
+
+
+async def test_a_psp_that_cannot_be_asked_now_is_asked_again() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    told = gateway.told(
+        N.REFUND, APPROVED, payment_transaction_id="tx-1", amount_minor=1, transaction_id="re-1"
+    )
+    assert await gateway.tell(told, recover=False) == [None]
+    gateway.references["tx-1"] = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.applier.run_once()
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 1
+
+
+async def test_delivery_counts_as_answered_for_what_the_psp_told() -> None:
+    gateway = bench(Step(decides=PENDING), capabilities=MUTE)
+    await gateway.payments.authorize(gateway.authorize())
+    reference = gateway.store.by_key("a").reference
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=reference))
+    assert gateway.store.by_key("a").attempt.delivery is Delivery.ANSWERED
