@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from aiohttp import web
 
@@ -122,9 +122,9 @@ class _Refusing(asyncio.Protocol):
         self._answer = _REFUSAL % retry_after_s
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
-        transport.write(self._answer)
-        transport.close()
+        writable = cast(asyncio.WriteTransport, transport)
+        writable.write(self._answer)
+        writable.close()
 
 
 class _Server(web.Server):
@@ -194,7 +194,7 @@ class Receiver:
     async def start(self) -> None:
         """Listen. Raises OSError where the address is taken."""
         server = _Server(self._serve, self._limits, self._refused_connection)
-        self._runner = web.ServerRunner(server)
+        self._runner = web.ServerRunner(server, shutdown_timeout=self._limits.timeout_s)
         await self._runner.setup()
         await web.TCPSite(
             self._runner,
@@ -202,7 +202,6 @@ class Receiver:
             self._port,
             backlog=BACKLOG,
             reuse_port=self._share_port or None,
-            shutdown_timeout=self._limits.timeout_s,
         ).start()
 
     @property
