@@ -1,0 +1,239 @@
+"""What Stripe tells over HTTP is taken, applied to payments made over gRPC, and told to people."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+from payments.v1 import payment_pb2
+
+from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
+from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
+from gateway.domain.ids import new_connector_account_id
+from gateway.domain.model import Mode
+from storage.postgres import ConnectorAccounts
+from tests.harness import (
+    START_TIMEOUT_S,
+    Caller,
+    GatewayProcess,
+    System,
+    calling,
+    eventually,
+    running_system,
+)
+from tests.nursery import inherited_environment
+from tests.stripe_double import ACTION_TOKEN, SECRET_KEY, StripePsp, stripe_psp
+from tests.stripe_events import event_of, refund_of, sign
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from storage.embedded import EmbeddedRedis
+    from tests.servers import PostgresForTests
+
+KEY = new_wrapping_key("k1")
+SECRET = "whsec_0123456789abcdef"
+OLD_SECRET = "whsec_fedcba9876543210"
+
+
+async def add_account(dsn: str, merchant_id: str) -> str:
+    account = ConnectorAccount(
+        merchant_id,
+        new_connector_account_id(),
+        Mode.TEST,
+        "stripe",
+        Sealed(b"", WrappedKey("", b"")),
+    )
+    credentials = {"secret_key": SECRET_KEY, "webhook_secrets": f"{SECRET} {OLD_SECRET}"}
+    sealed = await seal(credentials, account.context, LocalKeys.parse(KEY))
+    async with ConnectorAccounts.connect(dsn) as accounts:
+        await accounts.add(replace(account, sealed=sealed))
+    return account.account_id
+
+
+async def notifications_port(gateway: GatewayProcess) -> int:
+    def told() -> list[str]:
+        return [
+            line for line in list(gateway.lines) if '"message":"notifications are taken"' in line
+        ]
+
+    await eventually(lambda: bool(told()), "notifications are taken")
+    port: int = json.loads(told()[0])["port"]
+    return port
+
+
+@dataclass
+class Stripe:
+    """Stripe's double, its webhooks' sender, and a merchant's account there."""
+
+    psp: StripePsp
+    system: System
+    account_id: str
+    port: int
+    http: aiohttp.ClientSession
+
+    async def tell(
+        self, type_: str, told: dict[str, Any], event_id: str, *, secret: str = SECRET
+    ) -> int:
+        """Send an event; the status."""
+        body = event_of(type_, told, event_id=event_id, at_s=int(time.time()))
+        headers = {
+            "Stripe-Signature": sign(body, secret, int(time.time())),
+            "Content-Type": "application/json; charset=utf-8",
+        }
+        url = f"http://127.0.0.1:{self.port}/v1/notifications/stripe/{self.account_id}"
+        async with self.http.post(url, data=body, headers=headers) as answer:
+            return answer.status
+
+    def applied(self, event_id: str) -> list[Any]:
+        """(payment's id, result) of an event that is done with."""
+        return self.system.fetch(
+            "SELECT payment_id, result FROM notifications"
+            " WHERE event_id = $1 AND result IS NOT NULL",
+            event_id,
+        )
+
+
+@asynccontextmanager
+async def stripe(
+    postgres: PostgresForTests, redis: EmbeddedRedis, **settings: object
+) -> AsyncIterator[tuple[Stripe, Caller, GatewayProcess]]:
+    """A gateway whose payments go to Stripe's double, and which recovery leaves alone but for what
+    is told."""
+    async with stripe_psp() as psp:
+        with running_system(
+            postgres,
+            redis,
+            stripe_url=psp.way.url,
+            connector_keys=KEY,
+            notifications_address="127.0.0.1:0",
+            recovery_first_check_s=3600,
+            **settings,
+        ) as system:
+            account_id = await add_account(system.dsn, system.shop.merchant_id)
+            gateway = await asyncio.to_thread(system.start_gateway)
+            port = await notifications_port(gateway)
+            timeout = aiohttp.ClientTimeout(total=START_TIMEOUT_S)
+            async with (
+                aiohttp.ClientSession(timeout=timeout) as http,
+                calling(gateway, system.shop.api_key) as caller,
+            ):
+                yield Stripe(psp, system, account_id, port, http), caller, gateway
+
+
+async def test_what_stripe_tells_completes_and_records_once_and_payments_go_on(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    async with stripe(postgres, redis, notifications_per_s_max=40) as (psp, caller, gateway):
+        # What waits for its customer is completed.
+        waiting = await caller.authorize(
+            token=ACTION_TOKEN, capture_method="MANUAL", return_url="https://shop.test/back"
+        )
+        assert waiting.operation.state == payment_pb2.OPERATION_STATE_REQUIRES_ACTION
+        [intent] = psp.psp.double.intents.values()
+        intent |= {"status": "requires_capture", "amount_capturable": 1000, "next_action": None}
+        assert await psp.tell("payment_intent.amount_capturable_updated", intent, "evt_a") == 200
+        await eventually(lambda: psp.applied("evt_a"), "the authorization is told")
+        told = await caller.operation(operation_id=waiting.operation.operation_id)
+        assert told.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+
+        # A refund in the dashboard, told many times at once, by both secrets, is one operation.
+        payment_id = waiting.payment.payment_id
+        await caller.capture(payment_id)
+        refund = refund_of(payment_intent=intent["id"])
+        statuses = await asyncio.gather(
+            *(
+                psp.tell("refund.created", refund, "evt_r", secret=(SECRET, OLD_SECRET)[n % 2])
+                for n in range(20)
+            )
+        )
+        assert set(statuses) == {200}
+        await eventually(lambda: psp.applied("evt_r"), "the refund is recorded")
+        [row] = psp.applied("evt_r")
+        assert row["payment_id"] == payment_id
+        assert await psp.tell("refund.updated", refund, "evt_r2") == 200
+        await eventually(lambda: psp.applied("evt_r2"), "told otherwise, too")
+        payment = (await caller.payment(payment_id)).payment
+        assert payment.amounts.captured_minor == 1000
+        assert payment.amounts.refunded_minor == 0
+        kinds = [
+            (payment_pb2.OperationKind.Name(each.kind), each.origin)
+            for each in (await caller.payment(payment_id)).operations
+        ]
+        assert kinds.count(("OPERATION_KIND_REFUND", payment_pb2.OPERATION_ORIGIN_PSP)) == 1
+
+        # So is a dispute; and what nobody knows is kept.
+        dispute = {
+            "object": "dispute",
+            "id": "dp_1",
+            "amount": 1000,
+            "currency": "eur",
+            "status": "needs_response",
+            "reason": "fraudulent",
+            "payment_intent": intent["id"],
+        }
+        assert await psp.tell("charge.dispute.created", dispute, "evt_d") == 200
+        assert await psp.tell("brand.new", {"object": "brand"}, "evt_n") == 200
+        await eventually(
+            lambda: psp.applied("evt_d") and psp.applied("evt_n"), "both are done with"
+        )
+        kinds = [each.kind for each in (await caller.payment(payment_id)).operations]
+        assert kinds.count(payment_pb2.OPERATION_KIND_DISPUTE) == 1
+        rows = psp.system.fetch("SELECT kind FROM discrepancies ORDER BY created_at")
+        assert [row[0] for row in rows] == ["refund_elsewhere", "dispute"]
+
+        # A flood of forgeries is refused, most of it by its number; payments are served meanwhile.
+        flood = asyncio.gather(
+            *(psp.tell("x.y", {}, f"evt_f{n}", secret="forged" * 4) for n in range(150))
+        )
+        answers = await asyncio.gather(
+            *(caller.authorize(capture_method="MANUAL") for _ in range(20))
+        )
+        assert {each.operation.state for each in answers} == {payment_pb2.OPERATION_STATE_SUCCEEDED}
+        refused = Counter(await flood)
+        assert refused.keys() <= {400, 429, 503}
+        assert refused[429] + refused[503] > 0
+        assert psp.system.fetch("SELECT 1 FROM notifications WHERE event_id LIKE 'evt_f%'") == []
+
+        verified = await asyncio.to_thread(verify, psp.system)
+        assert "payments, 0 findings" in verified, verified
+        assert not any(SECRET in line or "fraudulent" in line for line in gateway.lines)
+
+
+def verify(system: System) -> str:
+    """What `gateway verify` says of the merchant's payments."""
+    told = subprocess.run(
+        [sys.executable, "-m", "gateway", "verify", "--merchant", system.shop.merchant_id],
+        env={**inherited_environment(), **system.settings},
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        check=False,
+    )
+    return told.stdout + told.stderr
+
+
+async def test_workers_share_the_port_for_notifications(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    async with stripe(postgres, redis, workers=2) as (psp, _, gateway):
+
+        def ports() -> set[int]:
+            marked = '"message":"notifications are taken"'
+            lines = [json.loads(line) for line in list(gateway.lines) if marked in line]
+            return {line["port"] for line in lines} if len(lines) == 2 else set()
+
+        await eventually(lambda: ports() == {psp.port}, "both take them on one port")
+        statuses = [await psp.tell("brand.new", {}, f"evt_{n % 5}") for n in range(30)]
+        assert set(statuses) == {200}
+        await eventually(
+            lambda: all(psp.applied(f"evt_{n}") for n in range(5)), "all are done with"
+        )
