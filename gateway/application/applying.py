@@ -314,7 +314,9 @@ class Applier:
         if states.next_state(operation.kind, operation.state, event) is not None:
             await self._outcomes.write(operation, found.payment, answer)
             return Applied(Result.APPLIED)
-        await self._report(found, "contradiction", operation.state.name, event.name)
+        if operation.kind in (K.VOID, K.REVERSAL):
+            return _NO_NEWS  # of several sendings, all but one are refused
+        await self._outcomes.contradict(operation, answer)
         return Applied(Result.RECORDED)
 
     async def _report(self, found: Found, kind: str, expected: str, reported: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -277,7 +277,7 @@ async def test_what_contradicts_a_success_is_shown_to_a_person_and_changes_nothi
     assert applied is not None
     assert applied.result is Result.RECORDED
     assert payment_of(gateway, payment_id).state is PaymentState.AUTHORIZED
-    assert [each.kind for each in gateway.store.discrepancies] == ["contradiction"]
+    assert [each.kind for each in gateway.store.discrepancies] == ["late_refusal"]
 
 
 async def test_notifications_of_nothing_of_ours_are_unmatched() -> None:
@@ -313,7 +313,11 @@ async def test_a_refund_from_the_psps_console_is_an_operation_of_its_origin() ->
     payment_id = await captured(gateway)
     authorization = only(gateway, payment_id, K.AUTHORIZE)
     gateway.references["tx-1"] = authorization.reference
-    told = {"payment_transaction_id": "tx-1", "amount_minor": 30, "transaction_id": "re-1"}
+    told: dict[str, Any] = {
+        "payment_transaction_id": "tx-1",
+        "amount_minor": 30,
+        "transaction_id": "re-1",
+    }
     [applied] = await gateway.tell(gateway.told(N.REFUND, APPROVED, **told))
     assert applied is not None
     assert (applied.result, applied.payment_id) == (Result.RECORDED, payment_id)
@@ -342,7 +346,11 @@ async def test_the_same_refund_told_many_times_and_ways_is_one_operation() -> No
     gateway = bench()
     payment_id = await captured(gateway)
     reference = only(gateway, payment_id, K.AUTHORIZE).reference
-    told = {"payment_reference": reference, "amount_minor": 30, "transaction_id": "re-1"}
+    told: dict[str, Any] = {
+        "payment_reference": reference,
+        "amount_minor": 30,
+        "transaction_id": "re-1",
+    }
     same = [gateway.told(N.REFUND, APPROVED, after_s=n, **told) for n in range(8)]
     await asyncio.gather(*(gateway.applier.apply(each) for each in same))
     await gateway.tell(*same)
@@ -357,7 +365,11 @@ async def test_a_refund_from_elsewhere_that_fails_in_the_end_is_none(
     gateway = bench()
     payment_id = await captured(gateway)
     reference = only(gateway, payment_id, K.AUTHORIZE).reference
-    told = {"payment_reference": reference, "amount_minor": 30, "transaction_id": "re-1"}
+    told: dict[str, Any] = {
+        "payment_reference": reference,
+        "amount_minor": 30,
+        "transaction_id": "re-1",
+    }
     events = [
         gateway.told(N.REFUND, APPROVED, after_s=1, **told),
         gateway.told(N.REFUND, FAILED, after_s=2, **told),
@@ -438,7 +450,7 @@ async def test_a_capture_from_the_psps_console_is_reported() -> None:
 async def test_what_has_no_amount_or_another_currency_is_shown_to_a_person() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
-    told = {
+    told: dict[str, Any] = {
         "payment_reference": only(gateway, payment_id, K.AUTHORIZE).reference,
         "transaction_id": "re-1",
     }
