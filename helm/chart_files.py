@@ -23,6 +23,7 @@ OWNED: Final = frozenset(
         "environment",
         "listen_address",
         "metrics_address",
+        "notifications_address",
         "postgres_dsn",
         "redis_url",
         "tls_certificate_file",

@@ -172,6 +172,9 @@ for what they left), 10 s to flush and 10 s for workers to end. gateway/workers.
   "GATEWAY_TRANSPORT" .Values.transport
   "GATEWAY_LISTEN_ADDRESS" (ternary "127.0.0.1:50052" (printf "%s:50051" .Values.listenHost) (eq .Values.transport "native"))
   "GATEWAY_METRICS_ADDRESS" (printf "%s:9464" .Values.listenHost) }}
+{{- if .Values.notifications.enabled }}
+{{- $_ := set $variables "GATEWAY_NOTIFICATIONS_ADDRESS" (printf "%s:9465" .Values.listenHost) }}
+{{- end }}
 {{- if include "gateway.native" . }}
 {{- $_ := set $variables "GATEWAY_TRUSTED_FRONT" "true" }}
 {{- else }}
