@@ -37,6 +37,8 @@ STREAM_ITEMS_MAX: Final = 100
 """The contract's rule for StreamAuthorizePaymentsRequest.items."""
 ITEM_REF_CHARACTERS_MAX: Final = 128
 """The contract's rule for AuthorizePaymentItem.item_ref."""
+NETWORK_TOKEN_NUMBER: Final = "payment_method.network_token.number"  # noqa: S105 - a field's path
+"""Where the number of a network token may stand; it looks like a card number."""
 REQUEST_ID_CHARACTERS_MAX: Final = 128
 """A longer x-request-id is not taken over."""
 
@@ -59,6 +61,7 @@ _NANOS = range(1_000_000_000)
 _MESSAGE_RULE_FIELDS: Final = {
     "authorize.zero_amount": "capture_method",
     "authorize.mit": "stored_credential",
+    "authorize.redirect": "return_url",
 }
 
 # Without a match in a message's bytes, no string in it can hold a card number or a NUL: a card
@@ -244,17 +247,19 @@ def is_suspect(data: bytes) -> bool:
 
 
 def refuse_card_numbers(request: Message, merchant: MerchantInfo | None) -> None:
-    """Refuse card numbers in every string, map key and map value. `merchant` may have its
-    `merchant_order_id` exempted.
+    """Refuse card numbers in every string, map key and map value, but in a network token's own
+    number. `merchant` may have its `merchant_order_id` exempted.
 
     Needed for messages whose bytes are suspect. Raises GatewayError(CARD_DATA_NOT_ALLOWED), or
     INVALID_REQUEST for the character U+0000, which no text of PostgreSQL can hold.
     """
-    exempt = "merchant_order_id" if merchant is not None and merchant.pan_exempt_order_id else None
+    exempt = {NETWORK_TOKEN_NUMBER}
+    if merchant is not None and merchant.pan_exempt_order_id:
+        exempt.add("merchant_order_id")
     for path, text in _strings(request, ""):
         if "\0" in text:
             raise _invalid([Violation(path, "must not contain the character U+0000")])
-        if path != exempt and contains_pan(text):
+        if path not in exempt and contains_pan(text):
             raise card_data_refusal(path)
 
 

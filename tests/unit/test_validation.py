@@ -38,6 +38,16 @@ def authorization(**fields: Any) -> pb.AuthorizePaymentRequest:
     return pb.AuthorizePaymentRequest(**values | fields)
 
 
+def redirecting(**redirect: str) -> pb.AuthorizePaymentRequest:
+    method = payment_method_pb2.RedirectPaymentMethod(**redirect)
+    return authorization(payment_method=payment_method_pb2.PaymentMethod(redirect=method))
+
+
+def network_token(**token: Any) -> pb.AuthorizePaymentRequest:
+    method = payment_method_pb2.NetworkToken(**token)
+    return authorization(payment_method=payment_method_pb2.PaymentMethod(network_token=method))
+
+
 def money(amount_minor: int = 1000, currency: str = "EUR") -> money_pb2.Money:
     return money_pb2.Money(amount_minor=amount_minor, currency_code=currency)
 
@@ -201,6 +211,30 @@ def test_every_bad_field_has_one_violation_and_no_good_one_has_any() -> None:
         (
             authorization(amount_details=money_pb2.AmountDetails(tip_minor=600, tax_minor=401)),
             ["amount_details"],
+        ),
+        (redirecting(method_type="ideal"), ["return_url"]),
+        (
+            redirecting(method_type="cash", country_code="nl", bank="a b", customer_email="me"),
+            [
+                *("payment_method.redirect.bank", "payment_method.redirect.country_code"),
+                *("payment_method.redirect.customer_email", "payment_method.redirect.method_type"),
+                "return_url",
+            ],
+        ),
+        (network_token(), ["payment_method.network_token"]),
+        (network_token(number="4" * 16), ["payment_method.network_token"]),
+        (
+            network_token(number="4" * 16, token_reference="dnt", cryptogram="A" * 28),
+            ["payment_method.network_token"],
+        ),
+        (
+            network_token(
+                token_reference="dnt", cryptogram="short", expiry_month=13, expiry_year=30, eci="5"
+            ),
+            [
+                f"payment_method.network_token.{name}"
+                for name in ("cryptogram", "eci", "expiry_month", "expiry_year")
+            ],
         ),
     ],
 )
@@ -475,6 +509,10 @@ def card_data_field(request: Message, merchant: MerchantInfo | None = None) -> s
 
 @pytest.mark.parametrize(("request_", "path"), STRINGS)
 def test_a_card_number_is_refused_in_every_text(request_: Message, path: str) -> None:
+    if path == validation.NETWORK_TOKEN_NUMBER:
+        # It is one, and goes to the PSP alone.
+        assert card_data_field(with_string(request_, path, PAN)) is None
+        return
     for text in WRITTEN:
         assert card_data_field(with_string(request_, path, text)) == path
         # Other texts do not lead away from it.
