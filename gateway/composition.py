@@ -451,6 +451,7 @@ class Gateway:
             contention_tries_max=settings.contention_tries_max,
             first_check_s=settings.recovery_first_check_s,
             operations_per_payment_max=settings.operations_per_payment_max,
+            action_timeout_s=settings.action_timeout_s,
         )
 
     def _admission_limits(self) -> AdmissionLimits:
@@ -478,6 +479,8 @@ class Gateway:
             backoff_s_max=settings.recovery_backoff_s_max,
             tries_max=settings.recovery_tries_max,
             person_interval_s=settings.recovery_person_interval_s,
+            waiting_interval_s_max=settings.recovery_waiting_interval_s_max,
+            action_margin_s=settings.recovery_action_margin_s,
         )
 
     async def _watch_readiness(self) -> None:

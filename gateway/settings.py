@@ -281,6 +281,13 @@ class Settings(BaseSettings):
     operations_per_payment_max: int = _field(
         200, "Operations that one payment may have.", ge=1, le=10_000, unit="operations"
     )
+    action_timeout_s: float = _field(
+        3600.0,
+        "How long a customer has to act on a payment that REQUIRES_ACTION, where the PSP does not"
+        " say it. Afterwards it is cancelled at the PSP: see recovery_action_margin_s.",
+        ge=1,
+        le=2_592_000,
+    )
     batch_wait_s_max: float = _field(
         30.0, "When a batch is answered at the latest, with what is done.", gt=0, le=300
     )
@@ -444,6 +451,19 @@ class Settings(BaseSettings):
         3600.0,
         "The pause between two looks at an operation that needs a person.",
         gt=0,
+        le=604_800,
+    )
+    recovery_waiting_interval_s_max: float = _field(
+        1800.0,
+        "The longest pause between two looks at an operation that waits for a customer, or that the"
+        " PSP accepted and has not finished; pauses grow by a third each time.",
+        gt=0,
+        le=86_400,
+    )
+    recovery_action_margin_s: float = _field(
+        300.0,
+        "How long after the end of a customer's time a payment is cancelled at the PSP.",
+        ge=0,
         le=604_800,
     )
     recovery_concurrency: int = _field(
@@ -829,6 +849,7 @@ class Settings(BaseSettings):
             f"{variable(low)}: must not be greater than {variable(high)}"
             for low, high in (
                 ("recovery_backoff_s_min", "recovery_backoff_s_max"),
+                ("recovery_backoff_s_min", "recovery_waiting_interval_s_max"),
                 ("wait_poll_ms_min", "wait_poll_ms_max"),
                 ("batch_rows_max", "batch_queue_max"),
                 ("admission_calls_min", "admission_calls_max"),

@@ -320,6 +320,7 @@ def running_system(
             "recovery_first_check_s": 0.1,
             "recovery_backoff_s_min": 0.1,
             "recovery_backoff_s_max": 1,
+            "recovery_waiting_interval_s_max": 1,
             "recovery_tries_max": 100_000,
             "recovery_lease_s": 2,
             # Each database has a system of its own on the shared Redis: apart by merchant ids.

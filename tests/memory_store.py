@@ -63,6 +63,9 @@ FIRST_CHECK_S: Final = 1.0
 LEASE_S: Final = 30.0
 BACKOFF_S_MAX: Final = 60.0
 TRIES_MAX: Final = 50
+ACTION_TIMEOUT_S: Final = 900.0
+ACTION_MARGIN_S: Final = 60.0
+WAITING_INTERVAL_S_MAX: Final = 120.0
 PERSON_INTERVAL_S: Final = 3600.0
 TAKEOVER_S: Final = SEND_WINDOW_S + ANSWER_TIMEOUT_S + RECOVER_MARGIN_S
 """How long after an intent recovery may take over."""
@@ -407,6 +410,13 @@ class MemoryStore:
             wait_s = 0.0 if row.has_unseen_evidence else check_after_s
             row.check_at, row.lease_until = self.now + timedelta(seconds=wait_s), None
             row.cause, row.needs_person = cause, needs_person
+
+    async def hasten(self, operation: Operation) -> None:
+        """See the port."""
+        await self.before("hasten")
+        row = self.doubts.get((operation.merchant_id, operation.operation_id))
+        if row is not None and row.lease_until is None:
+            row.check_at = min(row.check_at, self.now)
 
     async def forget(self, operation: Operation) -> None:
         """See the port."""
@@ -780,6 +790,7 @@ LIMITS: Final = Limits(
     contention_tries_max=50,
     first_check_s=FIRST_CHECK_S,
     operations_per_payment_max=100,
+    action_timeout_s=ACTION_TIMEOUT_S,
 )
 
 SCHEDULE: Final = Schedule(
@@ -791,6 +802,8 @@ SCHEDULE: Final = Schedule(
     backoff_s_min=1.0,
     backoff_s_max=BACKOFF_S_MAX,
     tries_max=TRIES_MAX,
+    waiting_interval_s_max=WAITING_INTERVAL_S_MAX,
+    action_margin_s=ACTION_MARGIN_S,
     person_interval_s=PERSON_INTERVAL_S,
 )
 
@@ -828,6 +841,11 @@ class Bench:
             self.store.advance(LONG_S)
             await self.recovery.run_once()
         assert self.counts.failures == 0
+
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass, in the database and by what the gateway knows of it."""
+        self.store.advance(seconds)
+        self.payments._clock.observe(self.store.now)
 
     def _request_id(self) -> str:
         return f"req_{next(self._requests)}"

@@ -1,9 +1,11 @@
 """What the use cases are asked for: calls authenticated, validated and free of card data."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gateway.application.accounts import RateLimit
+from gateway.application.ports import CARD
 from gateway.domain.model import CaptureMethod, Mode
 
 
@@ -40,6 +42,14 @@ class Authorize(Command):
     """The request in the contract's encoding, without key and merchant."""
     used_fields: frozenset[str]
     """The paths of the fields that a connector must support."""
+    method: str = CARD
+    """The payment method, as `Capabilities.methods` names it."""
+    method_fields: frozenset[str] = frozenset()
+    """The fields that the message of a method other than a token has."""
+    customer_country: str = ""
+    """As the method's message tells it."""
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """See ConnectorRequest."""
 
 
 @dataclass(slots=True)

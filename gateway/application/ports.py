@@ -5,7 +5,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
-from typing import NamedTuple, Protocol
+from types import MappingProxyType
+from typing import Final, NamedTuple, Protocol
 
 from gateway.application.accounts import RateLimit
 from gateway.domain.model import (
@@ -37,6 +38,28 @@ class AmountRule:
     amount_minor_max: int = AMOUNT_MINOR_MAX
 
 
+CARD: Final = "card"
+"""The method of tokens and stored methods that are cards."""
+NETWORK_TOKEN: Final = "network_token"  # noqa: S105 - a method's name
+"""The method of network tokens. Every other one has the contract's method_type as its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class MethodRule:
+    """What a PSP can do with a payment method."""
+
+    capture_methods: AbstractSet[CaptureMethod] = frozenset(CaptureMethod)
+    currencies: AbstractSet[str] | None = None
+    """None: all that the PSP takes."""
+    countries: AbstractSet[str] | None = None
+    """The customers' countries, ISO 3166-1 alpha-2; None: all."""
+    needs: AbstractSet[str] = frozenset()
+    """The fields of the contract's message of the method that a request must have."""
+
+
+CARDS_ONLY: Final[Mapping[str, MethodRule]] = MappingProxyType({CARD: MethodRule()})
+
+
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What a connector declares about its PSP. Without means to settle a doubt, it stays one."""
@@ -64,6 +87,8 @@ class Capabilities:
     a question is no newer."""
     amounts: Mapping[str, AmountRule] | None = None
     """The currencies that the PSP takes, and which amounts of each; None: all."""
+    methods: Mapping[str, MethodRule] = field(default_factory=lambda: CARDS_ONLY)
+    """The payment methods that the PSP takes, by their names."""
 
 
 @dataclass(slots=True)
@@ -97,6 +122,9 @@ class ConnectorRequest:
     fields: Mapping[str, object] = field(default_factory=dict)
     """The contract's fields that a connector must support, where they are used, and `customer_id`,
     in the JSON form of the contract with its field names."""
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """What only the PSP may see and nobody keeps: `number` and `cryptogram` of a network token.
+    Only the caller's own sending has them; whoever asks or cancels later does without."""
 
 
 class Connector(Protocol):
@@ -380,6 +408,9 @@ class Store(Protocol):
 
         Has no effect where another recoverer, or a new attempt, has taken the operation over.
         """
+
+    async def hasten(self, operation: Operation) -> None:
+        """Have an operation on recovery's list looked at now, unless a recoverer has it."""
 
     async def forget(self, operation: Operation) -> None:
         """Take an operation that has a definite outcome off recovery's list."""

@@ -4,7 +4,9 @@ It asks the PSP by reference, or cancels the reference; it never sends an author
 or a refund. "Not found" alone proves nothing, since a paused sender may still send: only a
 cancelled reference does. A cancellation is announced in the store first, and from then on nothing
 but a cancellation settles the operation, since one may be on its way still. Voids and reversals,
-which release money, are repeated until the PSP confirms them. Any number of gateways may run it: a
+which release money, are repeated until the PSP confirms them. What waits for a customer or for the
+PSP's later answer is asked about at growing intervals; when the customer's time is over, it is
+cancelled at the PSP, and only that ends it. Any number of gateways may run it: a
 lease spreads the work, the operation's epoch keeps it right.
 """
 
@@ -14,6 +16,7 @@ import math
 import random
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 from gateway.application.ports import (
@@ -47,6 +50,12 @@ _log = logging.getLogger(__name__)
 K = OperationKind
 S = OperationState
 
+_WAITING = frozenset({S.PENDING, S.REQUIRES_ACTION})
+"""The PSP has acknowledged it: nothing is in doubt, and time alone is missing."""
+_WAITING_GROWTH = 1.3
+"""How much longer each pause in waiting is than the one before: a customer who comes back after t
+seconds is noticed within about a quarter of t, and a day takes some thirty questions."""
+
 _NO_ANSWER = ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=Reason.RECOVERED)
 _NOTHING_STANDS = frozenset(
     {Event.CANCELED, Event.NEVER_SENT, Event.DECLINED, Event.FAILED, Event.EXPIRED}
@@ -77,6 +86,11 @@ class Schedule:
     """After so many looks at an operation in doubt, it needs a person."""
     person_interval_s: float
     """The pause between two looks at one that needs a person."""
+    waiting_interval_s_max: float
+    """The longest pause between two looks at one that waits for a customer, or that its PSP has
+    accepted and not finished."""
+    action_margin_s: float
+    """How long after the end of a customer's time a payment is cancelled at the PSP."""
 
 
 class _Overtaken(Exception):
@@ -181,7 +195,7 @@ class Recovery:
             # The PSP comes first: who left evidence was fenced out by a recoverer, and that one may
             # have cancelled since what the evidence says.
             answer = evidence
-        if answer is None or not _is_news(payment, operation, answer):
+        if answer is None or not _is_news(payment, operation, answer, self._outcomes.now()):
             if operation.state is not S.PROCESSING:
                 await self._postpone(lease, connector)
                 return operation.state
@@ -200,6 +214,8 @@ class Recovery:
         pause_s = self._backoff_s(lease.tries)
         if is_given_up:
             pause_s = max(pause_s, schedule.person_interval_s)
+        elif operation.state in _WAITING and operation.kind is not K.VOID:
+            pause_s = self._waiting_s(lease)
         await self._store.postpone(operation, pause_s, cause, needs_person=needs_person)
 
     async def _evidence(self, lease: Lease) -> ConnectorAnswer | None:
@@ -240,17 +256,18 @@ class Recovery:
         if operation.kind in (K.AUTHORIZE, K.VERIFY) and not request.target_transaction_id:
             request.target_transaction_id = _id_in_evidence(lease)
         capabilities = connector.capabilities
+        overdue = self._overdue_s(operation) >= 0
         # A cancellation that was begun may take effect after whatever the PSP says before it.
         wanted = not lease.cancel_begun and not (
             operation.kind is K.AUTHORIZE and lease.aggregate.payment.cancel_requested
         )
         if capabilities.query_by_reference and (wanted or not capabilities.cancel_by_reference):
             answer = await connector.query(operation.kind, operation.reference, request)
-            if answer is not None:
+            if answer is not None and not (overdue and answer.verdict is Verdict.REQUIRES_ACTION):
                 return answer
         if not capabilities.cancel_by_reference:
             return None
-        if operation.state in (S.PENDING, S.REQUIRES_ACTION) and wanted:
+        if operation.state in _WAITING and wanted and not overdue:
             # The PSP acknowledged it: it is waited for, not cancelled.
             return None
         if not await self._store.begin_cancel(operation):
@@ -265,6 +282,9 @@ class Recovery:
             other for other in lease.aggregate.operations if other.kind is K.AUTHORIZE
         )
         if authorization.state in states.UNFINISHED:
+            if authorization.state in _WAITING:
+                # Its next look, which cancels it, may be far off.
+                await self._store.hasten(authorization)
             return None
         if authorization.state is not S.SUCCEEDED:
             # Nothing stands that could be voided: what the caller wanted is so.
@@ -376,6 +396,21 @@ class Recovery:
             request.target_transaction_id = operation.attempt.connector_transaction_id
         return request
 
+    def _overdue_s(self, operation: Operation) -> float:
+        """For how long an operation should have been cancelled since its customer did not act, in
+        seconds; negative while it should not.
+        """
+        overdue_s = decisions.action_overdue_s(operation, self._outcomes.now())
+        return overdue_s - self._schedule.action_margin_s
+
+    def _waiting_s(self, lease: Lease) -> float:
+        """The pause before the next look at what is waited for; not beyond the customer's time."""
+        schedule = self._schedule
+        pause_s: float = schedule.backoff_s_min * _WAITING_GROWTH ** min(lease.tries, 100)
+        pause_s = min(pause_s, schedule.waiting_interval_s_max) * random.uniform(0.8, 1.2)
+        left_s = -self._overdue_s(lease.operation)
+        return min(pause_s, left_s) if left_s > 0 else pause_s
+
     def _backoff_s(self, tries: int) -> float:
         schedule = self._schedule
         pause_s: float = schedule.backoff_s_min * 2 ** min(tries, 30)
@@ -422,7 +457,7 @@ def _id_in_evidence(lease: Lease) -> str:
     return evidence.connector_transaction_id
 
 
-def _is_news(payment: Payment, operation: Operation, answer: ConnectorAnswer) -> bool:
-    event = decisions.event_for(payment, operation, answer)
+def _is_news(payment: Payment, operation: Operation, answer: ConnectorAnswer, at: datetime) -> bool:
+    event = decisions.event_for(payment, operation, answer, at)
     after = states.next_state(operation.kind, operation.state, event)
     return after is not None and after is not operation.state

@@ -1,7 +1,7 @@
 """What a connector's capabilities refuse before an intent is written: nothing was sent, or kept."""
 
 from gateway.application.commands import Authorize
-from gateway.application.ports import Capabilities, Connector
+from gateway.application.ports import Capabilities, Connector, MethodRule
 from gateway.domain.errors import GatewayError, Reason, Violation, refuse
 from gateway.domain.model import Operation, OperationKind
 
@@ -10,7 +10,10 @@ def check_authorization(command: Authorize, connector: Connector) -> None:
     """Raises GatewayError for what the connector cannot do with a new payment."""
     capabilities = connector.capabilities
     paths = command.used_fields - capabilities.supported_fields
-    if command.capture_method not in capabilities.capture_methods:
+    rule = capabilities.methods.get(command.method)
+    if command.capture_method not in capabilities.capture_methods or (
+        rule is not None and command.capture_method not in rule.capture_methods
+    ):
         paths |= {"capture_method"}
     if paths:
         raise GatewayError(
@@ -21,9 +24,47 @@ def check_authorization(command: Authorize, connector: Connector) -> None:
                 Violation(path, "not supported by the connector") for path in sorted(paths)
             ],
         )
+    if rule is None:
+        raise refuse(
+            Reason.METHOD_NOT_SUPPORTED,
+            f"The connector {connector.name} does not take this payment method.",
+            connector=connector.name,
+            method=command.method,
+        )
+    _check_method(command, rule, connector)
     kind = OperationKind.AUTHORIZE if command.amount_minor else OperationKind.VERIFY
     _check_kind(kind, connector)
     _check_amount(command.amount_minor, command.currency, connector, capabilities)
+
+
+def _check_method(command: Authorize, rule: MethodRule, connector: Connector) -> None:
+    """What the connector's rule for the method says. Raises GatewayError."""
+    country = command.customer_country
+    if country and rule.countries is not None and country not in rule.countries:
+        raise refuse(
+            Reason.COUNTRY_NOT_SUPPORTED,
+            "The payment method is not offered to customers of this country.",
+            connector=connector.name,
+            method=command.method,
+        )
+    if rule.currencies is not None and command.currency not in rule.currencies:
+        raise refuse(
+            Reason.CURRENCY_NOT_SUPPORTED,
+            "The payment method takes no payments in this currency.",
+            connector=connector.name,
+            method=command.method,
+        )
+    missing = rule.needs - command.method_fields
+    if missing:
+        raise GatewayError(
+            Reason.FIELD_REQUIRED,
+            f"The connector {connector.name} needs a field for this payment method.",
+            metadata={"connector": connector.name, "method": command.method},
+            violations=[
+                Violation(f"payment_method.redirect.{name}", "is needed by the connector")
+                for name in sorted(missing)
+            ],
+        )
 
 
 def check_follow_up(operation: Operation, connector: Connector) -> None:

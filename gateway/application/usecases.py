@@ -53,10 +53,12 @@ from gateway.domain.model import (
     ConnectorAnswer,
     Delivery,
     Mode,
+    NextAction,
     Operation,
     OperationKind,
     OperationState,
     Payment,
+    Verdict,
 )
 from gateway.domain.states import Event
 
@@ -95,6 +97,8 @@ class Limits:
     """How soon recovery looks at an operation in doubt or pending."""
     operations_per_payment_max: int
     """How many operations a payment may have."""
+    action_timeout_s: float
+    """How long a customer has to act, where the PSP does not say it."""
 
 
 class Observer(Protocol):
@@ -200,7 +204,13 @@ class Payments:
         self._detached: set[asyncio.Task[Any]] = set()
         self._clock = DatabaseClock()
         self._outcomes = Outcomes(
-            store, claims, encoder, self._clock, limits.first_check_s, self._takeover_after_s
+            store,
+            claims,
+            encoder,
+            self._clock,
+            limits.first_check_s,
+            self._takeover_after_s,
+            limits.action_timeout_s,
         )
 
     @property
@@ -641,6 +651,8 @@ class Payments:
             else:
                 connector = self._connector(operation.attempt)
                 request = connector_request(self._encoder, operation, payment, aggregate)
+                if isinstance(command, Authorize):
+                    request.secrets = command.secrets
                 sent = time.monotonic()
                 self._occupancy.leave(command.merchant_id)
                 try:
@@ -682,6 +694,7 @@ class Outcomes:
         clock: DatabaseClock,
         first_check_s: float,
         takeover_after_s: Callable[[Operation], float],
+        action_timeout_s: float = 0.0,
     ) -> None:
         self._store = store
         self._claims = claims
@@ -689,6 +702,11 @@ class Outcomes:
         self._clock = clock
         self._first_check_s = first_check_s
         self._takeover_after_s = takeover_after_s
+        self._action_timeout_s = action_timeout_s
+
+    def now(self) -> datetime:
+        """The database's time, as far as it can be told without asking."""
+        return self._clock.after(None)
 
     async def write(self, operation: Operation, payment: Payment, answer: ConnectorAnswer) -> Found:
         """Settle an operation that this caller owns (by its epoch); the operation as it is stored.
@@ -697,6 +715,8 @@ class Outcomes:
         it be a success that must not stand. Raises StoreUnavailable.
         """
         owned = operation
+        if answer.verdict is Verdict.REQUIRES_ACTION:
+            answer = self._with_an_end(answer)
         while True:
             settled = decisions.settle(
                 payment,
@@ -852,6 +872,14 @@ class Outcomes:
             )
             if await self._commit(before, aggregate.payment, settled) is Stored.WRITTEN:
                 return True
+
+    def _with_an_end(self, answer: ConnectorAnswer) -> ConnectorAnswer:
+        """No customer is waited for without an end."""
+        action = answer.next_action or NextAction()
+        if action.expires_at is None:
+            end = self.now() + timedelta(seconds=self._action_timeout_s)
+            action = replace(action, expires_at=end)
+        return replace(answer, next_action=action)
 
     async def _commit(
         self,

@@ -12,7 +12,7 @@ from gateway.domain.model import Mode
 
 _E = TypeVar("_E", bound=IntEnum)
 
-CAPABILITY_KEYS: Final = ("operations", "capture_methods", "currencies")
+CAPABILITY_KEYS: Final = ("operations", "capture_methods", "currencies", "methods")
 
 
 class AccountRefused(ValueError):
@@ -45,8 +45,9 @@ class ConnectorKind(Protocol):
 def narrowed(usual: Capabilities, widest: Capabilities, told: Mapping[str, object]) -> Capabilities:
     """An account's capabilities: the connector's usual ones, but for what the account tells.
 
-    `told` may hold `operations` and `capture_methods`, lists of the contract's names, and
-    `currencies`, a list of codes; none may go beyond `widest`. Raises AccountRefused.
+    `told` may hold `operations` and `capture_methods`, lists of the contract's names, `currencies`,
+    a list of codes, and `methods`, a list of payment methods; none may go beyond `widest`. Raises
+    AccountRefused.
     """
     unknown = sorted(set(told) - set(CAPABILITY_KEYS))
     if unknown:
@@ -57,8 +58,8 @@ def narrowed(usual: Capabilities, widest: Capabilities, told: Mapping[str, objec
     if "operations" in told:
         changed = replace(changed, operations=_members("operations", told, widest.operations))
     if "capture_methods" in told:
-        methods = _members("capture_methods", told, widest.capture_methods)
-        changed = replace(changed, capture_methods=methods)
+        captures = _members("capture_methods", told, widest.capture_methods)
+        changed = replace(changed, capture_methods=captures)
     if "currencies" in told:
         codes = _names("currencies", told)
         amounts = widest.amounts or {}
@@ -66,6 +67,15 @@ def narrowed(usual: Capabilities, widest: Capabilities, told: Mapping[str, objec
         if beyond:
             raise AccountRefused(f"the connector does not take the currency {beyond[0]!r}")
         changed = replace(changed, amounts={code: amounts[code] for code in codes})
+    if "methods" in told:
+        methods = _names("methods", told)
+        beyond = [name for name in methods if name not in widest.methods]
+        if beyond:
+            raise AccountRefused(
+                f"the connector has no payment method {beyond[0]!r}: "
+                f"{', '.join(sorted(widest.methods))}"
+            )
+        changed = replace(changed, methods={name: widest.methods[name] for name in methods})
     return changed
 
 

@@ -4,14 +4,15 @@
 """
 
 import sys
+from collections.abc import Set as AbstractSet
 from typing import Final
 
-from gateway.application.ports import Capabilities
+from gateway.application.ports import Capabilities, MethodRule
 from gateway.connectors.adyen import connector as adyen_connector
 from gateway.connectors.adyen import kind as adyen_kind
 from gateway.connectors.braintree import connector as braintree_connector
 from gateway.connectors.braintree import kind as braintree_kind
-from gateway.connectors.simulator.connector import ANSWER_TIMEOUT_S, SUPPORTED_FIELDS
+from gateway.connectors.simulator.connector import ANSWER_TIMEOUT_S, METHODS, SUPPORTED_FIELDS
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.connectors.stripe.connector import widest
 from gateway.connectors.stripe.kind import usual
@@ -45,6 +46,7 @@ def known() -> dict[str, tuple[Capabilities, Capabilities]]:
         cancel_by_reference=profile.cancel_by_reference,
         answer_timeout_s=ANSWER_TIMEOUT_S,
         supported_fields=SUPPORTED_FIELDS,
+        methods=METHODS,
     )
     stripe, adyen = widest(Mode.TEST), adyen_connector.widest(Mode.TEST)
     braintree = braintree_connector.widest(Mode.TEST)
@@ -81,6 +83,14 @@ def matrix() -> str:
         )
         for field in FIELDS
     ]
+    methods = dict.fromkeys(name for _, most in _columns() for name in most.methods)
+    rows += [
+        (
+            f"method `{name}`",
+            [_can(name in a.methods, name in b.methods) for a, b in _columns()],
+        )
+        for name in methods
+    ]
     rows += [
         (
             "currencies",
@@ -91,7 +101,7 @@ def matrix() -> str:
     ]
     lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     lines += [f"| {head} | {' | '.join(cells)} |" for head, cells in rows]
-    return "\n".join(lines) + "\n\n" + _steps()
+    return "\n".join(lines) + "\n\n" + _methods() + "\n" + _steps()
 
 
 def _columns() -> list[tuple[Capabilities, Capabilities]]:
@@ -107,6 +117,29 @@ def _can(usually: bool, at_most: bool) -> str:
 def _validity(capabilities: Capabilities) -> str:
     validity_s = capabilities.key_validity_s
     return "for ever" if validity_s is None else f"{validity_s / 3600:g} h"
+
+
+def _methods() -> str:
+    """What holds for the methods other than cards."""
+    lines = ["| Connector | Method | Capture | Currencies | Countries | Needs |", "|" + "---|" * 6]
+    for name, (_, most) in known().items():
+        for method, rule in most.methods.items():
+            if rule == MethodRule():
+                continue
+            cells = (
+                name,
+                f"`{method}`",
+                " ".join(f"`{each.name}`" for each in sorted(rule.capture_methods)),
+                _listed(rule.currencies),
+                _listed(rule.countries),
+                " ".join(f"`{each}`" for each in sorted(rule.needs)),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _listed(codes: AbstractSet[str] | None) -> str:
+    return "all" if codes is None else " ".join(sorted(codes))
 
 
 def _steps() -> str:

@@ -3,12 +3,14 @@
 from datetime import UTC, datetime
 from typing import Final
 
-from gateway.domain.pan import mask_pans
+from gateway.domain.pan import contains_pan, mask_pans
 
 CODE_LENGTH_MAX: Final = 64
 MESSAGE_LENGTH_MAX: Final = 255
 IDENTIFIER_LENGTH_MAX: Final = 128
 URL_LENGTH_MAX: Final = 2048
+CODE_DATA_LENGTH_MAX: Final = 2048
+"""Of what a code says that is to be scanned; more fits into no such code."""
 AMOUNT_ABS_MAX: Final = 2**62
 """No amount that a PSP reports may come near the end of int64."""
 
@@ -32,6 +34,13 @@ def identifier(value: object) -> str:
     if not isinstance(value, str) or len(value) > IDENTIFIER_LENGTH_MAX:
         return ""
     return value if value.isascii() and value.isprintable() else ""
+
+
+def code_data(value: object) -> str:
+    """What a code says, unchanged, as it has a checksum; empty where it cannot be kept so."""
+    if not isinstance(value, str) or len(value) > CODE_DATA_LENGTH_MAX or not value.isprintable():
+        return ""
+    return "" if contains_pan(value) else value
 
 
 def https_url(value: object) -> str:

@@ -5,6 +5,7 @@ Amounts are reserved when an operation begins and settled by its outcome, so tha
 moment; a doubt keeps its reservation.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -37,6 +38,7 @@ S = OperationState
 
 REPORTED_MINOR_MAX = 2**62
 """The largest total of reported amounts that is kept, in minor units: inside int64."""
+_WITHOUT_EFFECT = frozenset({Event.NEVER_SENT, Event.CANCELED})
 
 
 @dataclass(slots=True)
@@ -327,16 +329,32 @@ def event_of(answer: ConnectorAnswer) -> Event:
     return states.VERDICT_EVENTS[answer.verdict]
 
 
-def event_for(payment: Payment, operation: Operation, answer: ConnectorAnswer) -> Event:
-    """What an answer means for an operation.
+def event_for(
+    payment: Payment, operation: Operation, answer: ConnectorAnswer, at: datetime
+) -> Event:
+    """What an answer means for an operation at a time.
 
     An authorization without effect that a void has cancelled is CANCELED: as NOT_SENT, a repeat of
-    its call would execute it after all.
+    its call would execute it after all. One that ends without effect after its customer's time, and
+    that no void has cancelled, is EXPIRED, whoever ended it.
     """
     event = event_of(answer)
-    if event is Event.NEVER_SENT and payment.cancel_requested and operation.kind is K.AUTHORIZE:
-        return Event.CANCELED
+    if event in _WITHOUT_EFFECT:
+        if payment.cancel_requested and operation.kind is K.AUTHORIZE:
+            return Event.CANCELED
+        if action_overdue_s(operation, at) >= 0:
+            return Event.EXPIRED
     return event
+
+
+def action_overdue_s(operation: Operation, at: datetime) -> float:
+    """For how long the customer's time is over, in seconds; negative while it is not, and for what
+    waits for no customer.
+    """
+    action = operation.next_action
+    if operation.state is not S.REQUIRES_ACTION or action is None or action.expires_at is None:
+        return -math.inf
+    return (at - action.expires_at).total_seconds()
 
 
 def settle(
@@ -350,7 +368,7 @@ def settle(
 
     `at` is the time of the change; `new_operation_id` names a companion, should there be one.
     """
-    event = event_for(payment, operation, answer)
+    event = event_for(payment, operation, answer, at)
     after = states.next_state(operation.kind, operation.state, event)
     if after is None:
         return None
@@ -359,7 +377,7 @@ def settle(
         updated_at=at,
         attempt=_answered(operation.attempt, answer),
         reason=answer.reason,
-        next_action_url=answer.next_action_url,
+        next_action=answer.next_action if after is S.REQUIRES_ACTION else None,
     )
     settled = Settled(changed, payment.copy_with(version=payment.version + 1, updated_at=at))
     if event is Event.APPROVED and answer.currency not in ("", operation.currency):

@@ -232,6 +232,38 @@ class Outcome:
         return _told_of_outcome(self)
 
 
+@dataclass(frozen=True, slots=True)
+class QrCode:
+    """A code for the customer to scan."""
+
+    data: str = ""
+    """What it says."""
+    image_url: str = ""
+    page_url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Voucher:
+    """A number to pay by."""
+
+    number: str = ""
+    entity: str = ""
+    """Whom it pays, where the method has such a number."""
+    page_url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NextAction:
+    """What the customer has to do: at most one thing; none where the PSP does not say what."""
+
+    redirect_url: str = ""
+    qr_code: QrCode | None = None
+    voucher: Voucher | None = None
+    await_approval: bool = False
+    expires_at: datetime | None = None
+    """Until when; None in a PSP's answer that does not say it."""
+
+
 @dataclass(slots=True)
 class ConnectorAnswer:
     """What came of asking a PSP for one attempt: by sending it, by querying or by cancelling it."""
@@ -244,7 +276,8 @@ class ConnectorAnswer:
     """The currency that the PSP reported; empty where it reports none."""
     processing_ms: float | None = None
     """How long the PSP said that it worked on the request, in milliseconds."""
-    next_action_url: str = ""
+    next_action: NextAction | None = None
+    """With REQUIRES_ACTION, as far as the PSP says it."""
     authorization_expires_at: datetime | None = None
     reason: str = ""
     """Where there is no answer: a Reason."""
@@ -290,7 +323,8 @@ class Operation:
     """A void's or refund's reason, as the client gave it."""
     reason: str = ""
     """Why it ended without an answer of the PSP: a Reason."""
-    next_action_url: str = ""
+    next_action: NextAction | None = None
+    """While REQUIRES_ACTION."""
     allocations: tuple[tuple[str, int], ...] = ()
     """For a refund: (capture's operation id, part in minor units)."""
     superseded_attempts: tuple[Attempt, ...] = ()

@@ -5,7 +5,7 @@ for byte the same through AuthorizePayment, a batch and a stream.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
@@ -16,7 +16,13 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.status_pb2 import Status
 from payments.v1 import money_pb2, outcome_pb2, payment_pb2
-from payments.v1.payment_method_pb2 import CHANNEL_ECOMMERCE, INITIATOR_CUSTOMER
+from payments.v1.payment_method_pb2 import (
+    CHANNEL_ECOMMERCE,
+    INITIATOR_CUSTOMER,
+    NetworkToken,
+    PaymentMethod,
+    RedirectPaymentMethod,
+)
 from payments.v1.payment_method_pb2 import CaptureMethod as CaptureMethodPb
 from payments.v1.payment_service_pb2 import (
     AuthorizePaymentRequest,
@@ -30,19 +36,20 @@ from payments.v1.payment_service_pb2 import (
 
 from gateway.application.accounts import RateLimit
 from gateway.application.commands import Answer, Authorize, Capture, Increment, Refund, Void
-from gateway.application.ports import Found, ListFilter
+from gateway.application.ports import CARD, NETWORK_TOKEN, Found, ListFilter
 from gateway.domain.model import (
     Aggregate,
     Attempt,
     CaptureMethod,
     Mode,
+    NextAction,
     Operation,
     OperationKind,
     Outcome,
     Payment,
     PaymentState,
 )
-from gateway.rpc.fingerprint import canonical, fingerprint
+from gateway.rpc.fingerprint import canonical, fingerprint, take_secrets
 
 EVENT_VERSION: Final = 1
 """The version of PaymentEvent that `ContractEncoder.event` writes."""
@@ -103,11 +110,12 @@ class Caller:
 _NO_FIELDS: frozenset[str] = frozenset()
 
 
-def _used_fields(request: AuthorizePaymentRequest) -> frozenset[str]:
+def _used_fields(request: AuthorizePaymentRequest, method: str | None) -> frozenset[str]:
     """The fields of the request that a connector must support, by their paths.
 
     Not among them: the amount, the capture method, the token, what is documented as the default,
     and what the gateway itself keeps or acts on (the merchant's ids, metadata, partial approval).
+    `method` is the field of the payment method.
     """
     used: list[str] = []
     if request.channel not in (0, CHANNEL_ECOMMERCE):
@@ -128,21 +136,50 @@ def _used_fields(request: AuthorizePaymentRequest) -> frozenset[str]:
         used.append("billing_address")
     if request.HasField("amount_details"):
         used.append("amount_details")
-    method = request.payment_method.WhichOneof("method")
     if method is not None and method != "token":
         used.append(f"payment_method.{method}")
+        if method == "network_token" and request.payment_method.network_token.token_reference:
+            used.append("payment_method.network_token.token_reference")
     return frozenset(used) if used else _NO_FIELDS
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """A payment method, as a connector's capabilities know it."""
+
+    name: str = CARD
+    fields: frozenset[str] = _NO_FIELDS
+    country: str = ""
+    secrets: Mapping[str, str] = field(default_factory=dict)
+
+
+_CARD = _Method()
+
+
+def _method(method: PaymentMethod, name: str) -> _Method:
+    """The method of that field. What of it may not be kept is taken out of the message."""
+    message = getattr(method, name)
+    fields = frozenset(each.name for each, _ in message.ListFields())
+    if isinstance(message, NetworkToken):
+        return _Method(NETWORK_TOKEN, fields, secrets=take_secrets(message))
+    if isinstance(message, RedirectPaymentMethod):
+        return _Method(message.method_type, fields, message.country_code)
+    return _Method(message.method_type or CARD, fields)
 
 
 def to_authorize(request: AuthorizePaymentRequest, caller: Caller) -> Authorize:
     """The command of a valid request. The request is used up: see `fingerprint.canonical`."""
     idempotency_key = request.idempotency_key
+    which = request.payment_method.WhichOneof("method")
+    method = _CARD if which in (None, "token") else _method(request.payment_method, which)
     details = canonical(request)
     return Authorize(
         merchant_id=caller.merchant_id,
         mode=caller.mode,
         idempotency_key=idempotency_key,
-        fingerprint=fingerprint(OperationKind.AUTHORIZE, caller.mode, caller.merchant_id, details),
+        fingerprint=fingerprint(
+            OperationKind.AUTHORIZE, caller.mode, caller.merchant_id, details, method.secrets
+        ),
         request_id=caller.request_id,
         deadline=caller.deadline,
         rate_limit=caller.rate_limit,
@@ -154,7 +191,11 @@ def to_authorize(request: AuthorizePaymentRequest, caller: Caller) -> Authorize:
         merchant_order_id=request.merchant_order_id,
         merchant_transaction_id=request.merchant_transaction_id,
         details=details,
-        used_fields=_used_fields(request),
+        used_fields=_used_fields(request, which),
+        method=method.name,
+        method_fields=method.fields,
+        customer_country=method.country,
+        secrets=method.secrets,
     )
 
 
@@ -350,6 +391,27 @@ def _encode_attempt(operation_id: str, attempt: Attempt, outcome: bytes | None) 
     return encoded
 
 
+def _next_action(action: NextAction | None) -> payment_pb2.NextAction | None:
+    if action is None:
+        return None
+    message = payment_pb2.NextAction(expires_at=_timestamp(action.expires_at))
+    if action.redirect_url:
+        message.redirect_url = action.redirect_url
+    elif action.qr_code is not None:
+        code = action.qr_code
+        message.qr_code.data = code.data
+        message.qr_code.image_url = code.image_url
+        message.qr_code.page_url = code.page_url
+    elif action.voucher is not None:
+        voucher = action.voucher
+        message.voucher.number = voucher.number
+        message.voucher.entity = voucher.entity
+        message.voucher.page_url = voucher.page_url
+    elif action.await_approval:
+        message.await_approval.SetInParent()
+    return message
+
+
 def encode_operation(operation: Operation) -> bytes:
     """An operation as the contract's Operation."""
     attempts: list[bytes] = []
@@ -360,7 +422,6 @@ def encode_operation(operation: Operation) -> bytes:
             latest = outcome = _outcome(attempt.outcome).SerializeToString()
         encoded = _encode_attempt(operation.operation_id, attempt, outcome)
         attempts.append(length_delimited(_OPERATION_ATTEMPTS, encoded))
-    action_url = operation.next_action_url
     return b"".join(
         (
             payment_pb2.Operation(
@@ -387,7 +448,7 @@ def encode_operation(operation: Operation) -> bytes:
                     )
                     for capture_id, part_minor in operation.allocations
                 ],
-                next_action=payment_pb2.NextAction(redirect_url=action_url) if action_url else None,
+                next_action=_next_action(operation.next_action),
                 reason=operation.reason,
                 merchant_transaction_id=operation.merchant_transaction_id,
                 created_at=_timestamp(operation.created_at),
@@ -478,7 +539,7 @@ def _decode_details(details: bytes) -> _Details:
     for name in _ECHOED_MESSAGES:
         if request.HasField(name):
             getattr(echo, name).CopyFrom(getattr(request, name))
-    used = _used_fields(request)
+    used = _used_fields(request, request.payment_method.WhichOneof("method"))
     fields = _NO_CONNECTOR_FIELDS
     if used or request.customer_id:
         told: dict[str, object] = {}

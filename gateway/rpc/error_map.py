@@ -78,6 +78,18 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
             "The merchant's connector cannot express the amount: use a multiple of the metadata's "
             "`step_minor`, at most `amount_minor_max`.",
         ),
+        Reason.METHOD_NOT_SUPPORTED: Rule(
+            _C.INVALID_ARGUMENT, "The merchant's connector does not take this payment method."
+        ),
+        Reason.COUNTRY_NOT_SUPPORTED: Rule(
+            _C.INVALID_ARGUMENT,
+            "The payment method is not offered to customers of the country that was given.",
+        ),
+        Reason.FIELD_REQUIRED: Rule(
+            _C.INVALID_ARGUMENT,
+            "Fill in the fields that BadRequest names; the connector needs them for this payment "
+            "method.",
+        ),
         Reason.PAGE_TOKEN_INVALID: Rule(
             _C.INVALID_ARGUMENT,
             "Use the next_page_token as it was given, with the same filters, or begin anew.",

@@ -516,6 +516,7 @@ class _TracedStore:
         self.lease = inner.lease
         self.begin_cancel = inner.begin_cancel
         self.postpone = inner.postpone
+        self.hasten = inner.hasten
         self.forget = inner.forget
 
     async def write_intent(self, intent: Intent) -> IntentResult:

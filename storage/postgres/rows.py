@@ -1,7 +1,7 @@
 """Between the domain's values and the columns of the tables."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from datetime import datetime
 from operator import attrgetter
 from typing import Any
@@ -22,6 +22,7 @@ from gateway.domain.model import (
     DoubtCause,
     DoubtOutcome,
     Mode,
+    NextAction,
     Operation,
     OperationKind,
     OperationOrigin,
@@ -29,8 +30,10 @@ from gateway.domain.model import (
     Outcome,
     Payment,
     PaymentState,
+    QrCode,
     ResponseCode,
     Verdict,
+    Voucher,
 )
 
 Row = tuple[Any, ...]
@@ -109,6 +112,47 @@ def _outcome_of_document(document: dict[str, Any]) -> Outcome:
     return Outcome(**document)
 
 
+def _next_action_text(action: NextAction | None) -> str:
+    """The column next_action_url: a JSON document, or nothing."""
+    return "" if action is None else _json(_next_action_document(action))
+
+
+def _next_action_document(action: NextAction) -> dict[str, Any]:
+    """By field names, defaults left out."""
+    return {
+        name: _cleaned(value)
+        for name, value in asdict(action).items()
+        if value not in (None, "", False)
+    }
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {name: _cleaned(part) for name, part in value.items()}
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+def _next_action_of(text: str) -> NextAction | None:
+    """Of the column next_action_url, which was an address before it was a document."""
+    if not text:
+        return None
+    if not text.startswith("{"):
+        return NextAction(redirect_url=text)
+    return _next_action_of_document(orjson.loads(text))
+
+
+def _next_action_of_document(document: dict[str, Any]) -> NextAction:
+    if "qr_code" in document:
+        document["qr_code"] = QrCode(**document["qr_code"])
+    if "voucher" in document:
+        document["voucher"] = Voucher(**document["voucher"])
+    if "expires_at" in document:
+        document["expires_at"] = datetime.fromisoformat(document["expires_at"])
+    return NextAction(**document)
+
+
 def answer_json(answer: ConnectorAnswer) -> str:
     """A connector's answer by field names, defaults left out."""
     document: dict[str, Any] = {}
@@ -118,6 +162,8 @@ def answer_json(answer: ConnectorAnswer) -> str:
             continue
         if isinstance(value, Outcome):
             value = _outcome_document(value)
+        elif isinstance(value, NextAction):
+            value = _next_action_document(value)
         elif isinstance(value, datetime):
             value = value.isoformat()
         elif isinstance(value, str):
@@ -136,6 +182,8 @@ def answer_of(text: str | None) -> ConnectorAnswer | None:
         document["verdict"] = Verdict(document["verdict"])
     if "outcome" in document:
         document["outcome"] = _outcome_of_document(document["outcome"])
+    if "next_action" in document:
+        document["next_action"] = _next_action_of_document(document["next_action"])
     if "authorization_expires_at" in document:
         document["authorization_expires_at"] = datetime.fromisoformat(
             document["authorization_expires_at"]
@@ -158,7 +206,7 @@ def _changing(operation: Operation) -> Row:
         operation.request_id,
         operation.note,
         operation.reason,
-        clean(operation.next_action_url),
+        _next_action_text(operation.next_action),
         _json(operation.allocations) if operation.allocations else None,
         attempt.number,
         attempt.connector,
@@ -405,7 +453,7 @@ def operation_of(row: asyncpg.Record) -> Operation:
         merchant_transaction_id=row["merchant_transaction_id"],
         note=row["note"],
         reason=row["reason"],
-        next_action_url=row["next_action_url"],
+        next_action=_next_action_of(row["next_action_url"]),
         allocations=()
         if allocations is None
         else tuple((operation_id, part) for operation_id, part in orjson.loads(allocations)),

@@ -71,6 +71,7 @@ _LOCK_DUE = query("recovery", "lock_due")
 _LEASE = query("recovery", "lease")
 _BEGIN_CANCEL = query("recovery", "begin_cancel")
 _POSTPONE = query("recovery", "postpone")
+_HASTEN = query("recovery", "hasten")
 _FORGET = query("recovery", "forget")
 _ADD_EVIDENCE = query("recovery", "add_evidence")
 _COUNT_DOUBTS = query("recovery", "count_doubts")
@@ -517,6 +518,19 @@ class PostgresStore:
                 check_after_s=check_after_s,
                 cause=cause,
                 needs_person=needs_person,
+            )
+
+        await self._direct.run(update)
+
+    async def hasten(self, operation: Operation) -> None:
+        """See Store."""
+
+        async def update(connection: Connection) -> None:
+            await run(
+                connection,
+                _HASTEN,
+                merchant_id=operation.merchant_id,
+                operation_id=operation.operation_id,
             )
 
         await self._direct.run(update)

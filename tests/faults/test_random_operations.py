@@ -653,6 +653,7 @@ def _world(postgres: PostgresForTests, profile: str) -> Iterator[World]:
                 recovery_first_check_s=0,
                 recovery_backoff_s_min=0.02,
                 recovery_backoff_s_max=0.1,
+                recovery_waiting_interval_s_max=0.1,
                 recovery_lease_s=1,
                 trusted_front=True,
             )

@@ -23,6 +23,7 @@ from gateway.domain.model import (
     Delivery,
     Discrepancy,
     Mode,
+    NextAction,
     Operation,
     OperationKind,
     OperationOrigin,
@@ -30,7 +31,9 @@ from gateway.domain.model import (
     Outcome,
     Payment,
     PaymentState,
+    QrCode,
     Verdict,
+    Voucher,
 )
 from storage.postgres import (
     Accounts,
@@ -63,6 +66,7 @@ if TYPE_CHECKING:
     from tests.servers import PostgresForTests
 
 S = OperationState
+EXPIRES_AT = datetime(2030, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +110,7 @@ async def test_everything_of_an_operation_and_its_payment_comes_back_as_it_was_w
             "request_id": "req_2",
             "note": "a note",
             "reason": "RECOVERED",
-            "next_action_url": "https://psp.example/3ds",
+            "next_action": NextAction("https://psp.example/3ds", expires_at=EXPIRES_AT),
             "allocations": (("op_1", 7), ("op_2", 8)),
         },
         changed_payment={
@@ -402,11 +406,12 @@ async def test_no_fact_that_a_psp_reports_is_refused(store: PostgresStore) -> No
     change.payment.auth_code = "a\x00b"
     change.operation.attempt.connector_transaction_id = "half \ud800 pair"
     change.operation.attempt.outcome = Outcome(connector_message="nul \x00 and \udfff")
-    change.operation.next_action_url = "https://psp.example/\x00"
+    change.operation.next_action = NextAction("https://psp.example/\x00")
     assert await store.write_change(change) is Stored.WRITTEN
     operation, payment = await stored(store, operation)
     assert payment.captured_reported_minor == 99_999
     assert payment.auth_code == "a\ufffdb"
+    assert operation.next_action == NextAction("https://psp.example/\ufffd")
     assert operation.attempt.connector_transaction_id == "half ? pair"
     assert operation.attempt.outcome == Outcome(connector_message="nul \ufffd and ?")
 
@@ -735,7 +740,7 @@ ANSWER = ConnectorAnswer(
     "ch_1",
     "EUR",
     12.5,
-    "https://psp.example",
+    NextAction(qr_code=QrCode("0002", page_url="https://psp.example"), expires_at=EXPIRES_AT),
     datetime(2030, 1, 2, tzinfo=UTC),
     "RECOVERED",
 )
@@ -1097,3 +1102,68 @@ async def test_a_reader_reads_over_one_connection(store: PostgresStore, dsn: str
     assert aggregate is not None
     assert isinstance(aggregate.operations[0], Operation)
     assert sessions[0][0] == 1
+
+
+# --- what a customer has to do ---
+
+
+async def begun(store: PostgresStore) -> tuple[Operation, Payment]:
+    intent = authorize()
+    await store.write_intent(intent)
+    return await stored(store, intent.operation)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        NextAction(),
+        NextAction("https://psp.example/", expires_at=EXPIRES_AT),
+        NextAction(qr_code=QrCode("0002", "https://psp.example/i", "https://psp.example/p")),
+        NextAction(voucher=Voucher("123 456", "11249", "https://psp.example/v")),
+        NextAction(await_approval=True, expires_at=EXPIRES_AT),
+    ],
+)
+async def test_whatever_a_customer_has_to_do_comes_back_as_it_was_written(
+    store: PostgresStore, action: NextAction
+) -> None:
+    operation, payment = await begun(store)
+    change = outcome(
+        operation, payment, changed_operation={"state": S.FAILED, "next_action": action}
+    )
+    assert await store.write_change(change) is Stored.WRITTEN
+    operation, _ = await stored(store, operation)
+    assert operation.next_action == action
+
+
+async def test_an_address_of_before_typed_actions_is_a_redirect(
+    store: PostgresStore, dsn: str
+) -> None:
+    operation, _ = await begun(store)
+    fetch(
+        dsn,
+        f"UPDATE operations SET next_action_url = 'https://psp.example/'"
+        f" WHERE operation_id = '{operation.operation_id}' RETURNING 1",
+    )
+    operation, _ = await stored(store, operation)
+    assert operation.next_action == NextAction("https://psp.example/")
+
+
+async def test_a_hastened_operation_is_due_unless_a_recoverer_has_it(
+    store: PostgresStore, dsn: str
+) -> None:
+    operation, payment = await begun(store)
+    change = outcome(operation, payment, changed_operation={"state": S.FAILED})
+    await store.write_change(change)
+    fetch(
+        dsn,
+        "INSERT INTO doubts (merchant_id, operation_id, payment_id, check_at)"
+        f" VALUES ('{operation.merchant_id}', '{operation.operation_id}',"
+        f" '{operation.payment_id}', now() + interval '1 day') RETURNING 1",
+    )
+    assert await store.lease(10, 60) == []
+    await store.hasten(operation)
+    [lease] = await store.lease(10, 60)
+    assert lease.operation.operation_id == operation.operation_id
+    fetch(dsn, "UPDATE doubts SET check_at = now() + interval '1 day' RETURNING 1")
+    await store.hasten(operation)
+    assert fetch(dsn, "SELECT check_at > now() FROM doubts")[0][0]

@@ -19,6 +19,7 @@ from gateway.domain.model import (
     ConnectorAnswer,
     CvvResult,
     Delivery,
+    NextAction,
     OperationKind,
     Outcome,
     ResponseCode,
@@ -146,7 +147,7 @@ async def test_customer_who_has_to_act_is_sent_on_and_asked_about_later(psp: Str
     )
     answer = await send(psp.connector, request)
     assert answer.verdict is Verdict.REQUIRES_ACTION
-    assert answer.next_action_url == "https://hooks.stripe.com/redirect"
+    assert answer.next_action == NextAction(redirect_url="https://hooks.stripe.com/redirect")
     (intent,) = psp.double.intents.values()
     request.target_transaction_id = answer.connector_transaction_id
     found = await psp.connector.query(K.AUTHORIZE, request.reference, request)

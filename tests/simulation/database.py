@@ -385,6 +385,10 @@ class SimulatedStore:
             )
         )
 
+    async def hasten(self, operation: Operation) -> None:
+        """See the port."""
+        await self._run(lambda database: at_once(database.hasten(operation)))
+
     async def forget(self, operation: Operation) -> None:
         """See the port."""
         await self._run(lambda database: at_once(database.forget(operation)))

@@ -45,6 +45,7 @@ LIMITS: Final = Limits(
     contention_tries_max=20,
     first_check_s=0.3,
     operations_per_payment_max=50,
+    action_timeout_s=5.0,
 )
 SCHEDULE: Final = Schedule(
     interval_s=0.5,
@@ -56,6 +57,8 @@ SCHEDULE: Final = Schedule(
     backoff_s_max=1.5,
     tries_max=100_000,
     person_interval_s=60.0,
+    waiting_interval_s_max=1.5,
+    action_margin_s=0.5,
 )
 TAKEOVER_S: Final = LIMITS.send_window_s + ANSWER_TIMEOUT_S + LIMITS.recover_margin_s
 """Recovery leaves an intent alone for so long."""

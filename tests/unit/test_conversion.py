@@ -27,6 +27,7 @@ from gateway.domain.model import (
     CvvResult,
     Delivery,
     Mode,
+    NextAction,
     Operation,
     OperationKind,
     OperationOrigin,
@@ -34,7 +35,9 @@ from gateway.domain.model import (
     Outcome,
     Payment,
     PaymentState,
+    QrCode,
     ResponseCode,
+    Voucher,
 )
 from gateway.rpc import conversion
 from gateway.rpc.conversion import Caller, ContractEncoder
@@ -87,7 +90,7 @@ def operation() -> Operation:
         request_id="req_1",
         note="not in the contract",
         reason="RECOVERED",
-        next_action_url="https://psp.example/1",
+        next_action=NextAction("https://psp.example/1", expires_at=AT),
         allocations=(("op_c1", 600), ("op_c2", 400)),
         superseded_attempts=(
             Attempt(1, "first", "account_1", Delivery.ANSWERED, "ch_1", outcome(), 12.345),
@@ -237,7 +240,10 @@ OPERATION = {
         {"capture_operation_id": "op_c1", "amount_minor": 600},
         {"capture_operation_id": "op_c2", "amount_minor": 400},
     ],
-    "next_action": {"redirect_url": "https://psp.example/1"},
+    "next_action": {
+        "redirect_url": "https://psp.example/1",
+        "expires_at": "2026-11-01T12:30:15.123456Z",
+    },
     "reason": "RECOVERED",
     "merchant_transaction_id": "mtx",
     "created_at": "2026-11-01T12:30:15.123456Z",
@@ -281,9 +287,118 @@ PAYMENT = {
 def test_every_field_of_an_operation_and_its_attempts_is_told() -> None:
     message = payment_pb2.Operation.FromString(conversion.encode_operation(operation()))
     assert message == ParseDict(OPERATION, payment_pb2.Operation())
-    # Nothing is left to tell, but for what no PSP has told yet.
-    assert unset(message) == {"next_action.expires_at"}
+    # Nothing is left to tell, but for what else a customer might have to do.
+    others = {f"next_action.{action}" for action in ("qr_code", "voucher", "await_approval")}
+    assert unset(message) == others
     assert unset(message.attempts[0]) == set()
+
+
+@pytest.mark.parametrize(
+    ("action", "told"),
+    [
+        (NextAction(), {}),
+        (
+            NextAction(qr_code=QrCode("0002", "https://i.example", "https://p.example")),
+            {
+                "qr_code": {
+                    "data": "0002",
+                    "image_url": "https://i.example",
+                    "page_url": "https://p.example",
+                }
+            },
+        ),
+        (
+            NextAction(voucher=Voucher("123 456", "11249", "https://p.example")),
+            {"voucher": {"number": "123 456", "entity": "11249", "page_url": "https://p.example"}},
+        ),
+        (
+            NextAction(await_approval=True, expires_at=AT),
+            {"await_approval": {}, "expires_at": "2026-11-01T12:30:15.123456Z"},
+        ),
+    ],
+)
+def test_what_a_customer_has_to_do_is_told_by_its_kind(
+    action: NextAction, told: dict[str, Any]
+) -> None:
+    encoded = conversion.encode_operation(operation().copy_with(next_action=action))
+    message = payment_pb2.Operation.FromString(encoded)
+    assert message.HasField("next_action")
+    assert message.next_action == ParseDict(told, payment_pb2.NextAction())
+
+
+DPAN = "4895370000000000003"
+CRYPTOGRAM = "AgAAAAAABk4DWZ4C28yUQAAAAAA="
+
+
+def network_token(**changes: Any) -> pb.AuthorizePaymentRequest:
+    token: dict[str, Any] = {
+        "number": DPAN,
+        "cryptogram": CRYPTOGRAM,
+        "expiry_month": 12,
+        "expiry_year": 2030,
+        "eci": "05",
+    }
+    return pb.AuthorizePaymentRequest(
+        capture_method=payment_method_pb2.CAPTURE_METHOD_AUTOMATIC,
+        payment_method=payment_method_pb2.PaymentMethod(
+            network_token=payment_method_pb2.NetworkToken(**(token | changes))
+        ),
+    )
+
+
+def test_a_network_tokens_number_and_cryptogram_are_for_the_psp_alone() -> None:
+    command = conversion.to_authorize(network_token(), Caller("req_1", "mer_1"))
+    assert command.secrets == {"number": DPAN, "cryptogram": CRYPTOGRAM}
+    kept = payment().copy_with(details=command.details)
+    encoded = command.details + conversion.encode_payment(kept) + repr(command).encode()
+    for secret in command.secrets.values():
+        assert secret.encode() not in encoded
+    token, fields = ENCODER.connector_fields(kept)
+    assert token == ""
+    assert fields["payment_method"] == {
+        "network_token": {"expiry_month": 12, "expiry_year": 2030, "eci": "05"}
+    }
+    assert command.method == "network_token"
+    assert command.used_fields == {"payment_method.network_token"}
+
+
+def test_calls_with_another_network_token_or_cryptogram_are_other_calls() -> None:
+    fingerprints = [
+        conversion.to_authorize(network_token(**changes), Caller("req_1", "mer_1")).fingerprint
+        for changes in (
+            {},
+            {},
+            {"number": "4895370000000000011"},
+            {"cryptogram": CRYPTOGRAM.replace("k", "l")},
+            {"eci": "07"},
+        )
+    ]
+    assert fingerprints[0] == fingerprints[1]
+    assert len(set(fingerprints)) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "country"),
+    [
+        ({"token": "tok_visa"}, "card", ""),
+        ({"stored": {"stored_payment_method_id": "pm_1"}}, "card", ""),
+        (
+            {"stored": {"stored_payment_method_id": "pm_1", "method_type": "sepa_debit"}},
+            "sepa_debit",
+            "",
+        ),
+        ({"redirect": {"method_type": "ideal", "country_code": "NL"}}, "ideal", "NL"),
+    ],
+)
+def test_a_payment_method_has_the_name_that_capabilities_know_it_by(
+    method: dict[str, Any], name: str, country: str
+) -> None:
+    request = pb.AuthorizePaymentRequest(
+        capture_method=payment_method_pb2.CAPTURE_METHOD_AUTOMATIC,
+        payment_method=payment_method_pb2.PaymentMethod(**method),
+    )
+    command = conversion.to_authorize(request, Caller("req_1", "mer_1"))
+    assert (command.method, command.customer_country) == (name, country)
 
 
 def test_every_field_of_a_payment_is_told_and_the_requests_fields_are_as_in_it() -> None:
@@ -310,7 +425,7 @@ CHANGES: tuple[tuple[type | tuple[type, ...], Callable[[Any], Any]], ...] = (
     ((int, float), lambda value: value + 1),
     (datetime, lambda value: value + timedelta(microseconds=1)),
     (Attempt, lambda _: Attempt(9, "third", "account_3")),
-    (Outcome, lambda _: None),
+    ((Outcome, NextAction), lambda _: None),
 )
 
 
@@ -512,7 +627,9 @@ def test_a_method_other_than_a_token_has_to_be_supported(method: dict[str, Any],
         payment_method=payment_method_pb2.PaymentMethod(**method),
     )
     command = conversion.to_authorize(other, Caller("req_1", "mer_1"))
-    assert command.used_fields == {path}
+    token = method.get("network_token", {}).get("token_reference")
+    by_reference = {f"{path}.token_reference"} if token else set()
+    assert command.used_fields == {path} | by_reference
     details = payment().copy_with(details=command.details)
     token, fields = ENCODER.connector_fields(details)
     assert token == ""

@@ -175,7 +175,8 @@ _values: st.SearchStrategy[Any] = st.recursive(
 _names = [
     *("transaction_id", "amount_minor", "currency", "code", "message", "network_code"),
     *("advice_scheme", "advice_code", "avs_code", "processing_ms", "expires_at"),
-    *("next_action_url", "transactions", "had"),
+    *("next_action_url", "next_action_path", "next_action_kind", "next_action_expires_at"),
+    *("transactions", "had"),
 ]
 
 

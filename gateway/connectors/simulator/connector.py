@@ -8,7 +8,13 @@ from urllib.parse import quote
 
 import orjson
 
-from gateway.application.ports import Capabilities, ConnectorRequest
+from gateway.application.ports import (
+    CARD,
+    NETWORK_TOKEN,
+    Capabilities,
+    ConnectorRequest,
+    MethodRule,
+)
 from gateway.connectors import values
 from gateway.connectors.http import HttpClient, Limits, MaybeSent, NotSent, Response
 from gateway.connectors.schemes import ADVICE, AVS, CVV, ISO8583_CODES
@@ -17,18 +23,37 @@ from gateway.domain.errors import Reason
 from gateway.domain.model import (
     AdviceAction,
     AvsResult,
+    CaptureMethod,
     ConnectorAnswer,
     CvvResult,
     Delivery,
     Mode,
+    NextAction,
     OperationKind,
     Outcome,
+    QrCode,
     ResponseCode,
     Verdict,
 )
 
 ANSWER_TIMEOUT_S: Final = 10.0
-SUPPORTED_FIELDS: Final = FIELDS | {"payment_method.token", "metadata"}
+SUPPORTED_FIELDS: Final = FIELDS | {
+    "payment_method.token",
+    "payment_method.network_token",
+    "payment_method.redirect",
+    "metadata",
+}
+_AT_ONCE: Final = frozenset({CaptureMethod.AUTOMATIC})
+METHODS: Final[Mapping[str, MethodRule]] = {
+    CARD: MethodRule(),
+    NETWORK_TOKEN: MethodRule(),
+    "bancontact": MethodRule(_AT_ONCE, frozenset({"EUR"}), frozenset({"BE"})),
+    "ideal": MethodRule(_AT_ONCE, frozenset({"EUR"}), frozenset({"NL"})),
+    "p24": MethodRule(
+        _AT_ONCE, frozenset({"EUR", "PLN"}), frozenset({"PL"}), frozenset({"customer_email"})
+    ),
+    "pix": MethodRule(_AT_ONCE, frozenset({"BRL"}), frozenset({"BR"})),
+}
 
 # Handled elsewhere in a request to the PSP, or kept by the gateway.
 _NOT_FORWARDED: Final = frozenset(
@@ -50,6 +75,7 @@ _VERDICTS: Final = {
     "rejected": Verdict.FAILED,
     "failed": Verdict.FAILED,
     "canceled": Verdict.CANCELED,
+    "expired": Verdict.EXPIRED,
     "refused": Verdict.CANCELED,
 }
 _ACCEPTED: Final = frozenset({Verdict.APPROVED, Verdict.PENDING, Verdict.REQUIRES_ACTION})
@@ -84,6 +110,7 @@ class SimulatorConnector:
         `limits` and `more_headers` are those of HttpClient.
         """
         self._http = HttpClient(url, limits, more_headers)
+        self._url = url.rstrip("/")
         self._profile = profile
         self._name = name
         self._capabilities = Capabilities(
@@ -94,6 +121,7 @@ class SimulatorConnector:
             cancel_by_reference=profile.cancel_by_reference,
             answer_timeout_s=answer_timeout_s,
             supported_fields=SUPPORTED_FIELDS,
+            methods=METHODS,
         )
 
     @property
@@ -145,7 +173,7 @@ class SimulatorConnector:
         told = _envelope(response, kind, request.reference)
         if told is None or told.get("currency", request.currency) != request.currency:
             return _doubt(Reason.ANSWER_UNUSABLE)
-        return _answered(told)
+        return _answered(told, self._url)
 
     async def query(
         self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
@@ -168,7 +196,7 @@ class SimulatorConnector:
             known = {"result": "not_found", "reference": reference, "kind": name}
             return None if told == known else _doubt(Reason.ANSWER_UNUSABLE)
         told = _envelope(response, name, reference)
-        return _doubt(Reason.ANSWER_UNUSABLE) if told is None else _found(told)
+        return _doubt(Reason.ANSWER_UNUSABLE) if told is None else _found(told, self._url)
 
     async def cancel(
         self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
@@ -189,7 +217,7 @@ class SimulatorConnector:
             # It stands, and the PSP says how.
             told = _checked(told.get("standing"), name, reference)
             told = told if told is not None and told["result"] == "approved" else None
-        return _doubt(Reason.ANSWER_UNUSABLE) if told is None else _found(told)
+        return _doubt(Reason.ANSWER_UNUSABLE) if told is None else _found(told, self._url)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -272,6 +300,11 @@ def _encode(kind: str, request: ConnectorRequest, fields: dict[str, object]) -> 
     if kind in ("authorize", "verify"):
         body |= {"token": request.payment_method_token, "capture": request.capture}
         body["fields"] = fields
+        method = request.fields.get("payment_method")
+        if isinstance(method, dict) and "redirect" in method:
+            body["method"] = method["redirect"].get("method_type")
+        elif isinstance(method, dict) and "network_token" in method:
+            body["network_token"] = method["network_token"] | request.secrets
     else:
         body |= {
             "final": request.final,
@@ -314,8 +347,8 @@ def _checked(told: object, kind: str, reference: str) -> dict[str, Any] | None:
     return told
 
 
-def _found(told: dict[str, Any]) -> ConnectorAnswer:
-    """What a query or a cancellation says."""
+def _found(told: dict[str, Any], url: str = "") -> ConnectorAnswer:
+    """What a query or a cancellation says; `url` is the simulator's."""
     if told["result"] == "canceled" and told.get("had") == "nothing":
         return _not_sent(Reason.REFERENCE_CANCELED)
     if told["result"] == "approved":
@@ -333,10 +366,10 @@ def _found(told: dict[str, Any]) -> ConnectorAnswer:
             return _doubt(Reason.ANSWER_UNUSABLE)
         if len(known) > 1:
             told = {**told, "amount_minor": sum(known)}
-    return _answered(told)
+    return _answered(told, url)
 
 
-def _answered(told: dict[str, Any]) -> ConnectorAnswer:
+def _answered(told: dict[str, Any], url: str = "") -> ConnectorAnswer:
     return ConnectorAnswer(
         delivery=Delivery.ANSWERED,
         verdict=_VERDICTS[told["result"]],
@@ -344,9 +377,28 @@ def _answered(told: dict[str, Any]) -> ConnectorAnswer:
         connector_transaction_id=_transaction_id(told),
         currency=_text(told, "currency", 3),
         processing_ms=_duration(told.get("processing_ms")),
-        next_action_url=values.https_url(told.get("next_action_url")),
+        next_action=_next_action(told, url),
         authorization_expires_at=values.instant(told.get("expires_at")),
     )
+
+
+def _next_action(told: dict[str, Any], url: str) -> NextAction | None:
+    """A page of the simulator's is where the simulator is."""
+    elsewhere = values.https_url(told.get("next_action_url"))
+    if elsewhere:
+        return NextAction(redirect_url=elsewhere)
+    path = told.get("next_action_path")
+    if (
+        told["result"] != "requires_action"
+        or not isinstance(path, str)
+        or len(path) > values.IDENTIFIER_LENGTH_MAX
+        or not path.isprintable()
+    ):
+        return None
+    page, expires_at = url + path, values.instant(told.get("next_action_expires_at"))
+    if told.get("next_action_kind") == "qr_code":
+        return NextAction(qr_code=QrCode(data=page, page_url=page), expires_at=expires_at)
+    return NextAction(redirect_url=page, expires_at=expires_at)
 
 
 def _outcome(told: dict[str, Any]) -> Outcome:
@@ -382,7 +434,7 @@ def _response_code(told: dict[str, Any]) -> ResponseCode:
             return ResponseCode.REFERENCE_CANCELED
         case "rejected":
             return ResponseCode.REJECTED_BY_CONNECTOR
-        case "pending" | "requires_action" | "canceled":
+        case "pending" | "requires_action" | "canceled" | "expired":
             return ResponseCode.UNSPECIFIED
         case _:
             pass

@@ -11,8 +11,11 @@ from typing import Any, Final
 
 from gateway.connectors.simulator.journal import Record, Standing, apply_effect
 from gateway.connectors.simulator.outcomes import (
+    ACTION_LIFE_S,
     APPROVE,
     LOOKS_UNTIL_SETTLED,
+    REDIRECT,
+    VISITS,
     Behaviour,
     Result,
     choose,
@@ -20,6 +23,8 @@ from gateway.connectors.simulator.outcomes import (
 from gateway.connectors.simulator.profiles import Profile
 
 KINDS: Final = ("authorize", "capture", "void", "refund", "increment", "verify", "reversal")
+CODES: Final = frozenset({"pix"})
+"""Redirect methods whose page is led to by a code to scan."""
 AUTHORIZATION_LIFE_S: Final = 7 * 86_400.0
 """For how long an authorization holds, in seconds; told, not enforced."""
 
@@ -67,6 +72,9 @@ class Send:
     target_transaction_id: str = ""
     target_reference: str = ""
     avs_code: str = ""
+    method: str = ""
+    """The redirect method; empty for a token."""
+    return_url: str = ""
 
     def same_as(self, other: "Transaction") -> bool:
         """Whether a repeat of a reference asks for the same thing."""
@@ -76,6 +84,7 @@ class Send:
         return (
             mine == theirs
             and same_token
+            and self.method == other.method
             and self.target_transaction_id == other.target_transaction_id
         )
 
@@ -107,6 +116,9 @@ class Transaction:
     """What a final capture gave back of the authorization."""
     refunded_minor: int = 0
     """For what captures: what refunds that name it gave back."""
+    method: str = ""
+    """The redirect method."""
+    return_url: str = ""
     looks: int = 0
     taken_back: bool = False
 
@@ -114,6 +126,14 @@ class Transaction:
     def result(self) -> Result:
         """What the PSP says of it now."""
         return Result(self.answer["result"])
+
+    def awaits_customer(self, now: float) -> bool:
+        """Whether its page can be used."""
+        return (
+            bool(self.method)
+            and self.result is Result.REQUIRES_ACTION
+            and now < self.answer["next_action_expires_at"]
+        )
 
 
 @dataclass(slots=True)
@@ -176,6 +196,8 @@ class Ledger:
     def behaviour(self, send: Send) -> Behaviour:
         """What the published tokens and amounts say about a request."""
         token = send.token
+        if send.method:
+            return REDIRECT
         if send.kind not in ("authorize", "verify"):
             standings = self._targets(send)
             token = standings[0].token if standings else ""
@@ -249,6 +271,8 @@ class Ledger:
             "currency": send.currency,
             "target_transaction_id": send.target_transaction_id,
             "final": send.final,
+            "method_type": send.method,
+            "return_url": send.return_url,
             "effect": "",
             "targets": [],
             "answer": answer,
@@ -308,7 +332,10 @@ class Ledger:
                 answer["standing"] = _all_of(known)
             # Nothing is applied: the reference stays as it is.
             return record, answer
-        settled = {Result.DECLINED.value, Result.REJECTED.value, Result.FAILED.value}
+        settled = {
+            result.value
+            for result in (Result.DECLINED, Result.REJECTED, Result.FAILED, Result.EXPIRED)
+        }
         if found.get("result") in settled:
             answer = {**found, "had": "refusal"}
         else:
@@ -331,6 +358,24 @@ class Ledger:
         record["answer"] = answer
         self.apply(record)
         return record, answer
+
+    def visited(self, transaction_id: str) -> Transaction | None:
+        """The authorization whose page a customer visits."""
+        transaction = self._transactions.get(transaction_id)
+        return transaction if transaction is not None and transaction.method else None
+
+    def visit(
+        self, transaction: Transaction, outcome: str, request: int, now: float
+    ) -> Record | None:
+        """What a customer chose on the page; None where the page can no longer be used."""
+        known = self._references[transaction.reference]
+        if not transaction.awaits_customer(now) or known.canceled is not None:
+            return None
+        record = self._settlement(transaction, VISITS[outcome], now)
+        if record is not None:
+            record["request"] = request
+            self.apply(record)
+        return record
 
     # --- the state --------------------------------------------------------------------------------
 
@@ -385,6 +430,9 @@ class Ledger:
             answer=record["answer"],
             targets=tuple(record["targets"]),
             released_minor=record["released_minor"],
+            # A journal of before redirects has neither.
+            method=record.get("method_type", ""),
+            return_url=record.get("return_url", ""),
         )
         self._transactions[transaction.transaction_id] = transaction
         self._known(record).transactions.append(transaction)
@@ -523,20 +571,25 @@ class Ledger:
         """Count a look at a transaction, and settle it when its time has come."""
         transaction.looks += 1
         known = self._references[transaction.reference]
-        behaviour = choose(transaction.kind, transaction.token, transaction.requested_minor)
-        if (
-            behaviour.settles_as is None
-            or transaction.looks < LOOKS_UNTIL_SETTLED
-            or transaction.result is not behaviour.result
-            or transaction.taken_back
-            or known.canceled is not None
-        ):
+        settles_as = self._settles_as(transaction, now)
+        if settles_as is None or transaction.taken_back or known.canceled is not None:
             return None
-        record = self._settlement(transaction, behaviour.settles_as, now)
+        record = self._settlement(transaction, settles_as, now)
         if record is not None:
             record["request"] = request
             self.apply(record)
         return record
+
+    def _settles_as(self, transaction: Transaction, now: float) -> Result | None:
+        """What this look makes of it; None where it stays as it is."""
+        if transaction.method:
+            if transaction.result is Result.PENDING:
+                return Result.APPROVED
+            waiting = transaction.result is Result.REQUIRES_ACTION
+            return Result.EXPIRED if waiting and not transaction.awaits_customer(now) else None
+        behaviour = choose(transaction.kind, transaction.token, transaction.requested_minor)
+        due = transaction.looks >= LOOKS_UNTIL_SETTLED and transaction.result is behaviour.result
+        return behaviour.settles_as if due else None
 
     def _settlement(self, transaction: Transaction, result: Result, now: float) -> Record | None:
         """The later outcome of a transaction; None where what was done since forbids it."""
@@ -563,6 +616,8 @@ class Ledger:
             if transaction.effect == "reversal":
                 targets = [self._transactions[target] for target in transaction.targets]
                 record["takes_back"] = [_item(one) for one in targets if self._has_effect(one)]
+        elif result in (Result.PENDING, Result.EXPIRED):
+            code, network_code = result.value, ""
         elif result is Result.FAILED:
             if not self._may_take_back([transaction]):
                 return None
@@ -636,7 +691,11 @@ def _complete(send: Send, behaviour: Behaviour, record: Record) -> None:
             "avs_code": behaviour.avs_code or send.avs_code,
             "cvv_code": behaviour.cvv_code,
         }
-    if behaviour.result is Result.REQUIRES_ACTION:
+    if send.method:
+        answer["next_action_kind"] = "qr_code" if send.method in CODES else "redirect"
+        answer["next_action_path"] = f"/pay/{record['transaction_id']}"
+        answer["next_action_expires_at"] = record["t"] + ACTION_LIFE_S
+    elif behaviour.result is Result.REQUIRES_ACTION:
         answer["next_action_url"] = f"https://acs.example/challenge/{record['transaction_id']}"
     if behaviour.result is Result.APPROVED:
         record["type"] = "effect"

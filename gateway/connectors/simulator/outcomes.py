@@ -26,6 +26,8 @@ class Result(Enum):
     FAILED = "failed"
     """It had been accepted or approved, and failed later."""
     CANCELED = "canceled"
+    EXPIRED = "expired"
+    """The customer's time passed."""
     REFUSED = "refused"
     """The reference was cancelled before this request came."""
 
@@ -98,6 +100,22 @@ UNKNOWN_TOKEN: Final = Behaviour(
     network_code="",
     cvv_code="",
 )
+
+REDIRECT: Final = Behaviour(
+    "redirect",
+    "the customer has to visit a page of the simulator's first",
+    Result.REQUIRES_ACTION,
+    code="requires_action",
+    network_code="",
+    cvv_code="",
+)
+"""What an authorization with a redirect method does."""
+VISITS: Final[Mapping[str, Result]] = MappingProxyType(
+    {"approve": Result.APPROVED, "decline": Result.DECLINED, "later": Result.PENDING}
+)
+"""What the customer chooses on that page, to what the PSP says then."""
+ACTION_LIFE_S: Final = 900.0
+"""For how long the page can be used, in seconds."""
 
 DECLINES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {

@@ -22,6 +22,7 @@ FIELDS: Final = frozenset(
         "statement_descriptor_suffix",
         "amount_details",
         "allow_partial_approval",
+        "return_url",
     }
 )
 """The fields that an authorization may carry beside the amount; with another one it is refused."""

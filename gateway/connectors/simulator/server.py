@@ -29,8 +29,8 @@ from urllib.parse import unquote
 import orjson
 
 from gateway.connectors.simulator.journal import JOURNAL_VERSION, Journal, JournalError, Record
-from gateway.connectors.simulator.ledger import KINDS, Ledger, Send
-from gateway.connectors.simulator.outcomes import BEFORE_EFFECT, Behaviour, Fault
+from gateway.connectors.simulator.ledger import KINDS, Ledger, Send, Transaction
+from gateway.connectors.simulator.outcomes import BEFORE_EFFECT, VISITS, Behaviour, Fault
 from gateway.connectors.simulator.profiles import FIELDS, PROFILES, Profile, find_profile
 
 HEAD_BYTES_MAX: Final = 16 * 1024
@@ -55,7 +55,26 @@ journal takes, so that the answer is written when it is due."""
 _REFERENCE: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _CURRENCY: Final = re.compile(r"[A-Z]{3}")
 _AVS_POSTAL_CODE: Final = re.compile(r"AVS-([A-Z])")
-_PHRASES: Final = {200: "OK", 400: "Bad Request", 404: "Not Found", 409: "Conflict"}
+_METHOD: Final = re.compile(r"[a-z0-9_]{1,64}")
+_RETURN_URL: Final = re.compile(r"https://[!-~]{1,2040}")
+_NETWORK_TOKEN: Final = re.compile(r"[0-9]{12,19}")
+NETWORK_TOKEN_TOKEN: Final = "tok_test_network_token"  # noqa: S105
+"""What stands in the journal for every network token."""
+_PHRASES: Final = {
+    200: "OK",
+    303: "See Other",
+    400: "Bad Request",
+    404: "Not Found",
+    409: "Conflict",
+}
+_PAGE: Final = """<!DOCTYPE html><title>Simulator</title>
+<h1>{method}: {amount_minor} minor units of {currency}</h1>
+<p>{state}</p>
+"""
+_CHOICES: Final = "".join(
+    f'<form method="post" action="{{path}}/{outcome}"><button>{outcome}</button></form>\n'
+    for outcome in VISITS
+)
 _LINGER_NOT: Final = struct.pack("ii", 1, 0)
 _P99: Final = NormalDist().inv_cdf(0.99)
 _PR_SET_PDEATHSIG: Final = 1
@@ -153,6 +172,8 @@ class _Reply:
     body: bytes
     due_at: float | None = None
     """When it has to be written, by the monotonic clock; None where that is not measured."""
+    content_type: str = "application/json"
+    location: str = ""
 
 
 @dataclass(slots=True)
@@ -242,9 +263,12 @@ class _Connection(asyncio.Protocol):
             return
         phrase = _PHRASES.get(reply.status, "Error")
         head = (
-            f"HTTP/1.1 {reply.status} {phrase}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(reply.body)}\r\n\r\n"
+            f"HTTP/1.1 {reply.status} {phrase}\r\nContent-Type: {reply.content_type}\r\n"
+            f"Content-Length: {len(reply.body)}\r\n"
         )
+        if reply.location:
+            head += f"Location: {reply.location}\r\n"
+        head += "\r\n"
         self.transport.write(head.encode("ascii") + reply.body)
         self.busy = False
         if self._buffer:
@@ -346,7 +370,7 @@ class Simulator:
             case ["POST", "control", action]:
                 return await self._control(action, _object(body or b"{}"))
             case _:
-                return _json(404, {"error": "no_such_resource"})
+                return await self._pay(connection, method, parts)
 
     # --- the three requests -----------------------------------------------------------------------
 
@@ -450,6 +474,49 @@ class Simulator:
         await self._hold("before_answer", "cancel", kind, reference)
         return _json(200, answer)
 
+    # --- the customer's page ----------------------------------------------------------------------
+
+    async def _pay(
+        self, connection: _Connection, method: str, parts: Sequence[str]
+    ) -> _Reply | None:
+        transaction = self._ledger.visited(parts[1]) if len(parts) > 1 else None
+        match [method, *parts]:
+            case ["GET", "pay", _] if transaction is not None:
+                return self._page(transaction)
+            case ["POST", "pay", _, chosen] if transaction is not None and chosen in VISITS:
+                return await self._visit(connection, transaction, chosen)
+            case _:
+                return _json(404, {"error": "no_such_resource"})
+
+    def _page(self, transaction: Transaction) -> _Reply:
+        page = _PAGE.format(
+            method=transaction.method,
+            amount_minor=transaction.amount_minor,
+            currency=transaction.currency,
+            state=transaction.result.value,
+        )
+        if transaction.awaits_customer(self._now()):
+            page += _CHOICES.format(path=f"/pay/{transaction.transaction_id}")
+        return _Reply(200, page.encode(), content_type="text/html; charset=utf-8")
+
+    async def _visit(
+        self, connection: _Connection, transaction: Transaction, outcome: str
+    ) -> _Reply | None:
+        kind, reference = transaction.kind, transaction.reference
+        request = await self._received(connection, "visit", kind, reference)
+        if self._mode != "up":
+            return await self._unavailable(connection)
+        record = self._ledger.visit(transaction, outcome, request, self._now())
+        if record is not None:
+            self._journal.append(record)
+            await self._journal.durable()
+        reply = self._page(transaction)
+        if record is None:
+            reply.status = 409
+        elif transaction.return_url:
+            reply.status, reply.location = 303, transaction.return_url
+        return reply
+
     async def _received(
         self,
         connection: _Connection,
@@ -484,6 +551,7 @@ class Simulator:
                 "target_reference": send.target_reference,
                 "deduplicated": deduplicated,
                 "canceled_before": known is not None and known.canceled is not None,
+                "method_type": send.method,
             }
         self._ledger.apply(record)
         self._journal.append(record)
@@ -701,13 +769,42 @@ def _parse_send(kind: str, data: bytes) -> Send:
         currency=currency,
         account=_text(body, "account"),
         payment_id=_text(body, "payment_id"),
-        token=_text(body, "token"),
+        token=_token(body),
         capture=_flag(body, "capture"),
         final=_flag(body, "final"),
         target_transaction_id=_text(body, "target_transaction_id"),
         target_reference=_text(body, "target_reference"),
         avs_code=avs_code,
+        method=_method(body),
+        return_url=_return_url(fields),
     )
+
+
+def _token(body: dict[str, Any]) -> str:
+    """The token; for a network token what stands for all of them, so that none is kept."""
+    network_token = body.get("network_token")
+    if network_token is None:
+        return _text(body, "token")
+    number = network_token.get("number") if isinstance(network_token, dict) else None
+    if not isinstance(number, str) or _NETWORK_TOKEN.fullmatch(number) is None:
+        raise _BadRequest("network_token must have a number of 12 to 19 digits")
+    if not network_token.get("cryptogram"):
+        raise _BadRequest("network_token must have a cryptogram")
+    return NETWORK_TOKEN_TOKEN
+
+
+def _method(body: dict[str, Any]) -> str:
+    method = _text(body, "method")
+    if method and _METHOD.fullmatch(method) is None:
+        raise _BadRequest("method must be the name of a payment method")
+    return method
+
+
+def _return_url(fields: dict[str, Any]) -> str:
+    url = fields.get("return_url", "")
+    if url and (not isinstance(url, str) or _RETURN_URL.fullmatch(url) is None):
+        raise _BadRequest("return_url must be an https address")
+    return str(url)
 
 
 def _profile_json(profile: Profile) -> dict[str, Any]:

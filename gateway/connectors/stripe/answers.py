@@ -19,7 +19,9 @@ from gateway.domain.model import (
     ConnectorAnswer,
     CvvResult,
     Delivery,
+    NextAction,
     Outcome,
+    QrCode,
     ResponseCode,
     Verdict,
 )
@@ -161,7 +163,7 @@ def verification(intent: Mapping[str, Any]) -> ConnectorAnswer:
             return _answered(intent, Verdict.PENDING)
         case "requires_action":
             answer = _action(intent)
-            if answer.next_action_url:
+            if answer.next_action is not None:
                 return answer
             # Nobody can act: it is over, and nothing is held.
             return declined({"code": "authentication_required"}, answer.connector_transaction_id)
@@ -289,9 +291,22 @@ def _check(checks: Mapping[str, Any], name: str) -> str:
 
 
 def _action(intent: Mapping[str, Any]) -> ConnectorAnswer:
+    """With what the customer has to do, where that can be put into the gateway's words."""
     answer = _answered(intent, Verdict.REQUIRES_ACTION)
-    redirect = part(part(intent, "next_action"), "redirect_to_url")
-    answer.next_action_url = values.https_url(redirect.get("url"))
+    told = part(intent, "next_action")
+    redirect = values.https_url(part(told, "redirect_to_url").get("url"))
+    code = part(told, "pix_display_qr_code")
+    if redirect:
+        answer.next_action = NextAction(redirect_url=redirect)
+    elif code:
+        answer.next_action = NextAction(
+            qr_code=QrCode(
+                data=values.code_data(code.get("data")),
+                image_url=values.https_url(code.get("image_url_png")),
+                page_url=values.https_url(code.get("hosted_instructions_url")),
+            ),
+            expires_at=values.instant(code.get("expires_at")),
+        )
     return answer
 
 

@@ -11,7 +11,13 @@ from urllib.parse import quote, urlencode
 
 from gateway import __version__
 from gateway.application.notifications import LookupUnavailable
-from gateway.application.ports import Capabilities, ConnectorRequest
+from gateway.application.ports import (
+    CARD,
+    NETWORK_TOKEN,
+    Capabilities,
+    ConnectorRequest,
+    MethodRule,
+)
 from gateway.connectors.http import FORM, HttpClient, MaybeSent, NotSent, Response
 from gateway.connectors.repeats import send_and_repeat
 from gateway.connectors.stripe import answers
@@ -46,11 +52,31 @@ K = OperationKind
 SUPPORTED_FIELDS: Final = frozenset(
     {
         "payment_method.stored",
+        "payment_method.network_token",
+        "payment_method.redirect",
         "channel",
         "return_url",
         "statement_descriptor_suffix",
     }
 )
+_SEPA_DEBIT: Final = "sepa_debit"
+_AT_ONCE: Final = frozenset({CaptureMethod.AUTOMATIC})
+_EUR: Final = frozenset({"EUR"})
+METHODS: Final[Mapping[str, MethodRule]] = {
+    CARD: MethodRule(),
+    NETWORK_TOKEN: MethodRule(),
+    "bancontact": MethodRule(_AT_ONCE, _EUR, frozenset({"BE"}), frozenset({"customer_name"})),
+    "eps": MethodRule(_AT_ONCE, _EUR, frozenset({"AT"}), frozenset({"customer_name"})),
+    "ideal": MethodRule(_AT_ONCE, _EUR, frozenset({"NL"})),
+    "p24": MethodRule(
+        _AT_ONCE, frozenset({"EUR", "PLN"}), frozenset({"PL"}), frozenset({"customer_email"})
+    ),
+    "pix": MethodRule(_AT_ONCE, frozenset({"BRL"}), frozenset({"BR"})),
+    _SEPA_DEBIT: MethodRule(_AT_ONCE, _EUR),
+}
+"""By the guide of each method ("Payment methods"): none but cards is captured later."""
+_WITH_BANK: Final = frozenset({"eps", "ideal", "p24"})
+"""Methods that take the customer's bank."""
 _STORED_PREFIX: Final = "pm_"
 _MOTO: Final = frozenset({"CHANNEL_MAIL_ORDER", "CHANNEL_TELEPHONE_ORDER"})
 
@@ -66,6 +92,7 @@ def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabiliti
         answer_timeout_s=answer_timeout_s,
         supported_fields=SUPPORTED_FIELDS,
         amounts=RULES,
+        methods=METHODS,
     )
 
 
@@ -215,7 +242,6 @@ class StripeConnector:
             "currency": request.currency.lower(),
             "confirm": "true",
             "capture_method": "automatic" if request.capture else "manual",
-            "payment_method_types[]": "card",
             **_payment_method(request),
             f"metadata[{REFERENCE}]": request.reference,
             "metadata[gateway_payment_id]": request.payment_id,
@@ -464,8 +490,8 @@ class StripeConnector:
         effect nothing is said here, and `query` tells it.
         """
         try:
-            if kind is K.AUTHORIZE and request is not None and request.target_transaction_id:
-                return await self._take_back(await self._intent(_id(request)), reference)
+            if request is not None and request.target_transaction_id and kind in _TO_BE_DROPPED:
+                return await self._cancel_known(kind, _id(request), reference)
             age_s = _age_s(reference)
             if age_s is not None and age_s <= KEY_VALIDITY_S / 2:
                 if await self._occupy(reference):
@@ -567,6 +593,26 @@ class StripeConnector:
             Delivery.ANSWERED, Verdict.CANCELED, connector_transaction_id=intent_id
         )
 
+    async def _cancel_known(self, kind: K, id_: str, reference: str) -> ConnectorAnswer:
+        """Take back a PaymentIntent; cancel a SetupIntent, or tell what it says instead. Raises as
+        `_take_back`.
+        """
+        if kind is K.AUTHORIZE:
+            return await self._take_back(await self._intent(id_), reference)
+        response = await self._post(
+            _Call(f"/v1/setup_intents/{id_}/cancel", b""),
+            f"{reference}-cancel",
+            time.monotonic() + self._capabilities.answer_timeout_s,
+        )
+        if response.status == 200:
+            told = answers.read(response)
+        else:
+            told = answers.part(answers.read_error(response).told, "setup_intent")
+        self._check(told, "setup_intent")
+        if quote(str(told.get("id")), safe="") != id_:
+            raise Unusable
+        return answers.verification(told)
+
     async def _give_back(self, intent_id: str, reference: str, amount: str) -> ConnectorAnswer:
         """Refund an amount in Stripe's unit, or what is left. Raises as `_take_back`."""
         form = {"payment_intent": intent_id, f"metadata[{REFERENCE}]": f"{reference}-refund"}
@@ -643,6 +689,7 @@ class StripeConnector:
             raise Unusable
 
 
+_TO_BE_DROPPED: Final = frozenset({K.AUTHORIZE, K.VERIFY})
 _OF_AN_INTENT: Final = frozenset({K.CAPTURE, K.VOID, K.INCREMENT})
 _OBJECTS: Final[Mapping[OperationKind, str]] = {
     K.AUTHORIZE: "payment_intent",
@@ -680,26 +727,74 @@ def _id(request: ConnectorRequest) -> str:
 
 
 def _payment_method(request: ConnectorRequest) -> dict[str, str]:
-    """A PaymentMethod by its id, or a token of Stripe's. Raises _Unsendable."""
+    """What the customer pays with. Raises _Unsendable."""
     method = request.fields.get("payment_method")
-    stored = method.get("stored") if isinstance(method, dict) else None
-    if isinstance(stored, dict):
-        stored_id = str(stored.get("stored_payment_method_id", ""))
-        if not stored_id.startswith(_STORED_PREFIX):
-            raise _Unsendable(Reason.INVALID_REQUEST)
-        return {"payment_method": stored_id}
+    if isinstance(method, dict):
+        for name, form in (
+            ("stored", _stored),
+            ("network_token", _network_token),
+            ("redirect", _redirect),
+        ):
+            told = method.get(name)
+            if isinstance(told, dict):
+                return form(told, request.secrets)
     if not request.payment_method_token:
         raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
     return {
+        "payment_method_types[]": "card",
         "payment_method_data[type]": "card",
         "payment_method_data[card][token]": request.payment_method_token,
     }
 
 
+def _stored(told: Mapping[str, object], _: Mapping[str, str]) -> dict[str, str]:
+    """A PaymentMethod by its id. Raises _Unsendable."""
+    stored_id = str(told.get("stored_payment_method_id", ""))
+    type_ = str(told.get("method_type", CARD))
+    if not stored_id.startswith(_STORED_PREFIX):
+        raise _Unsendable(Reason.INVALID_REQUEST)
+    form = {"payment_method_types[]": type_, "payment_method": stored_id}
+    if type_ == _SEPA_DEBIT:
+        # The merchant has the customer's acceptance; the gateway did not see it online.
+        form["mandate_data[customer_acceptance][type]"] = "offline"
+    return form
+
+
+def _network_token(told: Mapping[str, object], secrets: Mapping[str, str]) -> dict[str, str]:
+    """Raises _Unsendable: what recovery repeats has no secrets."""
+    if not secrets.get("number"):
+        raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
+    form = {
+        "payment_method_types[]": "card",
+        "payment_method_data[type]": "card",
+        "payment_method_data[card][network_token][number]": secrets["number"],
+        "payment_method_data[card][network_token][exp_month]": str(told.get("expiry_month")),
+        "payment_method_data[card][network_token][exp_year]": str(told.get("expiry_year")),
+        "payment_method_options[card][network_token][cryptogram]": secrets["cryptogram"],
+    }
+    if told.get("eci"):
+        indicator = "payment_method_options[card][network_token][electronic_commerce_indicator]"
+        form[indicator] = str(told["eci"])
+    return form
+
+
+def _redirect(told: Mapping[str, object], _: Mapping[str, str]) -> dict[str, str]:
+    """Raises _Unsendable."""
+    type_ = str(told.get("method_type"))
+    if type_ not in METHODS:
+        raise _Unsendable(Reason.METHOD_NOT_SUPPORTED)
+    form = {"payment_method_types[]": type_, "payment_method_data[type]": type_}
+    if told.get("bank") and type_ in _WITH_BANK:
+        form[f"payment_method_data[{type_}][bank]"] = str(told["bank"])
+    for name in ("name", "email"):
+        if told.get(f"customer_{name}"):
+            form[f"payment_method_data[billing_details][{name}]"] = str(told[f"customer_{name}"])
+    return form
+
+
 def _verification(request: ConnectorRequest) -> dict[str, str]:
     form = {
         "confirm": "true",
-        "payment_method_types[]": "card",
         **_payment_method(request),
         f"metadata[{REFERENCE}]": request.reference,
         "metadata[gateway_payment_id]": request.payment_id,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gateway.application.connector_accounts import ConnectorAccount
-from gateway.application.ports import Capabilities
+from gateway.application.ports import CARD, Capabilities
 from gateway.connectors.http import HttpClient
 from gateway.connectors.kinds import AccountRefused, narrowed
 from gateway.connectors.notifications import WEBHOOK_SECRETS, webhook_secrets
@@ -26,8 +26,8 @@ _CREDENTIALS: Final = frozenset({"secret_key", "stripe_account", WEBHOOK_SECRETS
 class StripeKind:
     """Implements the ConnectorKind port.
 
-    An account's usual capabilities leave out what Stripe has to enable for it: several captures
-    (`MANUAL_MULTIPLE`) and INCREMENT.
+    An account's usual capabilities leave out what has to be enabled for it at Stripe: several
+    captures (`MANUAL_MULTIPLE`), INCREMENT, and every method but cards.
     """
 
     def __init__(
@@ -96,4 +96,5 @@ def usual(most: Capabilities) -> Capabilities:
         most,
         operations=most.operations - {OperationKind.INCREMENT},
         capture_methods=most.capture_methods - {CaptureMethod.MANUAL_MULTIPLE},
+        methods={CARD: most.methods[CARD]},
     )
