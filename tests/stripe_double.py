@@ -31,6 +31,15 @@ FOLLOW_UP_DECLINE_TOKEN = "tok_later_"
 """Followed by a decline code: captures and increments are declined with it."""
 ACTION_TOKEN = "tok_threeDSecureRequired"
 _METADATA_KEYS_MAX = 50
+_REDIRECTS: dict[str, tuple[frozenset[str], str]] = {
+    "bancontact": (frozenset({"eur"}), "name"),
+    "eps": (frozenset({"eur"}), "name"),
+    "ideal": (frozenset({"eur"}), ""),
+    "p24": (frozenset({"eur", "pln"}), "email"),
+    "pix": (frozenset({"brl"}), ""),
+}
+"""The currencies of methods with a customer's action, and the billing detail that each needs."""
+PIX_EXPIRES_AT = 1_900_000_000
 
 _ALLOWED: dict[str, frozenset[str]] = {
     "create": frozenset(
@@ -46,6 +55,17 @@ _ALLOWED: dict[str, frozenset[str]] = {
             "payment_method_options[card][moto]",
             "payment_method_options[card][request_multicapture]",
             "payment_method_options[card][request_incremental_authorization]",
+            "payment_method_data[card][network_token][number]",
+            "payment_method_data[card][network_token][exp_month]",
+            "payment_method_data[card][network_token][exp_year]",
+            "payment_method_options[card][network_token][cryptogram]",
+            "payment_method_options[card][network_token][electronic_commerce_indicator]",
+            "payment_method_data[billing_details][name]",
+            "payment_method_data[billing_details][email]",
+            "payment_method_data[eps][bank]",
+            "payment_method_data[ideal][bank]",
+            "payment_method_data[p24][bank]",
+            "mandate_data[customer_acceptance][type]",
             "return_url",
             "error_on_requires_action",
             "statement_descriptor_suffix",
@@ -93,6 +113,8 @@ class StripeDouble:
     keys: dict[str, tuple[str, Answer | None]] = field(default_factory=dict)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path and idempotency key of each request, in order."""
+    forms: list[Form] = field(default_factory=list)
+    """The parameters of each request that was executed, in order."""
     effects: list[str] = field(default_factory=list)
     """The key of each request that moved money or verified, each time that it did."""
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -138,6 +160,7 @@ class StripeDouble:
             if self.gate is not None:
                 await self.gate.wait()
             form: Form = dict((await request.post()).items())  # type: ignore[arg-type]
+            self.forms.append(form)
             answer = 200, self._post(request.path, form, key)
         except Refused as refused:
             if not refused.saved:
@@ -170,6 +193,8 @@ class StripeDouble:
                 return self._refund(form, key)
             case ["setup_intents"]:
                 return self._setup(form, key)
+            case ["setup_intents", id_, "cancel"] if id_ in self.setups:
+                return self._cancel_setup(self.setups[id_])
             case _:
                 raise Refused(404, "invalid_request_error", saved=False)
 
@@ -231,6 +256,10 @@ class StripeDouble:
             "token": token,
         }
         self.intents[intent["id"]] = intent
+        type_ = form.get("payment_method_types[]", "card")
+        if type_ != "card":
+            self._pay_elsewhere(intent, type_, form)
+            return intent
         self._decline(intent, token, DECLINE_TOKEN)
         if token == ACTION_TOKEN:
             if form.get("error_on_requires_action") == "true":
@@ -240,6 +269,61 @@ class StripeDouble:
             url = "https://hooks.stripe.com/redirect"
             intent["next_action"] = {"redirect_to_url": {"url": url}}
             return intent
+        self._authorized(intent, key)
+        return intent
+
+    def _pay_elsewhere(self, intent: dict[str, Any], type_: str, form: Form) -> None:
+        """A method other than cards, by its guide: captured at once, in its currencies."""
+        if form["capture_method"] != "automatic":
+            raise _invalid("capture_method")
+        if type_ == "sepa_debit":
+            if form["currency"] != "eur" or "mandate_data[customer_acceptance][type]" not in form:
+                raise _invalid("mandate_data")
+            intent["status"] = "processing"
+            return
+        currencies, needed = _REDIRECTS[type_]
+        if form.get("payment_method_data[type]") != type_ or form["currency"] not in currencies:
+            raise _invalid("payment_method_types")
+        if needed and f"payment_method_data[billing_details][{needed}]" not in form:
+            raise _invalid("payment_method_data")
+        intent["status"] = "requires_action"
+        if type_ == "pix":
+            intent["next_action"] = {
+                "type": "pix_display_qr_code",
+                "pix_display_qr_code": {
+                    "data": "00020101021226890014br.gov.bcb.pix",
+                    "expires_at": PIX_EXPIRES_AT,
+                    "hosted_instructions_url": "https://payments.stripe.com/pix/instructions",
+                    "image_url_png": "https://qr.stripe.com/pix.png",
+                    "image_url_svg": "https://qr.stripe.com/pix.svg",
+                },
+            }
+        elif "return_url" in form:
+            url = f"https://hooks.stripe.com/redirect/authenticate/{intent['id']}"
+            intent["next_action"] = {"type": "redirect_to_url", "redirect_to_url": {"url": url}}
+        else:
+            raise _invalid("return_url")
+
+    def customer_pays(self, intent: dict[str, Any]) -> None:
+        """The customer did what had to be done, and the bank paid."""
+        assert intent["status"] in ("requires_action", "processing")
+        intent["next_action"] = None
+        self._authorized(intent, intent["metadata"]["gateway_reference"])
+
+    def customer_fails(self, intent: dict[str, Any]) -> None:
+        """The customer did not go through with it, or the bank refused."""
+        intent |= {
+            "status": "requires_payment_method",
+            "next_action": None,
+            "last_payment_error": {
+                "type": "invalid_request_error",
+                "code": "payment_method_provider_decline",
+                "message": "The payment was declined by the provider.",
+            },
+        }
+
+    def _authorized(self, intent: dict[str, Any], key: str) -> None:
+        amount = intent["amount"]
         self.effects.append(key)
         intent["latest_charge"] = {
             "id": f"ch_{self._numbers()}",
@@ -258,11 +342,10 @@ class StripeDouble:
                 }
             },
         }
-        if form["capture_method"] == "manual":
+        if intent["capture_method"] == "manual":
             intent |= {"status": "requires_capture", "amount_capturable": amount}
         else:
             intent |= {"status": "succeeded", "amount_received": amount}
-        return intent
 
     def _capture(self, intent: dict[str, Any], form: Form, key: str) -> dict[str, Any]:
         final = form.get("final_capture", "true") == "true"
@@ -283,7 +366,7 @@ class StripeDouble:
         return intent
 
     def _cancel(self, intent: dict[str, Any], form: Form, key: str) -> dict[str, Any]:
-        if intent["status"] in ("succeeded", "canceled"):
+        if intent["status"] in ("succeeded", "canceled", "processing"):
             raise _unexpected(intent)
         self.effects.append(key)
         intent |= {"status": "canceled", "amount_capturable": 0}
@@ -346,8 +429,20 @@ class StripeDouble:
             raise Refused(
                 402, "card_error", code="card_declined", decline_code=code, setup_intent=setup
             )
+        if token == ACTION_TOKEN and "return_url" in form:
+            setup["status"] = "requires_action"
+            url = "https://hooks.stripe.com/redirect"
+            setup["next_action"] = {"redirect_to_url": {"url": url}}
+            return setup
         self.effects.append(key)
         setup["status"] = "succeeded"
+        return setup
+
+    def _cancel_setup(self, setup: dict[str, Any]) -> dict[str, Any]:
+        if setup["status"] in ("succeeded", "canceled"):
+            code = "setup_intent_unexpected_state"
+            raise Refused(400, "invalid_request_error", code=code, setup_intent=dict(setup))
+        setup["status"] = "canceled"
         return setup
 
     def _decline(self, intent: dict[str, Any], token: str, prefix: str) -> None:

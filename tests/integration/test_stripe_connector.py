@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -22,11 +23,19 @@ from gateway.domain.model import (
     NextAction,
     OperationKind,
     Outcome,
+    QrCode,
     ResponseCode,
     Verdict,
 )
 from tests.connector_conformance import Fault, is_doubt, prepared, request_of, send
-from tests.stripe_double import ACTION_TOKEN, DECLINE_TOKEN, SECRET_KEY, StripePsp, stripe_psp
+from tests.stripe_double import (
+    ACTION_TOKEN,
+    DECLINE_TOKEN,
+    PIX_EXPIRES_AT,
+    SECRET_KEY,
+    StripePsp,
+    stripe_psp,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -173,6 +182,149 @@ async def test_authorization_that_expired_at_stripe_is_told_so(psp: StripePsp) -
     found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
     assert found is not None
     assert found.verdict is Verdict.EXPIRED
+
+
+def redirecting(type_: str, **more: str) -> dict[str, Any]:
+    redirect = {"method_type": type_, **more}
+    return {
+        "payment_method": {"redirect": redirect},
+        "return_url": "https://shop.example/back",
+    }
+
+
+@pytest.mark.parametrize(
+    ("type_", "currency", "more"),
+    [
+        ("bancontact", "EUR", {"customer_name": "Ada"}),
+        ("eps", "EUR", {"customer_name": "Ada", "bank": "bank_austria"}),
+        ("ideal", "EUR", {"bank": "ing"}),
+        ("ideal", "EUR", {}),
+        ("p24", "PLN", {"customer_email": "ada@shop.example", "bank": "ing"}),
+    ],
+)
+async def test_customer_is_sent_to_the_bank_and_asked_about_until_it_paid(
+    psp: StripePsp, type_: str, currency: str, more: dict[str, str]
+) -> None:
+    request = request_of(
+        payment_method_token="",
+        currency=currency,
+        capture=True,
+        fields=redirecting(type_, country_code="NL", **more),
+    )
+    answer = await send(psp.connector, request)
+    assert answer.verdict is Verdict.REQUIRES_ACTION
+    (intent,) = psp.double.intents.values()
+    url = f"https://hooks.stripe.com/redirect/authenticate/{intent['id']}"
+    assert answer.next_action == NextAction(url)
+    assert await psp.effects(request.reference) == 0
+    # By a repeat, by the search and by its id.
+    assert (await send(psp.connector, request)).next_action == NextAction(url)
+    psp.double.customer_pays(intent)
+    for target in ("", answer.connector_transaction_id):
+        request.target_transaction_id = target
+        found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
+        assert found is not None
+        assert found.verdict is Verdict.APPROVED
+        assert outcome_of(found).amount_reported_minor == 1000
+
+
+async def test_code_to_scan_is_told_with_its_end(psp: StripePsp) -> None:
+    request = request_of(
+        payment_method_token="", currency="BRL", capture=True, fields=redirecting("pix")
+    )
+    answer = await send(psp.connector, request)
+    assert answer.next_action == NextAction(
+        qr_code=QrCode(
+            "00020101021226890014br.gov.bcb.pix",
+            "https://qr.stripe.com/pix.png",
+            "https://payments.stripe.com/pix/instructions",
+        ),
+        expires_at=datetime.fromtimestamp(PIX_EXPIRES_AT, UTC),
+    )
+
+
+async def test_customer_who_does_not_go_through_with_it_is_a_decline(psp: StripePsp) -> None:
+    request = request_of(payment_method_token="", capture=True, fields=redirecting("ideal"))
+    answer = await send(psp.connector, request)
+    (intent,) = psp.double.intents.values()
+    psp.double.customer_fails(intent)
+    request.target_transaction_id = answer.connector_transaction_id
+    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
+    assert found is not None
+    assert found.verdict is Verdict.DECLINED
+    assert outcome_of(found).connector_code == "payment_method_provider_decline"
+
+
+async def test_direct_debit_is_pending_until_the_bank_paid_or_refused(psp: StripePsp) -> None:
+    stored = {"stored_payment_method_id": "pm_sepa", "method_type": "sepa_debit"}
+    for finish, verdict in (
+        (psp.double.customer_pays, Verdict.APPROVED),
+        (psp.double.customer_fails, Verdict.DECLINED),
+    ):
+        request = request_of(
+            payment_method_token="", capture=True, fields={"payment_method": {"stored": stored}}
+        )
+        answer = await send(psp.connector, request)
+        assert answer.verdict is Verdict.PENDING
+        # While the bank has it, it can be neither cancelled nor taken for cancelled.
+        request.target_transaction_id = answer.connector_transaction_id
+        assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
+        finish(psp.double.intents[answer.connector_transaction_id])
+        found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
+        assert found is not None
+        assert found.verdict is verdict
+
+
+@pytest.mark.parametrize("kind", [K.AUTHORIZE, K.VERIFY])
+async def test_what_a_customer_did_not_do_can_be_cancelled_and_not_be_done_later(
+    psp: StripePsp, kind: K
+) -> None:
+    fields = {"return_url": "https://shop.example/back"}
+    request = request_of(kind, payment_method_token=ACTION_TOKEN, fields=fields)
+    answer = await send(psp.connector, request)
+    assert answer.verdict is Verdict.REQUIRES_ACTION
+    request.target_transaction_id = answer.connector_transaction_id
+    for _ in range(2):
+        told = await psp.connector.cancel(kind, request.reference, request)
+        assert told.verdict is Verdict.CANCELED
+    object_ = (psp.double.intents | psp.double.setups)[answer.connector_transaction_id]
+    assert object_["status"] == "canceled"
+
+
+async def test_verification_that_succeeded_after_all_is_not_cancelled(psp: StripePsp) -> None:
+    request = request_of(K.VERIFY)
+    answer = await send(psp.connector, request)
+    request.target_transaction_id = answer.connector_transaction_id
+    told = await psp.connector.cancel(K.VERIFY, request.reference, request)
+    assert told.verdict is Verdict.APPROVED
+
+
+async def test_network_token_goes_with_its_cryptogram_and_is_not_told_again(
+    psp: StripePsp,
+) -> None:
+    secrets = {"number": "4895370000000000003", "cryptogram": "AgAAAAAABk4DWZ4C28yUQAAAAAA="}
+    told = {"expiry_month": 12, "expiry_year": 2030, "eci": "05"}
+    request = request_of(
+        payment_method_token="",
+        fields={"payment_method": {"network_token": told}},
+        secrets=secrets,
+    )
+    assert (await send(psp.connector, request)).verdict is Verdict.APPROVED
+    sent = psp.double.forms[-1]
+    token = "payment_method_data[card][network_token]"
+    options = "payment_method_options[card][network_token]"
+    assert sent[f"{token}[number]"] == secrets["number"]
+    assert (sent[f"{token}[exp_month]"], sent[f"{token}[exp_year]"]) == ("12", "2030")
+    assert sent[f"{options}[cryptogram]"] == secrets["cryptogram"]
+    assert sent[f"{options}[electronic_commerce_indicator]"] == "05"
+    assert not any(secret in repr(request) for secret in secrets.values())
+    # Recovery has no secrets: it asks, and what it cannot repeat stays in doubt.
+    request.secrets = {}
+    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
+    assert found is not None
+    assert found.verdict is Verdict.APPROVED
+    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
+    assert await psp.effects(request.reference) == 1
 
 
 # --- proof of absence -----------------------------------------------------------------------------
