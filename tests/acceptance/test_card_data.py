@@ -6,6 +6,7 @@ import base64
 import itertools
 import re
 import unicodedata
+import uuid
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,11 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from payments.v1 import payment_service_pb2
+from payments.v1 import payment_method_pb2, payment_pb2, payment_service_pb2
 from redis import Redis
 
+from gateway.connectors.simulator.server import NETWORK_TOKEN_TOKEN
+from gateway.rpc.validation import NETWORK_TOKEN_NUMBER
 from storage.postgres.accounts import Accounts
 from tests.harness import (
     asyncio_run,
@@ -355,7 +358,10 @@ async def test_a_card_number_in_any_string_is_refused_by_the_fields_name_and_lef
             else:
                 assert told.code is grpc.StatusCode.INVALID_ARGUMENT, path
                 reason, fields = told.reason, told.fields
-            assert (reason, fields) == ("CARD_DATA_NOT_ALLOWED", frozenset({path})), path
+            if path == NETWORK_TOKEN_NUMBER:  # where one may stand, but not without more
+                assert reason == "INVALID_REQUEST"
+            else:
+                assert (reason, fields) == ("CARD_DATA_NOT_ALLOWED", frozenset({path})), path
             seen.add(path)
         assert {"merchant_id"} <= seen
         if method in (BATCH, STREAM):
@@ -385,8 +391,63 @@ async def test_a_token_or_an_id_around_a_card_number_is_refused(place: Place, me
             told_reason = (
                 error_of_item(told.everything)[0] if method in (BATCH, STREAM) else told.reason
             )
-            assert told_reason == "CARD_DATA_NOT_ALLOWED", path
+            expected = (
+                "CARD_DATA_NOT_ALLOWED" if path != NETWORK_TOKEN_NUMBER else "INVALID_REQUEST"
+            )
+            assert told_reason == expected, path
     await place.assert_clean()
+
+
+@pytest.mark.parametrize("method", [UNARY, BATCH, STREAM])
+async def test_a_network_tokens_number_and_cryptogram_reach_the_psp_and_are_left_nowhere(
+    place: Place, method: str
+) -> None:
+    cryptogram = base64.b64encode(uuid.uuid4().bytes + b"tavv").decode()
+    async with channel_to(place) as channel:
+        token = payment_method_pb2.NetworkToken(
+            number=new_canary(),
+            cryptogram=cryptogram,
+            expiry_month=12,
+            expiry_year=2030,
+            eci="05",
+            wallet=payment_method_pb2.WALLET_APPLE_PAY,
+        )
+        request = authorize_request()
+        request.payment_method.network_token.CopyFrom(token)
+        calls: list[tuple[str, dict[str, Any]]] = [
+            (request.idempotency_key, {}),
+            (request.idempotency_key, {}),  # a replay
+            (request.idempotency_key, {"number": new_canary()}),  # another call
+            (new_key(), {"cryptogram": ""}),  # refused
+            (new_key(), {"number": "1" * 20}),
+        ]
+        for key, changes in calls:
+            other = type(request)()
+            other.CopyFrom(request)
+            other.idempotency_key = key
+            other.payment_method.network_token.MergeFrom(type(token)(**changes))
+            if changes == {"cryptogram": ""}:
+                other.payment_method.network_token.ClearField("cryptogram")
+            await place.call(channel, method, as_sent(method, other))
+        found = await place.call(
+            channel,
+            "GetOperation",
+            payment_service_pb2.GetOperationRequest(
+                idempotency_key=request.idempotency_key
+            ).SerializeToString(),
+        )
+    answer = payment_service_pb2.GetOperationResponse.FromString(found.everything)
+    assert answer.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+    kept = answer.payment.payment_method.network_token
+    assert (kept.number, kept.cryptogram, kept.eci) == ("", "", "05")
+    reference = f"{answer.operation.operation_id}-1"
+    received = place.system.simulator.received()
+    assert [each["token"] for each in received if each["reference"] == reference] == [
+        NETWORK_TOKEN_TOKEN
+    ]
+    await place.assert_clean()
+    contents = await place.contents()
+    assert [name for name, data in contents.items() if cryptogram.encode() in data] == []
 
 
 async def test_a_card_number_as_a_number_is_refused_and_left_nowhere(place: Place) -> None:

@@ -33,13 +33,16 @@ if TYPE_CHECKING:
 KEY = new_wrapping_key("k1")
 
 
-async def add_account(dsn: str, merchant_id: str) -> str:
+async def add_account(
+    dsn: str, merchant_id: str, capabilities: dict[str, object] | None = None
+) -> str:
     account = ConnectorAccount(
         merchant_id,
         new_connector_account_id(),
         Mode.TEST,
         "stripe",
         Sealed(b"", WrappedKey("", b"")),
+        capabilities=capabilities or {},
     )
     sealed = await seal({"secret_key": SECRET_KEY}, account.context, LocalKeys.parse(KEY))
     async with ConnectorAccounts.connect(dsn) as accounts:
@@ -127,6 +130,80 @@ async def test_merchants_payments_go_to_stripe_and_doubts_are_recovered(
             rows = system.fetch("SELECT DISTINCT connector_account_id FROM payments")
             assert {row[0] for row in rows} == {account_id, system.shop.merchant_id}
         assert not any(SECRET_KEY in line for line in gateway.lines)
+
+
+async def test_customers_pay_elsewhere_through_stripe_or_are_waited_for_no_longer(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    async with stripe_psp() as psp:
+        with running_system(
+            postgres,
+            redis,
+            stripe_url=psp.way.url,
+            connector_keys=KEY,
+            action_timeout_s=1,
+            recovery_action_margin_s=0,
+        ) as system:
+            methods = ["card", "ideal", "pix", "sepa_debit"]
+            await add_account(system.dsn, system.shop.merchant_id, {"methods": methods})
+            gateway = await asyncio.to_thread(system.start_gateway)
+            async with calling(gateway, system.shop.api_key) as caller:
+                # The bank does not hear of the customer: Stripe cancels, since the gateway asks.
+                ideal = await caller.call("AuthorizePayment", elsewhere("ideal", "EUR"))
+                assert ideal.operation.state == payment_pb2.OPERATION_STATE_REQUIRES_ACTION
+                assert ideal.operation.next_action.redirect_url.startswith("https://hooks.stripe")
+                found = await until(
+                    "nobody is waited for without an end",
+                    lambda: in_state(caller, ideal, payment_pb2.OPERATION_STATE_EXPIRED),
+                )
+                assert found.payment.state == payment_pb2.PAYMENT_STATE_EXPIRED
+                intent = psp.double.intents[ideal.operation.attempts[0].connector_transaction_id]
+                assert intent["status"] == "canceled"
+
+                # Stripe says until when: the customer has that time, and pays.
+                pix = await caller.call("AuthorizePayment", elsewhere("pix", "BRL"))
+                assert pix.operation.next_action.qr_code.data.startswith("0002")
+                psp.double.customer_pays(
+                    psp.double.intents[pix.operation.attempts[0].connector_transaction_id]
+                )
+                found = await until(
+                    "a customer who paid is noticed",
+                    lambda: succeeded(caller, pix.operation.operation_id),
+                )
+                assert found.payment.state == payment_pb2.PAYMENT_STATE_CAPTURED
+
+                # A direct debit has no customer to wait for, and no end but the bank's.
+                request = elsewhere("ideal", "EUR")
+                request.payment_method.stored.stored_payment_method_id = "pm_sepa"
+                request.payment_method.stored.method_type = "sepa_debit"
+                debit = await caller.call("AuthorizePayment", request)
+                assert debit.operation.state == payment_pb2.OPERATION_STATE_PENDING
+                psp.double.customer_pays(
+                    psp.double.intents[debit.operation.attempts[0].connector_transaction_id]
+                )
+                await until(
+                    "a direct debit that the bank paid is noticed",
+                    lambda: succeeded(caller, debit.operation.operation_id),
+                )
+
+                # The account was not set up for it.
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await caller.call("AuthorizePayment", elsewhere("eps", "EUR"))
+                assert reason_of(caught.value) == "METHOD_NOT_SUPPORTED"
+            assert system.unfinished() == []
+
+
+def elsewhere(method: str, currency: str) -> Any:
+    """A payment that a customer makes elsewhere."""
+    request = authorize_request(capture_method="AUTOMATIC", return_url="https://shop.example/back")
+    request.amount.currency_code = currency
+    request.payment_method.redirect.method_type = method
+    return request
+
+
+async def in_state(caller: Caller, answer: Any, state: int) -> Any:
+    told = await caller.operation(operation_id=answer.operation.operation_id)
+    return told if told.operation.state == state else None
 
 
 async def refusals(caller: Caller) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 import pytest_asyncio
 
@@ -18,7 +19,7 @@ from gateway.connectors.http import Limits
 from gateway.connectors.simulator.connector import ProfileMismatch, SimulatorConnector
 from gateway.connectors.simulator.journal import Record, standing_charges
 from gateway.connectors.simulator.launch import SimulatorControl, SimulatorProcess
-from gateway.connectors.simulator.outcomes import TOKENS, Fault, Result
+from gateway.connectors.simulator.outcomes import TOKENS, VISITS, Fault, Result
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
@@ -270,6 +271,89 @@ async def test_postal_code_chooses_the_avs_result(psp: Psp) -> None:
     fields = {"billing_address": {"postal_code": "AVS-N"}, "metadata": {"a": "b"}}
     answer = await send(psp.connector, request_of(fields=fields))
     assert outcome_of(answer).avs_result is AvsResult.NO_MATCH
+
+
+# --- customers ------------------------------------------------------------------------------------
+
+
+async def visit(url: str) -> tuple[int, str]:
+    """What a page answers to a form's button, and where it leads to."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(url, allow_redirects=False) as answer,
+    ):
+        return answer.status, answer.headers.get("Location", "")
+
+
+@pytest.mark.parametrize(
+    ("method", "outcome", "verdicts"),
+    [
+        ("ideal", "approve", [Verdict.APPROVED]),
+        ("ideal", "decline", [Verdict.DECLINED]),
+        ("pix", "later", [Verdict.APPROVED]),
+    ],
+)
+async def test_customer_pays_on_a_page_of_the_simulator(
+    psp: Psp, method: str, outcome: str, verdicts: list[Verdict]
+) -> None:
+    request = request_of(
+        payment_method_token="",
+        capture=True,
+        fields={
+            "payment_method": {"redirect": {"method_type": method, "country_code": "NL"}},
+            "return_url": "https://shop.example/back?order=1",
+        },
+    )
+    answer = await send(psp.connector, request)
+    assert answer.verdict is Verdict.REQUIRES_ACTION
+    assert answer.next_action is not None
+    assert answer.next_action.expires_at is not None
+    code = answer.next_action.qr_code
+    page = answer.next_action.redirect_url if code is None else code.data
+    assert page.startswith(f"{psp.simulator.url}/pay/")
+    assert (code is not None) == (method == "pix")
+    async with aiohttp.ClientSession() as session, session.get(page) as shown:
+        text = await shown.text()
+    assert f"{method}: 1000 minor units of EUR" in text
+    assert all(f"/{each}" in text for each in VISITS)
+    found = await psp.connector.query(request.kind, request.reference)
+    assert found is not None
+    assert found.next_action == answer.next_action
+    assert await visit(f"{page}/{outcome}") == (303, "https://shop.example/back?order=1")
+    assert await visit(f"{page}/{outcome}") == (409, "")
+    told = [await psp.connector.query(request.kind, request.reference) for _ in verdicts]
+    assert [answer and answer.verdict for answer in told] == verdicts
+    visits = [each["reference"] for each in psp.simulator.received("visit")]
+    assert visits.count(request.reference) == 2
+    charges = [
+        standing.captured_minor for standing in standings_of(psp.simulator, request.reference)
+    ]
+    assert charges == ([1000] if verdicts[-1] is Verdict.APPROVED else [])
+
+
+async def test_page_that_nobody_was_sent_to_does_not_exist(psp: Psp) -> None:
+    request = request_of()
+    answer = await send(psp.connector, request)
+    for target in (answer.connector_transaction_id, "none"):
+        assert (await visit(f"{psp.simulator.url}/pay/{target}/approve"))[0] == 404
+    assert (await visit(f"{psp.simulator.url}/pay"))[0] == 404
+
+
+async def test_network_token_is_approved_and_not_in_the_journal(psp: Psp) -> None:
+    secrets = {"number": "4895370000000000003", "cryptogram": "AgAAAAAABk4DWZ4C28yUQAAAAAA="}
+    request = request_of(
+        payment_method_token="",
+        fields={"payment_method": {"network_token": {"expiry_month": 12}}},
+        secrets=secrets,
+    )
+    assert (await send(psp.connector, request)).verdict is Verdict.APPROVED
+    journal = psp.simulator.journal.read_text()
+    assert not any(secret in journal for secret in secrets.values())
+    request = request_of(
+        payment_method_token="",
+        fields={"payment_method": {"network_token": {"expiry_month": 12}}},
+    )
+    assert (await send(psp.connector, request)).delivery is Delivery.MAY_HAVE_BEEN_SENT
 
 
 # --- nothing was sent -----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gateway.connectors.simulator.journal import Record, Standing, read_journal, standing_charges
 from gateway.connectors.simulator.ledger import Answer, Ledger, Send
+from gateway.connectors.simulator.outcomes import ACTION_LIFE_S, VISITS
 from gateway.connectors.simulator.profiles import PROFILES
 
 pytestmark = pytest.mark.unit
@@ -29,7 +30,7 @@ class Books:
         self, kind: str, reference: str, amount_minor: int, currency: str = "EUR", **more: Any
     ) -> Answer:
         send = Send(kind, reference, amount_minor, currency, "account", "pay_1", **more)
-        if kind == "authorize" and not send.token:
+        if kind == "authorize" and not (send.token or send.method):
             send.token = "tok_visa"
         self._requests += 1
         known = self.ledger.reference(reference)
@@ -56,6 +57,21 @@ class Books:
         record, answer = self.ledger.cancel(kind, reference, 0, self.now)
         self.records.append(record)
         return answer
+
+    def visit(self, transaction_id: str, outcome: str) -> Record | None:
+        transaction = self.ledger.visited(transaction_id)
+        assert transaction is not None
+        record = self.ledger.visit(transaction, outcome, 0, self.now)
+        if record is not None:
+            self.records.append(record)
+        return record
+
+    def read_again(self) -> "Books":
+        """The books after a restart."""
+        books = Books(self.profile.name)
+        books.records, books.now = list(self.records), self.now
+        books.ledger = Ledger(self.profile, self.records)
+        return books
 
     def standing(self) -> Standing:
         (standing,) = standing_charges(self.records)
@@ -239,3 +255,62 @@ def test_torn_last_line_of_a_journal_is_left_out_and_a_malformed_one_is_an_error
     path.write_bytes(b'{"type":"start"\n{"type":"start"}\n')
     with pytest.raises(Exception, match="line 1 of the journal is malformed"):
         read_journal(path)
+
+
+# --- customers ------------------------------------------------------------------------------------
+
+
+def redirected() -> tuple[Books, str]:
+    """A payment whose customer is to visit a page."""
+    books = Books()
+    answer = books.send("authorize", "a-1", 100, token="", capture=True, method="ideal")
+    assert answer["result"] == "requires_action"
+    return books, answer["transaction_id"]
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize(
+    ("outcome", "results", "captured_minor"),
+    [
+        ("approve", ["approved", "approved"], 100),
+        ("decline", ["declined", "declined"], 0),
+        ("later", ["approved", "approved"], 100),
+    ],
+)
+def test_what_the_customer_chooses_decides(
+    outcome: str, results: list[str], captured_minor: int, *, restarted: bool
+) -> None:
+    books, transaction_id = redirected()
+    for _ in range(3):
+        assert books.query("authorize", "a-1")["result"] == "requires_action"
+    books = books.read_again() if restarted else books
+    record = books.visit(transaction_id, outcome)
+    assert record is not None
+    assert record["answer"]["result"] == VISITS[outcome].value
+    assert books.visit(transaction_id, "approve") is None
+    books = books.read_again() if restarted else books
+    assert [books.query("authorize", "a-1")["result"] for _ in range(2)] == results
+    charges = [charge.captured_minor for charge in standing_charges(books.records)]
+    assert charges == ([captured_minor] if captured_minor else [])
+
+
+def test_the_page_of_a_payment_ends_with_the_customers_time() -> None:
+    books, transaction_id = redirected()
+    books.now += ACTION_LIFE_S
+    assert books.visit(transaction_id, "approve") is None
+    assert books.query("authorize", "a-1")["result"] == "expired"
+    assert books.cancel("authorize", "a-1")["had"] == "refusal"
+    assert books.read_again().query("authorize", "a-1")["result"] == "expired"
+
+
+def test_a_cancelled_payment_can_no_longer_be_paid() -> None:
+    books, transaction_id = redirected()
+    assert books.cancel("authorize", "a-1")["result"] == "canceled"
+    assert books.visit(transaction_id, "approve") is None
+    assert standing_charges(books.records) == []
+
+
+def test_a_repeat_for_another_method_is_another_request() -> None:
+    books, _ = redirected()
+    repeated = books.send("authorize", "a-1", 100, token="", capture=True, method="pix")
+    assert (repeated["result"], repeated["code"]) == ("rejected", "reference_reused")
