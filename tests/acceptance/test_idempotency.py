@@ -355,7 +355,7 @@ async def test_a_refusal_before_the_intent_does_not_burn_the_key(gateways: Gatew
         authorization: dict[str, dict[str, Any]] = {
             "INVALID_REQUEST": {"statement_descriptor": "x" * 23},
             "CARD_DATA_NOT_ALLOWED": {"customer_id": "4111 1111 1111 1111"},
-            "FIELD_NOT_SUPPORTED": {"return_url": "https://shop.example/back"},
+            "FIELD_NOT_SUPPORTED": {"three_ds": payment_method_pb2.ThreeDs(eci="05")},
             "MERCHANT_NOT_FOUND": {"merchant_id": "mer_none"},
         }
         payment_id = ""
@@ -396,14 +396,37 @@ OTHER_VALUES: dict[str, object] = {
     "three_ds.version": "2.2.0",
     "billing_address.country_code": "FR",
     "return_url": "https://shop.example/back",
+    "payment_method.network_token.cryptogram": "A" * 28,
+    "payment_method.network_token.number": "4895370000000000003",
+    "payment_method.network_token.expiry_year": 2030,
+    "payment_method.network_token.eci": "05",
+    "payment_method.stored.method_type": "sepa_debit",
+    "payment_method.redirect.method_type": "ideal",
+    "payment_method.redirect.country_code": "NL",
+    "payment_method.redirect.customer_email": "ada@shop.example",
 }
 """A value for each field that takes only some."""
 
-COMPANIONS: dict[str, tuple[str, object]] = {
-    "payment_method.network_token.cryptogram": (
-        "payment_method.network_token.token_reference",
-        "dnt",
-    ),
+TOKEN_REFERENCE = {"payment_method.network_token.token_reference": "dnt"}
+REDIRECT = {
+    "payment_method.redirect.method_type": "ideal",
+    "return_url": "https://shop.example/back",
+}
+COMPANIONS: dict[str, dict[str, object]] = {
+    **{
+        f"payment_method.network_token.{name}": {**TOKEN_REFERENCE}
+        for name in ("cryptogram", "expiry_month", "expiry_year", "eci", "wallet")
+    },
+    "payment_method.network_token.number": {
+        "payment_method.network_token.cryptogram": "A" * 28,
+        "payment_method.network_token.expiry_month": 12,
+        "payment_method.network_token.expiry_year": 2030,
+    },
+    **{
+        f"payment_method.redirect.{name}": {**REDIRECT}
+        for name in ("method_type", "country_code", "bank", "customer_name", "customer_email")
+    },
+    "payment_method.stored.method_type": {"payment_method.stored.stored_payment_method_id": "pm_1"},
 }
 """What has to be there beside a field."""
 
@@ -500,8 +523,7 @@ def changes(request: Any) -> Iterator[tuple[str, Any]]:
             changed = copy()
             target, _ = holder_of(changed, path)
             setattr(target, name, other_value(path, field, value))
-            if path in COMPANIONS:
-                companion, with_value = COMPANIONS[path]
+            for companion, with_value in COMPANIONS.get(path, {}).items():
                 target, companion_name = holder_of(changed, companion)
                 setattr(target, companion_name, with_value)
             yield path, changed
