@@ -87,6 +87,7 @@ class _Demo:
             self._authorization("decline", "tok_declined_insufficient_funds"),
             lambda answer: answer.operation.state == payment_pb2.OPERATION_STATE_DECLINED,
         )
+        await self._redirect()
         request.amount.amount_minor = 1
         started = time.monotonic()
         try:
@@ -97,6 +98,20 @@ class _Demo:
         except grpc.aio.AioRpcError as error:
             refusal, as_expected = _refusal(error), error.code() is grpc.StatusCode.ALREADY_EXISTS
         self._show("the first key, another amount", started, refusal, as_expected)
+
+    async def _redirect(self) -> None:
+        """A customer who pays at a bank: shown is where to go; the payment ends by itself."""
+        request = self._authorization("redirect", "")
+        request.capture_method = payment_method_pb2.CAPTURE_METHOD_AUTOMATIC
+        request.payment_method.redirect.method_type = "ideal"
+        request.return_url = "https://shop.example/back"
+        answer = await self._step(
+            "a customer who pays at a bank",
+            self._stub.AuthorizePayment,
+            request,
+            lambda answer: answer.operation.state == payment_pb2.OPERATION_STATE_REQUIRES_ACTION,
+        )
+        click.echo(f"   to pay, open {answer.operation.next_action.redirect_url}")
 
     def _authorization(self, step: str, token: str) -> payment_service_pb2.AuthorizePaymentRequest:
         return payment_service_pb2.AuthorizePaymentRequest(
