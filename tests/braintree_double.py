@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -218,11 +218,10 @@ class BraintreeDouble:
 
     def _mutations(self) -> dict[str, Any]:
         made: dict[str, tuple[str, Callable[[dict[str, Any]], dict[str, Any]]]] = {
-            "authorizePaymentMethod": (
-                "transaction",
-                lambda told: self._charge(told, at_once=False),
-            ),
-            "chargePaymentMethod": ("transaction", lambda told: self._charge(told, at_once=True)),
+            "authorizePaymentMethod": ("transaction", partial(self._charge, at_once=False)),
+            "chargePaymentMethod": ("transaction", partial(self._charge, at_once=True)),
+            "authorizeCreditCard": ("transaction", partial(self._charge, at_once=False)),
+            "chargeCreditCard": ("transaction", partial(self._charge, at_once=True)),
             "captureTransaction": ("transaction", self._capture),
             "partialCaptureTransaction": ("capture", self._capture_part),
             "voidTransaction": ("transaction", self._void),
@@ -337,6 +336,7 @@ class BraintreeDouble:
             minor, currency, told, "MASTERCARD" if "mastercard" in method else "VISA"
         )
         node["initiator"] = transaction.get("paymentInitiator")
+        node["vault"] = told.get("options", {}).get("externalVault")
         node["method"] = method
         if same and not self.heeds_keys:
             self.change(

@@ -169,14 +169,65 @@ async def test_currency_without_a_merchant_account_is_not_sent(psp: BraintreePsp
     assert psp.double.requests == []
 
 
-async def test_mail_and_telephone_orders_are_told_as_such(psp: BraintreePsp) -> None:
-    for channel, initiator in (
-        ("CHANNEL_MAIL_ORDER", "MOTO"),
-        ("CHANNEL_TELEPHONE_ORDER", "MOTO"),
-        ("CHANNEL_ECOMMERCE", None),
-    ):
-        await send(psp.connector, request_of(fields={"channel": channel}))
-        assert psp.double.transactions()[-1]["initiator"] == initiator
+FIRST, SUBSEQUENT = "STORED_CREDENTIAL_USAGE_FIRST", "STORED_CREDENTIAL_USAGE_SUBSEQUENT"
+MERCHANT = {"initiator": "INITIATOR_MERCHANT"}
+
+
+def stored_as(usage: str, category: str = "", network_id: str = "") -> dict[str, Any]:
+    """The stored-credential block of a request."""
+    told = {"usage": usage}
+    if category:
+        told["mit_category"] = f"MIT_CATEGORY_{category}"
+    if network_id:
+        told["network_transaction_id"] = network_id
+    return {"stored_credential": told}
+
+
+@pytest.mark.parametrize(
+    ("fields", "initiator", "vault"),
+    [
+        ({}, None, None),
+        ({"channel": "CHANNEL_ECOMMERCE"}, None, None),
+        ({"channel": "CHANNEL_MAIL_ORDER"}, "MOTO", None),
+        ({"channel": "CHANNEL_TELEPHONE_ORDER"}, "MOTO", None),
+        (MERCHANT, "UNSCHEDULED", None),
+        (stored_as(FIRST), None, {"status": "WILL_VAULT"}),
+        (stored_as(FIRST, "RECURRING"), "RECURRING_FIRST", {"status": "WILL_VAULT"}),
+        (stored_as(FIRST, "INSTALLMENT"), "INSTALLMENT_FIRST", {"status": "WILL_VAULT"}),
+        # The customer pays: the network's id is not told.
+        (stored_as(SUBSEQUENT, network_id="n1"), None, {"status": "VAULTED"}),
+        (
+            MERCHANT | stored_as(SUBSEQUENT, "RECURRING", "n1"),
+            "RECURRING",
+            {"status": "VAULTED", "verifyingNetworkTransactionId": "n1"},
+        ),
+        (
+            MERCHANT | stored_as(SUBSEQUENT, "RESUBMISSION", "n1"),
+            "UNSCHEDULED",
+            {"status": "VAULTED", "verifyingNetworkTransactionId": "n1"},
+        ),
+    ],
+)
+async def test_who_pays_and_what_is_stored_are_told(
+    psp: BraintreePsp, fields: dict[str, Any], initiator: str | None, vault: dict[str, str] | None
+) -> None:
+    for capture in (False, True):
+        request = request_of(fields=fields, capture=capture)
+        assert (await send(psp.connector, request)).verdict is Verdict.APPROVED
+        transaction = psp.double.transactions()[-1]
+        assert (transaction["initiator"], transaction["vault"]) == (initiator, vault)
+        assert await psp.effects(request.reference) == 1
+
+
+async def test_what_braintree_stored_is_not_told_to_be_stored_elsewhere(psp: BraintreePsp) -> None:
+    fields = {
+        "payment_method": {"stored": {"stored_payment_method_id": "cGF5bWVudA"}},
+        **MERCHANT,
+        **stored_as(SUBSEQUENT, "RECURRING", "n1"),
+    }
+    await send(psp.connector, request_of(payment_method_token="", fields=fields))
+    (transaction,) = psp.double.transactions()
+    assert (transaction["initiator"], transaction["vault"]) == ("RECURRING", None)
 
 
 # --- doubts ---------------------------------------------------------------------------------------
@@ -298,10 +349,10 @@ async def test_document_that_is_not_executed_fails_the_request(
     psp: BraintreePsp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As it would be where the API lost a field: an answer without data."""
-    monkeypatch.setattr(documents, "AUTHORIZE", "mutation Send { fieldThatIsNot }")
-    answer = await send(psp.connector, request_of())
+    monkeypatch.setattr(documents, "VERIFY", "mutation Send { fieldThatIsNot }")
+    answer = await send(psp.connector, request_of(K.VERIFY))
     assert answer.verdict is Verdict.FAILED
-    assert psp.double.transactions() == []
+    assert psp.double.nodes == {}
 
 
 async def test_refused_credentials_fail_the_request_and_are_not_told(psp: BraintreePsp) -> None:

@@ -51,7 +51,19 @@ NAME: Final = "braintree"
 
 K = OperationKind
 
-SUPPORTED_FIELDS: Final = frozenset({"payment_method.stored", "channel"})
+SUPPORTED_FIELDS: Final = frozenset(
+    {"payment_method.stored", "channel", "initiator", "stored_credential"}
+)
+_DOCUMENTS: Final = {
+    "authorizePaymentMethod": documents.AUTHORIZE,
+    "chargePaymentMethod": documents.CHARGE,
+    "authorizeCreditCard": documents.AUTHORIZE_CARD,
+    "chargeCreditCard": documents.CHARGE_CARD,
+}
+_SERIES: Final = {
+    "MIT_CATEGORY_RECURRING": "RECURRING",
+    "MIT_CATEGORY_INSTALLMENT": "INSTALLMENT",
+}
 _MOTO: Final = frozenset({"CHANNEL_MAIL_ORDER", "CHANNEL_TELEPHONE_ORDER"})
 
 
@@ -214,19 +226,22 @@ class BraintreeConnector:
             "merchantAccountId": self._merchant_account(request.currency),
             "orderId": request.reference,
         }
-        if request.fields.get("channel") in _MOTO:
-            transaction["paymentInitiator"] = "MOTO"
-        return _Call(
-            documents.CHARGE if request.capture else documents.AUTHORIZE,
-            "chargePaymentMethod" if request.capture else "authorizePaymentMethod",
-            "transaction",
-            {
-                "clientMutationId": request.reference,
-                "apiRequestKey": request.reference,
-                "paymentMethodId": _payment_method(request),
-                "transaction": transaction,
-            },
+        initiator = _initiator(request.fields)
+        if initiator:
+            transaction["paymentInitiator"] = initiator
+        input_: dict[str, Any] = {
+            "clientMutationId": request.reference,
+            "apiRequestKey": request.reference,
+            "paymentMethodId": _payment_method(request),
+            "transaction": transaction,
+        }
+        vault = _external_vault(request)
+        if vault:
+            input_["options"] = {"externalVault": vault}
+        mutation = ("charge" if request.capture else "authorize") + (
+            "CreditCard" if vault else "PaymentMethod"
         )
+        return _Call(_DOCUMENTS[mutation], mutation, "transaction", input_)
 
     def _merchant_account(self, currency: str) -> str:
         """A merchant account has one currency, which amounts do not tell. Raises _Unsendable."""
@@ -551,6 +566,36 @@ def _payment_method(request: ConnectorRequest) -> str:
     if not token:
         raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
     return token
+
+
+def _initiator(fields: Mapping[str, object]) -> str:
+    """`paymentInitiator`; empty for an ordinary payment of the customer."""
+    if fields.get("channel") in _MOTO:
+        return "MOTO"
+    stored = fields.get("stored_credential")
+    told = stored if isinstance(stored, dict) else {}
+    series = _SERIES.get(str(told.get("mit_category")), "")
+    if fields.get("initiator") == "INITIATOR_MERCHANT":
+        return series or "UNSCHEDULED"
+    is_first = told.get("usage") == "STORED_CREDENTIAL_USAGE_FIRST"
+    return f"{series}_FIRST" if series and is_first else ""
+
+
+def _external_vault(request: ConnectorRequest) -> dict[str, str]:
+    """A token is used once: what is stored of it is stored elsewhere than in Braintree's vault,
+    which knows of its own what was stored in it. Empty where nothing is
+    (`TransactionExternalVaultOptionsInput`).
+    """
+    stored = request.fields.get("stored_credential")
+    if not isinstance(stored, dict) or not request.payment_method_token:
+        return {}
+    if stored.get("usage") == "STORED_CREDENTIAL_USAGE_FIRST":
+        return {"status": "WILL_VAULT"}
+    vault = {"status": "VAULTED"}
+    network_id = stored.get("network_transaction_id")
+    if network_id and request.fields.get("initiator") == "INITIATOR_MERCHANT":
+        vault["verifyingNetworkTransactionId"] = str(network_id)
+    return vault
 
 
 def _verify(request: ConnectorRequest, merchant_account: str) -> _Call:

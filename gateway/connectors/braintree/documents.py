@@ -120,6 +120,8 @@ def _creating(mutation: str, input_type: str) -> str:
 
 AUTHORIZE: Final = _creating("authorizePaymentMethod", "AuthorizePaymentMethodInput")
 CHARGE: Final = _creating("chargePaymentMethod", "ChargePaymentMethodInput")
+AUTHORIZE_CARD: Final = _creating("authorizeCreditCard", "AuthorizeCreditCardInput")
+CHARGE_CARD: Final = _creating("chargeCreditCard", "ChargeCreditCardInput")
 CAPTURE: Final = _creating("captureTransaction", "CaptureTransactionInput")
 VOID: Final = _creating("voidTransaction", "VoidTransactionInput")
 PARTIAL_CAPTURE: Final = (
