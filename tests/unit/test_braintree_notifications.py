@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hmac
 import warnings
-from base64 import encodebytes
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from hashlib import sha1
 from typing import Any
 from urllib.parse import urlencode
 
@@ -31,12 +28,15 @@ from gateway.connectors.notifications import (
     UnusableNotification,
 )
 from gateway.domain.model import ConnectorAnswer, Delivery, Verdict
+from tests.braintree_double import PRIVATE_KEY as PRIVATE
+from tests.braintree_double import PUBLIC_KEY as PUBLIC
+from tests.braintree_events import about, form, signed
+from tests.braintree_events import transaction as bare_transaction
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # the SDK warns of itself
     import braintree
 
-PUBLIC, PRIVATE = "publickey12345", "privatekey0123456789"
 CREDENTIALS = {"public_key": PUBLIC, "private_key": PRIVATE, "merchant_accounts": "EUR=shop"}
 REFERENCE = "op_" + "0123456789abcdef" * 2 + "-1"
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -59,47 +59,19 @@ def sdk() -> Any:
     )
 
 
-def signed(xml: str | bytes, public: str = PUBLIC, private: str = PRIVATE) -> tuple[str, str]:
-    """Our own signature: `bt_signature` and `bt_payload`."""
-    payload = encodebytes(xml.encode() if isinstance(xml, str) else xml)
-    key = sha1(private.encode()).digest()
-    return f"{public}|{hmac.new(key, payload, sha1).hexdigest()}", payload.decode()
-
-
-def form(signature: str, payload: str) -> bytes:
-    return urlencode({"bt_signature": signature, "bt_payload": payload}).encode()
-
-
 def parse(body: bytes, secrets: tuple[str, ...] | None = None) -> Notification:
     told = secrets if secrets is not None else tuple(SOURCE.secrets(CREDENTIALS))
     (notification,) = SOURCE.verify_and_parse({}, body, told, NOW)
     return notification
 
 
+def transaction(**fields: str) -> str:
+    return bare_transaction(**({"order_id": REFERENCE} | fields))
+
+
 def told(xml: str | bytes) -> Notification:
     """What a notification says."""
     return parse(form(*signed(xml)))
-
-
-def about(kind: str, subject: str) -> str:
-    return (
-        f'<notification><timestamp type="datetime">2026-03-04T05:06:07Z</timestamp>'
-        f"<kind>{kind}</kind><subject>{subject}</subject></notification>"
-    )
-
-
-def transaction(**fields: str) -> str:
-    values = {
-        "id": "c9g9z3ab",
-        "global-id": "dHJhbnNhY3Rpb25fYzlnOXozYWI",
-        "status": "settled",
-        "type": "sale",
-        "currency-iso-code": "EUR",
-        "amount": "10.00",
-        "order-id": REFERENCE,
-    } | {name.replace("_", "-"): value for name, value in fields.items()}
-    inner = "".join(f"<{name}>{value}</{name}>" for name, value in values.items())
-    return f"<transaction>{inner}</transaction>"
 
 
 # --- signatures -----------------------------------------------------------------------------------
