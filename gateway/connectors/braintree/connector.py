@@ -21,6 +21,7 @@ from gateway.connectors.http import HttpClient, MaybeSent, NotSent, Response
 from gateway.connectors.repeats import send_and_repeat
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
+    SENT_KINDS,
     CaptureMethod,
     ConnectorAnswer,
     Delivery,
@@ -81,7 +82,7 @@ def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabiliti
         cancel_by_reference=False,
         answer_timeout_s=answer_timeout_s,
         supported_fields=SUPPORTED_FIELDS,
-        operations=frozenset(K) - {K.INCREMENT},
+        operations=SENT_KINDS - {K.INCREMENT},
         amounts=RULES,
     )
 
