@@ -580,11 +580,11 @@ def test_an_event_holds_its_id_and_type_and_payment_and_operation() -> None:
     )
 
 
-def test_a_connector_gets_the_fields_that_it_was_asked_to_support_and_no_others() -> None:
+def test_a_connector_gets_the_fields_that_it_was_asked_to_support_and_whose_payment_it_is() -> None:
     command = conversion.to_authorize(request(), Caller("req_1", "mer_1"))
     token, fields = ENCODER.connector_fields(payment())
     assert token == command.payment_method_token == "tok_visa"
-    assert fields.keys() == command.used_fields
+    assert fields.keys() == command.used_fields | {"customer_id"}
     assert command.used_fields == {
         "channel",
         "initiator",

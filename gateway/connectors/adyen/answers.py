@@ -188,10 +188,14 @@ def _outcome(told: Mapping[str, Any], response_code: ResponseCode) -> Outcome:
         cvv_result=codes.CVV.get(cvv, CvvResult.UNSPECIFIED),
         cvv_code=values.text(more.get("cvcResultRaw")) or cvv,
     )
-    raw = _RAW_CODE.match(values.text(more.get("refusalReasonRaw")))
-    if raw is not None:
-        outcome.network_code, outcome.network_code_scheme = raw[1], _scheme(told)
+    outcome.network_code, outcome.network_code_scheme = network_code(told)
     return outcome
+
+
+def network_code(told: Mapping[str, Any]) -> tuple[str, str]:
+    """The network's own code, and the network; empty where the account is not told."""
+    raw = _RAW_CODE.match(values.text(part(told, "additionalData").get("refusalReasonRaw")))
+    return ("", "") if raw is None else (raw[1], _scheme(told))
 
 
 def _advise(outcome: Outcome, told: Mapping[str, Any], code: str) -> None:
@@ -213,8 +217,10 @@ def _number(more: Mapping[str, Any], name: str) -> str:
 
 def _scheme(told: Mapping[str, Any]) -> str:
     """The network's name, as `schemes` has it; Adyen's where it is another."""
-    brand = values.text(part(told, "paymentMethod").get("brand")) or values.text(
-        part(told, "additionalData").get("paymentMethod")
+    brand = (
+        values.text(part(told, "paymentMethod").get("brand"))  # of an answer
+        or values.text(part(told, "additionalData").get("paymentMethod"))
+        or values.text(told.get("paymentMethod"))  # of a notification
     )
     return codes.SCHEMES.get(brand, brand)
 

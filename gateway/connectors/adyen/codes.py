@@ -12,54 +12,63 @@ from gateway.domain.model import AdviceAction, AvsResult, CvvResult, ResponseCod
 
 _R = ResponseCode
 
+_REFUSALS: Final = (
+    ("2", "Refused", _R.DO_NOT_HONOR),
+    ("3", "Referral", _R.REFER_TO_ISSUER),
+    ("4", "Acquirer Error", _R.SYSTEM_MALFUNCTION),
+    ("5", "Blocked Card", _R.RESTRICTED_CARD),
+    ("6", "Expired Card", _R.EXPIRED_CARD),
+    ("7", "Invalid Amount", _R.INVALID_AMOUNT),
+    ("8", "Invalid Card Number", _R.INVALID_CARD_NUMBER),
+    ("9", "Issuer Unavailable", _R.ISSUER_UNAVAILABLE),
+    ("10", "Not supported", _R.NOT_PERMITTED),
+    ("11", "3D Not Authenticated", _R.AUTHENTICATION_REQUIRED),
+    ("12", "Not enough balance", _R.INSUFFICIENT_FUNDS),
+    ("14", "Acquirer Fraud", _R.SUSPECTED_FRAUD),
+    ("15", "Cancelled", _R.DECLINED_OTHER),
+    ("16", "Shopper Cancelled", _R.DECLINED_OTHER),
+    ("17", "Invalid Pin", _R.WRONG_PIN),
+    ("18", "Pin tries exceeded", _R.EXCEEDS_FREQUENCY_LIMIT),
+    ("19", "Pin validation not possible", _R.WRONG_PIN),
+    ("20", "FRAUD", _R.SUSPECTED_FRAUD),
+    ("21", "Not Submitted", _R.SYSTEM_MALFUNCTION),
+    ("22", "FRAUD-CANCELLED", _R.SUSPECTED_FRAUD),
+    ("23", "Transaction Not Permitted", _R.NOT_PERMITTED),
+    ("24", "CVC Declined", _R.SECURITY_VIOLATION),
+    ("25", "Restricted Card", _R.RESTRICTED_CARD),
+    ("26", "Revocation Of Auth", _R.RESTRICTED_CARD),
+    ("27", "Declined Non Generic", _R.DO_NOT_HONOR),
+    ("28", "Withdrawal amount exceeded", _R.EXCEEDS_AMOUNT_LIMIT),
+    ("29", "Withdrawal count exceeded", _R.EXCEEDS_FREQUENCY_LIMIT),
+    ("31", "Issuer Suspected Fraud", _R.SUSPECTED_FRAUD),
+    ("32", "AVS Declined", _R.INVALID_PAYMENT_METHOD),
+    ("33", "Card requires online pin", _R.WRONG_PIN),
+    ("34", "No checking account available on Card", _R.INVALID_CARD_NUMBER),
+    ("35", "No savings account available on Card", _R.INVALID_CARD_NUMBER),
+    ("36", "Mobile pin required", _R.AUTHENTICATION_REQUIRED),
+    ("37", "Contactless fallback", _R.NOT_PERMITTED),
+    ("38", "Authentication required", _R.AUTHENTICATION_REQUIRED),
+    ("39", "RReq not received from DS", _R.AUTHENTICATION_REQUIRED),
+    ("40", "Current AID is in Penalty Box", _R.NOT_PERMITTED),
+    ("41", "CVM Required Restart Payment", _R.WRONG_PIN),
+    ("42", "3DS Authentication Error", _R.AUTHENTICATION_REQUIRED),
+    ("43", "Online PIN required", _R.WRONG_PIN),
+    ("44", "Try another interface", _R.NOT_PERMITTED),
+    ("45", "Chip downgrade mode", _R.NOT_PERMITTED),
+    (
+        "46",
+        "Transaction blocked by Adyen to prevent excessive retry fees",
+        _R.EXCEEDS_FREQUENCY_LIMIT,
+    ),
+)
 REFUSALS: Final[Mapping[str, ResponseCode]] = MappingProxyType(
-    {
-        "2": _R.DO_NOT_HONOR,  # Refused
-        "3": _R.REFER_TO_ISSUER,  # Referral
-        "4": _R.SYSTEM_MALFUNCTION,  # Acquirer Error
-        "5": _R.RESTRICTED_CARD,  # Blocked Card
-        "6": _R.EXPIRED_CARD,  # Expired Card
-        "7": _R.INVALID_AMOUNT,  # Invalid Amount
-        "8": _R.INVALID_CARD_NUMBER,  # Invalid Card Number
-        "9": _R.ISSUER_UNAVAILABLE,  # Issuer Unavailable
-        "10": _R.NOT_PERMITTED,  # Not supported
-        "11": _R.AUTHENTICATION_REQUIRED,  # 3D Not Authenticated
-        "12": _R.INSUFFICIENT_FUNDS,  # Not enough balance
-        "14": _R.SUSPECTED_FRAUD,  # Acquirer Fraud
-        "15": _R.DECLINED_OTHER,  # Cancelled
-        "16": _R.DECLINED_OTHER,  # Shopper Cancelled
-        "17": _R.WRONG_PIN,  # Invalid Pin
-        "18": _R.EXCEEDS_FREQUENCY_LIMIT,  # Pin tries exceeded
-        "19": _R.WRONG_PIN,  # Pin validation not possible
-        "20": _R.SUSPECTED_FRAUD,  # FRAUD
-        "21": _R.SYSTEM_MALFUNCTION,  # Not Submitted
-        "22": _R.SUSPECTED_FRAUD,  # FRAUD-CANCELLED
-        "23": _R.NOT_PERMITTED,  # Transaction Not Permitted
-        "24": _R.SECURITY_VIOLATION,  # CVC Declined
-        "25": _R.RESTRICTED_CARD,  # Restricted Card
-        "26": _R.RESTRICTED_CARD,  # Revocation Of Auth
-        "27": _R.DO_NOT_HONOR,  # Declined Non Generic
-        "28": _R.EXCEEDS_AMOUNT_LIMIT,  # Withdrawal amount exceeded
-        "29": _R.EXCEEDS_FREQUENCY_LIMIT,  # Withdrawal count exceeded
-        "31": _R.SUSPECTED_FRAUD,  # Issuer Suspected Fraud
-        "32": _R.INVALID_PAYMENT_METHOD,  # AVS Declined
-        "33": _R.WRONG_PIN,  # Card requires online pin
-        "34": _R.INVALID_CARD_NUMBER,  # No checking account available on Card
-        "35": _R.INVALID_CARD_NUMBER,  # No savings account available on Card
-        "36": _R.AUTHENTICATION_REQUIRED,  # Mobile pin required
-        "37": _R.NOT_PERMITTED,  # Contactless fallback
-        "38": _R.AUTHENTICATION_REQUIRED,  # Authentication required
-        "39": _R.AUTHENTICATION_REQUIRED,  # RReq not received from DS
-        "40": _R.NOT_PERMITTED,  # Current AID is in Penalty Box
-        "41": _R.WRONG_PIN,  # CVM Required Restart Payment
-        "42": _R.AUTHENTICATION_REQUIRED,  # 3DS Authentication Error
-        "43": _R.WRONG_PIN,  # Online PIN required
-        "44": _R.NOT_PERMITTED,  # Try another interface
-        "45": _R.NOT_PERMITTED,  # Chip downgrade mode
-        "46": _R.EXCEEDS_FREQUENCY_LIMIT,  # blocked by Adyen to prevent excessive retry fees
-    }
+    {code: unified for code, _, unified in _REFUSALS}
 )
 """`refusalReasonCode`."""
+REASONS: Final[Mapping[str, str]] = MappingProxyType(
+    {reason.casefold(): code for code, reason, _ in _REFUSALS}
+)
+"""`refusalReason`, in lower case, to its code: notifications tell no code."""
 
 GENERIC: Final = frozenset({"2", "10", "23", "25", "27"})
 """Codes that say less than the network's own may: that one leads, where it is known."""

@@ -16,6 +16,7 @@ from gateway.connectors.adyen.connector import (
 )
 from gateway.connectors.http import HttpClient
 from gateway.connectors.kinds import AccountRefused, narrowed
+from gateway.connectors.notifications import WEBHOOK_SECRETS, webhook_secrets
 from gateway.domain.model import Mode, OperationKind
 
 ADYEN_TEST_URL: Final = "https://checkout-test.adyen.com"
@@ -25,7 +26,7 @@ LIVE_HOST: Final = "-checkout-live.adyenpayments.com"
 _API_KEY: Final = re.compile(r"[\x21-\x7e]{16,512}")
 _MERCHANT_ACCOUNT: Final = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 _LIVE_URL_PREFIX: Final = re.compile(r"[A-Za-z0-9]{4,32}-[A-Za-z0-9]{1,60}")
-_CREDENTIALS: Final = frozenset({"api_key", "merchant_account", "live_url_prefix"})
+_HMAC_KEY: Final = re.compile(r"(?:[0-9A-Fa-f]{2}){16,128}")
 
 
 class AdyenKind:
@@ -64,14 +65,18 @@ class AdyenKind:
         self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
     ) -> None:
         """See the port. `api_key` and `merchant_account` are needed, and for LIVE
-        `live_url_prefix`: an API key does not tell its mode, the address does.
+        `live_url_prefix`: an API key does not tell its mode, the address does. `webhook_secrets`
+        may be given.
         """
         needed = {"api_key", "merchant_account"}
         if mode is Mode.LIVE:
             needed.add("live_url_prefix")
-        if not needed <= credentials.keys() <= (_CREDENTIALS & needed):
+        if not needed <= credentials.keys() <= needed | {WEBHOOK_SECRETS}:
             names = ", ".join(f"`{name}`" for name in sorted(needed))
-            raise AccountRefused(f"the credentials of a {mode.name} account must be {names}")
+            raise AccountRefused(
+                f"the credentials of a {mode.name} account must be {names}, and may be"
+                f" `{WEBHOOK_SECRETS}`"
+            )
         for name, pattern in (
             ("api_key", _API_KEY),
             ("merchant_account", _MERCHANT_ACCOUNT),
@@ -79,6 +84,8 @@ class AdyenKind:
         ):
             if name in credentials and pattern.fullmatch(credentials[name]) is None:
                 raise AccountRefused(f"`{name}` is none of Adyen's")
+        if not all(map(_HMAC_KEY.fullmatch, webhook_secrets(credentials))):
+            raise AccountRefused(f"`{WEBHOOK_SECRETS}` are HMAC keys in hexadecimal digits")
         self._capabilities(mode, capabilities)
 
     def connect(self, account: ConnectorAccount, credentials: Mapping[str, str]) -> AdyenConnector:

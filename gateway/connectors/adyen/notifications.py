@@ -1,0 +1,302 @@
+"""Adyen's standard webhooks: verified by their HMAC, and read. Pure.
+
+Sources: Adyen's "Verify HMAC signatures" and "Webhook types" (standard and dispute webhooks). The
+signature covers the ids, the account, the reference, the amount, the event and its success, and
+nothing else of an item: what is not signed decides on no payment.
+"""
+
+import binascii
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+import orjson
+
+from gateway.application.notifications import (
+    Dispute,
+    DisputeStage,
+    DisputeStatus,
+    Notification,
+    NotificationKind,
+)
+from gateway.connectors import schemes, values
+from gateway.connectors.adyen import answers, codes
+from gateway.connectors.adyen.answers import Unusable, part
+from gateway.connectors.adyen.connector import NAME, REFUND_SUFFIX, REVERSAL_SUFFIX
+from gateway.connectors.notifications import (
+    BadSignature,
+    UnusableNotification,
+    signed_by_any,
+    webhook_secrets,
+)
+from gateway.domain.model import ConnectorAnswer, Delivery, Mode, Outcome, ResponseCode, Verdict
+
+ITEMS_MAX: Final = 100
+"""Of one request; Adyen sends one item in each."""
+SIGNED: Final = (
+    "pspReference",
+    "originalReference",
+    "merchantAccountCode",
+    "merchantReference",
+    "value",
+    "currency",
+    "eventCode",
+    "success",
+)
+"""What is signed, joined by colons; `value` and `currency` are of `amount`."""
+
+N = NotificationKind
+
+_MODIFIED: Final = {
+    "AUTHORISATION_ADJUSTMENT": N.INCREMENT,
+    "CAPTURE": N.CAPTURE,
+    "CAPTURE_FAILED": N.CAPTURE,
+    "CANCELLATION": N.VOID,
+    "REFUND": N.REFUND,
+    "REFUND_FAILED": N.REFUND,
+    "REFUNDED_REVERSED": N.REFUND,
+}
+"""What our own requests cause, under the reference that they had."""
+_RETURNED: Final = frozenset({"CAPTURE_FAILED", "REFUND_FAILED", "REFUNDED_REVERSED"})
+"""What had succeeded has not; `success` says only that this is so."""
+_DISPUTES: Final = {
+    "REQUEST_FOR_INFORMATION": (DisputeStage.PRE_DISPUTE, DisputeStatus.OPENED),
+    "NOTIFICATION_OF_CHARGEBACK": (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED),
+    "CHARGEBACK": (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED),
+    "CHARGEBACK_REVERSED": (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.CHALLENGED),
+    "SECOND_CHARGEBACK": (DisputeStage.PRE_ARBITRATION, DisputeStatus.LOST),
+    "PREARBITRATION_OPEN": (DisputeStage.PRE_ARBITRATION, DisputeStatus.OPENED),
+    "PREARBITRATION_WON": (DisputeStage.PRE_ARBITRATION, DisputeStatus.WON),
+    "PREARBITRATION_LOST": (DisputeStage.PRE_ARBITRATION, DisputeStatus.LOST),
+}
+_DISPUTE_STATUSES: Final = {
+    "Accepted": DisputeStatus.ACCEPTED,
+    "Expired": DisputeStatus.EXPIRED,
+    "Lost": DisputeStatus.LOST,
+    "Won": DisputeStatus.WON,
+}
+"""`disputeStatus`, where it says more than the event."""
+
+
+class AdyenNotifications:
+    """Implements NotificationSource."""
+
+    @property
+    def connector(self) -> str:
+        """The connector's name."""
+        return NAME
+
+    @property
+    def acknowledgement(self) -> bytes:
+        """What Adyen expects with status 200."""
+        return b"[accepted]"
+
+    def secrets(self, credentials: Mapping[str, str]) -> Sequence[str]:
+        """See the port: HMAC keys as Adyen shows them, in hexadecimal digits."""
+        return webhook_secrets(credentials)
+
+    def verify_and_parse(
+        self,
+        headers: Mapping[str, str],  # noqa: ARG002 - the signature is in the body
+        body: bytes,
+        secrets: Sequence[str],
+        now: datetime,  # noqa: ARG002 - nothing in the signature tells its time
+    ) -> list[Notification]:
+        """See the port. Every item has to be signed."""
+        try:
+            told = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            raise BadSignature("not JSON") from None
+        listed = told.get("notificationItems") if isinstance(told, dict) else None
+        if not isinstance(listed, list) or not 0 < len(listed) <= ITEMS_MAX:
+            raise BadSignature(f"not 1 to {ITEMS_MAX} items")
+        keys = [bytes.fromhex(secret) for secret in secrets]
+        items = [_item(each) for each in listed]
+        for item in items:
+            if not signed_by_any(signed_text(item).encode(), [_signature(item)], keys):
+                raise BadSignature("the signature of an item is not one of the account's")
+        mode = _MODES.get(str(told.get("live")).lower())
+        return [_notification(item, mode) for item in items]
+
+
+def signed_text(item: Mapping[str, Any]) -> str:
+    """What the signature of an item is made of."""
+    flat = {**item, **{name: part(item, "amount").get(name) for name in ("value", "currency")}}
+    return ":".join("" if flat.get(name) is None else str(flat[name]) for name in SIGNED)
+
+
+_MODES: Final = {"true": Mode.LIVE, "false": Mode.TEST}
+
+
+def _item(wrapped: object) -> Mapping[str, Any]:
+    item = part(wrapped, "NotificationRequestItem") if isinstance(wrapped, dict) else {}
+    if not item:
+        raise BadSignature("an item is none")
+    return item
+
+
+def _signature(item: Mapping[str, Any]) -> bytes:
+    told = part(item, "additionalData").get("hmacSignature")
+    if not isinstance(told, str) or not told.isascii():
+        raise BadSignature("an item is not signed")
+    try:
+        return b64decode(told, validate=True)
+    except binascii.Error:
+        raise BadSignature("a signature is not in base64") from None
+
+
+# --- what is told ---------------------------------------------------------------------------------
+
+
+def _notification(item: Mapping[str, Any], mode: Mode | None) -> Notification:
+    """Raises UnusableNotification."""
+    event_type = values.text(item.get("eventCode"))
+    own_id = values.identifier(item.get("pspReference"))
+    if not event_type or not own_id:
+        raise UnusableNotification("an item without `eventCode` or `pspReference`")
+    success = item.get("success") == "true"
+    told: dict[str, Any] = {
+        "connector": NAME,
+        # "Duplicates have the same eventCode and pspReference"; a later success is another event.
+        "event_id": f"{event_type}:{own_id}:{'true' if success else 'false'}",
+        "event_type": event_type,
+        "occurred_at": _instant(item.get("eventDate")),
+        "mode": mode,
+        "payment_transaction_id": values.identifier(item.get("originalReference")),
+    }
+    reference = values.identifier(item.get("merchantReference"))
+    if event_type == "AUTHORISATION":
+        told |= {"payment_transaction_id": own_id, "reference": reference}
+        answer = _authorization(item, own_id, success=success)
+        return Notification(kind=N.AUTHORIZATION, answer=answer, **told, **_amount(item))
+    if event_type == "OFFER_CLOSED" and success:
+        answer = ConnectorAnswer(Delivery.ANSWERED, Verdict.EXPIRED)
+        return Notification(kind=N.AUTHORIZATION, reference=reference, answer=answer, **told)
+    if event_type in _MODIFIED:
+        return _modified(item, told, reference, own_id, success=success)
+    if event_type in ("CANCEL_OR_REFUND", "TECHNICAL_CANCEL", "EXPIRE") and success:
+        return _gone(item, told, reference, own_id)
+    if event_type in _DISPUTES:
+        return Notification(
+            kind=N.DISPUTE,
+            payment_reference=reference,
+            dispute=_dispute(item, event_type, own_id),
+            **told,
+            **_amount(item),
+        )
+    return Notification(**told)
+
+
+def _modified(
+    item: Mapping[str, Any], told: dict[str, Any], reference: str, own_id: str, *, success: bool
+) -> Notification:
+    """The outcome of a request of ours, or of the like made in Adyen's Customer Area."""
+    event_type = told["event_type"]
+    if reference.endswith(REFUND_SUFFIX):
+        # It gave a capture back, and is no refund of the merchant's.
+        return Notification(**told, payment_reference=reference.removesuffix(REFUND_SUFFIX))
+    took_effect = success and event_type not in _RETURNED
+    answer = _answer(item, own_id, Verdict.APPROVED if took_effect else Verdict.FAILED)
+    kind = _MODIFIED[event_type]
+    if kind is N.INCREMENT:
+        # The amount that is told is the new total.
+        return Notification(kind=kind, reference=reference, answer=answer, **told)
+    amount = _amount(item)
+    if took_effect and kind is not N.VOID and answer.outcome is not None:
+        answer.outcome.amount_reported_minor = amount["amount_minor"]
+        answer.currency = amount["currency"]
+    return Notification(kind=kind, reference=reference, answer=answer, **told, **amount)
+
+
+def _gone(
+    item: Mapping[str, Any], told: dict[str, Any], reference: str, own_id: str
+) -> Notification:
+    """Nothing stands of a payment any more, or nothing is held of it."""
+    event_type = told["event_type"]
+    ours = reference.endswith(REVERSAL_SUFFIX)
+    payment_reference = reference.removesuffix(REVERSAL_SUFFIX)
+    action = part(item, "additionalData").get("modification.action")
+    if event_type == "CANCEL_OR_REFUND" and not ours and action == "refund":
+        answer = _answer(item, own_id, Verdict.APPROVED)
+        return Notification(
+            kind=N.REFUND, payment_reference=reference, answer=answer, **told, **_amount(item)
+        )
+    verdict = Verdict.EXPIRED if event_type == "EXPIRE" else Verdict.APPROVED
+    return Notification(
+        kind=N.VOID,
+        payment_reference=payment_reference,
+        answer=_answer(item, own_id, verdict),
+        **told,
+    )
+
+
+def _authorization(item: Mapping[str, Any], own_id: str, *, success: bool) -> ConnectorAnswer:
+    more = part(item, "additionalData")
+    answer = _answer(item, own_id, Verdict.APPROVED if success else Verdict.DECLINED)
+    outcome = answer.outcome = Outcome(response_code=ResponseCode.APPROVED)
+    if success:
+        amount = _amount(item)
+        answer.currency = amount["currency"]
+        outcome.amount_reported_minor = amount["amount_minor"]
+        outcome.auth_code = values.text(more.get("authCode"))
+        outcome.network_transaction_id = values.text(more.get("networkTxReference"))
+        # `reason` holds the authorization code and digits of the card.
+        return answer
+    reason = values.text(item.get("reason"), values.MESSAGE_LENGTH_MAX)
+    code = codes.REASONS.get(reason.casefold(), "")
+    outcome.response_code = codes.REFUSALS.get(code, ResponseCode.DECLINED_OTHER)
+    outcome.connector_code = code or "AUTHORISATION"
+    outcome.connector_message = reason
+    network_code, scheme = answers.network_code(item)
+    outcome.network_code, outcome.network_code_scheme = network_code, scheme
+    known = schemes.ISO8583_CODES.get(network_code)
+    if code in codes.GENERIC and known is not None and known is not ResponseCode.APPROVED:
+        outcome.response_code = known
+    return answer
+
+
+def _answer(item: Mapping[str, Any], own_id: str, verdict: Verdict) -> ConnectorAnswer:
+    approved = verdict is Verdict.APPROVED
+    message = "" if approved else values.text(item.get("reason"), values.MESSAGE_LENGTH_MAX)
+    return ConnectorAnswer(
+        Delivery.ANSWERED,
+        verdict,
+        Outcome(
+            response_code=(
+                ResponseCode.APPROVED if approved else ResponseCode.REJECTED_BY_CONNECTOR
+            ),
+            connector_code=values.text(item.get("eventCode")),
+            connector_message=message,
+        ),
+        connector_transaction_id=own_id,
+    )
+
+
+def _amount(item: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises UnusableNotification for an amount that ISO 4217 cannot express."""
+    try:
+        currency, amount_minor = answers.currency_and_amount(item)
+    except Unusable:
+        raise UnusableNotification("an item with another amount than can be kept") from None
+    return {"amount_minor": amount_minor, "currency": currency}
+
+
+def _dispute(item: Mapping[str, Any], event_type: str, own_id: str) -> Dispute:
+    more = part(item, "additionalData")
+    stage, status = _DISPUTES[event_type]
+    told = more.get("disputeStatus")
+    if isinstance(told, str):
+        status = _DISPUTE_STATUSES.get(told, status)
+    return Dispute(own_id, stage, status, values.text(more.get("chargebackReasonCode")))
+
+
+def _instant(value: object) -> datetime | None:
+    """A time in ISO 8601 with its offset."""
+    if not isinstance(value, str):
+        return None
+    try:
+        instant = datetime.fromisoformat(value)
+    except ValueError:
+        return None
+    return None if instant.tzinfo is None else instant
