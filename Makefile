@@ -81,7 +81,7 @@ chart: .venv/installed .venv/chart ## check the Helm chart and all that deploys;
 	@$(PY) helm/chart_check.py $(ARGS)
 	@$(PY) helm/deploy_check.py
 
-conformance: .venv/installed ## Stripe's connector against Stripe's published specification; needs npm, 500 MB
+conformance: .venv/installed ## connectors against their PSPs' published specifications; needs npm, 500 MB
 	@$(PY) -m tests.conformance $(ARGS)
 
 format: .venv/installed ## mend style: ruff's fixes and format, buf's format

@@ -191,7 +191,7 @@ class AdyenDouble:
         value, currency = _amount(body)
         method = body.get("paymentMethod", {})
         _check(method, frozenset({"type", "storedPaymentMethodId"}))
-        if not (method.get("storedPaymentMethodId") and body.get("shopperReference")):
+        if not method.get("storedPaymentMethodId") or len(body.get("shopperReference", "")) < 3:
             raise Refused(422, "800")
         if body.get("recurringProcessingModel") not in (
             "CardOnFile",

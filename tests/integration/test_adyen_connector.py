@@ -168,6 +168,7 @@ async def test_refund_acts_on_the_payment_and_not_on_its_capture(psp: AdyenPsp) 
     [
         ("", {"customer_id": "cus_1"}, Reason.FIELD_NOT_SUPPORTED),
         ("tok_visa", {}, Reason.INVALID_REQUEST),
+        ("tok_visa", {"customer_id": "c7"}, Reason.INVALID_REQUEST),
         (
             "",
             {"payment_method": {"stored": {"stored_payment_method_id": "ABC"}}},

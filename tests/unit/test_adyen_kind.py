@@ -41,13 +41,14 @@ async def test_each_live_prefix_has_an_address_and_a_pool_of_its_own() -> None:
     pools = Pools()
     kind = AdyenKind(pools)
     assert pools.urls == []
+    live = kind.connect(account(Mode.LIVE), LIVE)
     for _ in range(2):
+        kind.connect(account(Mode.LIVE), LIVE)
         kind.connect(account(Mode.TEST), TEST)
-        live = kind.connect(account(Mode.LIVE), LIVE)
         kind.connect(account(Mode.LIVE), {**LIVE, "live_url_prefix": "0123-Other"})
     assert pools.urls == [
-        ADYEN_TEST_URL,
         "https://1797a841fbb37ca7-AdyenDemo-checkout-live.adyenpayments.com",
+        ADYEN_TEST_URL,
         "https://0123-Other-checkout-live.adyenpayments.com",
     ]
     assert live.capabilities.mode is Mode.LIVE

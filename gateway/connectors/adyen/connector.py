@@ -39,6 +39,9 @@ NAME: Final = "adyen"
 NO_RETURN_URL: Final = "https://no-return.invalid/"
 """For the required `returnUrl` of who has none (RFC 2606 §2): nobody is ever sent there."""
 
+SHOPPER_REFERENCE_LENGTH_MIN: Final = 3
+"""Of `shopperReference`, in characters."""
+
 TOMBSTONE_SUFFIX: Final = "-cancel"
 """Of the reference of a technical cancel, which uses up a key."""
 REVERSAL_SUFFIX: Final = "-reversal"
@@ -403,14 +406,14 @@ def _payment_method(request: ConnectorRequest) -> dict[str, Any]:
         token = str(stored.get("stored_payment_method_id", ""))
     else:
         token = request.payment_method_token.removeprefix(_TOKEN_PREFIX)
-    customer_id = request.fields.get("customer_id")
+    customer_id = str(request.fields.get("customer_id", ""))
     if not token:
         raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
-    if not customer_id:
+    if len(customer_id) < SHOPPER_REFERENCE_LENGTH_MIN:
         raise _Unsendable(Reason.INVALID_REQUEST)
     return {
         "paymentMethod": {"type": "scheme", "storedPaymentMethodId": token},
-        "shopperReference": str(customer_id),
+        "shopperReference": customer_id,
     }
 
 
