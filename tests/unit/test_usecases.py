@@ -165,6 +165,16 @@ async def test_refund_of_one_capture_names_that_capture_at_the_psp() -> None:
     assert first.target_transaction_id == f"tx-{capture.reference}"
     authorization = gateway.store.by_key("a")
     assert second.target_transaction_id == f"tx-{authorization.reference}"
+    for sent in gateway.connector.sent[1:]:
+        assert sent.payment_transaction_id == f"tx-{authorization.reference}"
+
+
+async def test_increment_tells_the_psp_what_is_authorized_before_it() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    await gateway.payments.increment(gateway.increment(payment_id, 10, "i1"))
+    await gateway.payments.increment(gateway.increment(payment_id, 5, "i2"))
+    assert [sent.authorized_minor for sent in gateway.connector.sent] == [0, 100, 110]
 
 
 async def test_reads_find_only_the_merchants_own_of_the_same_mode() -> None:
@@ -991,6 +1001,18 @@ async def test_what_the_psp_does_not_take_back_has_taken_effect() -> None:
     assert gateway.store.doubts == {}
 
 
+async def test_what_the_psp_will_take_back_stands_until_it_did() -> None:
+    gateway = bench(CAPABLE, LOST)
+    payment_id = await gateway.authorized()
+    gateway.connector.asks.extend([None, PENDING])
+    await gateway.recover()
+    [authorization] = operations_of(gateway, payment_id, K.AUTHORIZE)
+    assert authorization.state is S.IN_DOUBT
+    await gateway.recover()
+    [authorization] = operations_of(gateway, payment_id, K.AUTHORIZE)
+    assert authorization.state is S.CANCELED
+
+
 @pytest.mark.parametrize("capabilities", [CAPABLE, CANCEL_ONLY])
 async def test_hold_that_comes_back_to_a_closed_payment_is_released_until_the_psp_confirms(
     capabilities: Capabilities,
@@ -1095,6 +1117,26 @@ async def test_success_found_after_not_sent_is_reversed_until_the_psp_confirms(
     [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
     assert reversal.state is S.SUCCEEDED
     assert gateway.store.doubts == {}
+
+
+async def test_reversal_that_the_psp_accepted_waits_for_its_outcome_and_is_not_sent_again() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate, arrives=False, answer=APPROVED))
+    call = await paused(gateway, gate)
+    await gateway.recovery.run_once()
+    gate.opened.set()
+    payment_id = (await call).payment_id
+    accepted = replace(PENDING, connector_transaction_id="tx-reversal")
+    gateway.connector.asks.append(accepted)
+    await gateway.recover()
+    [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
+    assert reversal.state is S.PENDING
+    assert reversal.attempt.connector_transaction_id == "tx-reversal"
+    gateway.connector.asks.append(DECLINED)  # nobody is asked
+    await gateway.recover(rounds=3)
+    [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
+    assert reversal.state is S.PENDING
+    assert len(gateway.connector.asks) == 1
 
 
 async def test_late_success_of_the_first_attempt_leaves_the_second_one_alone() -> None:
