@@ -1,7 +1,7 @@
 """A double of Adyen's Checkout API v71, from its public documentation, in the test's event loop.
 
 It keeps payments, what acts on them and idempotency keys, is strict about parameters (one that it
-does not know is an error), and queues the notifications that Adyen would send, signed.
+does not know is an error), and queues the events that Adyen would tell of.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from Adyen.util import generate_notification_sig
 from aiohttp import web
 
 from gateway.application.ports import Connector
@@ -29,6 +30,7 @@ MERCHANT_ACCOUNT = "TestCompanyECOM"
 DECLINE_TOKEN = "tok_declined_"
 """Followed by a refusal reason code: the authorization is refused with it."""
 ACTION_TOKEN = "tok_redirect"
+HMAC_KEY = "44782DEF547AAA06C910C43932B1EB0C71FC68D9D0C057550C48EC2ACF6BA056"
 KEY_LENGTH_MAX = 64
 REFERENCE_LENGTH_MAX = 80
 
@@ -350,6 +352,22 @@ class AdyenDouble:
         if original:
             item["originalReference"] = original
         self.events.append(item)
+
+
+def webhook_of(*items: Json, hmac_key: str = HMAC_KEY) -> bytes:
+    """The body of a request that tells of events, signed by Adyen's own library."""
+    wrapped = [
+        {
+            "NotificationRequestItem": {
+                **item,
+                "additionalData": {
+                    "hmacSignature": generate_notification_sig(item, hmac_key).decode()
+                },
+            }
+        }
+        for item in items
+    ]
+    return json.dumps({"live": "false", "notificationItems": wrapped}).encode()
 
 
 def _parsed(text: str) -> Json:

@@ -27,7 +27,7 @@ from gateway.application.notifications import (
     ReferenceLookup,
     Result,
 )
-from gateway.application.ports import Encoder, Found, Router, Store, StoreUnavailable
+from gateway.application.ports import Capabilities, Encoder, Found, Router, Store, StoreUnavailable
 from gateway.application.usecases import Outcomes, connector_request
 from gateway.domain import decisions, states
 from gateway.domain.ids import is_operation_id
@@ -223,15 +223,26 @@ class Applier:
         elif operation.kind in _KINDS.get(notification.kind, ()):
             assert notification.answer is not None
             result = await self._ours(received, found, number, notification.answer, tries)
-        elif notification.kind is N.CAPTURE and operation.kind is K.AUTHORIZE:
-            result = await self._automatic_capture(received, found)
         else:
-            return _UNMATCHED
+            result = await self._otherwise(received, found, tries)
+            if result is _UNMATCHED:
+                return result
         return replace(
             result,
             payment_id=operation.payment_id,
             operation_id=result.operation_id or operation.operation_id,
         )
+
+    async def _otherwise(self, received: Received, found: Found, tries: int) -> Applied:
+        """What has the reference of an operation of another kind."""
+        notification, operation = received.notification, found.operation
+        result = _UNMATCHED
+        if notification.kind is N.CAPTURE and operation.kind is K.AUTHORIZE:
+            result = await self._automatic_capture(received, found)
+        if result is _UNMATCHED and notification.payment_reference == notification.reference:
+            # The payment's: what was done elsewhere has none of its own.
+            return await self._from_elsewhere(received, operation.payment_id, tries)
+        return result
 
     async def _find(self, received: Received) -> Found | None:
         """The operation that it names, or the authorization of the payment that it belongs to.
@@ -351,7 +362,7 @@ class Applier:
         reference = received.notification.reference
         attempt = operation.attempt
         connector = self._router.connector(attempt.connector, attempt.connector_account_id)
-        if connector is not None and connector.capabilities.query_by_reference:
+        if connector is not None and _can_deny(connector.capabilities):
             aggregate = await self._store.load(operation.merchant_id, operation.payment_id)
             request = connector_request(self._encoder, operation, found.payment, aggregate)
             request.reference = reference
@@ -437,7 +448,13 @@ class Applier:
             return await self._ours(received, found, number, over, tries)
         done = replace(answer, verdict=Verdict.APPROVED)
         for operation in aggregate.operations:
-            if operation.kind is K.VOID and operation.state in states.UNFINISHED:
+            if operation.state in states.UNFINISHED and (
+                operation.kind is K.VOID
+                or (
+                    operation.kind is K.REVERSAL
+                    and operation.parent_operation_id == authorization.operation_id
+                )
+            ):
                 void = Found(operation, payment)
                 return await self._ours(received, void, operation.attempt.number, done, tries)
         is_open = payment.captured_minor < payment.authorized_minor and not payment.voided_minor
@@ -492,6 +509,11 @@ class Applier:
             ),
         )
         return Applied(Result.RECORDED) if recorded else _NO_NEWS
+
+
+def _can_deny(capabilities: Capabilities) -> bool:
+    """Whether the PSP's answer to a question is newer than what it told before."""
+    return capabilities.query_by_reference and not capabilities.tells_by_notification
 
 
 def _line_of(notification: Notification) -> str:

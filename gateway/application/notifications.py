@@ -75,7 +75,8 @@ class Notification:
     """Our reference of the attempt that it is about, where the PSP tells it; empty for what was
     done elsewhere, as in the PSP's console."""
     payment_reference: str = ""
-    """Our reference of the authorization that it belongs to, where the PSP tells it."""
+    """Our reference of the authorization that it belongs to, where the PSP tells it. The same as
+    `reference` where the PSP does not tell whose that is."""
     payment_transaction_id: str = ""
     """The PSP's id of the authorization that it belongs to."""
     answer: ConnectorAnswer | None = None

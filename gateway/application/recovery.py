@@ -189,7 +189,13 @@ class Recovery:
         attempt = operation.attempt
         connector = self._router.connector(attempt.connector, attempt.connector_account_id)
         answer = None
-        if connector is not None and (evidence is None or not _is_last_word(lease, connector)):
+        if (
+            evidence is not None
+            and connector is not None
+            and _is_last_word(lease, connector, evidence)
+        ):
+            await self._bounce_what_was_voided(lease, evidence)
+        elif connector is not None:
             answer = await self._ask(lease, connector)
         if answer is None:
             # The PSP comes first: who left evidence was fenced out by a recoverer, and that one may
@@ -292,7 +298,10 @@ class Recovery:
         if lease.operation.origin is OperationOrigin.GATEWAY:
             return await self._release(lease, connector)
         capabilities = connector.capabilities
-        charged = payment.cancel_requested and payment.capture_method is CaptureMethod.AUTOMATIC
+        charged = _takes_charge_back(payment)
+        acknowledged = lease.operation.attempt.delivery is Delivery.ANSWERED
+        if capabilities.tells_by_notification and acknowledged and not charged:
+            return None  # a notification tells
         # Without a query, taken back as a whole it is void whatever an earlier sending did.
         blind = not (payment.captured_minor or capabilities.query_by_reference)
         if (charged and payment.captured_minor) or (
@@ -342,10 +351,19 @@ class Recovery:
             answer = await self._repeat(lease, connector, K.REVERSAL)
             if decisions.event_of(answer) is not Event.APPROVED:
                 return None
+        await self._bounce_captures(lease, answer)
+        return ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED, answer.outcome)
+
+    async def _bounce_what_was_voided(self, lease: Lease, evidence: ConnectorAnswer) -> None:
+        """The charge of an automatic authorization that was voided in flight is gone too."""
+        is_void = lease.operation.kind is K.VOID and decisions.event_of(evidence) is Event.APPROVED
+        if is_void and _takes_charge_back(lease.aggregate.payment):
+            await self._bounce_captures(lease, evidence)
+
+    async def _bounce_captures(self, lease: Lease, answer: ConnectorAnswer) -> None:
         for capture in lease.aggregate.operations:
             if capture.kind is K.CAPTURE and capture.state is S.SUCCEEDED:
                 await self._outcomes.bounce(capture, answer)
-        return ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED, answer.outcome)
 
     async def _reverse(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
         operation = lease.operation
@@ -417,16 +435,26 @@ class Recovery:
         return min(pause_s, schedule.backoff_s_max) * random.uniform(0.8, 1.2)
 
 
-def _is_last_word(lease: Lease, connector: Connector) -> bool:
-    """Whether the evidence decides, since the PSP cannot be asked and nothing was cancelled yet: to
-    cancel now would take back what is known to have taken effect.
+def _takes_charge_back(payment: Payment) -> bool:
+    """Whether a void was asked for while the authorization, and its capture, were in flight."""
+    return payment.cancel_requested and payment.capture_method is CaptureMethod.AUTOMATIC
+
+
+def _is_last_word(lease: Lease, connector: Connector, evidence: ConnectorAnswer) -> bool:
+    """Whether the evidence decides: since the PSP cannot be asked and nothing was cancelled yet (to
+    cancel now would take back what is known to have taken effect), or since the PSP tells outcomes
+    by notification, the end of a cancellation among them.
     """
-    return not (
-        connector.capabilities.query_by_reference
-        or lease.cancel_begun
-        or lease.aggregate.payment.cancel_requested
-        or lease.operation.kind in (K.VOID, K.REVERSAL)
-    )
+    capabilities = connector.capabilities
+    tells = capabilities.tells_by_notification
+    event = decisions.event_of(evidence)
+    if lease.operation.kind in (K.VOID, K.REVERSAL):
+        # That one sending of it had no effect says nothing of another.
+        return tells and event not in (Event.NEVER_SENT, Event.ACCEPTED)
+    requested = lease.aggregate.payment.cancel_requested
+    if lease.cancel_begun or (requested and (lease.operation.kind is K.AUTHORIZE or not tells)):
+        return tells and event is Event.CANCELED
+    return tells or not capabilities.query_by_reference
 
 
 def _cause(lease: Lease, connector: Connector | None) -> DoubtCause:

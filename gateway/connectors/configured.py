@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from gateway.connectors.adyen.kind import AdyenKind
+from gateway.connectors.adyen.notifications import AdyenNotifications
 from gateway.connectors.braintree.kind import BraintreeKind
 from gateway.connectors.braintree.notifications import BraintreeNotifications
 from gateway.connectors.http import HttpClient, Limits
@@ -85,4 +86,8 @@ def configured_keys(settings: Settings) -> LocalKeys | None:
 
 def configured_sources(settings: Settings) -> list[NotificationSource]:
     """Those whose notifications the gateway takes."""
-    return [StripeNotifications(settings.notifications_tolerance_s), BraintreeNotifications()]
+    return [
+        StripeNotifications(settings.notifications_tolerance_s),
+        AdyenNotifications(),
+        BraintreeNotifications(),
+    ]

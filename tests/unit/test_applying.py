@@ -57,6 +57,8 @@ EXPIRED = answered(Verdict.EXPIRED)
 ACTION = answered(Verdict.REQUIRES_ACTION)
 MUTE = replace(CAPABLE, query_by_reference=False, cancel_by_reference=False)
 """A PSP that tells only by notifications."""
+TELLING = replace(CAPABLE, tells_by_notification=True)
+"""A PSP that says again what it answered at first, and tells outcomes by notifications."""
 
 
 def bench(*steps: Step, capabilities: Capabilities = CAPABLE) -> NotifiedBench:
@@ -303,6 +305,149 @@ async def test_notifications_of_nothing_of_ours_are_unmatched() -> None:
 async def test_unknown_kinds_are_kept_and_done_with() -> None:
     gateway = bench()
     assert await gateway.tell(gateway.told(N.UNKNOWN, None)) == [Applied(Result.UNKNOWN)]
+
+
+# --- a PSP that tells outcomes by notification ----------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [APPROVED, FAILED])
+async def test_what_a_psp_only_received_ends_by_its_notification(last: ConnectorAnswer) -> None:
+    gateway = bench(Step(), Step(decides=PENDING), capabilities=TELLING)
+    payment_id = await captured(gateway)
+    assert only(gateway, payment_id, K.CAPTURE).state is S.PENDING
+    await gateway.recover(rounds=2)  # asked, it says again that it received it
+    reference = only(gateway, payment_id, K.CAPTURE).reference
+    await gateway.tell(gateway.told(N.CAPTURE, last, reference=reference))
+    expected = S.SUCCEEDED if last is APPROVED else S.FAILED
+    assert only(gateway, payment_id, K.CAPTURE).state is expected
+    assert findings(gateway, payment_id) == []
+
+
+@pytest.mark.parametrize("last", [APPROVED, FAILED])
+async def test_a_void_that_was_received_is_not_sent_again_and_ends_by_its_notification(
+    last: ConnectorAnswer,
+) -> None:
+    gateway = bench(Step(), Step(decides=PENDING), capabilities=TELLING)
+    payment_id = await gateway.authorized()
+    await gateway.payments.void(gateway.void(payment_id))
+    await gateway.recover(rounds=2)
+    assert [sent.kind for sent in gateway.connector.sent] == [K.AUTHORIZE, K.VOID]
+    void = only(gateway, payment_id, K.VOID)
+    assert void.state is S.PENDING
+    await gateway.tell(gateway.told(N.VOID, last, reference=void.reference))
+    expected = S.SUCCEEDED if last is APPROVED else S.FAILED
+    assert only(gateway, payment_id, K.VOID).state is expected
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_void_of_a_doubt_ends_when_the_psp_tells_that_it_took_it_back() -> None:
+    gateway = bench(LOST, capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    await gateway.payments.void(gateway.void(payment_id))
+    gateway.connector.asks.extend([PENDING] * 3)  # it will take it back
+    await gateway.recover()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.IN_DOUBT
+    # The success is older than the cancellation, whenever it is told.
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=reference))
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.IN_DOUBT
+    gateway.notifications.pending.clear()
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference))
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.CANCELED
+    await gateway.recover()
+    assert only(gateway, payment_id, K.VOID).state is S.SUCCEEDED
+    assert payment_of(gateway, payment_id).state is PaymentState.CANCELED
+
+
+async def test_a_charge_that_was_voided_in_flight_is_gone_when_the_psp_tells_so() -> None:
+    gate = Gate()
+    gateway = bench(Step(after=gate), capabilities=TELLING)
+    call = asyncio.ensure_future(
+        gateway.payments.authorize(gateway.authorize(capture_method=CaptureMethod.AUTOMATIC))
+    )
+    await gate.reached.wait()
+    await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    gate.opened.set()
+    payment_id = (await call).payment_id
+    gateway.connector.asks.append(PENDING)
+    await gateway.recover()
+    assert only(gateway, payment_id, K.VOID).state is S.PENDING
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference))
+    assert only(gateway, payment_id, K.VOID).state is S.SUCCEEDED
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    assert payment_of(gateway, payment_id).captured_minor == 0
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_success_told_is_reversed_whatever_the_first_answer_was() -> None:
+    gateway = bench(UNSENT, capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    gateway.connector.asks.append(replace(PENDING, connector_transaction_id="tx-reversal"))
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=reference))
+    await gateway.recover()
+    reversal = only(gateway, payment_id, K.REVERSAL)
+    assert (reversal.state, reversal.note) == (S.PENDING, reference)
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference))
+    assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
+
+
+async def test_a_refund_of_our_own_ends_though_a_void_was_asked_for_before() -> None:
+    gateway = bench(Step(), Step(decides=PENDING), capabilities=TELLING)
+    payment_id = await gateway.authorized(capture_method=CaptureMethod.AUTOMATIC)
+    payment = payment_of(gateway, payment_id)
+    payment.cancel_requested = True
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=10))
+    reference = only(gateway, payment_id, K.REFUND).reference
+    await gateway.tell(gateway.told(N.REFUND, APPROVED, reference=reference))
+    assert only(gateway, payment_id, K.REFUND).state is S.SUCCEEDED
+
+
+@pytest.mark.parametrize("kind", [N.REFUND, N.VOID, N.CAPTURE])
+async def test_what_is_told_under_the_payments_reference_was_done_elsewhere(kind: N) -> None:
+    gateway = bench(capabilities=TELLING)
+    payment_id = await gateway.authorized()
+    if kind is N.REFUND:
+        await gateway.payments.capture(gateway.capture(payment_id))
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    [applied] = await gateway.tell(
+        gateway.told(
+            kind,
+            APPROVED,
+            reference=reference,
+            payment_reference=reference,
+            amount_minor=5,
+            transaction_id="tx-elsewhere",
+        )
+    )
+    assert applied is not None
+    assert applied.result is Result.RECORDED
+    [done] = [
+        each
+        for each in gateway.store.of_payment(payment_id).operations
+        if each.origin is OperationOrigin.PSP
+    ]
+    assert done.kind.name == kind.name
+
+
+async def test_a_refund_of_ours_is_known_by_its_id_where_the_payments_reference_is_told() -> None:
+    pending = replace(PENDING, connector_transaction_id="tx-refund")
+    gateway = bench(Step(), Step(), Step(decides=pending), capabilities=TELLING)
+    payment_id = await captured(gateway)
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=10))
+    transaction_id = only(gateway, payment_id, K.REFUND).attempt.connector_transaction_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(
+        gateway.told(
+            N.REFUND,
+            APPROVED,
+            reference=reference,
+            payment_reference=reference,
+            transaction_id=transaction_id,
+        )
+    )
+    assert only(gateway, payment_id, K.REFUND).state is S.SUCCEEDED
 
 
 # --- done elsewhere -------------------------------------------------------------------------------

@@ -196,6 +196,8 @@ def _modified(
     if reference.endswith(REFUND_SUFFIX):
         # It gave a capture back, and is no refund of the merchant's.
         return Notification(**told, payment_reference=reference.removesuffix(REFUND_SUFFIX))
+    # In the Customer Area it is the payment's reference.
+    told["payment_reference"] = reference
     took_effect = success and event_type not in _RETURNED
     answer = _answer(item, own_id, Verdict.APPROVED if took_effect else Verdict.FAILED)
     kind = _MODIFIED[event_type]
