@@ -45,7 +45,7 @@ BEFORE: Mapping[K, tuple[K, ...]] = {
     K.REFUND: (K.AUTHORIZE, K.CAPTURE),
 }
 """What has to be done before an operation of a kind."""
-KINDS = [kind for kind in K if kind not in (K.REVERSAL, K.DISPUTE)]
+KINDS = sorted(SENT_KINDS - {K.REVERSAL})
 
 
 class Fault(Enum):

@@ -14,7 +14,7 @@ from typing import Any
 from gateway.application.ports import ConnectorRequest
 from gateway.connectors.adyen.connector import TOMBSTONE_SUFFIX, AdyenConnector, _Call, widest
 from gateway.connectors.http import JSON, HttpClient
-from gateway.domain.model import Mode, OperationKind
+from gateway.domain.model import SENT_KINDS, Mode, OperationKind
 from tests.adyen_double import ACTION_TOKEN, DECLINE_TOKEN, MERCHANT_ACCOUNT, adyen_psp
 from tests.conformance.mocks import (
     DIRECTORY,
@@ -150,7 +150,7 @@ async def check_double(specification: Specification) -> dict[str, str]:
     """Each answer of the double to what the specification's names have against it."""
     found: dict[str, str] = {}
     async with adyen_psp() as psp:
-        for kind in K:
+        for kind in SENT_KINDS:
             request = await prepared(psp, kind)
             await send(psp.connector, request)
         for token in (f"{DECLINE_TOKEN}2", ACTION_TOKEN):
