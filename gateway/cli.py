@@ -815,6 +815,90 @@ async def payments_show(payment_id: str, merchant_id: str) -> None:
 
 
 @main.group()
+def notifications() -> None:
+    """What PSPs told of a merchant's payments (docs/notifications.md)."""
+
+
+@notifications.command("list")
+@_merchant
+@click.option("--pending", is_flag=True, help="Only those that are yet to be applied.")
+@click.option(
+    "--result",
+    type=click.Choice(["applied", "no-news", "recorded", "unknown", "unmatched"]),
+    help="Only those of which this became.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1, 1000), default=50, show_default=True, help="At most so many."
+)
+@_async
+async def notifications_list(merchant: str, pending: bool, result: str | None, limit: int) -> None:
+    """List them, the newest first."""
+    from gateway.application.notifications import Result
+    from storage.postgres import Notifications
+
+    wanted = None if result is None else Result[result.upper().replace("-", "_")]
+    async with Notifications.connect(_postgres_dsn(_settings())) as store:
+        for each in await store.list(merchant, limit=limit, pending_only=pending, result=wanted):
+            told = each.received.notification
+            click.echo(
+                "  ".join(
+                    (
+                        f"{each.received_at:%Y-%m-%dT%H:%M:%SZ}",
+                        told.event_id,
+                        told.connector,
+                        each.received.connector_account_id,
+                        told.event_type,
+                        told.kind.name,
+                        "PENDING" if each.result is None else each.result.name,
+                        each.payment_id or "-",
+                    )
+                )
+            )
+
+
+@notifications.command("show")
+@_merchant
+@click.argument("event_id", metavar="EVENT_ID")
+@_async
+async def notifications_show(merchant: str, event_id: str) -> None:
+    """Show what is stored of one, by the PSP's id, as JSON."""
+    import orjson
+
+    from storage.postgres import Notifications
+    from storage.postgres.notifications import notification_json
+
+    async with Notifications.connect(_postgres_dsn(_settings())) as store:
+        found = await store.find(merchant, event_id)
+    if not found:
+        fail(f"Merchant {merchant} has no notification {event_id}.")
+    for each in found:
+        document = {
+            "connector_account_id": each.received.connector_account_id,
+            "received_at": each.received_at.isoformat(),
+            "result": None if each.result is None else each.result.name,
+            "applied_at": None if each.applied_at is None else each.applied_at.isoformat(),
+            "payment_id": each.payment_id,
+            "operation_id": each.operation_id,
+            "notification": orjson.loads(notification_json(each.received.notification)),
+        }
+        click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
+
+
+@notifications.command("apply")
+@_merchant
+@click.argument("event_id", metavar="EVENT_ID")
+@_async
+async def notifications_apply(merchant: str, event_id: str) -> None:
+    """Have a running gateway apply one now, again if need be: twice has the effect of once."""
+    from storage.postgres import Notifications
+
+    async with Notifications.connect(_postgres_dsn(_settings())) as store:
+        if not await store.apply_again(merchant, event_id):
+            fail(f"Merchant {merchant} has no notification {event_id}.")
+    click.echo(f"{event_id} is due")
+
+
+@main.group()
 def doubts() -> None:
     """Operations whose outcome is unknown, of all merchants (docs/operations.md)."""
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
-import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from click.testing import CliRunner
 from payments.v1 import payment_pb2
 
-from tests.harness import START_TIMEOUT_S, System, eventually
-from tests.nursery import inherited_environment
+from gateway.cli import main
+from tests.harness import eventually
 from tests.stripe_double import ACTION_TOKEN
 from tests.stripe_events import refund_of
-from tests.stripe_webhooks import OLD_SECRET, SECRET, stripe
+from tests.stripe_webhooks import OLD_SECRET, SECRET, Stripe, stripe
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
+    from tests.harness import Caller, System
     from tests.servers import PostgresForTests
 
 
@@ -85,35 +85,46 @@ async def test_what_stripe_tells_completes_and_records_once_and_payments_go_on(
         rows = psp.system.fetch("SELECT kind FROM discrepancies ORDER BY created_at")
         assert [row[0] for row in rows] == ["refund_elsewhere", "dispute"]
 
-        # A flood of forgeries is refused, most of it by its number; payments are served meanwhile.
-        flood = asyncio.gather(
-            *(psp.tell("x.y", {}, f"evt_f{n}", secret="forged" * 4) for n in range(150))
-        )
-        answers = await asyncio.gather(
-            *(caller.authorize(capture_method="MANUAL") for _ in range(20))
-        )
-        assert {each.operation.state for each in answers} == {payment_pb2.OPERATION_STATE_SUCCEEDED}
-        refused = Counter(await flood)
-        assert refused.keys() <= {400, 429, 503}
-        assert refused[429] + refused[503] > 0
-        assert psp.system.fetch("SELECT 1 FROM notifications WHERE event_id LIKE 'evt_f%'") == []
-
-        verified = await asyncio.to_thread(verify, psp.system)
-        assert "payments, 0 findings" in verified, verified
+        await flood(psp, caller)
+        await people(psp)
         assert not any(SECRET in line or "fraudulent" in line for line in gateway.lines)
 
 
-def verify(system: System) -> str:
-    """What `gateway verify` says of the merchant's payments."""
-    told = subprocess.run(
-        [sys.executable, "-m", "gateway", "verify", "--merchant", system.shop.merchant_id],
-        env={**inherited_environment(), **system.settings},
-        capture_output=True,
-        text=True,
-        timeout=START_TIMEOUT_S,
-        check=False,
+async def flood(psp: Stripe, caller: Caller) -> None:
+    """Forgeries are refused, most of them by their number; payments are served meanwhile."""
+    forged = asyncio.gather(
+        *(psp.tell("x.y", {}, f"evt_f{n}", secret="forged" * 4) for n in range(150))
     )
-    return told.stdout + told.stderr
+    answers = await asyncio.gather(*(caller.authorize(capture_method="MANUAL") for _ in range(20)))
+    assert {each.operation.state for each in answers} == {payment_pb2.OPERATION_STATE_SUCCEEDED}
+    refused = Counter(await forged)
+    assert refused.keys() <= {400, 429, 503}
+    assert refused[429] + refused[503] > 0
+    assert psp.system.fetch("SELECT 1 FROM notifications WHERE event_id LIKE 'evt_f%'") == []
+
+
+async def people(psp: Stripe) -> None:
+    """The command line shows what came, and has one applied again; the books are in order."""
+    merchant = ("--merchant", psp.system.shop.merchant_id)
+    listed = await command(psp.system, "notifications", "list", *merchant)
+    assert "evt_r  stripe" in listed
+    assert "RECORDED" in listed
+    unknown = await command(psp.system, "notifications", "list", *merchant, "--result", "unknown")
+    assert "evt_n" in unknown
+    assert "evt_r" not in unknown
+    assert '"re_1"' in await command(psp.system, "notifications", "show", *merchant, "evt_r")
+    assert "is due" in await command(psp.system, "notifications", "apply", *merchant, "evt_r")
+    await eventually(lambda: psp.applied("evt_r"), "it is applied again")
+    absent = await command(psp.system, "notifications", "show", *merchant, "evt_0")
+    assert "has no notification" in absent
+    assert "payments, 0 findings" in await command(psp.system, "verify", *merchant)
+
+
+async def command(system: System, *arguments: str) -> str:
+    """What `gateway …` says."""
+    environment = {"GATEWAY_POSTGRES_DSN": system.dsn}
+    ran = await asyncio.to_thread(CliRunner().invoke, main, arguments, env=environment)
+    return ran.output
 
 
 async def test_workers_share_the_port_for_notifications(
