@@ -46,6 +46,16 @@ def launch_command(
     return [sys.executable, "-I", "-S", *map(str, how)]
 
 
+def guard(pid: int) -> subprocess.Popen[bytes]:
+    """A process that continues a paused server when we die; to be killed when that goes on."""
+    program = Path(__file__).with_name("_guard.py")
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", program, str(pid)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
 def clean_environment() -> dict[str, str]:
     """Ours, without what would redirect PostgreSQL's programs or translate their messages."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PG")}

@@ -29,6 +29,7 @@ from storage.embedded._errors import DataDirectoryInUseError, EmbeddedServerErro
 from storage.embedded._process import (
     children_of,
     clean_environment,
+    guard,
     is_alive,
     is_frozen,
     signal_each,
@@ -115,6 +116,8 @@ class EmbeddedServer(ABC):
         self._stop_timeout_s = stop_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._paused: list[int] = []
+        self._guard: subprocess.Popen[bytes] | None = None
+        """While paused: continues the server, should we die."""
         self._log_offset = 0
 
     @abstractmethod
@@ -268,7 +271,7 @@ class EmbeddedServer(ABC):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         with os.fdopen(os.open(self.log_path, flags, 0o600), "ab") as log:
             self._log_offset = log.seek(0, os.SEEK_END)
-            self._paused = []
+            self._forget_pause()
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -342,6 +345,8 @@ class EmbeddedServer(ABC):
     def pause(self) -> None:
         """Freeze the server and all its children, as a stalled machine would."""
         process = self._running_process()
+        self.resume()
+        self._guard = guard(process.pid)
         self._paused = self._freeze(process)
         signal_each(self._paused, signal.SIGSTOP)
         _await(
@@ -353,7 +358,14 @@ class EmbeddedServer(ABC):
     def resume(self) -> None:
         if self.running:
             signal_each(self._paused, signal.SIGCONT)
+        self._forget_pause()
+
+    def _forget_pause(self) -> None:
         self._paused = []
+        if self._guard is not None:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
 
     def _kill_all(self) -> None:
         process = self._process
@@ -361,7 +373,7 @@ class EmbeddedServer(ABC):
             return
         signal_each(self._freeze(process), signal.SIGKILL)
         process.wait()
-        self._paused = []
+        self._forget_pause()
 
     def _freeze(self, process: subprocess.Popen[bytes]) -> list[int]:
         """Stop the main process; return its pid and those of all its children.

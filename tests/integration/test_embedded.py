@@ -108,11 +108,13 @@ def shared() -> Iterator[PostgresForTests]:
 
 
 @contextmanager
-def launcher(directory: Path, identity: Identity = SELF) -> Iterator[subprocess.Popen[str]]:
+def launcher(
+    directory: Path, identity: Identity = SELF, program: str = LAUNCHER
+) -> Iterator[subprocess.Popen[str]]:
     """Another process that starts both servers; it stops them when its input is closed."""
     process = subprocess.Popen(
         launch_command(
-            identity, REPOSITORY, signal.SIGKILL, [sys.executable, "-c", LAUNCHER, directory]
+            identity, REPOSITORY, signal.SIGKILL, [sys.executable, "-c", program, directory]
         ),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -481,6 +483,23 @@ def test_a_paused_server_stands_still_with_all_its_children_until_resumed(
     server.resume()
     assert stopped == {"T"}
     assert fetch(server.dsn, "SELECT 1")
+
+
+def test_paused_servers_end_when_whoever_paused_them_is_killed(tmp_path: Path) -> None:
+    pausing = LAUNCHER.replace(
+        "sys.stdin.read()",
+        "[each.pause() for each in servers]; print('paused', flush=True); sys.stdin.read()",
+    )
+    with launcher(tmp_path, program=pausing) as process:
+        pids = started(process)[:2]
+        pidfds = [os.pidfd_open(pid) for pid in pids]
+        assert process.stdout is not None
+        assert process.stdout.readline() == "paused\n"
+        assert [state(pid) for pid in pids] == ["T", "T"]
+        process.kill()
+        for pidfd in pidfds:
+            wait_for_end(pidfd)
+    release_shared_memory(EmbeddedPostgres(tmp_path / "pg"))
 
 
 def test_a_paused_server_can_be_stopped(place: Cleanup) -> None:
