@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import uvloop
 
+from tests.harness import forked_gateways
+from tests.nursery import Nursery
 from tests.servers import PostgresForTests, postgres_server, redis_server
 
 if TYPE_CHECKING:
@@ -126,3 +128,21 @@ def redis() -> Iterator[EmbeddedRedis]:
     """The suite's Redis. A test that stops or flushes it starts its own."""
     with redis_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Where gateways are forked."""
+    with Nursery.open() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _gateways_are_forked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Those of `System.start_gateway`, but in modules marked `executed`, and for unit tests."""
+    module = request.node
+    if module.get_closest_marker("executed") or "unit" in Path(module.path).parts:
+        yield
+        return
+    with forked_gateways(request.getfixturevalue("nursery")):
+        yield

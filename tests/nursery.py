@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 from contextlib import contextmanager
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 
 SERVE: Final = "tests.nursery:serve"
 """`gateway serve`, as what a child is to run."""
+COMMAND: Final = "tests.nursery:command"
+"""`gateway` with arguments, the same."""
 END_TIMEOUT_S: Final = 60.0
 REQUEST_BYTES_MAX: Final = 64 * 1024
+FDS_MAX: Final = 3
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -115,18 +119,47 @@ class Nursery:
                 process.wait(END_TIMEOUT_S)
 
     def fork(
-        self, target: str, arguments: tuple[str, ...], environment: Mapping[str, str]
+        self,
+        target: str,
+        arguments: tuple[str, ...],
+        environment: Mapping[str, str],
+        *,
+        stdout: int | None = None,
+        directory: Path | None = None,
     ) -> ForkedProcess:
-        """A child that runs the function `target`, as `module:name`, with these arguments."""
-        request = {"target": target, "arguments": arguments, "environment": dict(environment)}
+        """A child that runs the function `target`, as `module:name`, with these arguments.
+
+        Its standard output goes to the file descriptor `stdout`, or nowhere.
+        """
+        request = {
+            "target": target,
+            "arguments": arguments,
+            "environment": dict(environment),
+            "directory": None if directory is None else str(directory),
+        }
         stderr, stderr_of_child = os.pipe()
         alive, alive_of_child = os.pipe()
+        fds = [stderr_of_child, alive_of_child] + ([] if stdout is None else [stdout])
         try:
-            pid = self._ask(request, [stderr_of_child, alive_of_child])
+            pid = self._ask(request, fds)
         finally:
             os.close(stderr_of_child)
             os.close(alive_of_child)
         return ForkedProcess(self, pid, stderr, alive)
+
+    def run(
+        self, arguments: tuple[str, ...], environment: Mapping[str, str], directory: Path
+    ) -> subprocess.CompletedProcess[str]:
+        """`gateway` with these arguments, in a directory, to its end."""
+        with tempfile.TemporaryFile("w+") as stdout:
+            process = self.fork(
+                COMMAND, arguments, environment, stdout=stdout.fileno(), directory=directory
+            )
+            with process.stderr:
+                told = process.stderr.read().decode()
+            status = process.wait(END_TIMEOUT_S)
+            stdout.seek(0)
+            return subprocess.CompletedProcess(("gateway", *arguments), status, stdout.read(), told)
 
     def reap(self, pid: int) -> int:
         """The exit status of a child that has ended."""
@@ -155,6 +188,13 @@ def serve() -> None:
     main(["serve"])
 
 
+def command(*arguments: str) -> None:
+    """`gateway` with these arguments."""
+    from gateway.cli import main  # noqa: PLC0415 - as above
+
+    main(list(arguments), prog_name="gateway")
+
+
 def _serve_nursery(channel: socket.socket) -> None:
     import gateway.composition  # noqa: F401, PLC0415 - what the children need is imported once
     from gateway.rpc import validation  # noqa: PLC0415
@@ -163,7 +203,7 @@ def _serve_nursery(channel: socket.socket) -> None:
     gc.collect()
     gc.freeze()  # or a child's first collection would copy every page
     while True:
-        message, fds, _, _ = socket.recv_fds(channel, REQUEST_BYTES_MAX, 2)
+        message, fds, _, _ = socket.recv_fds(channel, REQUEST_BYTES_MAX, FDS_MAX)
         if not message:
             return
         request = json.loads(message)
@@ -175,20 +215,24 @@ def _serve_nursery(channel: socket.socket) -> None:
         pid = os.fork()
         if pid == 0:
             channel.close()
-            _run(request, fds[0], parent)
+            _run(request, fds, parent)
         for fd in fds:
             os.close(fd)
         channel.send(str(pid).encode())
 
 
-def _run(request: dict[str, Any], stderr: int, parent: int) -> None:
+def _run(request: dict[str, Any], fds: list[int], parent: int) -> None:
     """Be the child. Does not return."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     status = 1
     try:
         if os.getppid() == parent:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+            stderr, _, *stdout = fds  # the second one tells by its end that we have ended
+            for fd, number in ((stderr, 2), *((each, 1) for each in stdout)):
+                os.dup2(fd, number)
+                os.close(fd)
+            if request["directory"] is not None:
+                os.chdir(request["directory"])
             os.environ.update(request["environment"])
             module, _, name = request["target"].partition(":")
             getattr(importlib.import_module(module), name)(*request["arguments"])
@@ -198,6 +242,7 @@ def _run(request: dict[str, Any], stderr: int, parent: int) -> None:
     except BaseException:  # noqa: BLE001 - a fork must never go back into the nursery's loop
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
-import sys
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import grpc
 import pytest
@@ -25,11 +23,14 @@ from tests.harness import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from storage.embedded import EmbeddedRedis
     from tests.harness import Caller, System
+    from tests.nursery import Nursery
     from tests.servers import PostgresForTests
+
+    Command: TypeAlias = Callable[..., subprocess.CompletedProcess[str]]
 
 TIMEOUT_S = 30.0
 REASON = "The PSP's support confirmed it, ticket 1."
@@ -291,38 +292,39 @@ async def test_what_a_psp_contradicted_is_listed(system: System) -> None:
         assert (found.kind, found.reported) == ("authorized_amount", "1001")
 
 
-def command(system: System, *arguments: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def command(nursery: Nursery, system: System) -> Command:
     """`gateway …` on the system's database."""
-    return subprocess.run(
-        [sys.executable, "-m", "gateway", *arguments],
-        env={**os.environ, "GATEWAY_POSTGRES_DSN": system.dsn},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return nursery.run(arguments, {"GATEWAY_POSTGRES_DSN": system.dsn}, system.directory)
+
+    return run
 
 
-async def test_the_command_line_lists_and_ends_doubts_and_audits(system: System) -> None:
+async def test_the_command_line_lists_and_ends_doubts_and_audits(
+    system: System, command: Command
+) -> None:
     async with people(system, "grpcio") as (caller, admin):
         answer = await in_doubt(system, caller, "tok_timeout_after_charge")
         reference = answer.operation.attempts[0].connector_reference
-        [line] = command(system, "doubts", "list", "--needs-person").stdout.splitlines()
+        [line] = command("doubts", "list", "--needs-person").stdout.splitlines()
         assert reference in line
         assert "NO_MEANS" in line
         resolve = ["doubts", "resolve", reference, "--merchant", system.shop.merchant_id]
-        refused = command(system, *resolve, "--outcome", "took-effect", "--reason", REASON)
+        refused = command(*resolve, "--outcome", "took-effect", "--reason", REASON)
         assert refused.returncode == 1
         assert "connector_transaction_id" in refused.stderr
         resolve += ["--connector-transaction-id", "psp-3"]
         took_effect = [*resolve, "--outcome", "took-effect", "--reason"]
-        assert command(system, *took_effect, f"the card is {PAN}").returncode == 2
-        done = command(system, *took_effect, REASON)
+        assert command(*took_effect, f"the card is {PAN}").returncode == 2
+        done = command(*took_effect, REASON)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip().endswith("is SUCCEEDED")
-        assert command(system, *took_effect, REASON).stdout.startswith("decided before: ")
-        declined = command(system, *resolve, "--outcome", "declined", "--reason", REASON)
+        assert command(*took_effect, REASON).stdout.startswith("decided before: ")
+        declined = command(*resolve, "--outcome", "declined", "--reason", REASON)
         assert declined.returncode == 1
-        assert command(system, "doubts", "list").stdout == ""
+        assert command("doubts", "list").stdout == ""
         [record] = system.fetch(
             "SELECT resolved_by FROM resolutions WHERE operation_id = $1",
             answer.operation.operation_id,
@@ -330,14 +332,14 @@ async def test_the_command_line_lists_and_ends_doubts_and_audits(system: System)
         assert record["resolved_by"].startswith("login:")
         # The person was right: each success has its charge, and the reverse.
         journal = str(system.directory / "journal.jsonl")
-        told = command(system, "verify", "--merchant", system.shop.merchant_id)
+        told = command("verify", "--merchant", system.shop.merchant_id)
         assert told.returncode == 0, told.stdout
         assert "payments, 0 findings" in told.stderr
         # And wrong: the PSP has no such charge, which its journal alone can tell.
         answer = await in_doubt(system, caller, "tok_timeout_before_charge")
         charged = {"connector_transaction_id": "psp-4"}
         await admin.resolve(answer.operation.operation_id, "TOOK_EFFECT", **charged)
-        told = command(system, "verify", "--psp-journal", journal)
+        told = command("verify", "--psp-journal", journal)
         assert told.returncode == 1
         assert f"success-without-charge  {system.shop.merchant_id}" in told.stdout
         assert answer.payment.payment_id in told.stdout

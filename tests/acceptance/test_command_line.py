@@ -23,6 +23,7 @@ from tests.servers import free_port
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
+    from tests.nursery import Nursery
     from tests.servers import PostgresForTests
 
 
@@ -40,19 +41,15 @@ def _environment(**settings: str) -> dict[str, str]:
 class CommandLine:
     """`gateway` in an empty directory, with settings that every command gets."""
 
+    nursery: Nursery
     directory: Path
     settings: dict[str, str] = field(default_factory=dict)
 
     def run(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Whatever comes of a command; a traceback never does."""
-        ran = subprocess.run(
-            [sys.executable, "-m", "gateway", *arguments],
-            env=_environment(**self.settings | settings),
-            cwd=self.directory,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        values = self.settings | settings
+        environment = {f"GATEWAY_{name.upper()}": value for name, value in values.items()}
+        ran = self.nursery.run(arguments, environment, self.directory)
         assert "Traceback" not in ran.stderr
         return ran
 
@@ -73,16 +70,16 @@ class CommandLine:
 
 
 @pytest.fixture
-def alone(tmp_path: Path) -> CommandLine:
+def alone(nursery: Nursery, tmp_path: Path) -> CommandLine:
     """Without a database."""
-    return CommandLine(tmp_path)
+    return CommandLine(nursery, tmp_path)
 
 
 @pytest.fixture
-def command_line(postgres: PostgresForTests, tmp_path: Path) -> CommandLine:
+def command_line(postgres: PostgresForTests, nursery: Nursery, tmp_path: Path) -> CommandLine:
     """On a migrated database without accounts."""
     template = postgres.create_template("migrated", migrate)
-    return CommandLine(tmp_path, {"postgres_dsn": postgres.create_database(template)})
+    return CommandLine(nursery, tmp_path, {"postgres_dsn": postgres.create_database(template)})
 
 
 # --- help and refusals ----------------------------------------------------------------------------
@@ -318,10 +315,10 @@ def test_an_identity_is_added_listed_and_removed(command_line: CommandLine) -> N
 
 
 async def test_accounts_from_creation_to_a_revoked_key(
-    postgres: PostgresForTests, redis: EmbeddedRedis, tmp_path: Path
+    postgres: PostgresForTests, redis: EmbeddedRedis, nursery: Nursery, tmp_path: Path
 ) -> None:
     with running_system(postgres, redis, auth_cache_life_s=0.05) as system:
-        command_line = CommandLine(tmp_path, {"postgres_dsn": system.dsn})
+        command_line = CommandLine(nursery, tmp_path, {"postgres_dsn": system.dsn})
         run = command_line.printed
         organisation = run("organisations", "create", "--name", "Example")
         merchant = run("merchants", "create", "--organisation", organisation, "--name", "Shop")
@@ -416,20 +413,21 @@ async def test_health_is_0_only_where_calls_are_served(
 
 
 async def test_run_brings_everything_keeps_its_data_and_ends_what_it_started(
-    tmp_path: Path,
+    nursery: Nursery, tmp_path: Path
 ) -> None:
-    first = await _run_and_demo(tmp_path)
-    assert await _run_and_demo(tmp_path) == first
+    alone = CommandLine(nursery, tmp_path)
+    first = await _run_and_demo(alone)
+    assert await _run_and_demo(alone) == first
     state = json.loads((tmp_path / ".local/embedded/local.json").read_text())
     port = int(state["postgres_dsn"].rpartition(":")[2].partition("/")[0])
     await eventually(lambda: not _listens(port), "PostgreSQL has ended")
 
 
-async def _run_and_demo(directory: Path) -> str:
+async def _run_and_demo(alone: CommandLine) -> str:
     """`run` in the directory until the demo has ended; the demo merchant's key."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", "run"),
-        cwd=directory,
+        cwd=alone.directory,
         env=_environment(
             listen_address=f"127.0.0.1:{free_port()}", metrics_address=f"127.0.0.1:{free_port()}"
         ),
@@ -444,7 +442,7 @@ async def _run_and_demo(directory: Path) -> str:
                 key = line.split()[-1].decode()
             if b"Stop with Ctrl-C" in line:
                 break
-        demo = await asyncio.to_thread(CommandLine(directory).run, "demo")
+        demo = await asyncio.to_thread(alone.run, "demo")
         assert (demo.returncode, "BAD" in demo.stdout) == (0, False), demo.stdout + demo.stderr
     finally:
         process.terminate()
@@ -474,7 +472,7 @@ class InProcess(CommandLine):
 @pytest.fixture
 def in_process(command_line: CommandLine) -> InProcess:
     """On a migrated database without accounts."""
-    return InProcess(command_line.directory, command_line.settings)
+    return InProcess(command_line.nursery, command_line.directory, command_line.settings)
 
 
 def test_connector_accounts_are_added_rotated_rewrapped_and_removed_without_showing_a_credential(

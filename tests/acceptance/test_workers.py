@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from tests.harness import GatewayProcess, System
     from tests.servers import PostgresForTests
 
+pytestmark = pytest.mark.executed
+
 SUCCEEDED: Final = payment_pb2.OPERATION_STATE_SUCCEEDED
 CHANNELS: Final = 12
 """Connections; with so many, the chance that all of them get the same one of two workers is 1 in

@@ -44,6 +44,7 @@ def _system(postgres: PostgresForTests, redis: EmbeddedRedis, profile: str) -> A
         redis,
         profile=profile,
         simulator_answer_timeout_s=1,
+        send_window_s=1.5,
         recover_margin_s=0.2,
         wait_s_max=1,
         trusted_front=True,
