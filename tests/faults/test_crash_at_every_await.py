@@ -1,8 +1,8 @@
 """P4: a gateway that dies at any wait, of a call or of recovery, neither loses nor doubles money.
 
 The waits are not listed here: a first run of each flow tells them, and then a gateway is killed at
-each. All are killed; `GATEWAY_TESTS_CRASH_SITES_MAX` and `GATEWAY_TESTS_CRASH_SEED` bound a run to
-so many of each flow, drawn with that seed, and say so.
+each, of calls on one of two kinds of PSP. All are killed; `GATEWAY_TESTS_CRASH_SITES_MAX` and
+`GATEWAY_TESTS_CRASH_SEED` bound a run to so many of each flow, drawn with that seed, and say so.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import os
 import random
 from collections import defaultdict
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -26,7 +26,7 @@ from storage.redis.claims import KEY_DIGEST_BYTES, NONCE_BYTES
 from tests.faults.checker import REPEAT_AFTER_S, TRIES_MAX, Books, Client, check, settled
 from tests.faults.crashing_gateway import CALLS, NOTHING, RECOVERY, CrashingGateway
 from tests.faults.stepping import AFTER, BEFORE
-from tests.faults.transports import alternating
+from tests.faults.transports import TRANSPORTS, alternating
 from tests.harness import (
     Caller,
     System,
@@ -59,6 +59,7 @@ NOT_REACHED_S: Final = 20.0
 LEASE_S: Final = 600
 """Longer than a test: a killed recoverer keeps what it took, and each takes another operation."""
 
+PROFILES: Final = ("idempotent", "non_idempotent")
 SUCCEEDED: Final = OperationState.OPERATION_STATE_SUCCEEDED
 DECLINED: Final = OperationState.OPERATION_STATE_DECLINED
 
@@ -269,26 +270,40 @@ CALL_FLOWS: Final = (
 )
 
 
-@alternating(profile=("idempotent", "non_idempotent"))
 async def test_a_crash_at_any_wait_of_a_call_neither_loses_nor_doubles_it(
-    postgres: PostgresForTests,
-    redis: EmbeddedRedis,
-    nursery: Nursery,
-    profile: str,
-    transport: str,
+    postgres: PostgresForTests, redis: EmbeddedRedis, nursery: Nursery
 ) -> None:
-    async with _trial(postgres, redis, nursery, profile, transport, recovers=True) as trial:
+    """A wait that calls come by with both kinds of PSP is one of the two's, in turn."""
+    async with AsyncExitStack() as stack:
+        trials = [
+            await stack.enter_async_context(
+                _trial(postgres, redis, nursery, profile, transport, recovers=True)
+            )
+            for profile, transport in zip(PROFILES, TRANSPORTS, strict=True)
+        ]
         failures = []
-        for flow in CALL_FLOWS:
-            sites = _chosen(trial, flow, await _sites_of_call(trial, flow))
-            failures += await _crash_calls(trial, flow, sites)
-        await settled(trial.system)
-        # Whatever recovery made of it, the books agree before anybody repeats a call ...
-        check(trial.system, trial.client)
-        failures += await _repeat_all(trial)
-        # ... and when everybody has.
-        check(trial.system, trial.client)
+        for number, flow in enumerate(CALL_FLOWS):
+            sites = [_chosen(trial, flow, await _sites_of_call(trial, flow)) for trial in trials]
+            for trial, own in zip(trials, _in_turn(*sites, first=number % 2), strict=True):
+                failures += await _crash_calls(trial, flow, own)
+        for trial in trials:
+            await settled(trial.system)
+            # Whatever recovery made of it, the books agree before anybody repeats a call ...
+            check(trial.system, trial.client)
+            failures += await _repeat_all(trial)
+            # ... and when everybody has.
+            check(trial.system, trial.client)
         assert not failures, "\n".join(failures)
+
+
+def _in_turn(one: list[str], other: list[str], *, first: int) -> tuple[list[str], list[str]]:
+    """What both have, divided between them in turn; each keeps what the other has not."""
+    shared = [site for site in one if site in other]
+    divided = set(shared[first::2]), set(shared[1 - first :: 2])
+    return (
+        [site for site in one if site not in divided[1]],
+        [site for site in other if site not in divided[0]],
+    )
 
 
 async def _sites_of_call(trial: Trial, flow: Flow) -> list[str]:
@@ -376,7 +391,7 @@ RECOVERY_FLOWS: Final = (
 )
 
 
-@alternating(profile=("idempotent", "non_idempotent"))
+@alternating(profile=PROFILES)
 async def test_a_crash_at_any_wait_of_recovery_leaves_the_work_to_the_next_recovery(
     postgres: PostgresForTests,
     redis: EmbeddedRedis,
