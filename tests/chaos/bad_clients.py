@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 UNARY: Final = [method.name for method in SERVICE.methods if not method.server_streaming]
-CONNECTIONS_OF_FUZZ: Final = 4
-AT_ONCE: Final = 16
+CONNECTIONS_OF_FUZZ: Final = 2
+AT_ONCE: Final = 12
 """Fuzzed messages under way on each of them."""
 SEEDS: Final = 64
 """Valid messages that are made once, to be mutated."""
