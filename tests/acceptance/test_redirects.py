@@ -183,7 +183,8 @@ async def test_the_psps_end_of_a_customers_time_is_noticed(
         ("INVALID_REQUEST", redirecting("cash")),
         ("INVALID_REQUEST", redirecting(return_url="")),
     ],
-    ids=str,
+    # Requests have random keys, and every worker has to name a test the same.
+    ids=["method", "country", "currency", "capture", "field", "unknown", "nowhere"],
 )
 async def test_a_method_that_cannot_be_used_so_is_refused_with_its_reason(
     shop: tuple[System, GatewayProcess], caller: Caller, reason: str, request_: Any
