@@ -277,7 +277,7 @@ class Applier:
     ) -> Applied:
         """What is told of an operation of ours."""
         operation = found.operation
-        event = decisions.event_for(found.payment, operation, answer)
+        event = decisions.event_for(found.payment, operation, answer, self._outcomes.now())
         if event not in _DEFINITE or await self._notifications.is_outdated(received, event):
             return _NO_NEWS
         if operation.attempt.number != number:
