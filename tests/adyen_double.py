@@ -112,6 +112,8 @@ class AdyenDouble:
     headers: list[dict[str, str]] = field(default_factory=list)
     events: list[Json] = field(default_factory=list)
     """The notification items that Adyen would send, unsigned, in order."""
+    away: dict[str, tuple[int, str, str]] = field(default_factory=dict)
+    """By reference: amount, currency and key of payments whose customer is at the bank."""
     strict_keys: bool = False
     """Whether a key that comes with another request is refused, instead of answered as at first:
     the documentation does not say."""
@@ -192,6 +194,8 @@ class AdyenDouble:
         _check(body.get("additionalData", {}), _ADDITIONAL)
         value, currency = _amount(body)
         method = body.get("paymentMethod", {})
+        if method.get("type") == "ideal":
+            return self._send_away(body, value, currency, key)
         _check(method, frozenset({"type", "storedPaymentMethodId"}))
         if not method.get("storedPaymentMethodId") or len(body.get("shopperReference", "")) < 3:
             raise Refused(422, "800")
@@ -221,15 +225,7 @@ class AdyenDouble:
             )
             return told
         if token == ACTION_TOKEN:
-            return {
-                "resultCode": "RedirectShopper",
-                "action": {
-                    "type": "redirect",
-                    "method": "GET",
-                    "paymentMethodType": "scheme",
-                    "url": "https://checkoutshopper-test.adyen.com/threeDS/redirect",
-                },
-            }
+            return _redirected("scheme")
         manual = body.get("additionalData", {}).get("manualCapture") == "true"
         payment = Held(
             told["pspReference"],
@@ -256,6 +252,25 @@ class AdyenDouble:
             "refusalReasonRaw": "AUTHORISED",
         }
         return told
+
+    def _send_away(self, body: Json, value: int, currency: str, key: str) -> Json:
+        """A payment that the customer completes at the bank: see `come_back`."""
+        _check(body["paymentMethod"], frozenset({"type", "issuer"}))
+        if body.get("captureDelayHours") != 0 or currency != "EUR":
+            raise Refused(422, "905")
+        self.away[body["reference"]] = (value, currency, key)
+        return _redirected("ideal")
+
+    def come_back(self, reference: str, *, paid: bool = True) -> None:
+        """The customer has paid at the bank, or not."""
+        value, currency, key = self.away.pop(reference)
+        psp_reference = self._reference()
+        if paid:
+            self.payments[psp_reference] = Held(
+                psp_reference, reference, currency, value, captured=value
+            )
+            self.effects.append(key)
+        self._tell("AUTHORISATION", psp_reference, reference, value, currency, ok=paid)
 
     def _technical_cancel(self, body: Json) -> Json:
         _check(body, _TECHNICAL_CANCEL)
@@ -352,6 +367,18 @@ class AdyenDouble:
         if original:
             item["originalReference"] = original
         self.events.append(item)
+
+
+def _redirected(method: str) -> Json:
+    return {
+        "resultCode": "RedirectShopper",
+        "action": {
+            "type": "redirect",
+            "method": "GET",
+            "paymentMethodType": method,
+            "url": f"https://checkoutshopper-test.adyen.com/{method}/redirect",
+        },
+    }
 
 
 def webhook_of(*items: Json, hmac_key: str = HMAC_KEY) -> bytes:

@@ -443,7 +443,7 @@ def _takes_charge_back(payment: Payment) -> bool:
 def _is_last_word(lease: Lease, connector: Connector, evidence: ConnectorAnswer) -> bool:
     """Whether the evidence decides: since the PSP cannot be asked and nothing was cancelled yet (to
     cancel now would take back what is known to have taken effect), or since the PSP tells outcomes
-    by notification, the end of a cancellation among them.
+    by notification. Where a cancellation was begun, those decide that say that nothing stands.
     """
     capabilities = connector.capabilities
     tells = capabilities.tells_by_notification
@@ -453,7 +453,7 @@ def _is_last_word(lease: Lease, connector: Connector, evidence: ConnectorAnswer)
         return tells and event not in (Event.NEVER_SENT, Event.ACCEPTED)
     requested = lease.aggregate.payment.cancel_requested
     if lease.cancel_begun or (requested and (lease.operation.kind is K.AUTHORIZE or not tells)):
-        return tells and event is Event.CANCELED
+        return tells and event in _NOTHING_STANDS
     return tells or not capabilities.query_by_reference
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-from payments.v1 import payment_pb2
+from payments.v1 import payment_method_pb2, payment_pb2
 
 from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
 from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
@@ -29,6 +29,7 @@ from tests.harness import (
     START_TIMEOUT_S,
     Caller,
     GatewayProcess,
+    authorize_request,
     calling,
     eventually,
     running_system,
@@ -52,6 +53,7 @@ async def add_account(dsn: str, merchant_id: str) -> str:
         Mode.TEST,
         "adyen",
         Sealed(b"", WrappedKey("", b"")),
+        capabilities={"methods": ["card", "ideal"]},
     )
     credentials = {
         "api_key": API_KEY,
@@ -133,6 +135,7 @@ async def test_merchants_payments_at_adyen_end_by_what_it_tells_and_doubts_by_th
                 url = f"http://127.0.0.1:{port}/v1/notifications/adyen/{account_id}"
                 shop = Shop(psp, caller, url, http)
                 await what_adyen_receives_ends_by_its_notification(shop)
+                await customer_pays_at_the_bank(shop)
                 await what_was_lost_is_found_by_its_key(shop)
             assert system.fetch("SELECT kind FROM discrepancies") == []
         assert not any(API_KEY in line or HMAC_KEY in line for line in gateway.lines)
@@ -160,6 +163,23 @@ async def what_adyen_receives_ends_by_its_notification(shop: Shop) -> None:
     assert await shop.psp.held_minor(f"{authorized.operation.operation_id}-1") == 400
     declined = await shop.authorize("AUTOMATIC", token=f"{DECLINE_TOKEN}12")
     assert declined.operation.state == payment_pb2.OPERATION_STATE_DECLINED
+
+
+async def customer_pays_at_the_bank(shop: Shop) -> None:
+    method = payment_method_pb2.PaymentMethod(
+        redirect=payment_method_pb2.RedirectPaymentMethod(method_type="ideal")
+    )
+    request = authorize_request(
+        capture_method="AUTOMATIC", customer_id="cus_1", return_url="https://shop.example/back"
+    )
+    request.payment_method.CopyFrom(method)
+    answer = await shop.caller.call("AuthorizePayment", request)
+    assert answer.operation.state == payment_pb2.OPERATION_STATE_REQUIRES_ACTION
+    assert answer.operation.next_action.redirect_url.startswith("https://checkoutshopper-test.")
+    shop.psp.double.come_back(f"{answer.operation.operation_id}-1")
+    await shop.becomes(answer, SUCCEEDED)
+    payment = (await shop.caller.payment(answer.payment.payment_id)).payment
+    assert payment.amounts.captured_minor == 1000
 
 
 async def what_was_lost_is_found_by_its_key(shop: Shop) -> None:

@@ -292,19 +292,41 @@ async def test_part_that_was_authorized_is_reported(psp: AdyenPsp) -> None:
     assert outcome_of(answer).amount_reported_minor == 400
 
 
-async def test_customer_who_has_to_act_is_sent_on(psp: AdyenPsp) -> None:
-    fields = {"customer_id": "cus_1", "return_url": "https://shop.example/back"}
-    request = request_of(payment_method_token=ACTION_TOKEN, fields=fields)
+def ideal(**more: str) -> dict[str, Any]:
+    return {
+        "payment_method": {"redirect": {"method_type": "ideal", **more}},
+        "return_url": "https://shop.example/back",
+    }
+
+
+async def test_customer_of_a_bank_is_sent_there_and_asked_about_by_the_key(psp: AdyenPsp) -> None:
+    request = request_of(capture=True, payment_method_token="", fields=ideal(bank="1121"))
     answer = await send(psp.connector, request)
     assert answer.verdict is Verdict.REQUIRES_ACTION
-    assert answer.next_action_url.startswith("https://checkoutshopper-test.adyen.com/")
+    assert answer.next_action is not None
+    assert answer.next_action.redirect_url.startswith("https://checkoutshopper-test.adyen.com/")
+    assert body_of(psp)["paymentMethod"] == {"type": "ideal", "issuer": "1121"}
+    assert body_of(psp)["returnUrl"] == "https://shop.example/back"
     found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
     assert found is not None
     assert found.verdict is Verdict.REQUIRES_ACTION
+    # Nothing at Adyen stops a customer who is at the bank: only Adyen tells the end.
+    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
 
 
-async def test_customer_who_cannot_come_back_is_declined(psp: AdyenPsp) -> None:
-    answer = await send(psp.connector, request_of(payment_method_token=ACTION_TOKEN))
+async def test_method_that_the_connector_has_not_is_not_sent(psp: AdyenPsp) -> None:
+    for type_ in ("card", "pix"):
+        fields = {"payment_method": {"redirect": {"method_type": type_}}}
+        request = request_of(payment_method_token="", fields=fields)
+        answer = await send(psp.connector, request)
+        assert answer == ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.METHOD_NOT_SUPPORTED)
+    assert psp.double.requests == []
+
+
+@pytest.mark.parametrize("return_url", ["", "https://shop.example/back"])
+async def test_card_that_needs_its_customer_is_declined(psp: AdyenPsp, return_url: str) -> None:
+    fields = {"customer_id": "cus_1", "return_url": return_url}
+    answer = await send(psp.connector, request_of(payment_method_token=ACTION_TOKEN, fields=fields))
     assert answer.verdict is Verdict.DECLINED
     assert outcome_of(answer).response_code is ResponseCode.AUTHENTICATION_REQUIRED
 

@@ -38,6 +38,7 @@ from tests.memory_store import (
     DECLINED,
     INCAPABLE,
     LOST,
+    NO_ANSWER,
     PENDING,
     UNSENT,
     Gate,
@@ -357,6 +358,23 @@ async def test_a_void_of_a_doubt_ends_when_the_psp_tells_that_it_took_it_back() 
     await gateway.recover()
     assert only(gateway, payment_id, K.VOID).state is S.SUCCEEDED
     assert payment_of(gateway, payment_id).state is PaymentState.CANCELED
+
+
+@pytest.mark.parametrize(
+    ("end", "state"), [(EXPIRED, S.EXPIRED), (DECLINED, S.DECLINED), (FAILED, S.FAILED)]
+)
+async def test_what_is_being_cancelled_ends_where_the_psp_tells_that_nothing_stands(
+    end: ConnectorAnswer, state: S
+) -> None:
+    gateway = bench(Step(decides=ACTION), capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    await gateway.payments.void(gateway.void(payment_id))
+    gateway.connector.asks.extend([NO_ANSWER] * 5)  # it cannot say that nobody will come back
+    await gateway.recover()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.REQUIRES_ACTION
+    await gateway.tell(gateway.told(N.AUTHORIZATION, end, reference=reference))
+    assert only(gateway, payment_id, K.AUTHORIZE).state is state
 
 
 async def test_a_charge_that_was_voided_in_flight_is_gone_when_the_psp_tells_so() -> None:

@@ -20,6 +20,7 @@ from gateway.domain.model import (
     ConnectorAnswer,
     CvvResult,
     Delivery,
+    NextAction,
     Outcome,
     ResponseCode,
     Verdict,
@@ -93,10 +94,10 @@ def is_payment(told: Mapping[str, Any]) -> bool:
     return "resultCode" in told
 
 
-def payment(told: Mapping[str, Any], reference: str, *, can_return: bool) -> ConnectorAnswer:
+def payment(told: Mapping[str, Any], reference: str, *, can_act: bool) -> ConnectorAnswer:
     """What an answer to /payments says of an authorization or verification.
 
-    `can_return`: the customer has a way back, and may be sent to act. Raises Unusable.
+    `can_act`: the payment is complete when the customer has acted elsewhere. Raises Unusable.
     """
     if told.get("merchantReference", reference) != reference:
         raise Unusable
@@ -110,7 +111,7 @@ def payment(told: Mapping[str, Any], reference: str, *, can_return: bool) -> Con
         case "Pending" | "Received":
             return _answered(told, Verdict.PENDING)
         case "RedirectShopper" | "IdentifyShopper" | "ChallengeShopper" | "PresentToShopper":
-            return _action(told, can_return=can_return)
+            return _action(told, can_act=can_act)
         case _:
             raise Unusable
 
@@ -225,17 +226,17 @@ def _scheme(told: Mapping[str, Any]) -> str:
     return codes.SCHEMES.get(brand, brand)
 
 
-def _action(told: Mapping[str, Any], *, can_return: bool) -> ConnectorAnswer:
-    """Someone has to act, by visiting an address; what else Adyen may ask for nobody can do."""
+def _action(told: Mapping[str, Any], *, can_act: bool) -> ConnectorAnswer:
+    """The customer has to act, by visiting an address; what else Adyen asks for nobody can do."""
     action = part(told, "action")
     url = values.https_url(action.get("url"))
     transaction_id = values.identifier(told.get("pspReference"))
-    if can_return and url and action.get("method", "GET") == "GET":
+    if can_act and url and action.get("method", "GET") == "GET":
         return ConnectorAnswer(
             Delivery.ANSWERED,
             Verdict.REQUIRES_ACTION,
             connector_transaction_id=transaction_id,
-            next_action_url=url,
+            next_action=NextAction(redirect_url=url),
         )
     # Nothing is authorized before the customer has acted, and the address is told to nobody.
     outcome = Outcome(

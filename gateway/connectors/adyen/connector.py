@@ -12,7 +12,7 @@ from urllib.parse import quote
 import orjson
 
 from gateway import __version__
-from gateway.application.ports import Capabilities, ConnectorRequest
+from gateway.application.ports import CARD, Capabilities, ConnectorRequest, MethodRule
 from gateway.connectors.adyen import answers
 from gateway.connectors.adyen.amounts import RULES, to_adyen
 from gateway.connectors.adyen.answers import Unusable
@@ -54,6 +54,7 @@ K = OperationKind
 SUPPORTED_FIELDS: Final = frozenset(
     {
         "payment_method.stored",
+        "payment_method.redirect",
         "channel",
         "initiator",
         "stored_credential",
@@ -61,6 +62,15 @@ SUPPORTED_FIELDS: Final = frozenset(
         "statement_descriptor",
     }
 )
+METHODS: Final[Mapping[str, MethodRule]] = {
+    CARD: MethodRule(),
+    "ideal": MethodRule(
+        frozenset({CaptureMethod.AUTOMATIC}), frozenset({"EUR"}), frozenset({"NL"})
+    ),
+}
+"""Of the methods with a redirect, one whose payment is complete when the customer has paid at the
+bank: of others, as of cards with 3D Secure, Adyen has to be told what the customer came back with
+(`/payments/details`), which the contract does not carry."""
 _TOKEN_PREFIX: Final = "tok_"  # noqa: S105 - the contract's, before Adyen's id
 _MOTO: Final = frozenset({"CHANNEL_MAIL_ORDER", "CHANNEL_TELEPHONE_ORDER"})
 _WITHOUT_EFFECT: Final = frozenset({Verdict.DECLINED, Verdict.CANCELED})
@@ -90,6 +100,7 @@ def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabiliti
         capture_methods=frozenset({CaptureMethod.AUTOMATIC, CaptureMethod.MANUAL}),
         tells_by_notification=True,
         amounts=RULES,
+        methods=METHODS,
     )
 
 
@@ -212,9 +223,7 @@ class AdyenConnector:
             "reference": request.reference,
             "amount": _amount(request.amount_minor, request.currency),
             "returnUrl": str(fields.get("return_url") or NO_RETURN_URL),
-            **_payment_method(request),
-            "shopperInteraction": "Moto" if fields.get("channel") in _MOTO else "ContAuth",
-            "recurringProcessingModel": _processing_model(fields),
+            **(_redirect_method(request) or _payment_method(request)),
         }
         if fields.get("statement_descriptor"):
             body["shopperStatement"] = str(fields["statement_descriptor"])
@@ -240,8 +249,8 @@ class AdyenConnector:
             return answers.modification(
                 told, request.reference, _payment_id(request), request.currency
             )
-        can_return = bool(request.fields.get("return_url"))
-        answer = answers.payment(told, request.reference, can_return=can_return)
+        can_act = bool(_redirect_method(request))
+        answer = answers.payment(told, request.reference, can_act=can_act)
         if answer.currency not in ("", request.currency):
             raise Unusable
         return answer
@@ -395,6 +404,21 @@ def _payment_id(request: ConnectorRequest) -> str:
     return request.payment_transaction_id or request.target_transaction_id
 
 
+def _redirect_method(request: ConnectorRequest) -> dict[str, Any]:
+    """A method that the customer is sent elsewhere for; empty for a card. Raises _Unsendable."""
+    method = request.fields.get("payment_method")
+    redirect = method.get("redirect") if isinstance(method, dict) else None
+    if not isinstance(redirect, dict):
+        return {}
+    type_ = str(redirect.get("method_type"))
+    if type_ == CARD or type_ not in METHODS:
+        raise _Unsendable(Reason.METHOD_NOT_SUPPORTED)
+    told = {"type": type_}
+    if redirect.get("bank"):
+        told["issuer"] = str(redirect["bank"])
+    return {"paymentMethod": told, "shopperInteraction": "Ecommerce"}
+
+
 def _payment_method(request: ConnectorRequest) -> dict[str, Any]:
     """A token of Adyen's and whose it is: tokens belong to a customer ("Tokenization").
 
@@ -411,9 +435,12 @@ def _payment_method(request: ConnectorRequest) -> dict[str, Any]:
         raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
     if len(customer_id) < SHOPPER_REFERENCE_LENGTH_MIN:
         raise _Unsendable(Reason.INVALID_REQUEST)
+    channel = request.fields.get("channel")
     return {
         "paymentMethod": {"type": "scheme", "storedPaymentMethodId": token},
         "shopperReference": customer_id,
+        "shopperInteraction": "Moto" if channel in _MOTO else "ContAuth",
+        "recurringProcessingModel": _processing_model(request.fields),
     }
 
 

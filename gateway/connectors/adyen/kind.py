@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gateway.application.connector_accounts import ConnectorAccount
-from gateway.application.ports import Capabilities
+from gateway.application.ports import CARD, Capabilities
 from gateway.connectors.adyen.connector import (
     ANSWER_TIMEOUT_S,
     API_VERSION,
@@ -33,7 +33,7 @@ class AdyenKind:
     """Implements the ConnectorKind port.
 
     Every live company account has an address of its own, and so a pool of its own. An account's
-    usual capabilities leave out what Adyen has to enable for it: INCREMENT.
+    usual capabilities leave out what has to be enabled for it: INCREMENT, and all but cards.
     """
 
     def __init__(
@@ -120,4 +120,8 @@ class AdyenKind:
 
 def usual(most: Capabilities) -> Capabilities:
     """What an account can do of which nothing else is known."""
-    return replace(most, operations=most.operations - {OperationKind.INCREMENT})
+    return replace(
+        most,
+        operations=most.operations - {OperationKind.INCREMENT},
+        methods={CARD: most.methods[CARD]},
+    )
