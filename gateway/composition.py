@@ -68,6 +68,7 @@ from storage.postgres import (
     row_security,
 )
 from storage.postgres.migrate import MigrationBusy, MigrationChanged, migrate
+from storage.postgres.store import NOTIFICATIONS
 from storage.redis import Claims, RedisClient
 
 if TYPE_CHECKING:
@@ -346,11 +347,7 @@ class Gateway:
             follow_ups=lane(1),
             changes=lane(settings.outcome_connections, settings.outcome_retry_s_max),
             reads=lane(settings.read_connections),
-            notifications=LaneLimits(
-                connections=1,
-                rows_max=settings.batch_rows_max,
-                queue_max=settings.notifications_queue_max,
-            )
+            notifications=replace(NOTIFICATIONS, queue_max=settings.notifications_queue_max)
             if settings.notifications_address
             else None,
             connect_timeout_s=settings.postgres_connect_timeout_s,

@@ -13,7 +13,7 @@ from asyncpg.connect_utils import SessionAttribute
 from gateway.local import LocalState
 from gateway.settings import Settings, split_address
 from storage.postgres import SchemaError, check_schema, durability_problems
-from storage.postgres.store import DIRECT, FOLLOW_UPS
+from storage.postgres.store import DIRECT, FOLLOW_UPS, NOTIFICATIONS
 from storage.redis import RedisAway, RedisClient, RedisRefused
 
 CLOCK_DIFFERENCE_S_MAX = 2.0
@@ -94,7 +94,10 @@ async def _postgres(dsn: str, settings: Settings) -> list[Finding]:
 async def _connections(connection: "asyncpg.Connection[Any]", settings: Settings) -> Finding:
     """Whether PostgreSQL has room for the connections that each worker holds."""
     lanes = settings.intent_connections + settings.outcome_connections + settings.read_connections
-    needed = settings.workers * (lanes + FOLLOW_UPS.connections + DIRECT.connections)
+    lanes += FOLLOW_UPS.connections + DIRECT.connections
+    if settings.notifications_address:
+        lanes += NOTIFICATIONS.connections
+    needed = settings.workers * lanes
     room: int = await connection.fetchval(
         "SELECT sum(CASE name WHEN 'max_connections' THEN 1 ELSE -1 END * setting::int)"
         " FROM pg_settings WHERE name IN"

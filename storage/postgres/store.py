@@ -88,6 +88,7 @@ FOLLOW_UPS: Final = LaneLimits(connections=1, rows_max=200, queue_max=5_000, ret
 CHANGES: Final = LaneLimits(connections=2, rows_max=500, queue_max=5_000, retry_s_max=30.0)
 READS: Final = LaneLimits(connections=1, rows_max=200, queue_max=5_000, retry_s_max=1.0)
 DIRECT: Final = LaneLimits(connections=2, rows_max=1, queue_max=200, retry_s_max=1.0)
+NOTIFICATIONS: Final = LaneLimits(connections=1, rows_max=200, queue_max=1_000, retry_s_max=1.0)
 
 _ROLES: Final = {
     "intents": WRITER,
