@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 
+from gateway.application.notifications import Notification, Received
 from gateway.application.ports import ListFilter, Stored
 from gateway.domain import ids
 from gateway.domain.model import Mode
-from storage.postgres import PostgresStore, RowRefused, row_security, rows
+from storage.postgres import LaneLimits, PostgresStore, RowRefused, row_security, rows
+from storage.postgres import notifications as notifications_module
 from storage.postgres import store as store_module
 from storage.postgres.queries import Query
 from tests.servers import fetch, postgres_server
@@ -38,7 +40,8 @@ def postgres() -> Iterator[PostgresForTests]:
 async def opened(dsn: str, *, walled: bool = True) -> AsyncIterator[PostgresStore]:
     if walled:
         await row_security.enable(dsn)
-    async with PostgresStore(dsn, row_security=walled) as store:
+    notifications = LaneLimits(connections=2)
+    async with PostgresStore(dsn, row_security=walled, notifications=notifications) as store:
         yield store
 
 
@@ -240,3 +243,26 @@ async def test_the_conditions_of_the_wall_choose_no_index(dsn: str) -> None:
         assert re.search(r"Filter: .*InitPlan", plan), plan
     finally:
         await connection.close()
+
+
+async def test_notifications_of_many_merchants_are_kept_behind_the_wall_and_no_others(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(merchant_id: str) -> Received:
+        return Received(merchant_id, "acc_1", Notification("psp", "evt_1", "event"))
+
+    async with opened(dsn) as store:
+        new = await asyncio.gather(
+            *(store.notifications.keep([told(each)]) for each in (VICTIM, THIEF, VICTIM))
+        )
+        assert sum(new) == 2
+        leased = await store.notifications.lease(10, 60)
+        assert {each.received.merchant_id for each in leased} == {VICTIM, THIEF}
+        monkeypatch.setattr(
+            notifications_module, "_row", lambda each: ("mer_else", *_row_of(each)[1:])
+        )
+        with pytest.raises(RowRefused):
+            await store.notifications.keep([told(ids.new_merchant_id())])
+
+
+_row_of = notifications_module._row
