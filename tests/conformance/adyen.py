@@ -45,11 +45,18 @@ def requests() -> dict[str, ConnectorRequest]:
         "return_url": "https://shop.example/back",
         "statement_descriptor": "SHOP 7",
     }
+    redirect = {
+        "payment_method": {"redirect": {"method_type": "ideal", "bank": "1121"}},
+        "return_url": "https://shop.example/back",
+    }
     on_payment = partial(request_of, target_transaction_id=PAYMENT)
     return {
         "authorize": request_of(),
         "authorize and capture": request_of(capture=True),
         "authorize with everything": request_of(fields=everything, payment_method_token=""),
+        "authorize with a redirect": request_of(
+            capture=True, fields=redirect, payment_method_token=""
+        ),
         "verify": request_of(K.VERIFY),
         "capture": on_payment(K.CAPTURE, final=True),
         "void": on_payment(K.VOID),
