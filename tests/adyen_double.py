@@ -121,6 +121,8 @@ class AdyenDouble:
     """Where it is set, requests that have begun wait for it."""
     revoked_after: int | None = None
     """After how many requests the API key is no longer accepted."""
+    failures: list[Refused] = field(default_factory=list)
+    """What the next requests are answered, before anything is executed."""
     _numbers: Callable[[], int] = field(default=itertools.count(1).__next__)
 
     # --- HTTP ---
@@ -138,6 +140,8 @@ class AdyenDouble:
                 raise Refused(401, "000", "security")
             if request.content_type != "application/json" or request.method != "POST":
                 raise Refused(400, "702")
+            if self.failures:
+                raise self.failures.pop(0)
             if not 0 < len(key) <= KEY_LENGTH_MAX:
                 raise Refused(422, "705")
             return _json(*await self._keyed(request.path, key, body, text))

@@ -26,7 +26,14 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
 )
-from tests.adyen_double import ACTION_TOKEN, API_KEY, DECLINE_TOKEN, AdyenPsp, adyen_psp
+from tests.adyen_double import (
+    ACTION_TOKEN,
+    API_KEY,
+    DECLINE_TOKEN,
+    AdyenPsp,
+    Refused,
+    adyen_psp,
+)
 from tests.connector_conformance import Fault, is_doubt, prepared, request_of, send
 
 pytestmark = pytest.mark.integration
@@ -381,6 +388,29 @@ async def test_refusal_of_a_repeat_says_nothing_of_the_first_sending(psp: AdyenP
     assert is_doubt(await send(psp.connector, request))
     assert len(psp.double.requests) == 2
     assert await psp.effects(request.reference) == 1
+
+
+@pytest.mark.parametrize(
+    ("failure", "requests"),
+    [
+        (Refused(422, "703", transient=True), 2),
+        (Refused(503, "703", "internal", transient=True), 2),
+        (Refused(500, "905", "internal"), 1),  # it says not to repeat
+        (Refused(409, "704"), 1),
+    ],
+)
+async def test_error_is_repeated_where_adyen_calls_it_transient(
+    psp: AdyenPsp, failure: Refused, requests: int
+) -> None:
+    psp.double.failures.append(failure)
+    answer = await send(psp.connector, request_of())
+    assert len(psp.double.requests) == requests
+    assert answer.verdict is Verdict.APPROVED if requests == 2 else is_doubt(answer)
+
+
+async def test_error_that_stays_transient_leaves_a_doubt(psp: AdyenPsp) -> None:
+    psp.double.failures.extend([Refused(422, "703", transient=True)] * 2)
+    assert is_doubt(await send(psp.connector, request_of()))
 
 
 async def test_card_number_in_a_message_is_masked(psp: AdyenPsp) -> None:

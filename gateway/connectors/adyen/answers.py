@@ -65,6 +65,7 @@ def is_uncertain(response: Response) -> bool:
     return (
         response.status in (408, 409, 429)
         or response.status >= 500
+        or _is_transient(response)
         or read(response).get("errorCode") == IN_PROGRESS
     )
 
@@ -73,7 +74,11 @@ def may_repeat(response: Response) -> bool:
     """Whether the same request under the same key is of use: Adyen says not to repeat after an
     error of its own without `transient-error: true`; another's, as a proxy's, says nothing.
     """
-    return "errorType" not in read(response) or response.headers.get("transient-error") == "true"
+    return "errorType" not in read(response) or _is_transient(response)
+
+
+def _is_transient(response: Response) -> bool:
+    return response.headers.get("transient-error") == "true"
 
 
 def not_sent(reason: Reason) -> ConnectorAnswer:
