@@ -188,6 +188,8 @@ class Receiver:
         self._host, self._port = split_address(address)
         self._share_port = share_port
         self._rate = _Rate(limits.per_s_max)
+        self._strangers = _Rate(limits.per_s_max)
+        """For those who name no account: they do not use up what is for the others."""
         self._in_flight = 0
         self._runner: web.ServerRunner | None = None
 
@@ -251,9 +253,10 @@ class Receiver:
 
     def _admitted(self, request: web.BaseRequest) -> tuple[NotifiedAccount, NotificationSource]:
         """Whose it is; what can be refused by its head is. Raises _Refused."""
-        if not self._rate.take():
-            raise _Refused(Receipt.RATE_LIMITED)
         target = _TARGET.fullmatch(request.path)
+        account = None if target is None else self._account(target[2])
+        if not (self._strangers if account is None else self._rate).take():
+            raise _Refused(Receipt.RATE_LIMITED)
         if target is None:
             raise _Refused(Receipt.BAD_REQUEST, 404)
         if request.method != "POST":
@@ -262,7 +265,7 @@ class Receiver:
             raise _Refused(Receipt.BAD_REQUEST, 415)
         if (request.content_length or 0) > self._limits.body_bytes_max:
             raise _Refused(Receipt.TOO_LARGE)
-        account, source = self._account(target[2]), self._sources.get(target[1])
+        source = self._sources.get(target[1])
         # An account that takes none looks like none.
         if account is None or source is None or account.connector != target[1]:
             raise _Refused(Receipt.UNKNOWN_ACCOUNT)
