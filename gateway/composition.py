@@ -104,8 +104,7 @@ class Gateway:
         self.metrics = Metrics(_trace_id_source(settings))
         self.ready = False
         """Whether calls are served: started, not draining, and the database is there."""
-        self.notifications_port: int | None = None
-        """Where notifications are taken; None where they are not."""
+        self._receiver: Receiver | None = None
         self._stack = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []
 
@@ -271,7 +270,7 @@ class Gateway:
         await receiver.start()
         self._stack.push_async_callback(receiver.stop)
         _log.info("notifications are taken", extra={"port": receiver.port})
-        self.notifications_port = receiver.port
+        self._receiver = receiver
         self._background.append(asyncio.create_task(applier.run(), name="notifications"))
 
     def _open_tokens(self) -> TokenVerifier | None:
@@ -504,7 +503,10 @@ class Gateway:
         self.ready = False
         await asyncio.gather(*self._background, return_exceptions=True)
         self._background.clear()
-        await self.server.drain(self.settings.drain_grace_s)
+        closing = [self.server.drain(self.settings.drain_grace_s)]
+        if self._receiver is not None:
+            closing.append(self._receiver.stop())
+        await asyncio.gather(*closing)
         try:
             async with asyncio.timeout(self.settings.drain_grace_s):
                 await self.payments.drain()
