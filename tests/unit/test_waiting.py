@@ -298,3 +298,26 @@ async def test_secrets_go_to_the_psp_with_each_sending_and_nowhere_else() -> Non
     assert [request.secrets for request in connector.sent] == [secrets, secrets]
     kept = repr((gateway.store.operations, gateway.store.payments, gateway.claims.frozen))
     assert not any(secret in kept + repr(connector.sent) for secret in secrets.values())
+
+
+@pytest.mark.parametrize(
+    ("told", "overdue_s", "state"),
+    [
+        (Verdict.APPROVED, -60.0, S.SUCCEEDED),
+        (Verdict.CANCELED, -60.0, S.CANCELED),
+        (Verdict.CANCELED, 1.0, S.EXPIRED),
+    ],
+)
+async def test_what_a_notification_tells_is_looked_at_at_once(
+    told: Verdict, overdue_s: float, state: OperationState
+) -> None:
+    gateway = await waiting()
+    operation = gateway.store.by_key("a")
+    gateway.store.doubts[MERCHANT, operation.operation_id].check_at += timedelta(days=1)
+    gateway.pass_time(ACTION_TIMEOUT_S + overdue_s)
+    assert await gateway.recovery.run_once() == 0
+    # As Stripe's own notification of a cancellation says it, whoever asked for that.
+    decide(gateway, answered(told))
+    assert await gateway.store.add_evidence(operation, answered(told))
+    assert await gateway.recovery.run_once() == 1
+    assert gateway.store.by_key("a").state is state
