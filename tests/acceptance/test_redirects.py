@@ -196,3 +196,11 @@ async def test_a_method_that_cannot_be_used_so_is_refused_with_its_reason(
     system, _ = shop
     key = request_.idempotency_key
     assert system.fetch("SELECT FROM operations WHERE idempotency_key = $1", key) == []
+
+
+def test_the_audit_finds_nothing_whatever_customers_did(
+    shop: tuple[System, GatewayProcess],
+) -> None:
+    system, _ = shop
+    audit = ["verify", "--psp-journal", str(system.simulator.journal)]
+    system.run_python(f"from gateway.cli import main; raise SystemExit(main({audit}))")
