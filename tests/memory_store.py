@@ -31,9 +31,11 @@ from gateway.application.ports import (
     ListFilter,
     Page,
     Route,
+    Served,
     Stored,
 )
 from gateway.application.recovery import Recovery, Schedule
+from gateway.application.routing import Routing
 from gateway.application.usecases import Limits, Payments
 from gateway.domain import states
 from gateway.domain.errors import Reason
@@ -53,6 +55,7 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
 )
+from gateway.routing.rules import Facts
 
 MERCHANT: Final = "mer_1"
 CURRENCY: Final = "EUR"
@@ -592,8 +595,8 @@ class ScriptedConnector:
     its books; `asks` overrides those answers in turn.
     """
 
-    def __init__(self, capabilities: Capabilities = CAPABLE) -> None:
-        self.name = "psp"
+    def __init__(self, capabilities: Capabilities = CAPABLE, name: str = "psp") -> None:
+        self.name = name
         self.capabilities = capabilities
         self.steps: deque[Step] = deque()
         self.asks: deque[ConnectorAnswer | None] = deque()
@@ -732,9 +735,45 @@ class OneRoute:
             return None
         return Route(self.only, "account-1")
 
+    def accounts(self, merchant_id: str, mode: Mode) -> Mapping[str, Served]:
+        """See the port."""
+        if self.route(merchant_id, mode) is None or self.only is None:
+            return {}
+        return {"account-1": Served("account-1", self.only.name, 1, True, self.only)}
+
     def connector(self, name: str, connector_account_id: str) -> ScriptedConnector | None:
         """See the port."""
         return self.only if self.only is not None and self.only.name == name else None
+
+
+class ManyRoutes:
+    """Implements `gateway.application.ports.Router` with an account at each of several connectors:
+    `acc_` and the connector's name. Accounts in `disabled` take no new payments.
+    """
+
+    def __init__(self, *connectors: ScriptedConnector) -> None:
+        self.by_name = {connector.name: connector for connector in connectors}
+        self.disabled: set[str] = set()
+
+    def route(self, merchant_id: str, mode: Mode) -> Route | None:
+        """See the port."""
+        for account_id, served in self.accounts(merchant_id, mode).items():
+            if served.enabled and served.connector is not None:
+                return Route(served.connector, account_id)
+        return None
+
+    def accounts(self, merchant_id: str, mode: Mode) -> Mapping[str, Served]:
+        """See the port."""
+        return {
+            f"acc_{name}": Served(
+                f"acc_{name}", name, 1, f"acc_{name}" not in self.disabled, connector
+            )
+            for name, connector in self.by_name.items()
+        }
+
+    def connector(self, name: str, connector_account_id: str) -> ScriptedConnector | None:
+        """See the port."""
+        return self.by_name.get(name)
 
 
 @dataclass(slots=True)
@@ -822,14 +861,18 @@ class Bench:
         claims: MemoryClaims | None = None,
         limits: Limits = LIMITS,
         schedule: Schedule = SCHEDULE,
+        router: ManyRoutes | None = None,
+        routing: Routing | None = None,
     ) -> None:
         self.connector = connector or ScriptedConnector()
         self.store = store or MemoryStore()
         self.claims = claims or MemoryClaims()
-        self.router = OneRoute(self.connector)
+        self.router = router or OneRoute(self.connector)
         self.counts = Counts()
         encoder = JsonEncoder()
-        self.payments = Payments(self.store, self.claims, self.router, encoder, limits, self.counts)
+        self.payments = Payments(
+            self.store, self.claims, self.router, encoder, limits, self.counts, routing=routing
+        )
         self.recovery = Recovery(
             self.store, self.router, encoder, self.payments.outcomes, schedule, self.counts
         )
@@ -860,6 +903,7 @@ class Bench:
         allow_partial_approval: bool = False,
         used_fields: frozenset[str] = frozenset(),
         mode: Mode = Mode.TEST,
+        facts: Facts | None = None,
     ) -> Authorize:
         """An authorization; its fingerprint changes with its payload."""
         payload = f"authorize {amount_minor} {capture_method.name} {allow_partial_approval}"
@@ -879,6 +923,7 @@ class Bench:
             merchant_transaction_id="",
             details=b"",
             used_fields=used_fields,
+            facts=lambda: Facts(instrument="tok_visa") if facts is None else facts,
         )
 
     async def authorized(

@@ -1,12 +1,13 @@
 """What the use cases are asked for: calls authenticated, validated and free of card data."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from gateway.application.accounts import RateLimit
 from gateway.application.ports import CARD
 from gateway.domain.model import CaptureMethod, Mode
+from gateway.routing.rules import Facts
 
 
 @dataclass(slots=True)
@@ -50,6 +51,8 @@ class Authorize(Command):
     """As the method's message tells it."""
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     """See ConnectorRequest."""
+    facts: Callable[[], Facts] = field(default=Facts, compare=False)
+    """What the request tells that routing looks at; read only where somebody asks."""
 
 
 @dataclass(slots=True)

@@ -180,11 +180,28 @@ class Route:
     connector_account_id: str
 
 
+class Served(NamedTuple):
+    """An account of a merchant, as payments are routed to it."""
+
+    account_id: str
+    connector_name: str
+    priority: int
+    enabled: bool
+    """Otherwise it takes no new payments."""
+    connector: Connector | None
+    """None where the account cannot be used, as where its credentials cannot be opened."""
+
+
 class Router(Protocol):
     """Chooses and finds connectors."""
 
     def route(self, merchant_id: str, mode: Mode) -> Route | None:
         """Where a new payment goes; None where no connector serves the merchant in this mode."""
+
+    def accounts(self, merchant_id: str, mode: Mode) -> Mapping[str, Served]:
+        """What may serve the merchant in this mode, by account, the lowest priority number first;
+        without accounts, what `route` gives.
+        """
 
     def connector(self, name: str, connector_account_id: str) -> Connector | None:
         """The connector of an existing attempt, with the credentials of its account."""

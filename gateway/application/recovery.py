@@ -377,6 +377,7 @@ class Recovery:
         if connector.capabilities.cancel_by_reference:
             request = self._request(lease, target)
             request.reference = operation.note
+            request.connector_account_id = operation.attempt.connector_account_id
             if target.kind in (K.AUTHORIZE, K.VERIFY):
                 request.target_transaction_id = operation.attempt.connector_transaction_id
             answer = await connector.cancel(target.kind, operation.note, request)

@@ -44,6 +44,7 @@ from gateway.application.ports import (
     Stored,
     StoreUnavailable,
 )
+from gateway.application.routing import Plan, Routing
 from gateway.domain import decisions, ids, states
 from gateway.domain.decisions import Begun, Origin, Settled
 from gateway.domain.errors import GatewayError, Reason, refuse
@@ -61,6 +62,7 @@ from gateway.domain.model import (
     Verdict,
 )
 from gateway.domain.states import Event
+from gateway.routing import cascade
 
 _T = TypeVar("_T")
 
@@ -192,7 +194,9 @@ class Payments:
         limits: Limits,
         observer: Observer,
         occupancy: Occupancy | None = None,
+        routing: Routing | None = None,
     ) -> None:
+        self._routing = Routing(router) if routing is None else routing
         self._occupancy = _Unlimited() if occupancy is None else occupancy
         self._store = store
         self._claims = claims
@@ -434,14 +438,9 @@ class Payments:
     # --- beginnings ---
 
     async def _new_authorization(self, command: Authorize) -> Answer:
-        route = self._router.route(command.merchant_id, command.mode)
-        if route is None:
-            raise refuse(
-                Reason.CONNECTOR_UNAVAILABLE,
-                f"No connector serves the merchant in mode {command.mode.name}.",
-                mode=command.mode.name,
-            )
-        suitability.check_authorization(command, route.connector)
+        payment_id = ids.new_payment_id()
+        plan = self._routing.plan(command, payment_id)
+        candidate, connector = self._routing.first(plan)
         begun = decisions.begin_authorization(
             Origin(
                 ids.new_operation_id(),
@@ -451,21 +450,22 @@ class Payments:
                 command.merchant_transaction_id,
             ),
             merchant_id=command.merchant_id,
-            payment_id=ids.new_payment_id(),
+            payment_id=payment_id,
             mode=command.mode,
             amount_minor=command.amount_minor,
             currency=command.currency,
             capture_method=command.capture_method,
-            connector=route.connector.name,
-            connector_account_id=route.connector_account_id,
+            connector=connector.name,
+            connector_account_id=candidate.connector_account_id,
             merchant_order_id=command.merchant_order_id,
             allow_partial_approval=command.allow_partial_approval,
             details=command.details,
+            route=plan.note,
         )
         started = time.monotonic()
         self._check_deadline(command, started)
-        if await self._write_intent(begun, route.connector, None) is Stored.WRITTEN:
-            return await self._perform(command, begun, None, started)
+        if await self._write_intent(begun, connector, None) is Stored.WRITTEN:
+            return await self._perform(command, begun, None, started, plan)
         return await self._duplicate(command)
 
     async def _new_follow_up(self, command: FollowUp, again: Operation | None = None) -> Answer:
@@ -488,6 +488,7 @@ class Payments:
             suitability.check_follow_up(begun.operation, connector)
             started = time.monotonic()
             if not begun.cancel_request:
+                self._routing.check_follow_up(begun.operation, connector)
                 self._check_deadline(command, started)
             if again is not None:
                 begun = decisions.begin_again(again, begun, command.request_id)
@@ -524,12 +525,20 @@ class Payments:
             if not isinstance(command, Authorize):
                 assert isinstance(command, FollowUp)
                 return await self._new_follow_up(command, again=found.operation)
-            begun = decisions.restart(found.payment, found.operation, command.request_id)
-            connector = self._connector(found.operation.attempt)
+            plan = self._routing.plan(command, found.payment.payment_id)
+            candidate, connector = self._routing.first(plan)
+            begun = decisions.restart(
+                found.payment,
+                found.operation,
+                command.request_id,
+                connector=connector.name,
+                connector_account_id=candidate.connector_account_id,
+                route=plan.note,
+            )
             started = time.monotonic()
             self._check_deadline(command, started)
             if await self._write_again(found.operation, begun, connector) is Stored.WRITTEN:
-                return await self._perform(command, begun, None, started)
+                return await self._perform(command, begun, None, started, plan)
             return await self._duplicate(command)
         except StoreUnavailable as error:
             raise _store_unavailable() from error
@@ -631,37 +640,24 @@ class Payments:
         begun: Begun,
         aggregate: Aggregate | None,
         started: float,
+        plan: Plan | None = None,
     ) -> Answer:
         """Send the attempt (or accept a cancel request), write what came of it, and answer."""
-        operation, payment = begun.operation, begun.payment
         psp_s: float | None = None
         if begun.cancel_request:
-            found = await self._outcomes.accept_cancel_request(operation, payment)
+            found = await self._outcomes.accept_cancel_request(begun.operation, begun.payment)
         else:
-            send_before = started + self._limits.send_window_s
-            late = Reason.SEND_WINDOW_PASSED
-            if command.deadline is not None:
-                by_deadline = command.deadline - self._limits.min_send_budget_s
-                if by_deadline < send_before:
-                    send_before, late = by_deadline, Reason.DEADLINE_TOO_SHORT
+            answer, psp_s = await self._ask(command, begun, aggregate, started, plan)
+            while plan is not None and plan.more:
+                again = await self._elsewhere(command, begun, answer, plan)
+                if again is None:
+                    break
+                (begun, started), before_s = again, psp_s
+                answer, psp_s = await self._ask(command, begun, None, started, plan)
+                if before_s is not None:
+                    psp_s = before_s + (psp_s or 0.0)
+            operation, payment = begun.operation, begun.payment
             now = time.monotonic()
-            self._occupancy.passed(Stage.INTENT, now - started)
-            if now >= send_before:
-                answer = ConnectorAnswer(Delivery.NOT_SENT, reason=late)
-            else:
-                connector = self._connector(operation.attempt)
-                request = connector_request(self._encoder, operation, payment, aggregate)
-                if isinstance(command, Authorize):
-                    request.secrets = command.secrets
-                sent = time.monotonic()
-                self._occupancy.leave(command.merchant_id)
-                try:
-                    answer = await connector.send(request, send_before)
-                finally:
-                    self._occupancy.come_back(command.merchant_id)
-                now = time.monotonic()
-                psp_s = now - sent
-                self._observer.connector_called(connector.name, operation.kind, answer, psp_s)
             try:
                 found = await self._outcomes.write(operation, payment, answer)
             except StoreUnavailable:
@@ -678,6 +674,90 @@ class Payments:
         replayed = operation.attempt.number != begun.operation.attempt.number
         first_request_id = operation.request_id if replayed else ""
         return Answer(response, replayed, first_request_id, operation.payment_id, frozen)
+
+    async def _ask(
+        self,
+        command: Command,
+        begun: Begun,
+        aggregate: Aggregate | None,
+        started: float,
+        plan: Plan | None,
+    ) -> tuple[ConnectorAnswer, float | None]:
+        """Send the attempt, unless it is too late; the answer, and the seconds that it took.
+
+        `started` is when its write began.
+        """
+        operation = begun.operation
+        send_before = started + self._limits.send_window_s
+        late = Reason.SEND_WINDOW_PASSED
+        if command.deadline is not None:
+            by_deadline = command.deadline - self._limits.min_send_budget_s
+            if by_deadline < send_before:
+                send_before, late = by_deadline, Reason.DEADLINE_TOO_SHORT
+        sent = time.monotonic()
+        self._occupancy.passed(Stage.INTENT, sent - started)
+        if sent >= send_before:
+            return ConnectorAnswer(Delivery.NOT_SENT, reason=late), None
+        connector = self._connector(operation.attempt)
+        request = connector_request(self._encoder, operation, begun.payment, aggregate)
+        if isinstance(command, Authorize):
+            request.secrets = command.secrets
+        self._occupancy.leave(command.merchant_id)
+        try:
+            answer = await connector.send(request, send_before)
+        finally:
+            self._occupancy.come_back(command.merchant_id)
+        psp_s = time.monotonic() - sent
+        self._observer.connector_called(connector.name, operation.kind, answer, psp_s)
+        self._routing.observed(plan, command.mode, operation, answer, psp_s)
+        return answer, psp_s
+
+    async def _elsewhere(
+        self, command: Command, begun: Begun, answer: ConnectorAnswer, plan: Plan
+    ) -> tuple[Begun, float] | None:
+        """The next attempt of a cascade, durable, and when its write began; None where the answer
+        stands.
+
+        What the last attempt came to is written with it, so that whoever finds the operation finds
+        one attempt that may have an effect, the latest.
+        """
+        follows = cascade.after(answer, plan.soft)
+        now = time.monotonic()
+        if follows is cascade.Next.NOTHING or (
+            command.deadline is not None
+            and now >= command.deadline - self._limits.min_send_budget_s
+        ):
+            return None
+        if follows is cascade.Next.REATTEMPT and not await self._may_reattempt(command, plan):
+            return None
+        step = self._routing.take(plan)
+        if step is None:
+            return None
+        again = decisions.cascade(
+            begun.payment,
+            begun.operation,
+            answer,
+            connector=step.connector.name,
+            connector_account_id=step.candidate.connector_account_id,
+        )
+        started = time.monotonic()
+        try:
+            stored = await self._write_again(begun.operation, again, step.connector)
+        except StoreUnavailable:
+            self._observer.outcome_lost(begun.operation)
+            raise
+        # Otherwise somebody changed the payment, as by a void: the answer stands.
+        return (again, started) if stored is Stored.WRITTEN else None
+
+    async def _may_reattempt(self, command: Command, plan: Plan) -> bool:
+        """Whether the networks' limits let the card be tried again; no where nobody knows."""
+        facts, reattempts = plan.facts, self._routing.reattempts
+        if facts is None or reattempts is None or not facts.instrument:
+            return False
+        if isinstance(command, Authorize) and command.secrets:
+            return False  # a network token's cryptogram is for one authorization
+        limits = cascade.limits_of(facts.scheme)
+        return await reattempts.take(command.merchant_id, facts.instrument, limits)
 
 
 class Outcomes:

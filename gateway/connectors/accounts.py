@@ -14,7 +14,7 @@ from gateway.application.connector_accounts import (
     KeyServiceError,
 )
 from gateway.application.notifications import LookupUnavailable
-from gateway.application.ports import Connector, Route, StoreUnavailable
+from gateway.application.ports import Connector, Route, Served, StoreUnavailable
 from gateway.connectors.kinds import AccountRefused, ConnectorKind
 from gateway.connectors.notifications import NotificationSource, ReferenceTeller
 from gateway.connectors.sealing import SealBroken, unseal
@@ -52,6 +52,13 @@ class _Entry(NamedTuple):
         return None if self.opened is None else self.opened.connector
 
 
+def _served(entry: _Entry) -> Served:
+    account = entry.account
+    return Served(
+        account.account_id, account.connector, account.priority, account.enabled, entry.connector
+    )
+
+
 class AccountBook:
     """Which account serves a merchant, and the connector of each account.
 
@@ -78,6 +85,7 @@ class AccountBook:
         self._entries: dict[str, _Entry] = {}
         self._of_merchant: dict[tuple[str, Mode], list[str]] = {}
         self._routes: dict[tuple[str, Mode], Route] = {}
+        self._served: dict[tuple[str, Mode], Mapping[str, Served]] = {}
         self._latest: datetime | None = None
         self._unopened: dict[str, ConnectorAccount] = {}
         """Those that no wrapping key opened: a key service may be away for a while."""
@@ -89,6 +97,10 @@ class AccountBook:
     def route(self, merchant_id: str, mode: Mode) -> Route | None:
         """To the enabled account of the lowest priority number."""
         return self._routes.get((merchant_id, mode))
+
+    def served(self, merchant_id: str, mode: Mode) -> Mapping[str, Served]:
+        """All accounts of the merchant and mode, the lowest priority number first."""
+        return self._served.get((merchant_id, mode), {})
 
     def connector(self, account_id: str) -> Connector | None:
         """The connector of an account, with its present credentials; a disabled one's too."""
@@ -196,11 +208,13 @@ class AccountBook:
         key = account.merchant_id, account.mode
         ids = {*self._of_merchant.get(key, ()), account.account_id} & self._entries.keys()
         self._routes.pop(key, None)
+        self._served.pop(key, None)
         if not ids:
             self._of_merchant.pop(key, None)
             return
         ordered = sorted(ids, key=lambda each: (self._entries[each].account.priority, each))
         self._of_merchant[key] = ordered
+        self._served[key] = {each: _served(self._entries[each]) for each in ordered}
         for account_id in ordered:
             entry = self._entries[account_id]
             if entry.account.enabled and entry.connector is not None:

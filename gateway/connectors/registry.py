@@ -1,8 +1,9 @@
 """Which connector serves whom: a merchant's own account, or the connector of the mode."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from gateway.application.ports import Connector, Route
+from gateway.application.connector_accounts import PRIORITY_DEFAULT
+from gateway.application.ports import Connector, Route, Served
 from gateway.connectors.accounts import AccountBook
 from gateway.domain.model import Mode
 
@@ -36,6 +37,16 @@ class ConnectorRegistry:
             return self._accounts.route(merchant_id, mode)
         connector = self._by_mode.get(mode)
         return None if connector is None else Route(connector, merchant_id)
+
+    def accounts(self, merchant_id: str, mode: Mode) -> Mapping[str, Served]:
+        """The merchant's accounts of the mode; without any, the connector of the mode."""
+        if self._accounts is not None and self._accounts.has(merchant_id, mode):
+            return self._accounts.served(merchant_id, mode)
+        connector = self._by_mode.get(mode)
+        if connector is None:
+            return {}
+        served = Served(merchant_id, connector.name, PRIORITY_DEFAULT, True, connector)
+        return {merchant_id: served}
 
     def connector(self, name: str, connector_account_id: str) -> Connector | None:
         """The connector of this name and account, where this process has it."""

@@ -90,8 +90,12 @@ def begin_authorization(
     merchant_order_id: str,
     allow_partial_approval: bool,
     details: bytes,
+    route: str = "",
 ) -> Begun:
-    """A new payment with its AUTHORIZE, or its VERIFY where the amount is zero."""
+    """A new payment with its AUTHORIZE, or its VERIFY where the amount is zero.
+
+    `route` says why it goes where it goes, as `Operation.note` keeps it.
+    """
     operation = Operation(
         merchant_id=merchant_id,
         operation_id=origin.operation_id,
@@ -106,6 +110,7 @@ def begin_authorization(
         fingerprint=origin.fingerprint,
         request_id=origin.request_id,
         merchant_transaction_id=origin.merchant_transaction_id,
+        note=route,
     )
     payment = Payment(
         merchant_id=merchant_id,
@@ -282,15 +287,56 @@ def begin_increment(
     )
 
 
-def restart(payment: Payment, operation: Operation, request_id: str) -> Begun:
-    """A new attempt of an operation that was NOT_SENT, under the next epoch.
+def restart(
+    payment: Payment,
+    operation: Operation,
+    request_id: str,
+    *,
+    connector: str,
+    connector_account_id: str,
+    route: str = "",
+) -> Begun:
+    """A new attempt of an operation that was NOT_SENT, under the next epoch, where a new decision
+    leads.
 
     For AUTHORIZE and VERIFY only; every other kind begins anew by its own rules, see
     `begin_again`.
     """
+    again = _next_attempt(operation, request_id, connector, connector_account_id)
+    again.note = route
     return Begun(
-        _next_attempt(operation, request_id),
-        payment.copy_with(version=payment.version + 1, state=PaymentState.PROCESSING),
+        again,
+        payment.copy_with(
+            version=payment.version + 1,
+            state=PaymentState.PROCESSING,
+            connector=connector,
+            connector_account_id=connector_account_id,
+        ),
+    )
+
+
+def cascade(
+    payment: Payment,
+    operation: Operation,
+    answer: ConnectorAnswer,
+    *,
+    connector: str,
+    connector_account_id: str,
+) -> Begun:
+    """A new attempt elsewhere, after one of an AUTHORIZE or VERIFY that surely took no effect.
+
+    Raises ValueError where the transition table does not allow it.
+    """
+    if states.next_state(operation.kind, operation.state, Event.CASCADED) is None:
+        raise ValueError(f"a {operation.kind.name} that is {operation.state.name} has no cascade")
+    answered = operation.copy_with(attempt=_answered(operation.attempt, answer))
+    return Begun(
+        _next_attempt(answered, operation.request_id, connector, connector_account_id),
+        payment.copy_with(
+            version=payment.version + 1,
+            connector=connector,
+            connector_account_id=connector_account_id,
+        ),
     )
 
 
@@ -298,7 +344,8 @@ def begin_again(operation: Operation, begun: Begun, request_id: str) -> Begun:
     """A new attempt of a follow-up that was NOT_SENT: the reservation is made anew (`begun`, by the
     same rules as the first time), the operation keeps its identity.
     """
-    again = _next_attempt(operation, request_id)
+    old = operation.attempt
+    again = _next_attempt(operation, request_id, old.connector, old.connector_account_id)
     again.amount_minor = begun.operation.amount_minor
     again.final = begun.operation.final
     again.allocations = begun.operation.allocations
@@ -306,12 +353,14 @@ def begin_again(operation: Operation, begun: Begun, request_id: str) -> Begun:
     return Begun(again, begun.payment, begun.cancel_request)
 
 
-def _next_attempt(operation: Operation, request_id: str) -> Operation:
+def _next_attempt(
+    operation: Operation, request_id: str, connector: str, connector_account_id: str
+) -> Operation:
     old = operation.attempt
     return operation.copy_with(
         state=S.PROCESSING,
         epoch=operation.epoch + 1,
-        attempt=Attempt(old.number + 1, old.connector, old.connector_account_id),
+        attempt=Attempt(old.number + 1, connector, connector_account_id),
         superseded_attempts=(*operation.superseded_attempts, old),
         reason="",
         response=None,
@@ -329,19 +378,29 @@ def event_of(answer: ConnectorAnswer) -> Event:
     return states.VERDICT_EVENTS[answer.verdict]
 
 
+def _declined_before(operation: Operation) -> bool:
+    """Whether an attempt of a cascade before the present one was declined."""
+    return operation.kind in (K.AUTHORIZE, K.VERIFY) and any(
+        each.delivery is Delivery.ANSWERED for each in operation.superseded_attempts
+    )
+
+
 def event_for(
     payment: Payment, operation: Operation, answer: ConnectorAnswer, at: datetime
 ) -> Event:
     """What an answer means for an operation at a time.
 
     An authorization without effect that a void has cancelled is CANCELED: as NOT_SENT, a repeat of
-    its call would execute it after all. One that ends without effect after its customer's time, and
-    that no void has cancelled, is EXPIRED, whoever ended it.
+    its call would execute it after all. One that was declined before its last attempt, which was not
+    sent, is DECLINED. One that ends without effect after its customer's time, and that no void has
+    cancelled, is EXPIRED, whoever ended it.
     """
     event = event_of(answer)
     if event in _WITHOUT_EFFECT:
         if payment.cancel_requested and operation.kind is K.AUTHORIZE:
             return Event.CANCELED
+        if event is Event.NEVER_SENT and _declined_before(operation):
+            return Event.DECLINED
         if action_overdue_s(operation, at) >= 0:
             return Event.EXPIRED
     return event
@@ -847,6 +906,10 @@ def _reversal(
     answer: ConnectorAnswer,
     at: datetime,
 ) -> Operation:
+    attempts = (*operation.superseded_attempts, operation.attempt)
+    reversed_ = next(
+        each for each in attempts if f"{operation.operation_id}-{each.number}" == reference
+    )
     return Operation(
         merchant_id=operation.merchant_id,
         operation_id=new_operation_id,
@@ -858,8 +921,8 @@ def _reversal(
         currency=operation.currency,
         attempt=Attempt(
             1,
-            operation.attempt.connector,
-            operation.attempt.connector_account_id,
+            reversed_.connector,
+            reversed_.connector_account_id,
             delivery=Delivery.NOT_SENT,
             # What is reversed, until the reversal has an id of its own.
             connector_transaction_id=answer.connector_transaction_id,

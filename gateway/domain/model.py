@@ -320,7 +320,8 @@ class Operation:
     """The id of the request that started it; replays tell it as first_request_id."""
     merchant_transaction_id: str = ""
     note: str = ""
-    """A void's or refund's reason, as the client gave it."""
+    """A void's or refund's reason, as the client gave it; the reference that a reversal takes back;
+    why an authorization goes where it goes (`gateway.routing.record`), where rules decided."""
     reason: str = ""
     """Why it ended without an answer of the PSP: a Reason."""
     next_action: NextAction | None = None

@@ -37,6 +37,8 @@ class Event(IntEnum):
     """A capture or refund that had succeeded was returned later."""
     RESTARTED = 11
     """The client repeated a call that had surely no effect: a new attempt begins."""
+    CASCADED = 12
+    """The attempt surely took no effect, and another connector is asked: a new attempt begins."""
 
 
 _FIRST_ANSWERS: dict[Event, S] = {
@@ -63,6 +65,7 @@ OPERATION_TRANSITIONS: dict[tuple[S, Event], S] = {
     **{(S.PENDING, event): state for event, state in _LATER_ANSWERS.items()},
     **{(S.REQUIRES_ACTION, event): state for event, state in _LATER_ANSWERS.items()},
     (S.NOT_SENT, Event.RESTARTED): S.PROCESSING,
+    (S.PROCESSING, Event.CASCADED): S.PROCESSING,
     (S.SUCCEEDED, Event.BOUNCED): S.FAILED,
     (S.SUCCEEDED, Event.EXPIRED): S.EXPIRED,
 }
@@ -70,6 +73,7 @@ OPERATION_TRANSITIONS: dict[tuple[S, Event], S] = {
 EVENT_KINDS: dict[tuple[S, Event], frozenset[K]] = {
     (S.SUCCEEDED, Event.BOUNCED): frozenset({K.CAPTURE, K.REFUND}),
     (S.SUCCEEDED, Event.EXPIRED): frozenset({K.AUTHORIZE}),
+    (S.PROCESSING, Event.CASCADED): frozenset({K.AUTHORIZE, K.VERIFY}),
 }
 """Moves that only some kinds of operation may make; a move not named here is open to every kind."""
 

@@ -7,7 +7,7 @@ for byte the same through AuthorizePayment, a batch and a stream.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Final
 
@@ -19,6 +19,7 @@ from payments.v1 import money_pb2, outcome_pb2, payment_pb2
 from payments.v1.payment_method_pb2 import (
     CHANNEL_ECOMMERCE,
     INITIATOR_CUSTOMER,
+    Channel,
     NetworkToken,
     PaymentMethod,
     RedirectPaymentMethod,
@@ -49,6 +50,9 @@ from gateway.domain.model import (
     Payment,
     PaymentState,
 )
+from gateway.routing import record
+from gateway.routing.model import RouteDecision
+from gateway.routing.rules import Facts
 from gateway.rpc.fingerprint import canonical, fingerprint, take_secrets
 
 EVENT_VERSION: Final = 1
@@ -196,7 +200,33 @@ def to_authorize(request: AuthorizePaymentRequest, caller: Caller) -> Authorize:
         method_fields=method.fields,
         customer_country=method.country,
         secrets=method.secrets,
+        facts=partial(_facts, request, method.name),
     )
+
+
+def _facts(request: AuthorizePaymentRequest, method_name: str) -> Facts:
+    method = request.payment_method
+    hints = method.card_hints
+    return Facts(
+        method=method_name,
+        scheme=hints.scheme,
+        bin=hints.bin,
+        issuer_country=hints.issuer_country,
+        channel=Channel.Name(request.channel).removeprefix("CHANNEL_"),
+        customer_id=request.customer_id,
+        metadata=request.metadata,
+        instrument=method.token
+        or method.stored.stored_payment_method_id
+        or method.network_token.token_reference,
+    )
+
+
+def facts_of(details: bytes) -> Facts:
+    """What a past payment's request told that routing looks at."""
+    request = AuthorizePaymentRequest.FromString(details)
+    which = request.payment_method.WhichOneof("method")
+    named = _CARD if which in (None, "token") else _method(request.payment_method, which)
+    return _facts(request, named.name)
 
 
 def to_capture(request: CapturePaymentRequest, caller: Caller) -> Capture:
@@ -453,9 +483,41 @@ def encode_operation(operation: Operation) -> bytes:
                 merchant_transaction_id=operation.merchant_transaction_id,
                 created_at=_timestamp(operation.created_at),
                 updated_at=_timestamp(operation.updated_at),
+                route=_route(operation),
             ).SerializeToString(),
         )
     )
+
+
+def _route(operation: Operation) -> payment_pb2.Route | None:
+    if not operation.note or operation.kind not in (OperationKind.AUTHORIZE, OperationKind.VERIFY):
+        return None
+    decision = record.decode(operation.note)
+    return None if decision is None else route_message(decision)
+
+
+def route_message(decision: RouteDecision) -> payment_pb2.Route:
+    """A decision as the contract's Route."""
+    scores = {each.candidate.connector_account_id: each.score for each in decision.scores}
+    route = payment_pb2.Route(
+        rules_version=decision.rules_version,
+        rule=decision.rule,
+        experiment=decision.experiment,
+        arm=decision.arm,
+    )
+    for candidate in decision.candidates:
+        route.candidates.add(
+            connector=candidate.connector,
+            connector_account_id=candidate.connector_account_id,
+            score=scores.get(candidate.connector_account_id),
+        )
+    for candidate, reason in decision.excluded:
+        route.candidates.add(
+            connector=candidate.connector,
+            connector_account_id=candidate.connector_account_id,
+            excluded_reason=reason.value,
+        )
+    return route
 
 
 def encode_payment(payment: Payment) -> bytes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from payments.v1 import payment_service_pb2 as rpc
 
-from gateway.application.ports import Route, StoreUnavailable
+from gateway.application.ports import Route, Served, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
 from gateway.application.usecases import Limits, Payments
 from gateway.domain.errors import GatewayError
@@ -21,7 +21,7 @@ from tests.simulation.database import Link, SimulatedStore
 from tests.simulation.redis import Client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from gateway.connectors.simulator.connector import SimulatorConnector
     from gateway.connectors.simulator.profiles import Profile
@@ -87,6 +87,9 @@ class _Router:
 
     def route(self, merchant_id: str, mode: Mode) -> Route | None:
         return Route(self._only, "account-1")
+
+    def accounts(self, merchant_id: str, mode: Mode) -> Mapping[str, Served]:
+        return {"account-1": Served("account-1", self._only.name, 1, True, self._only)}
 
     def connector(self, name: str, connector_account_id: str) -> SimulatorConnector | None:
         return self._only if name == self._only.name else None

@@ -39,6 +39,8 @@ from gateway.domain.model import (
     ResponseCode,
     Voucher,
 )
+from gateway.routing import record
+from gateway.routing.model import Candidate, Excluded, Exclusion, RouteDecision, Scored
 from gateway.rpc import conversion
 from gateway.rpc.conversion import Caller, ContractEncoder
 
@@ -287,9 +289,9 @@ PAYMENT = {
 def test_every_field_of_an_operation_and_its_attempts_is_told() -> None:
     message = payment_pb2.Operation.FromString(conversion.encode_operation(operation()))
     assert message == ParseDict(OPERATION, payment_pb2.Operation())
-    # Nothing is left to tell, but for what else a customer might have to do.
+    # Nothing is left to tell, but for what else a customer might have to do, and what no refund has.
     others = {f"next_action.{action}" for action in ("qr_code", "voucher", "await_approval")}
-    assert unset(message) == others
+    assert unset(message) == others | {"route"}
     assert unset(message.attempts[0]) == set()
 
 
@@ -450,6 +452,59 @@ def told_fields(value: Any, encode: Any) -> set[str]:
 
 def names(value: Any) -> set[str]:
     return {field.name for field in fields(value)}
+
+
+def test_an_authorization_tells_the_decision_of_the_rules_that_led_to_it() -> None:
+    first, second = Candidate("first", "acc_1"), Candidate("second", "acc_2")
+    decision = RouteDecision(
+        (first, second),
+        (Excluded(Candidate("third", "acc_3"), Exclusion.BREAKER_OPEN),),
+        rules_version=7,
+        rule="eur",
+        experiment="new-psp",
+        arm="half",
+        scores=(Scored(second, 0.25),),
+    )
+    routed = operation().copy_with(kind=OperationKind.AUTHORIZE, note=record.encode(decision))
+    told = payment_pb2.Operation.FromString(conversion.encode_operation(routed)).route
+    wanted = {
+        "rules_version": 7,
+        "rule": "eur",
+        "experiment": "new-psp",
+        "arm": "half",
+        "candidates": [
+            {"connector": "first", "connector_account_id": "acc_1"},
+            {"connector": "second", "connector_account_id": "acc_2", "score": 0.25},
+            {
+                "connector": "third",
+                "connector_account_id": "acc_3",
+                "excluded_reason": "BREAKER_OPEN",
+            },
+        ],
+    }
+    assert told == ParseDict(wanted, payment_pb2.Route())
+
+
+@pytest.mark.parametrize("note", ["", "no JSON", "[]", "{}", '{"c":[],"v":1}', "1"])
+def test_an_answer_does_not_fail_for_an_explanation_that_cannot_be_read(note: str) -> None:
+    odd = operation().copy_with(kind=OperationKind.AUTHORIZE, note=note)
+    assert not payment_pb2.Operation.FromString(conversion.encode_operation(odd)).HasField("route")
+
+
+def test_routing_looks_at_what_the_request_tells_of_the_card() -> None:
+    sent = request()
+    sent.payment_method.card_hints.scheme = "visa"
+    sent.payment_method.card_hints.bin = "41111111"
+    sent.payment_method.card_hints.issuer_country = "DE"
+    sent.metadata["tier"] = "gold"
+    command = conversion.to_authorize(sent, Caller("req_1", "mer_1"))
+    facts = command.facts()
+    assert (facts.method, facts.scheme, facts.bin) == ("card", "visa", "41111111")
+    assert (facts.issuer_country, facts.channel) == ("DE", "MAIL_ORDER")
+    assert (facts.customer_id, facts.instrument) == ("cus", "tok_visa")
+    assert facts.metadata["tier"] == "gold"
+    assert conversion.facts_of(command.details) == facts
+    assert "payment_method" not in command.used_fields
 
 
 def test_an_operations_outcome_is_that_of_its_latest_answered_attempt() -> None:

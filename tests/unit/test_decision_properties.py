@@ -128,7 +128,13 @@ class OnePayment(RuleBasedStateMachine):
     @rule()
     def repeat(self) -> None:
         operation = self.book.operations[0]
-        begun = decisions.restart(self.book.payment, operation, "req_again")
+        begun = decisions.restart(
+            self.book.payment,
+            operation,
+            "req_again",
+            connector="other",
+            connector_account_id="acc_other",
+        )
         assert begun.operation.epoch == operation.epoch + 1
         assert begun.operation.attempt.number == operation.attempt.number + 1
         assert begun.operation.reference != operation.reference

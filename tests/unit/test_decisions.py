@@ -575,8 +575,15 @@ def test_repeat_of_an_authorization_that_was_not_sent_is_a_new_attempt_under_the
     None
 ):
     book = Book().authorized(UNSENT)
-    again = decisions.restart(book.payment, book.authorization, "req_again")
+    again = decisions.restart(
+        book.payment,
+        book.authorization,
+        "req_again",
+        connector="other",
+        connector_account_id="acc_other",
+    )
     assert again.payment.state is P.PROCESSING
+    assert (again.payment.connector, again.payment.connector_account_id) == ("other", "acc_other")
     assert again.payment.version == book.payment.version + 1
     operation = again.operation
     assert (operation.epoch, operation.attempt.number, operation.reference) == (2, 2, "op_1-2")

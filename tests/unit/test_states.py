@@ -45,6 +45,7 @@ LEADS_TO = {
     Event.EXPIRED: S.EXPIRED,
     Event.BOUNCED: S.FAILED,
     Event.RESTARTED: S.PROCESSING,
+    Event.CASCADED: S.PROCESSING,
 }
 
 
@@ -56,6 +57,8 @@ def comes_from(kind: K, event: Event) -> frozenset[S]:
             return frozenset({S.SUCCEEDED}) if kind in (K.CAPTURE, K.REFUND) else frozenset()
         case Event.RESTARTED:
             return frozenset({S.NOT_SENT})
+        case Event.CASCADED:
+            return frozenset({S.PROCESSING}) if kind in (K.AUTHORIZE, K.VERIFY) else frozenset()
         case Event.EXPIRED if kind is K.AUTHORIZE:
             return UNFINISHED | {S.SUCCEEDED}
         case _:
@@ -84,9 +87,10 @@ def test_a_definite_outcome_is_left_only_by_a_new_attempt_a_bounce_or_by_time() 
     }
 
 
-def test_only_not_sent_begins_anew() -> None:
+def test_only_what_was_not_sent_begins_anew_and_only_what_is_being_sent_goes_elsewhere() -> None:
     assert [move for move, after in OPERATION_TRANSITIONS.items() if after is S.PROCESSING] == [
-        (S.NOT_SENT, Event.RESTARTED)
+        (S.NOT_SENT, Event.RESTARTED),
+        (S.PROCESSING, Event.CASCADED),
     ]
 
 

@@ -1,0 +1,411 @@
+"""The routing of new payments: the rules that are active, the accounts that remain, in what order.
+
+A merchant without rules goes the way of `Router.route`. Everything that a decision needs is in this
+process; what changes elsewhere is read in the background.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, NamedTuple, Protocol
+
+from gateway.application import suitability
+from gateway.application.commands import Authorize
+from gateway.application.ports import Connector, Router, Served, StoreUnavailable
+from gateway.domain.errors import GatewayError, Reason, refuse
+from gateway.domain.model import ConnectorAnswer, Mode, Operation, ResponseCode
+from gateway.routing import record
+from gateway.routing.cascade import ReattemptLimit
+from gateway.routing.model import (
+    Availability,
+    Candidate,
+    Excluded,
+    Exclusion,
+    Observer,
+    Ranking,
+    RouteDecision,
+    Scored,
+    Segment,
+)
+from gateway.routing.rule_file import RulesInvalid, read_rules
+from gateway.routing.rules import Choice, Facts, Order, Rules, Target, stable_hash
+
+UNAVAILABLE_RETRY_S: Final = 5.0
+"""What a caller is told where every account is out of use for now, in seconds."""
+
+_FOR_NOW: Final = frozenset(
+    {Exclusion.BREAKER_OPEN, Exclusion.PROBES_TAKEN, Exclusion.KILLED, Exclusion.MAINTENANCE}
+)
+
+_log = logging.getLogger(__name__)
+
+
+# --- the rules that are active --------------------------------------------------------------------
+
+
+class ActiveRules(NamedTuple):
+    """A merchant's active rules as they are stored."""
+
+    merchant_id: str
+    mode: Mode
+    version: int
+    """0: the merchant has none any more."""
+    text: str
+    activated_at: datetime
+
+
+class RuleSource(Protocol):
+    """Where rules are kept."""
+
+    async def active_since(self, since: datetime | None) -> Sequence[ActiveRules]:
+        """What was activated at or after `since`, or shortly before; None: all that is active.
+
+        Raises StoreUnavailable.
+        """
+
+
+class _Compiled(NamedTuple):
+    version: int
+    rules: Rules
+    activated_at: datetime
+
+
+class RuleBook:
+    """The active rules of all merchants in memory."""
+
+    def __init__(self, source: RuleSource) -> None:
+        self._source = source
+        self._rules: dict[tuple[str, Mode], _Compiled] = {}
+        self._latest: datetime | None = None
+
+    def find(self, merchant_id: str, mode: Mode) -> tuple[int, Rules] | None:
+        """The version and the rules; None where the merchant has none."""
+        found = self._rules.get((merchant_id, mode))
+        return None if found is None or not found.version else (found.version, found.rules)
+
+    async def run(self, interval_s: float) -> None:
+        """Read what has changed, again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))
+            try:
+                await self.refresh()
+            except StoreUnavailable as error:
+                _log.warning("the routing rules could not be read: %s", error)
+
+    async def refresh(self) -> None:
+        """Read what has changed. Raises StoreUnavailable."""
+        for active in await self._source.active_since(self._latest):
+            if self._latest is None or active.activated_at > self._latest:
+                self._latest = active.activated_at
+            self._take(active)
+
+    def _take(self, active: ActiveRules) -> None:
+        key = active.merchant_id, active.mode
+        known = self._rules.get(key)
+        if known is not None and known.activated_at >= active.activated_at:
+            return
+        rules = Rules(())
+        if active.version:
+            try:
+                rules = read_rules(active.text).rules
+            except RulesInvalid as error:
+                # Checked when they were put: by a gateway that knows more than this one.
+                _log.error(
+                    "routing rules cannot be read, those before stay: %s",
+                    error,
+                    extra={"merchant_id": active.merchant_id, "version": active.version},
+                )
+                return
+        self._rules[key] = _Compiled(active.version, rules, active.activated_at)
+
+
+# --- a decision -----------------------------------------------------------------------------------
+
+
+class Reattempts(Protocol):
+    """Counts how often a declined card is tried again."""
+
+    async def take(
+        self, merchant_id: str, instrument: str, limits: Sequence[ReattemptLimit]
+    ) -> bool:
+        """Count one more where every limit allows it; False where one does not, or where the
+        counts cannot be read. Never raises.
+        """
+
+
+class Step(NamedTuple):
+    """A candidate with its connector."""
+
+    candidate: Candidate
+    connector: Connector
+
+
+@dataclass(slots=True)
+class Plan:
+    """Where an authorization may go, one after the other."""
+
+    steps: list[Step]
+    attempts_max: int
+    soft: AbstractSet[ResponseCode]
+    """The declines after which the next one is asked."""
+    note: str
+    """The decision as `Operation.note` keeps it; empty without rules."""
+    decision: RouteDecision
+    facts: Facts | None
+    """None without rules."""
+    segment: Segment | None
+    _taken: int = 0
+    _attempts: int = 0
+
+    def take(self, availability: Availability | None) -> Step | None:
+        """The next one that may be asked now; None where the attempts or the steps are used up."""
+        if self._attempts >= self.attempts_max:
+            return None
+        while self._taken < len(self.steps):
+            step = self.steps[self._taken]
+            self._taken += 1
+            method = "" if self.segment is None else self.segment.method
+            if availability is None or availability.admit(step.candidate, method) is None:
+                self._attempts += 1
+                return step
+        return None
+
+    @property
+    def more(self) -> bool:
+        """Whether there may be another attempt."""
+        return self._attempts < self.attempts_max and self._taken < len(self.steps)
+
+
+class Routing:
+    """Decides where new payments go."""
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        rules: RuleBook | None = None,
+        availability: Availability | None = None,
+        ranking: Ranking | None = None,
+        observer: Observer | None = None,
+        reattempts: Reattempts | None = None,
+    ) -> None:
+        self._router = router
+        self._rules = rules
+        self._availability = availability
+        self._ranking = ranking
+        self._observer = observer
+        self.reattempts = reattempts
+
+    def plan(self, command: Authorize, payment_id: str) -> Plan:
+        """Where a new payment may go. Raises GatewayError where it may go nowhere."""
+        found = None if self._rules is None else self._rules.find(command.merchant_id, command.mode)
+        if found is None:
+            return self._usual(command)
+        version, rules = found
+        return self.plan_by(version, rules, command, payment_id)
+
+    def _usual(self, command: Authorize) -> Plan:
+        """The way of a merchant without rules: one account, and no other."""
+        route = self._router.route(command.merchant_id, command.mode)
+        if route is None:
+            raise _nowhere(command)
+        connector = route.connector
+        suitability.check_authorization(command, connector)
+        candidate = Candidate(connector.name, route.connector_account_id)
+        segment = None
+        if self._availability is not None or self._observer is not None:
+            segment = _segment(command, command.facts())
+        if self._availability is not None and segment is not None:
+            refused = self._availability.refusal(candidate, segment.method)
+            if refused is not None:
+                raise _unavailable(connector.name, refused)
+        return Plan(
+            [Step(candidate, connector)],
+            1,
+            frozenset(),
+            "",
+            RouteDecision((candidate,)),
+            None,
+            segment,
+        )
+
+    def plan_by(self, version: int, rules: Rules, command: Authorize, payment_id: str) -> Plan:
+        """Where a new payment may go by these rules. Raises GatewayError."""
+        plan, refusals = self.consider(version, rules, command, payment_id)
+        if plan.steps:
+            return plan
+        if not plan.decision.excluded:
+            raise _nowhere(command)
+        candidate, reason = plan.decision.excluded[0]
+        for other, refused in plan.decision.excluded:
+            if refused in _FOR_NOW:  # what passes by itself comes before what has to be changed
+                raise _unavailable(other.connector, refused)
+        refusal = refusals.get(candidate)
+        raise _unavailable(candidate.connector, reason) if refusal is None else refusal
+
+    def consider(
+        self, version: int, rules: Rules, command: Authorize, payment_id: str
+    ) -> tuple[Plan, Mapping[Candidate, GatewayError]]:
+        """As `plan_by`, with a plan of no step where a payment may go nowhere, and why."""
+        facts = command.facts()
+        segment = _segment(command, facts)
+        choice = rules.choose(facts, command.amount_minor, command.currency, payment_id)
+        served = self._router.accounts(command.merchant_id, command.mode)
+        groups = _usual_groups(served) if choice is None else choice.groups
+        steps: list[Step] = []
+        excluded: list[Excluded] = []
+        scores: list[Scored] = []
+        refusals: dict[Candidate, GatewayError] = {}
+        seen: set[str] = set()
+        for group in groups:
+            kept: list[Step] = []
+            for target in group:
+                for each in _accounts(target, served):
+                    if each.account_id in seen:
+                        continue
+                    seen.add(each.account_id)
+                    candidate = Candidate(
+                        each.connector_name, each.account_id, target.priority, target.weight
+                    )
+                    reason = self._exclusion(command, segment, each, candidate, refusals)
+                    if reason is not None:
+                        excluded.append(Excluded(candidate, reason))
+                    elif each.connector is not None:
+                        kept.append(Step(candidate, each.connector))
+            if len(kept) > 1 and self._ranking is not None and _is_learned(choice):
+                draw = stable_hash("draw", payment_id)
+                ranked = self._ranking.rank(
+                    segment, [step.candidate for step in kept], command.amount_minor, draw
+                )
+                by_candidate = {step.candidate: step for step in kept}
+                kept = [by_candidate[scored.candidate] for scored in ranked]
+                scores += ranked
+            steps += kept
+        decision = RouteDecision(
+            tuple(step.candidate for step in steps),
+            tuple(excluded),
+            version,
+            "" if choice is None else choice.rule.name,
+            "" if choice is None else choice.experiment,
+            "" if choice is None else choice.arm,
+            tuple(scores),
+        )
+        return (
+            Plan(
+                steps,
+                1 if choice is None else choice.rule.attempts_max,
+                frozenset() if choice is None else choice.rule.cascade_on,
+                record.encode(decision),
+                decision,
+                facts,
+                segment,
+            ),
+            refusals,
+        )
+
+    def _exclusion(
+        self,
+        command: Authorize,
+        segment: Segment,
+        served: Served,
+        candidate: Candidate,
+        refusals: dict[Candidate, GatewayError],
+    ) -> Exclusion | None:
+        if not served.enabled:
+            return Exclusion.DISABLED
+        if served.connector is None:
+            return Exclusion.UNUSABLE
+        try:
+            suitability.check_authorization(command, served.connector)
+        except GatewayError as refusal:
+            refusals[candidate] = refusal
+            return Exclusion(refusal.reason)
+        if self._availability is None:
+            return None
+        return self._availability.refusal(candidate, segment.method)
+
+    def take(self, plan: Plan) -> Step | None:
+        """The plan's next step that may be begun now."""
+        return plan.take(self._availability)
+
+    def first(self, plan: Plan) -> Step:
+        """The plan's first step. Raises GatewayError where none may be begun now."""
+        step = plan.take(self._availability)
+        if step is None:
+            raise _unavailable(plan.steps[0].candidate.connector, Exclusion.PROBES_TAKEN)
+        return step
+
+    def check_follow_up(self, operation: Operation, connector: Connector) -> None:
+        """Raises GatewayError where a payment's account must not be asked now."""
+        if self._availability is None:
+            return
+        attempt = operation.attempt
+        candidate = Candidate(attempt.connector, attempt.connector_account_id)
+        refused = self._availability.admit(candidate, "")
+        if refused is not None:
+            raise _unavailable(connector.name, refused)
+
+    def observed(
+        self, plan: Plan | None, mode: Mode, operation: Operation, answer: ConnectorAnswer, s: float
+    ) -> None:
+        """A connector's `send` ended after `s` seconds."""
+        if self._observer is None:
+            return
+        segment = None if plan is None else plan.segment
+        if segment is None:
+            segment = Segment(operation.merchant_id, mode, "", currency=operation.currency)
+        attempt = operation.attempt
+        candidate = Candidate(attempt.connector, attempt.connector_account_id)
+        self._observer.observed(segment, candidate, operation.kind, answer, s)
+
+
+def _is_learned(choice: Choice | None) -> bool:
+    return choice is not None and choice.rule.order is Order.LEARNED
+
+
+def _segment(command: Authorize, facts: Facts) -> Segment:
+    return Segment(
+        command.merchant_id,
+        command.mode,
+        facts.method,
+        facts.scheme,
+        command.currency,
+        facts.issuer_country,
+        facts.channel,
+    )
+
+
+def _accounts(target: Target, served: Mapping[str, Served]) -> Sequence[Served]:
+    if target.account:
+        found = served.get(target.account)
+        return () if found is None else (found,)
+    return [each for each in served.values() if each.connector_name == target.connector]
+
+
+def _usual_groups(served: Mapping[str, Served]) -> tuple[tuple[Target, ...], ...]:
+    """Where no rule matches: the enabled account of the lowest priority number."""
+    for each in served.values():
+        if each.enabled and each.connector is not None:
+            return ((Target(each.account_id, "", 1, 1),),)
+    return ()
+
+
+def _nowhere(command: Authorize) -> GatewayError:
+    return refuse(
+        Reason.CONNECTOR_UNAVAILABLE,
+        f"No connector serves the merchant in mode {command.mode.name}.",
+        mode=command.mode.name,
+    )
+
+
+def _unavailable(connector: str, reason: Exclusion) -> GatewayError:
+    return GatewayError(
+        Reason.CONNECTOR_UNAVAILABLE,
+        f"The connector {connector} takes no payments now; nothing was sent.",
+        metadata={"connector": connector, "exclusion": reason.value},
+        retry_after_s=UNAVAILABLE_RETRY_S if reason in _FOR_NOW else None,
+    )

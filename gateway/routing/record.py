@@ -1,0 +1,61 @@
+"""A route decision as an operation keeps it: a short JSON text."""
+
+from typing import Any
+
+import orjson
+
+from gateway.routing.model import Candidate, Excluded, Exclusion, RouteDecision, Scored
+
+
+def encode(decision: RouteDecision) -> str:
+    """The decision in short: version, rule, experiment and arm, candidates with their scores, and
+    those that were excluded with the reason.
+    """
+    document: dict[str, Any] = {
+        "v": decision.rules_version,
+        "r": decision.rule,
+        "c": [(each.connector, each.connector_account_id) for each in decision.candidates],
+    }
+    if decision.experiment:
+        document["e"] = (decision.experiment, decision.arm)
+    if decision.excluded:
+        document["x"] = [
+            (each.connector, each.connector_account_id, reason)
+            for each, reason in decision.excluded
+        ]
+    if decision.scores:
+        document["s"] = [
+            (each.candidate.connector, each.candidate.connector_account_id, round(each.score, 6))
+            for each in decision.scores
+        ]
+    return orjson.dumps(document).decode("utf-8")
+
+
+def decode(text: str) -> RouteDecision | None:
+    """What `encode` wrote, without priorities, weights and the parts of scores.
+
+    None for any other text: an answer must not fail for its explanation.
+    """
+    try:
+        return _decision(orjson.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _decision(document: dict[str, Any]) -> RouteDecision:
+    experiment, arm = document.get("e", ("", ""))
+    return RouteDecision(
+        tuple(Candidate(*each) for each in document["c"]),
+        tuple(
+            Excluded(Candidate(connector, account_id), Exclusion(reason))
+            for connector, account_id, reason in document.get("x", ())
+        ),
+        document["v"],
+        document["r"],
+        experiment,
+        arm,
+        tuple(
+            Scored(Candidate(connector, account_id), score)
+            for connector, account_id, score in document.get("s", ())
+        ),
+    )

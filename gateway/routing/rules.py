@@ -1,0 +1,342 @@
+"""A merchant's routing rules, and what they choose.
+
+Rules are looked at in their order, and the first whose conditions hold decides.
+`gateway.routing.rule_file` reads the file that they are written in.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+from types import MappingProxyType
+from typing import Final, NamedTuple
+
+from gateway.domain.model import ResponseCode
+from gateway.routing.cascade import SOFT_DECLINES
+
+ATTEMPTS_MAX: Final = 5
+"""How many accounts may be asked for one authorization."""
+ATTEMPTS_DEFAULT: Final = 2
+BIN_DIGITS_MAX: Final = 8
+
+
+class Facts(NamedTuple):
+    """What a request tells besides its amount. Empty: not known."""
+
+    method: str = "card"
+    """See `Segment.method`."""
+    scheme: str = ""
+    bin: str = ""
+    """The card number's first 6 to 8 digits."""
+    issuer_country: str = ""
+    channel: str = "ECOMMERCE"
+    customer_id: str = ""
+    metadata: Mapping[str, str] = MappingProxyType({})
+    instrument: str = ""
+    """What is paid with, a token or its like, by which reattempts are counted; never shown."""
+
+
+class SplitBy(StrEnum):
+    """What a split's hash is taken of; the same value goes the same way."""
+
+    PAYMENT = "payment"
+    CUSTOMER = "customer"
+    """The payment where the request names no customer."""
+
+
+class Order(StrEnum):
+    """Who orders targets of the same priority."""
+
+    WEIGHTS = "weights"
+    LEARNED = "learned"
+    """The ranking of what was learned; by weights where there is none."""
+
+
+class Target(NamedTuple):
+    """Where a rule sends payments: one account, or the merchant's accounts at a connector."""
+
+    account: str
+    connector: str
+    """One of both is empty."""
+    priority: int
+    weight: int
+
+    @property
+    def name(self) -> str:
+        """As the file names it."""
+        return self.account or self.connector
+
+
+class Arm(NamedTuple):
+    """A part of an experiment."""
+
+    name: str
+    share: int
+    targets: tuple[Target, ...]
+
+
+class Experiment(NamedTuple):
+    """Payments of a rule, divided into arms."""
+
+    name: str
+    split_by: SplitBy
+    arms: tuple[Arm, ...]
+
+
+Ranges = tuple[tuple[int, int], ...]
+"""Inclusive, ascending, apart from each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """When a rule decides: all that are given must hold. None: not given."""
+
+    currency: frozenset[str] | None = None
+    amount_minor: tuple[int, int] | None = None
+    """The smallest and the largest, inclusive."""
+    method: frozenset[str] | None = None
+    scheme: frozenset[str] | None = None
+    bin: Ranges | None = None
+    """Of BINs of eight digits."""
+    issuer_country: frozenset[str] | None = None
+    channel: frozenset[str] | None = None
+    metadata: Mapping[str, frozenset[str]] | None = None
+
+    def hold(self, facts: Facts, amount_minor: int, currency: str) -> bool:
+        """Whether all conditions hold; what is not known meets none."""
+        span = self.amount_minor
+        return (
+            (self.currency is None or currency in self.currency)
+            and (span is None or span[0] <= amount_minor <= span[1])
+            and (self.method is None or facts.method in self.method)
+            and (self.scheme is None or facts.scheme in self.scheme)
+            and (self.issuer_country is None or facts.issuer_country in self.issuer_country)
+            and (self.channel is None or facts.channel in self.channel)
+            and (self.bin is None or _has_bin(self.bin, facts.bin))
+            and (
+                self.metadata is None
+                or all(facts.metadata.get(key) in its for key, its in self.metadata.items())
+            )
+        )
+
+    def cover(self, other: "Conditions") -> bool:
+        """Whether these hold wherever the others do."""
+        return (
+            all(_covers(mine, its) for mine, its in self._sets(other))
+            and _range_covers(self.amount_minor, other.amount_minor)
+            and _ranges_cover(self.bin, other.bin)
+            and (
+                self.metadata is None
+                or (
+                    other.metadata is not None
+                    and all(
+                        key in other.metadata and other.metadata[key] <= values
+                        for key, values in self.metadata.items()
+                    )
+                )
+            )
+        )
+
+    def meet(self, other: "Conditions") -> bool:
+        """Whether there is a payment that both hold for."""
+        if any(
+            mine is not None and its is not None and not mine & its
+            for mine, its in self._sets(other)
+        ):
+            return False
+        mine, its = self.amount_minor, other.amount_minor
+        if mine is not None and its is not None and (mine[1] < its[0] or its[1] < mine[0]):
+            return False
+        if (
+            self.bin is not None
+            and other.bin is not None
+            and not any(
+                low <= its_high and its_low <= high
+                for low, high in self.bin
+                for its_low, its_high in other.bin
+            )
+        ):
+            return False
+        shared = (self.metadata or {}).keys() & (other.metadata or {}).keys()
+        return all((self.metadata or {})[key] & (other.metadata or {})[key] for key in shared)
+
+    def _sets(
+        self, other: "Conditions"
+    ) -> Iterable[tuple[frozenset[str] | None, frozenset[str] | None]]:
+        return (
+            (self.currency, other.currency),
+            (self.method, other.method),
+            (self.scheme, other.scheme),
+            (self.issuer_country, other.issuer_country),
+            (self.channel, other.channel),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule."""
+
+    name: str
+    when: Conditions
+    targets: tuple[Target, ...]
+    """Empty with an experiment."""
+    experiment: Experiment | None = None
+    split_by: SplitBy = SplitBy.PAYMENT
+    order: Order = Order.WEIGHTS
+    attempts_max: int = ATTEMPTS_DEFAULT
+    cascade_on: frozenset[ResponseCode] = SOFT_DECLINES
+    """The declines after which the next target is asked; 1 attempt: after none."""
+    then: str = ""
+    """The rule whose targets follow these, whatever its conditions are."""
+
+    @property
+    def all_targets(self) -> tuple[Target, ...]:
+        """Its own, those of all arms."""
+        if self.experiment is None:
+            return self.targets
+        return tuple(target for arm in self.experiment.arms for target in arm.targets)
+
+
+class Choice(NamedTuple):
+    """What the rules say of a payment."""
+
+    rule: Rule
+    experiment: str
+    arm: str
+    groups: tuple[tuple[Target, ...], ...]
+    """In the order to try; targets of one group have the same priority and are in the order of
+    their weights' hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """All rules of a merchant and a mode."""
+
+    rules: tuple[Rule, ...]
+    _by_currency: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict, repr=False)
+    _of_any: tuple[Rule, ...] = ()
+    _by_name: Mapping[str, Rule] = field(default_factory=dict, repr=False)
+
+    def match(self, facts: Facts, amount_minor: int, currency: str) -> Rule | None:
+        """The first rule whose conditions hold."""
+        for rule in self._by_currency.get(currency, self._of_any):
+            if rule.when.hold(facts, amount_minor, currency):
+                return rule
+        return None
+
+    def choose(
+        self, facts: Facts, amount_minor: int, currency: str, payment_id: str
+    ) -> Choice | None:
+        """What the rules say of a payment; None where none decides."""
+        rule = self.match(facts, amount_minor, currency)
+        if rule is None:
+            return None
+        experiment = arm = ""
+        targets = rule.targets
+        if rule.experiment is not None:
+            key = _split_key(rule.experiment.split_by, facts, payment_id)
+            chosen = _arm(rule.experiment, key)
+            experiment, arm, targets = rule.experiment.name, chosen.name, chosen.targets
+        groups: list[tuple[Target, ...]] = []
+        current: Rule | None = rule
+        while current is not None:
+            key = _split_key(current.split_by, facts, payment_id)
+            groups += _in_order(current.name, targets, key)
+            current = self._by_name.get(current.then)
+            targets = () if current is None else current.targets
+        return Choice(rule, experiment, arm, tuple(groups))
+
+
+def compile_rules(rules: Sequence[Rule]) -> Rules:
+    """Rules, ready to choose."""
+    currencies = {code for rule in rules for code in rule.when.currency or ()}
+    return Rules(
+        tuple(rules),
+        {
+            code: tuple(
+                rule for rule in rules if rule.when.currency is None or code in rule.when.currency
+            )
+            for code in currencies
+        },
+        tuple(rule for rule in rules if rule.when.currency is None),
+        {rule.name: rule for rule in rules},
+    )
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+
+def stable_hash(*parts: str) -> int:
+    """64 bits that are the same on every machine, for ever: a payment stays in its arm."""
+    digest = blake2b("\0".join(parts).encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def _split_key(split_by: SplitBy, facts: Facts, payment_id: str) -> str:
+    if split_by is SplitBy.CUSTOMER and facts.customer_id:
+        return facts.customer_id
+    return payment_id
+
+
+def _arm(experiment: Experiment, key: str) -> Arm:
+    place = stable_hash("arm", experiment.name, key) % sum(arm.share for arm in experiment.arms)
+    for arm in experiment.arms:
+        place -= arm.share
+        if place < 0:
+            return arm
+    raise AssertionError("the place is below the sum of the shares")
+
+
+def _in_order(rule: str, targets: tuple[Target, ...], key: str) -> list[tuple[Target, ...]]:
+    """Targets of the same priority together; within, by weighted rendezvous hashing.
+
+    Each target draws from the hash of itself and the key, so that one that is taken away leaves
+    the others' payments where they were (Thaler and Ravishankar 1998; the weights as in
+    draft-ietf-bess-weighted-hrw). Each is first with the probability of its share of the weights.
+    """
+    if len(targets) == 1:
+        return [targets]
+    groups: dict[int, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.priority, []).append(target)
+    return [
+        tuple(group)
+        if len(group) == 1
+        else tuple(sorted(group, key=lambda target: _draw(rule, target, key), reverse=True))
+        for _, group in sorted(groups.items())
+    ]
+
+
+def _draw(rule: str, target: Target, key: str) -> float:
+    uniform = (stable_hash("target", rule, target.name, key) + 0.5) / 2**64
+    return -target.weight / math.log(uniform) if uniform < 1.0 else math.inf
+
+
+# --- conditions -----------------------------------------------------------------------------------
+
+
+def _has_bin(ranges: Ranges, digits: str) -> bool:
+    """Whether all cards of a BIN, however many of its digits are known, are in the ranges."""
+    if not digits:
+        return False
+    low = int(digits.ljust(BIN_DIGITS_MAX, "0"))
+    high = int(digits.ljust(BIN_DIGITS_MAX, "9"))
+    index = bisect_right(ranges, (low, 10**BIN_DIGITS_MAX)) - 1
+    return index >= 0 and ranges[index][0] <= low and high <= ranges[index][1]
+
+
+def _covers(mine: frozenset[str] | None, its: frozenset[str] | None) -> bool:
+    return mine is None or (its is not None and its <= mine)
+
+
+def _range_covers(mine: tuple[int, int] | None, its: tuple[int, int] | None) -> bool:
+    return mine is None or (its is not None and mine[0] <= its[0] and its[1] <= mine[1])
+
+
+def _ranges_cover(mine: Ranges | None, its: Ranges | None) -> bool:
+    return mine is None or (
+        its is not None
+        and all(any(low <= first and last <= high for low, high in mine) for first, last in its)
+    )

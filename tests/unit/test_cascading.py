@@ -1,0 +1,615 @@
+"""Rules and cascades in the money calls: which connectors are asked, in what order, how often."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import pytest
+
+from gateway.application.routing import ActiveRules, Routing, RuleBook
+from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.model import (
+    AdviceAction,
+    ConnectorAnswer,
+    Delivery,
+    Mode,
+    Operation,
+    OperationKind,
+    OperationState,
+    Outcome,
+    ResponseCode,
+    Verdict,
+)
+from gateway.routing import cascade, record
+from gateway.routing.cascade import Next, ReattemptLimit
+from gateway.routing.model import Candidate, Exclusion, Scored, Segment
+from gateway.routing.rules import Facts
+from tests.memory_store import (
+    CAPABLE,
+    DROPPED,
+    LIMITS,
+    LOST,
+    MERCHANT,
+    UNSENT,
+    Bench,
+    Gate,
+    ManyRoutes,
+    MemoryStore,
+    ScriptedConnector,
+    Step,
+    answered,
+)
+
+pytestmark = pytest.mark.unit
+
+S = OperationState
+
+AT: Final = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def declined(code: ResponseCode = ResponseCode.DO_NOT_HONOR, **outcome: Any) -> ConnectorAnswer:
+    return ConnectorAnswer(
+        Delivery.ANSWERED, Verdict.DECLINED, Outcome(response_code=code, **outcome)
+    )
+
+
+SOFT: Final = Step(decides=declined())
+
+RULES: Final = """
+format = 1
+[[rule]]
+name = "three"
+attempts_max = 3
+targets = [
+    { account = "acc_a" },
+    { account = "acc_b", priority = 2 },
+    { account = "acc_c", priority = 3 },
+]
+"""
+
+
+class Source:
+    """Implements RuleSource with rules that the test sets."""
+
+    def __init__(self, text: str, version: int = 4) -> None:
+        self.active = [ActiveRules(MERCHANT, Mode.TEST, version, text, AT)]
+
+    async def active_since(self, since: object) -> Sequence[ActiveRules]:
+        return self.active
+
+
+class Budget:
+    """Implements Reattempts with so many of them."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+        self.asked: list[tuple[str, tuple[ReattemptLimit, ...]]] = []
+
+    async def take(
+        self, merchant_id: str, instrument: str, limits: Sequence[ReattemptLimit]
+    ) -> bool:
+        self.asked.append((instrument, tuple(limits)))
+        self.left -= 1
+        return self.left >= 0
+
+
+class Closed:
+    """Implements Availability with accounts that are out of use, or may not be begun with."""
+
+    def __init__(self) -> None:
+        self.refused: dict[str, Exclusion] = {}
+        self.not_admitted: set[str] = set()
+
+    def refusal(self, candidate: Candidate, method: str) -> Exclusion | None:
+        return self.refused.get(candidate.connector_account_id)
+
+    def admit(self, candidate: Candidate, method: str) -> Exclusion | None:
+        if candidate.connector_account_id in self.not_admitted:
+            return Exclusion.PROBES_TAKEN
+        return self.refusal(candidate, method)
+
+
+class Backwards:
+    """Implements Ranking by the account's name, the last first."""
+
+    def rank(
+        self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int, draw: int
+    ) -> Sequence[Scored]:
+        ordered = sorted(candidates, key=lambda each: each.connector_account_id, reverse=True)
+        return [Scored(each, float(-n)) for n, each in enumerate(ordered)]
+
+
+class Seen:
+    """Implements Observer."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str, Delivery]] = []
+        self.then: Callable[[], None] = lambda: None
+
+    def observed(
+        self,
+        segment: Segment,
+        candidate: Candidate,
+        kind: OperationKind,
+        answer: ConnectorAnswer,
+        seconds: float,
+    ) -> None:
+        assert seconds >= 0
+        self.calls.append((segment.method, candidate.connector_account_id, answer.delivery))
+        self.then()
+
+
+class Routed(Bench):
+    """A gateway with accounts at the connectors a, b and c, and rules."""
+
+    def __init__(
+        self, rules: str | None = RULES, reattempts: int = 10, store: MemoryStore | None = None
+    ) -> None:
+        self.a, self.b, self.c = (ScriptedConnector(CAPABLE, name) for name in "abc")
+        self.routes = ManyRoutes(self.a, self.b, self.c)
+        self.budget, self.closed, self.seen = Budget(reattempts), Closed(), Seen()
+        self.book = None if rules is None else RuleBook(Source(rules))
+        routing = Routing(
+            self.routes,
+            rules=self.book,
+            availability=self.closed,
+            ranking=Backwards(),
+            observer=self.seen,
+            reattempts=self.budget,
+        )
+        super().__init__(router=self.routes, routing=routing, store=store)
+
+    async def pay(self, key: str = "a", **more: Any) -> Operation:
+        """The operation of an authorization that was made, or repeated."""
+        if self.book is not None:
+            await self.book.refresh()
+        await self.payments.authorize(self.authorize(key, **more))
+        return self.operation(key)
+
+    def operation(self, key: str = "a") -> Operation:
+        return next(each for each in self.store.operations.values() if each.idempotency_key == key)
+
+    def sent(self) -> list[str]:
+        """Which connectors received how many authorizations."""
+        return [
+            each.name
+            for each in (self.a, self.b, self.c)
+            for request in each.sent
+            if request.kind is OperationKind.AUTHORIZE
+        ]
+
+    def standing(self) -> list[str]:
+        """The authorizations that stand at all PSPs."""
+        return [
+            reference
+            for each in (self.a, self.b, self.c)
+            for reference in each.standing(OperationKind.AUTHORIZE)
+        ]
+
+
+async def refused(call: Coroutine[Any, Any, object]) -> GatewayError:
+    with pytest.raises(GatewayError) as raised:
+        await call
+    return raised.value
+
+
+# --- what may follow an answer --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "follows"),
+    [
+        (ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.CONNECT_FAILED), Next.ANOTHER),
+        (ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.CONNECTOR_BUSY), Next.ANOTHER),
+        (ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.SEND_WINDOW_PASSED), Next.NOTHING),
+        (ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.DEADLINE_TOO_SHORT), Next.NOTHING),
+        (ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT), Next.NOTHING),
+        (ConnectorAnswer(Delivery.ANSWERED), Next.NOTHING),
+        (answered(Verdict.APPROVED), Next.NOTHING),
+        (answered(Verdict.PENDING), Next.NOTHING),
+        (answered(Verdict.REQUIRES_ACTION), Next.NOTHING),
+        (answered(Verdict.CANCELED), Next.NOTHING),
+        (declined(), Next.REATTEMPT),
+        (declined(ResponseCode.ISSUER_UNAVAILABLE), Next.REATTEMPT),
+        (declined(ResponseCode.REJECTED_BY_CONNECTOR), Next.ANOTHER),
+        (declined(ResponseCode.REJECTED_BY_CONNECTOR, network_code="05"), Next.REATTEMPT),
+        (declined(ResponseCode.INSUFFICIENT_FUNDS), Next.NOTHING),
+        (declined(ResponseCode.STOLEN_CARD), Next.NOTHING),
+        (declined(ResponseCode.SUSPECTED_FRAUD), Next.NOTHING),
+        (declined(ResponseCode.AUTHENTICATION_REQUIRED), Next.NOTHING),
+        (declined(ResponseCode.DECLINED_OTHER), Next.NOTHING),
+        *(
+            (declined(advice_action=action), Next.NOTHING)
+            for action in AdviceAction
+            if action is not AdviceAction.UNSPECIFIED
+        ),
+        (declined(network_code="R1", network_code_scheme="visa"), Next.NOTHING),
+        (declined(network_code="05", network_code_scheme="visa"), Next.REATTEMPT),
+        (ConnectorAnswer(Delivery.ANSWERED, Verdict.DECLINED), Next.NOTHING),
+    ],
+)
+def test_only_what_surely_took_no_effect_and_is_not_final_is_tried_elsewhere(
+    answer: ConnectorAnswer, follows: Next
+) -> None:
+    assert cascade.after(answer) is follows
+
+
+def test_a_decline_that_a_rule_does_not_name_is_final() -> None:
+    assert cascade.after(declined(), frozenset()) is Next.NOTHING
+
+
+def test_a_card_of_an_unknown_scheme_has_the_strictest_limits() -> None:
+    for limits in cascade.REATTEMPT_LIMITS.values():
+        for limit in limits:
+            strict = min(
+                (each for each in cascade.limits_of("") if each.window_s >= limit.window_s),
+                key=lambda each: each.reattempts_max,
+            )
+            assert strict.reattempts_max <= limit.reattempts_max
+
+
+# --- a cascade ------------------------------------------------------------------------------------
+
+
+async def test_after_a_soft_decline_the_next_account_is_asked_with_a_reference_of_its_own() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+    operation = await gateway.pay()
+    assert operation.state is S.SUCCEEDED
+    assert gateway.sent() == ["a", "b"]
+    [first] = operation.superseded_attempts
+    assert (first.connector, first.connector_account_id) == ("a", "acc_a")
+    assert first.delivery is Delivery.ANSWERED
+    assert first.outcome is not None
+    assert first.outcome.response_code is ResponseCode.DO_NOT_HONOR
+    assert (operation.attempt.connector, operation.attempt.number) == ("b", 2)
+    references = [request.reference for each in (gateway.a, gateway.b) for request in each.sent]
+    assert references == [f"{operation.operation_id}-1", f"{operation.operation_id}-2"]
+    payment = gateway.store.payments[MERCHANT, operation.payment_id]
+    assert (payment.connector, payment.connector_account_id) == ("b", "acc_b")
+
+
+async def test_what_was_surely_not_sent_goes_to_the_next_account_and_counts_no_reattempt() -> None:
+    gateway = Routed(reattempts=0)
+    gateway.a.steps.append(UNSENT)
+    operation = await gateway.pay()
+    assert (operation.state, gateway.sent()) == (S.SUCCEEDED, ["b"])
+    assert operation.superseded_attempts[0].delivery is Delivery.NOT_SENT
+    assert gateway.budget.asked == []
+
+
+@pytest.mark.parametrize("step", [LOST, DROPPED])
+async def test_after_what_may_have_been_sent_nobody_else_is_asked(step: Step) -> None:
+    gateway = Routed()
+    gateway.a.steps.append(step)
+    operation = await gateway.pay()
+    assert operation.state is S.IN_DOUBT
+    assert not gateway.b.sent
+    assert not gateway.c.sent
+
+
+async def test_a_cascade_ends_after_its_attempts_and_tells_the_last_decline() -> None:
+    gateway = Routed(RULES.replace("attempts_max = 3", "attempts_max = 2"))
+    gateway.a.steps.append(SOFT)
+    gateway.b.steps.append(Step(decides=declined(ResponseCode.ISSUER_UNAVAILABLE)))
+    operation = await gateway.pay()
+    assert (operation.state, gateway.sent()) == (S.DECLINED, ["a", "b"])
+    outcome = operation.attempt.outcome
+    assert outcome is not None
+    assert outcome.response_code is ResponseCode.ISSUER_UNAVAILABLE
+
+
+async def test_a_decline_stands_where_the_next_account_cannot_be_reached() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+    gateway.b.steps.append(UNSENT)
+    gateway.c.steps.append(UNSENT)
+    operation = await gateway.pay()
+    assert operation.state is S.DECLINED
+    assert operation.response is not None
+    repeat = await gateway.payments.authorize(gateway.authorize("a"))
+    assert (repeat.replayed, repeat.response) == (True, operation.response)
+    assert gateway.sent() == ["a"]
+
+
+async def test_nothing_sent_anywhere_is_not_sent_and_a_repeat_is_decided_anew() -> None:
+    gateway = Routed()
+    for each in (gateway.a, gateway.b, gateway.c):
+        each.steps.append(UNSENT)
+    assert (await gateway.pay()).state is S.NOT_SENT
+    gateway.routes.disabled.add("acc_a")
+    operation = await gateway.pay()
+    assert (operation.state, gateway.sent()) == (S.SUCCEEDED, ["b"])
+    assert [each.number for each in operation.superseded_attempts] == [1, 2, 3]
+    assert (operation.epoch, operation.attempt.number) == (4, 4)
+    payment = gateway.store.payments[MERCHANT, operation.payment_id]
+    assert payment.connector == "b"
+
+
+async def test_a_repeat_of_a_cascade_gets_its_final_answer() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+    first = await gateway.payments.authorize(gateway.authorize("a"))
+    assert not first.replayed  # without rules read yet, by the usual way
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+    operation = await gateway.pay()
+    repeat = await gateway.payments.authorize(gateway.authorize("a"))
+    assert (repeat.replayed, repeat.response) == (True, operation.response)
+    assert gateway.sent() == ["a", "b"]
+
+
+async def test_no_reattempt_is_begun_where_the_networks_limits_or_redis_do_not_let_it() -> None:
+    gateway = Routed(reattempts=1)
+    for each in (gateway.a, gateway.b):
+        each.steps.append(SOFT)
+    facts = Facts(scheme="visa", instrument="tok_1")
+    operation = await gateway.pay(facts=facts)
+    assert (operation.state, gateway.sent()) == (S.DECLINED, ["a", "b"])
+    assert gateway.budget.asked == [("tok_1", cascade.limits_of("visa"))] * 2
+
+
+async def test_a_card_that_nobody_can_recognise_is_not_tried_again() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+    operation = await gateway.pay(facts=Facts())
+    assert (operation.state, gateway.sent()) == (S.DECLINED, ["a"])
+
+
+async def test_no_attempt_is_begun_that_the_callers_deadline_leaves_no_time_for() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+    assert gateway.book is not None
+    await gateway.book.refresh()
+    command = gateway.authorize("a", deadline=time.monotonic() + 60)
+
+    def pass_the_time() -> None:
+        command.deadline = time.monotonic() + LIMITS.min_send_budget_s
+
+    gateway.seen.then = pass_the_time
+    await gateway.payments.authorize(command)
+    assert (gateway.operation().state, gateway.sent()) == (S.DECLINED, ["a"])
+
+
+async def test_a_void_during_the_first_attempt_ends_the_cascade() -> None:
+    gateway = Routed()
+    gate = Gate()
+    gateway.a.steps.append(replace(SOFT, after=gate))
+    assert gateway.book is not None
+    await gateway.book.refresh()
+    call = asyncio.create_task(gateway.payments.authorize(gateway.authorize("a")))
+    await gate.reached.wait()
+    await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    gate.opened.set()
+    await call
+    assert (gateway.operation().state, gateway.sent()) == (S.DECLINED, ["a"])
+    await gateway.recover(2)
+    assert gateway.standing() == []
+
+
+async def test_each_attempt_is_counted_for_its_account() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(UNSENT)
+    operation = await gateway.pay()
+    await gateway.payments.capture(gateway.capture(operation.payment_id))
+    assert gateway.seen.calls == [
+        ("card", "acc_a", Delivery.NOT_SENT),
+        ("card", "acc_b", Delivery.ANSWERED),
+        ("", "acc_b", Delivery.ANSWERED),
+    ]
+
+
+# --- a gateway that dies --------------------------------------------------------------------------
+
+
+async def _die_after(work: Coroutine[Any, Any, Any], steps: int) -> bool:
+    """Whether the work came to its end within so many suspensions; otherwise it goes no further."""
+    for _ in range(steps):
+        try:
+            waits_for = work.send(None)
+        except StopIteration:
+            return True
+        if waits_for is None:
+            await asyncio.sleep(0)
+        else:
+            waits_for._asyncio_future_blocking = False
+            await asyncio.wait([waits_for])
+    work.close()
+    return False
+
+
+@pytest.mark.parametrize("first", [SOFT, UNSENT])
+async def test_a_gateway_that_dies_anywhere_in_a_cascade_leaves_at_most_one_charge(
+    first: Step,
+) -> None:
+    for steps in range(1, 200):
+        gateway = Routed()
+        gateway.a.steps.append(first)
+        assert gateway.book is not None
+        await gateway.book.refresh()
+        work = gateway.payments._new_authorization(gateway.authorize("a"))
+        ended = await _die_after(work, steps)
+        await gateway.recover(3)
+        if gateway.store.operations:
+            operation = gateway.operation()
+            assert operation.state in (S.SUCCEEDED, S.DECLINED, S.NOT_SENT), steps
+            assert len(gateway.standing()) == (operation.state is S.SUCCEEDED)
+            numbers = [each.number for each in operation.superseded_attempts]
+            assert numbers == list(range(1, operation.attempt.number))
+        again = await gateway.pay()
+        assert again.state in (S.SUCCEEDED, S.DECLINED)
+        assert len(gateway.standing()) == (again.state is S.SUCCEEDED)
+        if ended:
+            assert gateway.sent() == (["a", "b"] if first is SOFT else ["b"])
+            return
+    raise AssertionError("the work has more suspensions than this test steps through")
+
+
+async def test_a_late_success_of_an_attempt_elsewhere_is_reversed_where_it_was_made() -> None:
+    """What a PSP said was never sent took effect after all, and another PSP was asked meanwhile."""
+    gateway = Routed()
+    gateway.a.steps.append(UNSENT)
+    operation = await gateway.pay()
+    late = answered(Verdict.APPROVED)
+    late.connector_transaction_id = "tx-late"
+    await gateway.payments.outcomes.reverse(operation, 1, late)
+    await gateway.recover(1)
+    [reversal] = [
+        each for each in gateway.store.operations.values() if each.kind is OperationKind.REVERSAL
+    ]
+    assert (reversal.attempt.connector, reversal.attempt.connector_account_id) == ("a", "acc_a")
+    assert reversal.state is S.SUCCEEDED
+    assert gateway.a.canceled == {f"{operation.operation_id}-1"}
+    assert gateway.b.canceled == set()
+    assert gateway.standing() == [f"{operation.operation_id}-2"]
+
+
+# --- the decision ---------------------------------------------------------------------------------
+
+
+async def test_a_merchant_without_rules_goes_to_its_first_account_and_no_other() -> None:
+    gateway = Routed(rules=None)
+    gateway.a.steps.append(SOFT)
+    operation = await gateway.pay()
+    assert (operation.state, gateway.sent(), operation.note) == (S.DECLINED, ["a"], "")
+
+
+async def test_where_no_rule_holds_a_payment_goes_the_usual_way_and_says_so() -> None:
+    gateway = Routed(RULES.replace('name = "three"', 'name = "three"\nwhen = { currency = "USD" }'))
+    gateway.a.steps.append(SOFT)
+    operation = await gateway.pay()
+    assert gateway.sent() == ["a"]
+    told = record.decode(operation.note)
+    assert told is not None
+    assert (told.rules_version, told.rule) == (4, "")
+
+
+async def test_accounts_that_cannot_be_asked_are_left_out_and_the_operation_says_why() -> None:
+    gateway = Routed()
+    gateway.routes.disabled.add("acc_a")
+    gateway.closed.refused["acc_b"] = Exclusion.BREAKER_OPEN
+    operation = await gateway.pay()
+    assert gateway.sent() == ["c"]
+    told = record.decode(operation.note)
+    assert told is not None
+    assert [each.connector for each in told.candidates] == ["c"]
+    assert [(each.connector, reason) for each, reason in told.excluded] == [
+        ("a", Exclusion.DISABLED),
+        ("b", Exclusion.BREAKER_OPEN),
+    ]
+
+
+async def test_an_account_that_cannot_use_the_request_is_left_out() -> None:
+    gateway = Routed()
+    gateway.a.capabilities = replace(CAPABLE, supported_fields=frozenset())
+    gateway.b.capabilities = replace(CAPABLE, amounts={})
+    fields = frozenset({"billing_address"})
+    gateway.c.capabilities = replace(CAPABLE, supported_fields=fields)
+    operation = await gateway.pay(used_fields=fields)
+    told = record.decode(operation.note)
+    assert told is not None
+    assert gateway.sent() == ["c"]
+    assert [reason for _, reason in told.excluded] == [
+        Exclusion.FIELD_NOT_SUPPORTED,
+        Exclusion.FIELD_NOT_SUPPORTED,
+    ]
+
+
+async def test_where_every_account_is_out_of_use_nothing_is_written_and_a_pause_is_told() -> None:
+    gateway = Routed()
+    for account_id in ("acc_a", "acc_b", "acc_c"):
+        gateway.closed.refused[account_id] = Exclusion.BREAKER_OPEN
+    error = await refused(gateway.pay())
+    assert error.reason is Reason.CONNECTOR_UNAVAILABLE
+    assert error.metadata["exclusion"] == "BREAKER_OPEN"
+    assert error.retry_after_s
+    assert gateway.store.operations == {}
+
+
+async def test_where_no_account_can_use_the_request_the_first_ones_refusal_is_told() -> None:
+    gateway = Routed()
+    error = await refused(gateway.pay(used_fields=frozenset({"three_ds"})))
+    assert error.reason is Reason.FIELD_NOT_SUPPORTED
+    assert error.metadata == {"connector": "a"}
+
+
+async def test_without_rules_the_only_account_is_not_asked_while_its_breaker_is_open() -> None:
+    gateway = Routed(rules=None)
+    gateway.closed.refused["acc_a"] = Exclusion.BREAKER_OPEN
+    error = await refused(gateway.pay())
+    assert (error.reason, gateway.sent()) == (Reason.CONNECTOR_UNAVAILABLE, [])
+
+
+async def test_a_follow_up_is_refused_before_its_intent_while_its_account_is_out_of_use() -> None:
+    gateway = Routed()
+    operation = await gateway.pay()
+    gateway.closed.refused["acc_a"] = Exclusion.KILLED
+    error = await refused(gateway.payments.capture(gateway.capture(operation.payment_id)))
+    assert error.reason is Reason.CONNECTOR_UNAVAILABLE
+    assert len(gateway.store.operations) == 1
+
+
+async def test_an_account_whose_probes_are_taken_is_passed_over() -> None:
+    gateway = Routed()
+    gateway.closed.not_admitted.add("acc_a")
+    await gateway.pay()
+    assert gateway.sent() == ["b"]
+    gateway.closed.not_admitted |= {"acc_b", "acc_c"}
+    error = await refused(gateway.pay("other"))
+    assert error.reason is Reason.CONNECTOR_UNAVAILABLE
+
+
+async def test_a_rule_with_a_learned_order_asks_the_ranking_within_a_priority() -> None:
+    gateway = Routed(
+        """
+        format = 1
+        [[rule]]
+        name = "learned"
+        order = "learned"
+        targets = [
+            { account = "acc_a" }, { account = "acc_b" }, { connector = "c", priority = 2 },
+        ]
+        """
+    )
+    operation = await gateway.pay()
+    told = record.decode(operation.note)
+    assert told is not None
+    assert [each.connector for each in told.candidates] == ["b", "a", "c"]
+    assert [(each.candidate.connector, each.score) for each in told.scores] == [
+        ("b", 0.0),
+        ("a", -1.0),
+    ]
+
+
+# --- the book of rules ----------------------------------------------------------------------------
+
+
+async def test_rules_that_cannot_be_read_leave_those_before_in_force(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = Source(RULES)
+    book = RuleBook(source)
+    await book.refresh()
+    later = AT.replace(year=AT.year + 1)
+    source.active = [ActiveRules(MERCHANT, Mode.TEST, 5, "format = 9", later)]
+    await book.refresh()
+    found = book.find(MERCHANT, Mode.TEST)
+    assert found is not None
+    assert found[0] == 4
+    assert "cannot be read" in caplog.text
+    assert book.find(MERCHANT, Mode.LIVE) is None
+
+
+async def test_rules_that_were_put_out_of_force_decide_nothing() -> None:
+    source = Source(RULES)
+    book = RuleBook(source)
+    await book.refresh()
+    later = AT.replace(year=AT.year + 1)
+    source.active = [ActiveRules(MERCHANT, Mode.TEST, 0, "", later)]
+    await book.refresh()
+    assert book.find(MERCHANT, Mode.TEST) is None
