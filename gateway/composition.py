@@ -24,6 +24,8 @@ from gateway.application.admission import AdmissionLimits, open_gates
 from gateway.application.notifications import Received
 from gateway.application.ports import Connector, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
+from gateway.application.routing import Routing, RuleBook
+from gateway.application.routing_administration import RoutingAdministration
 from gateway.application.usecases import Limits, Payments
 from gateway.application.verification import Audit
 from gateway.connectors.accounts import AccountBook
@@ -46,6 +48,7 @@ from gateway.rpc.auth import Authenticator, AuthLimits
 from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.decoding import ContractDecoder
 from gateway.rpc.peers import PeerIdentities
+from gateway.rpc.routing import RoutingService
 from gateway.rpc.server import GrpcServer, ServerOptions
 from gateway.rpc.service import Observer, PaymentService, RpcLimits
 from gateway.rpc.tokens import KeyLimits, SigningKeys, TokenRules, TokenVerifier
@@ -69,7 +72,7 @@ from storage.postgres import (
 )
 from storage.postgres.migrate import MigrationBusy, MigrationChanged, migrate
 from storage.postgres.store import NOTIFICATIONS
-from storage.redis import Claims, RedisClient
+from storage.redis import Claims, Reattempts, RedisClient
 
 if TYPE_CHECKING:
     from gateway.telemetry.tracing import Tracing
@@ -156,6 +159,12 @@ class Gateway:
             await self._open_connectors(tracing), self.connector_accounts
         )
         stack.push_async_callback(self.connectors.close)
+        self.rules = await self._open_rules()
+        routing = Routing(
+            self.connectors,
+            rules=self.rules,
+            reattempts=Reattempts(redis, settings.redis_buckets),
+        )
         encoder = ContractEncoder()
         admission = open_gates(self._admission_limits())
         self.metrics.watch_admission(admission)
@@ -167,6 +176,7 @@ class Gateway:
             self._limits(),
             self.metrics,
             MeasuredOccupancy(admission.payments, self.metrics),
+            routing,
         )
         self.service = PaymentService(
             self.payments if tracing is None else tracing.use_cases(self.payments),
@@ -207,7 +217,14 @@ class Gateway:
             Administration(self.store, self.payments.outcomes),
             lambda filter_: Audit(self.store.audit, ContractDecoder(), filter_),
         )
-        self.server = GrpcServer(self.service, server_options(settings), wrap, admin)
+        routing_service = RoutingService(
+            self.service,
+            admission.lists,
+            RoutingAdministration(self.store.routing_rules, self.connectors, routing, self.rules),
+        )
+        self.server = GrpcServer(
+            self.service, server_options(settings), wrap, admin, routing_service
+        )
         try:
             if settings.workers == 1:  # of several workers, the supervisor serves them
                 await self._serve_metrics()
@@ -222,6 +239,8 @@ class Gateway:
         self._background.append(asyncio.create_task(self._watch_readiness(), name="readiness"))
         accounts = self.connector_accounts.run(settings.connector_accounts_interval_s)
         self._background.append(asyncio.create_task(accounts, name="connector-accounts"))
+        rules = self.rules.run(settings.connector_accounts_interval_s)
+        self._background.append(asyncio.create_task(rules, name="routing-rules"))
         lag = sample_lag(self.metrics.loop_lagged)
         self._background.append(asyncio.create_task(lag, name="loop-lag"))
 
@@ -403,6 +422,14 @@ class Gateway:
             self._stack.push_async_callback(book.close)
             await book.refresh()
         except (ConnectorsMisconfigured, StoreUnavailable) as error:
+            raise StartError(str(error)) from error
+        return book
+
+    async def _open_rules(self) -> RuleBook:
+        book = RuleBook(self.store.routing_rules)
+        try:
+            await book.refresh()
+        except StoreUnavailable as error:
             raise StartError(str(error)) from error
         return book
 

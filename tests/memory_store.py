@@ -758,8 +758,8 @@ class ManyRoutes:
     def route(self, merchant_id: str, mode: Mode) -> Route | None:
         """See the port."""
         for account_id, served in self.accounts(merchant_id, mode).items():
-            if served.enabled and served.connector is not None:
-                return Route(served.connector, account_id)
+            if served.enabled:
+                return Route(self.by_name[served.connector_name], account_id)
         return None
 
     def accounts(self, merchant_id: str, mode: Mode) -> Mapping[str, Served]:

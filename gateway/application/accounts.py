@@ -33,6 +33,10 @@ class Scope(StrEnum):
     """GetPayment, ListPayments, GetOperation."""
     PAYMENTS_ADMIN = "payments:admin"
     """All of AdminService: settling doubts, discrepancies, the audit."""
+    ROUTING_READ = "routing:read"
+    """RoutingService's reads: rules, their versions, explanations, connectors."""
+    ROUTING_WRITE = "routing:write"
+    """Putting routing rules and putting them into force."""
     ADMIN = "admin"
     """Reserved for the administration of accounts; opens no method."""
 

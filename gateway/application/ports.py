@@ -127,8 +127,8 @@ class ConnectorRequest:
     Only the caller's own sending has them; whoever asks or cancels later does without."""
 
 
-class Connector(Protocol):
-    """A payment service provider. No method raises for what the network or the PSP does."""
+class Described(Protocol):
+    """What is known of a connector without asking it."""
 
     @property
     def name(self) -> str:
@@ -137,6 +137,10 @@ class Connector(Protocol):
     @property
     def capabilities(self) -> Capabilities:
         """What the PSP can do."""
+
+
+class Connector(Described, Protocol):
+    """A payment service provider. No method raises for what the network or the PSP does."""
 
     async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
         """Send one attempt and wait at most `answer_timeout_s` for its answer.
@@ -188,7 +192,7 @@ class Served(NamedTuple):
     priority: int
     enabled: bool
     """Otherwise it takes no new payments."""
-    connector: Connector | None
+    connector: Described | None
     """None where the account cannot be used, as where its credentials cannot be opened."""
 
 

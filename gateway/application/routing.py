@@ -56,6 +56,8 @@ class ActiveRules(NamedTuple):
     """0: the merchant has none any more."""
     text: str
     activated_at: datetime
+    number: int
+    """Of the merchant's activations in this mode: the highest is the last."""
 
 
 class RuleSource(Protocol):
@@ -71,7 +73,7 @@ class RuleSource(Protocol):
 class _Compiled(NamedTuple):
     version: int
     rules: Rules
-    activated_at: datetime
+    number: int
 
 
 class RuleBook:
@@ -106,7 +108,7 @@ class RuleBook:
     def _take(self, active: ActiveRules) -> None:
         key = active.merchant_id, active.mode
         known = self._rules.get(key)
-        if known is not None and known.activated_at >= active.activated_at:
+        if known is not None and known.number >= active.number:
             return
         rules = Rules(())
         if active.version:
@@ -120,7 +122,7 @@ class RuleBook:
                     extra={"merchant_id": active.merchant_id, "version": active.version},
                 )
                 return
-        self._rules[key] = _Compiled(active.version, rules, active.activated_at)
+        self._rules[key] = _Compiled(active.version, rules, active.number)
 
 
 # --- a decision -----------------------------------------------------------------------------------
@@ -137,47 +139,40 @@ class Reattempts(Protocol):
         """
 
 
-class Step(NamedTuple):
-    """A candidate with its connector."""
-
-    candidate: Candidate
-    connector: Connector
-
-
 @dataclass(slots=True)
 class Plan:
-    """Where an authorization may go, one after the other."""
+    """Where an authorization may go, one account after the other."""
 
-    steps: list[Step]
+    decision: RouteDecision
     attempts_max: int
     soft: AbstractSet[ResponseCode]
-    """The declines after which the next one is asked."""
-    note: str
+    """The declines after which the next account is asked."""
+    note: str = ""
     """The decision as `Operation.note` keeps it; empty without rules."""
-    decision: RouteDecision
-    facts: Facts | None
+    facts: Facts | None = None
     """None without rules."""
-    segment: Segment | None
+    segment: Segment | None = None
     _taken: int = 0
     _attempts: int = 0
 
-    def take(self, availability: Availability | None) -> Step | None:
-        """The next one that may be asked now; None where the attempts or the steps are used up."""
+    def take(self, availability: Availability | None) -> Candidate | None:
+        """The next one that may be asked now; None where attempts or accounts are used up."""
         if self._attempts >= self.attempts_max:
             return None
-        while self._taken < len(self.steps):
-            step = self.steps[self._taken]
+        candidates = self.decision.candidates
+        while self._taken < len(candidates):
+            candidate = candidates[self._taken]
             self._taken += 1
             method = "" if self.segment is None else self.segment.method
-            if availability is None or availability.admit(step.candidate, method) is None:
+            if availability is None or availability.admit(candidate, method) is None:
                 self._attempts += 1
-                return step
+                return candidate
         return None
 
     @property
     def more(self) -> bool:
         """Whether there may be another attempt."""
-        return self._attempts < self.attempts_max and self._taken < len(self.steps)
+        return self._attempts < self.attempts_max and self._taken < len(self.decision.candidates)
 
 
 class Routing:
@@ -223,48 +218,32 @@ class Routing:
             refused = self._availability.refusal(candidate, segment.method)
             if refused is not None:
                 raise _unavailable(connector.name, refused)
-        return Plan(
-            [Step(candidate, connector)],
-            1,
-            frozenset(),
-            "",
-            RouteDecision((candidate,)),
-            None,
-            segment,
-        )
+        return Plan(RouteDecision((candidate,)), 1, frozenset(), segment=segment)
 
     def plan_by(self, version: int, rules: Rules, command: Authorize, payment_id: str) -> Plan:
         """Where a new payment may go by these rules. Raises GatewayError."""
-        plan, refusals = self.consider(version, rules, command, payment_id)
-        if plan.steps:
-            return plan
-        if not plan.decision.excluded:
-            raise _nowhere(command)
-        candidate, reason = plan.decision.excluded[0]
-        for other, refused in plan.decision.excluded:
-            if refused in _FOR_NOW:  # what passes by itself comes before what has to be changed
-                raise _unavailable(other.connector, refused)
-        refusal = refusals.get(candidate)
-        raise _unavailable(candidate.connector, reason) if refusal is None else refusal
+        plan, refusal = self.consider(version, rules, command, payment_id)
+        if refusal is not None:
+            raise refusal
+        return plan
 
     def consider(
         self, version: int, rules: Rules, command: Authorize, payment_id: str
-    ) -> tuple[Plan, Mapping[Candidate, GatewayError]]:
-        """As `plan_by`, with a plan of no step where a payment may go nowhere, and why."""
+    ) -> tuple[Plan, GatewayError | None]:
+        """Where a new payment may go by these rules, or why it may go nowhere."""
         facts = command.facts()
         segment = _segment(command, facts)
         choice = rules.choose(facts, command.amount_minor, command.currency, payment_id)
         served = self._router.accounts(command.merchant_id, command.mode)
-        groups = _usual_groups(served) if choice is None else choice.groups
-        steps: list[Step] = []
+        candidates: list[Candidate] = []
         excluded: list[Excluded] = []
         scores: list[Scored] = []
         refusals: dict[Candidate, GatewayError] = {}
         seen: set[str] = set()
-        for group in groups:
-            kept: list[Step] = []
+        for group in _usual_groups(served) if choice is None else choice.groups:
+            kept: list[Candidate] = []
             for target in group:
-                for each in _accounts(target, served):
+                for each in accounts_of(target, served):
                     if each.account_id in seen:
                         continue
                     seen.add(each.account_id)
@@ -272,21 +251,18 @@ class Routing:
                         each.connector_name, each.account_id, target.priority, target.weight
                     )
                     reason = self._exclusion(command, segment, each, candidate, refusals)
-                    if reason is not None:
+                    if reason is None:
+                        kept.append(candidate)
+                    else:
                         excluded.append(Excluded(candidate, reason))
-                    elif each.connector is not None:
-                        kept.append(Step(candidate, each.connector))
             if len(kept) > 1 and self._ranking is not None and _is_learned(choice):
                 draw = stable_hash("draw", payment_id)
-                ranked = self._ranking.rank(
-                    segment, [step.candidate for step in kept], command.amount_minor, draw
-                )
-                by_candidate = {step.candidate: step for step in kept}
-                kept = [by_candidate[scored.candidate] for scored in ranked]
+                ranked = self._ranking.rank(segment, kept, command.amount_minor, draw)
+                kept = [each.candidate for each in ranked]
                 scores += ranked
-            steps += kept
+            candidates += kept
         decision = RouteDecision(
-            tuple(step.candidate for step in steps),
+            tuple(candidates),
             tuple(excluded),
             version,
             "" if choice is None else choice.rule.name,
@@ -294,18 +270,11 @@ class Routing:
             "" if choice is None else choice.arm,
             tuple(scores),
         )
-        return (
-            Plan(
-                steps,
-                1 if choice is None else choice.rule.attempts_max,
-                frozenset() if choice is None else choice.rule.cascade_on,
-                record.encode(decision),
-                decision,
-                facts,
-                segment,
-            ),
-            refusals,
-        )
+        attempts_max = 1 if choice is None else choice.rule.attempts_max
+        soft = frozenset[ResponseCode]() if choice is None else choice.rule.cascade_on
+        note = record.encode(decision)
+        plan = Plan(decision, attempts_max, soft, note, facts, segment)
+        return plan, None if candidates else _refusal(command, decision, refusals)
 
     def _exclusion(
         self,
@@ -328,16 +297,21 @@ class Routing:
             return None
         return self._availability.refusal(candidate, segment.method)
 
-    def take(self, plan: Plan) -> Step | None:
-        """The plan's next step that may be begun now."""
-        return plan.take(self._availability)
+    def take(self, plan: Plan) -> tuple[Candidate, Connector] | None:
+        """The plan's next account that may be asked now, with its connector."""
+        candidate = plan.take(self._availability)
+        if candidate is None:
+            return None
+        connector = self._router.connector(candidate.connector, candidate.connector_account_id)
+        return None if connector is None else (candidate, connector)
 
-    def first(self, plan: Plan) -> Step:
-        """The plan's first step. Raises GatewayError where none may be begun now."""
-        step = plan.take(self._availability)
-        if step is None:
-            raise _unavailable(plan.steps[0].candidate.connector, Exclusion.PROBES_TAKEN)
-        return step
+    def first(self, plan: Plan) -> tuple[Candidate, Connector]:
+        """The plan's first account. Raises GatewayError where none may be asked now."""
+        taken = self.take(plan)
+        if taken is None:
+            candidate = plan.decision.candidates[0]
+            raise _unavailable(candidate.connector, Exclusion.PROBES_TAKEN)
+        return taken
 
     def check_follow_up(self, operation: Operation, connector: Connector) -> None:
         """Raises GatewayError where a payment's account must not be asked now."""
@@ -379,7 +353,8 @@ def _segment(command: Authorize, facts: Facts) -> Segment:
     )
 
 
-def _accounts(target: Target, served: Mapping[str, Served]) -> Sequence[Served]:
+def accounts_of(target: Target, served: Mapping[str, Served]) -> Sequence[Served]:
+    """The merchant's accounts that a target names, the lowest priority number first."""
     if target.account:
         found = served.get(target.account)
         return () if found is None else (found,)
@@ -400,6 +375,18 @@ def _nowhere(command: Authorize) -> GatewayError:
         f"No connector serves the merchant in mode {command.mode.name}.",
         mode=command.mode.name,
     )
+
+
+def _refusal(
+    command: Authorize, decision: RouteDecision, refusals: Mapping[Candidate, GatewayError]
+) -> GatewayError:
+    """Why a payment may go nowhere: what passes by itself before what has to be changed."""
+    for candidate, reason in decision.excluded:
+        if reason in _FOR_NOW:
+            return _unavailable(candidate.connector, reason)
+    for candidate, reason in decision.excluded:
+        return refusals.get(candidate) or _unavailable(candidate.connector, reason)
+    return _nowhere(command)
 
 
 def _unavailable(connector: str, reason: Exclusion) -> GatewayError:

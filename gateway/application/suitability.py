@@ -1,12 +1,12 @@
 """What a connector's capabilities refuse before an intent is written: nothing was sent, or kept."""
 
 from gateway.application.commands import Authorize
-from gateway.application.ports import Capabilities, Connector, MethodRule
+from gateway.application.ports import Capabilities, Described, MethodRule
 from gateway.domain.errors import GatewayError, Reason, Violation, refuse
 from gateway.domain.model import Operation, OperationKind
 
 
-def check_authorization(command: Authorize, connector: Connector) -> None:
+def check_authorization(command: Authorize, connector: Described) -> None:
     """Raises GatewayError for what the connector cannot do with a new payment."""
     capabilities = connector.capabilities
     paths = command.used_fields - capabilities.supported_fields
@@ -37,7 +37,7 @@ def check_authorization(command: Authorize, connector: Connector) -> None:
     _check_amount(command.amount_minor, command.currency, connector, capabilities)
 
 
-def _check_method(command: Authorize, rule: MethodRule, connector: Connector) -> None:
+def _check_method(command: Authorize, rule: MethodRule, connector: Described) -> None:
     """What the connector's rule for the method says. Raises GatewayError."""
     country = command.customer_country
     if country and rule.countries is not None and country not in rule.countries:
@@ -67,7 +67,7 @@ def _check_method(command: Authorize, rule: MethodRule, connector: Connector) ->
         )
 
 
-def check_follow_up(operation: Operation, connector: Connector) -> None:
+def check_follow_up(operation: Operation, connector: Described) -> None:
     """Raises GatewayError for what the connector cannot do with an existing payment."""
     _check_kind(operation.kind, connector)
     capabilities = connector.capabilities
@@ -75,7 +75,7 @@ def check_follow_up(operation: Operation, connector: Connector) -> None:
         _check_amount(operation.amount_minor, operation.currency, connector, capabilities)
 
 
-def _check_kind(kind: OperationKind, connector: Connector) -> None:
+def _check_kind(kind: OperationKind, connector: Described) -> None:
     if kind not in connector.capabilities.operations:
         raise refuse(
             Reason.OPERATION_NOT_SUPPORTED,
@@ -86,7 +86,7 @@ def _check_kind(kind: OperationKind, connector: Connector) -> None:
 
 
 def _check_amount(
-    amount_minor: int, currency: str, connector: Connector, capabilities: Capabilities
+    amount_minor: int, currency: str, connector: Described, capabilities: Capabilities
 ) -> None:
     if capabilities.amounts is None:
         return

@@ -730,19 +730,20 @@ class Payments:
             return None
         if follows is cascade.Next.REATTEMPT and not await self._may_reattempt(command, plan):
             return None
-        step = self._routing.take(plan)
-        if step is None:
+        taken = self._routing.take(plan)
+        if taken is None:
             return None
+        candidate, connector = taken
         again = decisions.cascade(
             begun.payment,
             begun.operation,
             answer,
-            connector=step.connector.name,
-            connector_account_id=step.candidate.connector_account_id,
+            connector=candidate.connector,
+            connector_account_id=candidate.connector_account_id,
         )
         started = time.monotonic()
         try:
-            stored = await self._write_again(begun.operation, again, step.connector)
+            stored = await self._write_again(begun.operation, again, connector)
         except StoreUnavailable:
             self._observer.outcome_lost(begun.operation)
             raise

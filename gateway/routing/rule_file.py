@@ -50,7 +50,7 @@ _METHOD: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _COUNTRY: Final = re.compile(r"[A-Z]{2}")
 _CURRENCY: Final = re.compile(r"[A-Z]{3}")
 _METADATA_KEY: Final = re.compile(r"[A-Za-z0-9_.-]{1,40}")
-_BIN_RANGE: Final = re.compile(r"([0-9]{6,8})(?:-([0-9]{6,8}))?")
+_BIN_RANGE: Final = re.compile(r"([0-9]{6,8})(?:\.\.([0-9]{6,8}))?")
 _CHANNELS: Final = ("ECOMMERCE", "MAIL_ORDER", "TELEPHONE_ORDER")
 
 _E = TypeVar("_E", bound=StrEnum)
@@ -332,7 +332,7 @@ class _Reader:
         for each in self._values(value, path):
             match = _BIN_RANGE.fullmatch(each) if isinstance(each, str) else None
             if match is None:
-                self._wrong(path, 'must be BINs of 6 to 8 digits, as "411111" or "411111-411119"')
+                self._wrong(path, 'must be BINs of 6 to 8 digits, as "411111" or "411111..411119"')
                 continue
             first, last = match[1], match[2] or match[1]
             low = int(first.ljust(BIN_DIGITS_MAX, "0"))

@@ -1,10 +1,8 @@
 """The handlers of AdminService: counted, admitted and logged as PaymentService's."""
 
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from datetime import datetime
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final
 from uuid import UUID
 
 import grpc
@@ -21,18 +19,19 @@ from gateway.application.administration import (
     DoubtEntry,
     RecordedDiscrepancy,
 )
-from gateway.application.admission import Gate, Stage, Work
+from gateway.application.admission import Gate
 from gateway.application.ports import Resolution
 from gateway.application.verification import AuditFactory, Progress, Summary
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.ids import is_operation_id
 from gateway.domain.invariants import Finding
 from gateway.domain.model import DoubtOutcome
-from gateway.rpc import conversion, validation
+from gateway.rpc import conversion
 from gateway.rpc.auth import resolve_merchant
 from gateway.rpc.conversion import Caller, to_microseconds
 from gateway.rpc.paging import decode_page_token, encode_page_token, filter_digest
 from gateway.rpc.service import Context, PaymentService
+from gateway.rpc.unary import Reply, Unary, checked
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
 VERIFY: Final = "VerifyInvariants"
@@ -47,16 +46,6 @@ REQUEST_TYPES: Final[tuple[type[Message], ...]] = (
     pb.ListDiscrepanciesRequest,
     pb.VerifyInvariantsRequest,
 )
-
-_M = TypeVar("_M", bound=Message)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    """An encoded answer, and the payment that it is about."""
-
-    data: bytes
-    payment_id: str = ""
 
 
 class AdminService:
@@ -74,13 +63,22 @@ class AdminService:
 
     def method_handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """The handlers by the names of their methods, without (de)serializers."""
-        door, gate = self._door, self._gate
-        unary: tuple[_Unary[Any], ...] = (
-            _Unary(door, gate, "ListInDoubt", pb.ListInDoubtRequest, self._list_in_doubt),
-            _Unary(door, gate, "ResolveInDoubt", pb.ResolveInDoubtRequest, self._resolve),
-            _Unary(
-                door,
-                gate,
+        around = self._door, self._gate, Scope.PAYMENTS_ADMIN
+        unary: tuple[Unary[Any], ...] = (
+            Unary(
+                *around,
+                "ListInDoubt",
+                pb.ListInDoubtRequest,
+                self._list_in_doubt,
+            ),
+            Unary(
+                *around,
+                "ResolveInDoubt",
+                pb.ResolveInDoubtRequest,
+                self._resolve,
+            ),
+            Unary(
+                *around,
                 "ListDiscrepancies",
                 pb.ListDiscrepanciesRequest,
                 self._list_discrepancies,
@@ -97,7 +95,7 @@ class AdminService:
 
     async def _list_in_doubt(
         self, principal: Principal, caller: Caller, request: pb.ListInDoubtRequest
-    ) -> _Reply:
+    ) -> Reply:
         digest = filter_digest(request, caller)
         after = decode_page_token(digest, request.page_token, is_operation_id)
         page = await self._administration.list_doubts(
@@ -110,11 +108,11 @@ class AdminService:
                 "" if page.next_after is None else encode_page_token(digest, page.next_after)
             ),
         )
-        return _Reply(answer.SerializeToString())
+        return Reply(answer.SerializeToString())
 
     async def _list_discrepancies(
         self, principal: Principal, caller: Caller, request: pb.ListDiscrepanciesRequest
-    ) -> _Reply:
+    ) -> Reply:
         digest = filter_digest(request, caller)
         after = decode_page_token(digest, request.page_token, _is_uuid)
         page = await self._administration.list_discrepancies(
@@ -126,11 +124,11 @@ class AdminService:
                 "" if page.next_after is None else encode_page_token(digest, page.next_after)
             ),
         )
-        return _Reply(answer.SerializeToString())
+        return Reply(answer.SerializeToString())
 
     async def _resolve(
         self, principal: Principal, caller: Caller, request: pb.ResolveInDoubtRequest
-    ) -> _Reply:
+    ) -> Reply:
         merchant_id = resolve_merchant(principal, request.merchant_id).merchant_id
         caller.merchant_id = merchant_id
         resolved = await self._administration.resolve(
@@ -154,7 +152,7 @@ class AdminService:
         rest = pb.ResolveInDoubtResponse(
             resolution=_resolution(resolved.resolution), replayed=resolved.replayed
         )
-        return _Reply(
+        return Reply(
             # The operation and its payment have the field numbers of every money answer.
             conversion.encode_found(resolved.found) + rest.SerializeToString(),
             resolved.found.payment.payment_id,
@@ -167,7 +165,7 @@ class AdminService:
         try:
             door.admit(call, len(data))
             principal = await door.identify(call, Scope.PAYMENTS_ADMIN)
-            _checked(pb.VerifyInvariantsRequest, data, principal, call)
+            checked(pb.VerifyInvariantsRequest, data, principal, call)
             if self._audits >= AUDITS_MAX:
                 raise GatewayError(
                     Reason.OVERLOADED, "Another audit is running.", retry_after_s=AUDIT_RETRY_S
@@ -195,64 +193,6 @@ async def _until(
         if stop():
             raise GatewayError(Reason.DRAINING, "This server is shutting down.")
         yield each
-
-
-class _Unary(Generic[_M]):
-    """One unary method: what stands around its call."""
-
-    def __init__(
-        self,
-        door: PaymentService,
-        gate: Gate,
-        method: str,
-        request_type: type[_M],
-        perform: Callable[[Principal, Caller, _M], Awaitable[_Reply]],
-    ) -> None:
-        self.method = method
-        self._door = door
-        self._gate = gate
-        self._request_type = request_type
-        self._perform = perform
-
-    async def serve(self, data: bytes, context: Context) -> bytes:
-        """The handler."""
-        door, gate = self._door, self._gate
-        call = door.begin(self.method, context)
-        try:
-            door.admit(call, len(data))
-            principal = await door.identify(call, Scope.PAYMENTS_ADMIN)
-            # A list may be of many merchants: an organisation has one share of the room.
-            gate.admit(principal.organisation_id, Work.LIST)
-            try:
-                request = _checked(self._request_type, data, principal, call)
-                began = time.perf_counter()
-                reply = await self._perform(principal, call, request)
-                gate.passed(Stage.READ, time.perf_counter() - began)
-            finally:
-                gate.release(principal.organisation_id)
-            call.payment_id = reply.payment_id
-        except Exception as error:  # noqa: BLE001 - its text must not reach the client
-            await door.failed(call, context, error)
-        except BaseException:
-            door.abandoned(call)
-            raise
-        door.answered(call, context)
-        return reply.data
-
-
-def _checked(request_type: type[_M], data: bytes, principal: Principal, caller: Caller) -> _M:
-    """The request, valid and without card data; the merchant that it names, if any, to `caller`.
-
-    Raises GatewayError.
-    """
-    request: Any = validation.parse(request_type, data)
-    if validation.is_suspect(data):
-        validation.refuse_card_numbers(request, None)
-    validation.validate(request)
-    if request.merchant_id:
-        caller.merchant_id = resolve_merchant(principal, request.merchant_id).merchant_id
-    checked: _M = request
-    return checked
 
 
 def _filter(

@@ -119,6 +119,9 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
         Reason.METHOD_NOT_FOUND: Rule(
             _C.UNIMPLEMENTED, "The service has no method of this name; compare the versions."
         ),
+        Reason.ROUTING_RULES_NOT_FOUND: Rule(
+            _C.NOT_FOUND, "The merchant has no such version of routing rules in this mode."
+        ),
         Reason.IDEMPOTENCY_KEY_REUSED: Rule(
             _C.ALREADY_EXISTS,
             "The key belongs to another payload; nothing was done. Use a new key for a new call.",

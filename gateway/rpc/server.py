@@ -23,6 +23,9 @@ from gateway.rpc import validation
 from gateway.rpc.admin import REQUEST_TYPES as ADMIN_REQUEST_TYPES
 from gateway.rpc.admin import SERVICE_NAME as ADMIN_SERVICE_NAME
 from gateway.rpc.admin import AdminService
+from gateway.rpc.routing import REQUEST_TYPES as ROUTING_REQUEST_TYPES
+from gateway.rpc.routing import SERVICE_NAME as ROUTING_SERVICE_NAME
+from gateway.rpc.routing import RoutingService
 from gateway.rpc.service import SERVICE_NAME, PaymentService
 from gateway.rpc.system import (
     HEALTH_SERVICE,
@@ -107,12 +110,18 @@ class GrpcServer:
         options: ServerOptions,
         wrap: Callable[[Handlers], Handlers] | None = None,
         admin: AdminService | None = None,
+        routing: RoutingService | None = None,
     ) -> None:
         _check(options)
         self._wrap = wrap
         self._service = service
         self._admin = admin
-        self._names = (SERVICE_NAME,) if admin is None else (SERVICE_NAME, ADMIN_SERVICE_NAME)
+        self._routing = routing
+        self._names = (
+            SERVICE_NAME,
+            *(() if admin is None else (ADMIN_SERVICE_NAME,)),
+            *(() if routing is None else (ROUTING_SERVICE_NAME,)),
+        )
         self._options = options
         # The native transport reserves the trailer's name: a call that ends with it never ends.
         service.pushback = options.transport != "native"
@@ -129,7 +138,12 @@ class GrpcServer:
 
     async def start(self) -> int:
         """Bind, serve, and return the port. Raises ServerConfigError."""
-        validation.warm(ADMIN_REQUEST_TYPES if self._admin is not None else ())
+        validation.warm(
+            (
+                *(() if self._admin is None else ADMIN_REQUEST_TYPES),
+                *(() if self._routing is None else ROUTING_REQUEST_TYPES),
+            )
+        )
         options = self._options
         if options.transport == "native":
             _remove_litter()
@@ -152,6 +166,8 @@ class GrpcServer:
         yield SERVICE_NAME, handlers if self._wrap is None else self._wrap(handlers)
         if self._admin is not None:
             yield ADMIN_SERVICE_NAME, self._admin.method_handlers()
+        if self._routing is not None:
+            yield ROUTING_SERVICE_NAME, self._routing.method_handlers()
         yield HEALTH_SERVICE, self._health.method_handlers()
         if self._options.reflection:
             reflection = Reflection(self._names).method_handlers()

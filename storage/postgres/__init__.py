@@ -10,6 +10,7 @@ from storage.postgres.lanes import LaneLimits
 from storage.postgres.migrate import check_schema, required_version
 from storage.postgres.notifications import Notifications
 from storage.postgres.pool import durability, durability_problems, system_generation
+from storage.postgres.routing import RoutingRules
 from storage.postgres.store import PostgresStore, open_reader
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Notifications",
     "OrganisationRow",
     "PostgresStore",
+    "RoutingRules",
     "RowRefused",
     "SchemaError",
     "check_schema",

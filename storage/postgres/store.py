@@ -45,6 +45,7 @@ from storage.postgres.migrate import check_schema
 from storage.postgres.notifications import Notifications, keeping_lane
 from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections, durability
 from storage.postgres.queries import Query, query, run
+from storage.postgres.routing import RoutingRules
 from storage.postgres.row_security import (
     READER,
     RECOVERER,
@@ -288,6 +289,7 @@ class PostgresStore:
         self.accounts = Accounts(self._direct)
         self.audit = PostgresAudit(self._direct, _load_aggregates)
         self.connector_accounts = ConnectorAccounts(self._direct)
+        self.routing_rules = RoutingRules(self._direct)
         if connect:
             await asyncio.gather(*(connections.open() for connections in held.values()))
 

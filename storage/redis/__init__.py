@@ -7,12 +7,14 @@ from storage.redis.claims import (
     NoClaimMetrics,
 )
 from storage.redis.connection import RedisAway, RedisClient, RedisRefused
+from storage.redis.reattempts import Reattempts
 
 __all__ = [
     "NONCE_BYTES",
     "ClaimMetrics",
     "Claims",
     "NoClaimMetrics",
+    "Reattempts",
     "RedisAway",
     "RedisClient",
     "RedisRefused",

@@ -77,7 +77,7 @@ class Source:
     """Implements RuleSource with rules that the test sets."""
 
     def __init__(self, text: str, version: int = 4) -> None:
-        self.active = [ActiveRules(MERCHANT, Mode.TEST, version, text, AT)]
+        self.active = [ActiveRules(MERCHANT, Mode.TEST, version, text, AT, 1)]
 
     async def active_since(self, since: object) -> Sequence[ActiveRules]:
         return self.active
@@ -596,7 +596,7 @@ async def test_rules_that_cannot_be_read_leave_those_before_in_force(
     book = RuleBook(source)
     await book.refresh()
     later = AT.replace(year=AT.year + 1)
-    source.active = [ActiveRules(MERCHANT, Mode.TEST, 5, "format = 9", later)]
+    source.active = [ActiveRules(MERCHANT, Mode.TEST, 5, "format = 9", later, 2)]
     await book.refresh()
     found = book.find(MERCHANT, Mode.TEST)
     assert found is not None
@@ -610,6 +610,6 @@ async def test_rules_that_were_put_out_of_force_decide_nothing() -> None:
     book = RuleBook(source)
     await book.refresh()
     later = AT.replace(year=AT.year + 1)
-    source.active = [ActiveRules(MERCHANT, Mode.TEST, 0, "", later)]
+    source.active = [ActiveRules(MERCHANT, Mode.TEST, 0, "", later, 2)]
     await book.refresh()
     assert book.find(MERCHANT, Mode.TEST) is None

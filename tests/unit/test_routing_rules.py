@@ -76,9 +76,9 @@ CATCH_ALL = '[[rule]]\nname = "rest"\ntargets = [{ account = "acc_rest" }]\n'
         ('bin = "411111"', Facts(bin="411112"), 1, "EUR", False),
         ('bin = "411111"', Facts(), 1, "EUR", False),
         # Six digits are not enough to know that the card is in a range of eight.
-        ('bin = "41111100-41111149"', Facts(bin="411111"), 1, "EUR", False),
-        ('bin = "41111100-41111149"', Facts(bin="41111149"), 1, "EUR", True),
-        ('bin = ["400000-409999", "410000-419999"]', Facts(bin="411111"), 1, "EUR", True),
+        ('bin = "41111100..41111149"', Facts(bin="411111"), 1, "EUR", False),
+        ('bin = "41111100..41111149"', Facts(bin="41111149"), 1, "EUR", True),
+        ('bin = ["400000..409999", "410000..419999"]', Facts(bin="411111"), 1, "EUR", True),
         ('metadata = { tier = ["gold"] }', Facts(metadata={"tier": "gold"}), 1, "EUR", True),
         ('metadata = { tier = ["gold"] }', Facts(metadata={"tier": "tin"}), 1, "EUR", False),
         ('metadata = { tier = ["gold"] }', Facts(), 1, "EUR", False),
@@ -244,7 +244,7 @@ TARGETS = 'targets = [{ account = "acc_1" }]\n'
         ),
         (ONE + TARGETS + 'when = { bin = "41111" }', "rule[0].when.bin"),
         (ONE + TARGETS + 'when = { bin = "4111111111111111" }', "rule[0].when.bin"),
-        (ONE + TARGETS + 'when = { bin = "411119-411111" }', "rule[0].when.bin"),
+        (ONE + TARGETS + 'when = { bin = "411119..411111" }', "rule[0].when.bin"),
         (ONE + TARGETS + 'when = { channel = "SHOP" }', "rule[0].when.channel"),
         (ONE + TARGETS + 'when = { issuer_country = "Germany" }', "rule[0].when.issuer_country"),
         (ONE + TARGETS + 'when = { metadata = { "a b" = "c" } }', "rule[0].when.metadata"),
@@ -309,7 +309,7 @@ def test_a_cascade_that_comes_to_an_account_again_is_refused() -> None:
     ("earlier", "later", "word"),
     [
         ('currency = ["EUR", "USD"]', 'currency = "EUR"', "never reached"),
-        ('bin = "400000-499999"', 'bin = "411111"', "never reached"),
+        ('bin = "400000..499999"', 'bin = "411111"', "never reached"),
         (
             'currency = "EUR", amount_minor = { min = 1 }',
             'currency = "EUR", amount_minor = { min = 5, max = 9 }',
@@ -317,7 +317,7 @@ def test_a_cascade_that_comes_to_an_account_again_is_refused() -> None:
         ),
         ('metadata = { a = ["1", "2"] }', 'metadata = { a = "1", b = "2" }', "never reached"),
         ('currency = "EUR"', 'scheme = "visa"', "overlaps"),
-        ('bin = "411111-411119"', 'bin = "411115-411125"', "overlaps"),
+        ('bin = "411111..411119"', 'bin = "411115..411125"', "overlaps"),
         ('currency = "EUR"', 'currency = "USD"', ""),
         ('bin = "411111"', 'bin = "411112"', ""),
         # The special case before the general one is how rules are meant to be written.
@@ -353,7 +353,7 @@ _CONDITIONS = st.fixed_dictionaries(
     optional={
         "currency": st.sets(st.sampled_from(["EUR", "USD"]), min_size=1),
         "scheme": st.sets(st.sampled_from(["visa", "mastercard"]), min_size=1),
-        "bin": st.sets(st.sampled_from(["411111", "411111-411112", "41111150"]), min_size=1),
+        "bin": st.sets(st.sampled_from(["411111", "411111..411112", "41111150"]), min_size=1),
         "issuer_country": st.sets(st.sampled_from(["DE", "FR"]), min_size=1),
     },
 )

@@ -1,0 +1,119 @@
+-- Routing rules: few rows, read into memory by every gateway.
+
+-- :name put
+-- The next version, or the newest one where its text is the same. No version where another call took
+-- the number; no row without the merchant.
+WITH newest AS (
+    SELECT version, rules
+    FROM routing_rules
+    WHERE merchant_id = :merchant_id::text AND mode = :mode::int2
+    ORDER BY version DESC
+    LIMIT 1
+),
+put AS (
+    INSERT INTO routing_rules (
+        merchant_id, mode, version, rules, reason, created_by, request_id
+    )
+    SELECT
+        merchant_id, :mode::int2, coalesce((SELECT version FROM newest), 0) + 1, :rules::text,
+        :reason::text, :created_by::text, :request_id::text
+    FROM merchants
+    WHERE merchant_id = :merchant_id::text
+        AND NOT EXISTS (SELECT FROM newest WHERE rules = :rules::text)
+    ON CONFLICT DO NOTHING
+    RETURNING version
+)
+SELECT coalesce(
+    (SELECT version FROM put), (SELECT version FROM newest WHERE rules = :rules::text)
+) AS version
+FROM merchants
+WHERE merchant_id = :merchant_id::text;
+
+-- :name activate
+-- No row where the version does not exist, or another one than expected is in force, or another call
+-- took the number.
+INSERT INTO routing_activations (
+    merchant_id, mode, number, version, reason, activated_by, request_id
+)
+SELECT
+    merchant_id, :mode::int2, coalesce(last.number, 0) + 1, :version::int4, :reason::text,
+    :activated_by::text, :request_id::text
+FROM merchants
+LEFT JOIN LATERAL ({{last}}) AS last ON true
+WHERE merchant_id = :merchant_id::text
+    AND (
+        :version::int4 = 0
+        OR EXISTS (
+            SELECT FROM routing_rules
+            WHERE merchant_id = :merchant_id::text
+                AND mode = :mode::int2
+                AND version = :version::int4
+        )
+    )
+    AND coalesce(last.version, 0) = :expected::int4
+ON CONFLICT DO NOTHING
+RETURNING version;
+
+-- :name active
+SELECT coalesce(last.version, 0) AS version
+FROM merchants
+LEFT JOIN LATERAL ({{last}}) AS last ON true
+WHERE merchant_id = :merchant_id::text;
+
+-- :name list
+-- The newest first, without their texts unless one is asked for.
+SELECT
+    rules.version, rules.reason, rules.created_by, rules.created_at,
+    CASE WHEN :version::int4 IS NULL THEN '' ELSE rules.rules END AS rules,
+    last.version IS NOT NULL AND last.version = rules.version AS active,
+    activation.activated_at, activation.activated_by, activation.reason AS activation_reason
+FROM routing_rules AS rules
+LEFT JOIN LATERAL ({{last}}) AS last ON true
+LEFT JOIN LATERAL (
+    SELECT activated_at, activated_by, reason
+    FROM routing_activations
+    WHERE merchant_id = rules.merchant_id
+        AND mode = rules.mode
+        AND routing_activations.version = rules.version
+    ORDER BY number DESC
+    LIMIT 1
+) AS activation ON true
+WHERE rules.merchant_id = :merchant_id::text
+    AND rules.mode = :mode::int2
+    AND (:version::int4 IS NULL OR rules.version = :version::int4)
+    AND (:before_version::int4 IS NULL OR rules.version < :before_version::int4)
+ORDER BY rules.version DESC
+LIMIT :page_size::int4;
+
+-- :name active_since
+-- A transaction that began earlier may be seen later, by at most as long as its statement may take.
+SELECT DISTINCT ON (activation.merchant_id, activation.mode)
+    activation.merchant_id, activation.mode, activation.number, activation.version,
+    activation.activated_at, coalesce(rules.rules, '') AS rules
+FROM routing_activations AS activation
+LEFT JOIN routing_rules AS rules
+    ON rules.merchant_id = activation.merchant_id
+    AND rules.mode = activation.mode
+    AND rules.version = activation.version
+WHERE :since::timestamptz IS NULL
+    OR activation.activated_at >= :since::timestamptz - make_interval(secs => :overlap_s::float8)
+ORDER BY activation.merchant_id, activation.mode, activation.number DESC;
+
+-- :name past_payments
+-- The newest first.
+SELECT
+    payment_id, requested_minor, currency, capture_method, details, connector,
+    connector_account_id
+FROM payments
+WHERE merchant_id = :merchant_id::text
+    AND mode = :mode::int2
+    AND created_at >= now() - make_interval(days => :days::int4)
+ORDER BY created_at DESC, payment_id DESC
+LIMIT :payments_max::int4;
+
+-- :fragment last
+SELECT number, version
+FROM routing_activations
+WHERE merchant_id = :merchant_id::text AND mode = :mode::int2
+ORDER BY number DESC
+LIMIT 1
