@@ -10,6 +10,7 @@ from gateway.connectors.http import HttpClient, Limits
 from gateway.connectors.kinds import ConnectorKind
 from gateway.connectors.notifications import NotificationSource
 from gateway.connectors.sealing import LocalKeys
+from gateway.connectors.simulator.kind import SimulatorKind
 from gateway.connectors.stripe.kind import StripeKind
 from gateway.connectors.stripe.notifications import StripeNotifications
 from gateway.settings import Settings
@@ -41,6 +42,13 @@ def configured_kinds(settings: Settings) -> list[ConnectorKind]:
         body_bytes_max=BRAINTREE_BODY_BYTES_MAX,
     )
     return [
+        SimulatorKind(
+            Limits(
+                connections_max=settings.simulator_connections_max,
+                connect_timeout_s=settings.simulator_connect_timeout_s,
+            ),
+            settings.simulator_answer_timeout_s,
+        ),
         StripeKind(
             _pool(settings, "Stripe", settings.stripe_url, stripe_limits),
             url=settings.stripe_url,

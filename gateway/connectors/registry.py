@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from gateway.application.connector_accounts import PRIORITY_DEFAULT
 from gateway.application.ports import Connector, Route, Served
 from gateway.connectors.accounts import AccountBook
+from gateway.domain.ids import is_account_id
 from gateway.domain.model import Mode
 
 
@@ -54,7 +55,8 @@ class ConnectorRegistry:
             connector = self._accounts.connector(connector_account_id)
             if connector is not None:
                 return connector if connector.name == name else None
-        return self._by_name.get(name)
+        # An account that has gone is not another PSP of the same name.
+        return None if is_account_id(connector_account_id) else self._by_name.get(name)
 
     async def close(self) -> None:
         """Close the connectors' connections."""

@@ -72,6 +72,7 @@ def _syntax(kind: str) -> Callable[[str], object]:
 _payment = _syntax("payment")
 _operation = _syntax("operation")
 _merchant = _syntax("merchant")
+_account = _syntax("connector_account")
 _organisation = _syntax("organisation")
 _key = _syntax("key")
 _request = _syntax("request")
@@ -90,6 +91,11 @@ def is_operation_id(text: str) -> bool:
 def is_merchant_id(text: str) -> bool:
     """Whether `text` has the form of a merchant's id."""
     return _merchant(text) is not None
+
+
+def is_account_id(text: str) -> bool:
+    """Whether `text` has the form of an id of a merchant's account at a PSP."""
+    return _account(text) is not None
 
 
 def is_organisation_id(text: str) -> bool:

@@ -3,6 +3,8 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -17,6 +19,7 @@ from gateway.application.ports import (
 )
 from gateway.connectors import values
 from gateway.connectors.http import HttpClient, Limits, MaybeSent, NotSent, Response
+from gateway.connectors.kinds import narrowed
 from gateway.connectors.schemes import ADVICE, AVS, CVV, ISO8583_CODES
 from gateway.connectors.simulator.profiles import FIELDS, Profile
 from gateway.domain.errors import Reason
@@ -104,16 +107,20 @@ class SimulatorConnector:
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
         limits: Limits | None = None,
         more_headers: Callable[[], str] | None = None,
+        token: str = "",
+        told: Mapping[str, object] = MappingProxyType({}),
     ) -> None:
         """Connects to nothing yet. Raises ValueError for a URL that is not http://host[:port].
 
-        `limits` and `more_headers` are those of HttpClient.
+        `limits` and `more_headers` are those of HttpClient; `token` is sent in the place of every
+        payment's, where it is given; `told` narrows the capabilities, as `narrowed` says.
         """
         self._http = HttpClient(url, limits, more_headers)
         self._url = url.rstrip("/")
         self._profile = profile
         self._name = name
-        self._capabilities = Capabilities(
+        self._token = token
+        usual = Capabilities(
             mode=mode,
             idempotent_by_reference=profile.idempotent_by_reference,
             key_validity_s=profile.key_validity_s,
@@ -123,6 +130,7 @@ class SimulatorConnector:
             supported_fields=SUPPORTED_FIELDS,
             methods=METHODS,
         )
+        self._capabilities = narrowed(usual, usual, told)
 
     @property
     def name(self) -> str:
@@ -153,6 +161,8 @@ class SimulatorConnector:
     async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
         """See the port."""
         kind = request.kind.name.lower()
+        if self._token:
+            request = replace(request, payment_method_token=self._token)
         fields = {
             name: value
             for name, value in request.fields.items()

@@ -1,0 +1,281 @@
+"""Routing rules in a real database: versions, what is in force, and who sees what; reattempts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+
+from gateway.application.ports import AmountRule, Served
+from gateway.application.routing import Routing, RuleBook
+from gateway.application.routing_administration import (
+    Author,
+    RoutingAdministration,
+    check_accounts,
+)
+from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.ids import new_merchant_id
+from gateway.domain.model import Mode
+from gateway.routing.cascade import ReattemptLimit
+from gateway.routing.rule_file import RulesInvalid, read_rules
+from storage.embedded import EmbeddedRedis
+from storage.postgres import PostgresStore, RoutingRules
+from storage.redis import Reattempts, RedisClient
+from tests.memory_store import CAPABLE, ManyRoutes, ScriptedConnector
+
+pytestmark = pytest.mark.integration
+
+RULES = 'format = 1\n[[rule]]\nname = "all"\ntargets = [{ account = "acc_a" }]\n'
+OTHER = RULES.replace("acc_a", "acc_b")
+WHY = Author("key_1", "The fees of the other are lower.", "req_1")
+
+
+@pytest.fixture
+async def merchant_id(store: PostgresStore) -> str:
+    organisation_id = await store.accounts.create_organisation("o")
+    return await store.accounts.create_merchant(organisation_id, "m")
+
+
+@pytest.fixture
+def rules(store: PostgresStore) -> RoutingRules:
+    return store.routing_rules
+
+
+@pytest.fixture
+def router() -> ManyRoutes:
+    return ManyRoutes(*(ScriptedConnector(CAPABLE, name) for name in "abc"))
+
+
+@pytest.fixture
+def administration(rules: RoutingRules, router: ManyRoutes) -> RoutingAdministration:
+    return RoutingAdministration(rules, router, Routing(router))
+
+
+async def refused(call: Coroutine[Any, Any, object]) -> Reason:
+    with pytest.raises(GatewayError) as raised:
+        await call
+    return raised.value.reason
+
+
+async def test_versions_are_numbered_and_the_same_file_is_the_same_version(
+    rules: RoutingRules, merchant_id: str
+) -> None:
+    assert await rules.put(merchant_id, Mode.TEST, RULES, WHY) == 1
+    assert await rules.put(merchant_id, Mode.TEST, RULES, WHY) == 1
+    assert await rules.put(merchant_id, Mode.TEST, OTHER, WHY) == 2
+    assert await rules.put(merchant_id, Mode.TEST, RULES, WHY) == 3
+    assert await rules.put(merchant_id, Mode.LIVE, RULES, WHY) == 1
+    found = await rules.versions(merchant_id, Mode.TEST, before_version=3, page_size=10)
+    assert [(each.version, each.text, each.created_by) for each in found] == [
+        (2, "", "key_1"),
+        (1, "", "key_1"),
+    ]
+    second = await rules.find(merchant_id, Mode.TEST, 2)
+    assert second is not None
+    assert (second.text, second.reason, second.active) == (OTHER, WHY.reason, False)
+
+
+async def test_rules_of_a_merchant_that_does_not_exist_are_refused(rules: RoutingRules) -> None:
+    assert await refused(rules.put(new_merchant_id(), Mode.TEST, RULES, WHY)) is (
+        Reason.INVALID_REQUEST
+    )
+
+
+async def test_versions_that_are_put_at_once_get_numbers_of_their_own(
+    store: PostgresStore, dsn: str, merchant_id: str
+) -> None:
+    async def put(number: int) -> int:
+        async with RoutingRules.connect(dsn) as own:
+            return await own.put(merchant_id, Mode.TEST, f"{RULES}# {number}", WHY)
+
+    assert sorted(await asyncio.gather(*map(put, range(4)))) == [1, 2, 3, 4]
+
+
+async def test_what_is_in_force_is_recorded_and_read_by_every_gateway(
+    administration: RoutingAdministration, rules: RoutingRules, merchant_id: str
+) -> None:
+    book = RuleBook(rules)
+    await book.refresh()
+    assert book.find(merchant_id, Mode.TEST) is None
+    version, _ = await administration.put(merchant_id, Mode.TEST, RULES, WHY, activate=True)
+    await book.refresh()
+    found = book.find(merchant_id, Mode.TEST)
+    assert found is not None
+    assert (found[0], found[1].rules[0].name) == (version, "all")
+    assert book.find(merchant_id, Mode.LIVE) is None
+
+    again = Author("login:ann", "It was better before, ticket 2.")
+    await administration.put(merchant_id, Mode.TEST, OTHER, WHY, activate=True)
+    assert await administration.activate(merchant_id, Mode.TEST, 1, again) == 2
+    # Repeated, it changes nothing.
+    assert await administration.activate(merchant_id, Mode.TEST, 1, WHY) == 1
+    first = await administration.get(merchant_id, Mode.TEST, 0)
+    assert (first.version, first.active, first.activated_by) == (1, True, "login:ann")
+    assert first.activation_reason == again.reason
+    second = await administration.get(merchant_id, Mode.TEST, 2)
+    assert (second.active, second.activated_by) == (False, "key_1")
+
+    assert await administration.activate(merchant_id, Mode.TEST, 0, WHY) == 1
+    await book.refresh()
+    assert book.find(merchant_id, Mode.TEST) is None
+    assert await refused(administration.get(merchant_id, Mode.TEST, 0)) is (
+        Reason.ROUTING_RULES_NOT_FOUND
+    )
+    # One that starts anew reads the same.
+    another = RuleBook(rules)
+    await another.refresh()
+    assert another.find(merchant_id, Mode.TEST) is None
+
+
+async def test_another_version_than_the_expected_one_is_not_replaced(
+    administration: RoutingAdministration, merchant_id: str
+) -> None:
+    await administration.put(merchant_id, Mode.TEST, RULES, WHY, activate=True)
+    version, _ = await administration.put(merchant_id, Mode.TEST, OTHER, WHY, activate=False)
+    assert await refused(
+        administration.activate(merchant_id, Mode.TEST, version, WHY, expected=0)
+    ) is (Reason.CONTENTION)
+    assert await administration.activate(merchant_id, Mode.TEST, version, WHY, expected=1) == 1
+
+
+async def test_of_two_activations_at_once_one_sees_the_other(
+    store: PostgresStore, rules: RoutingRules, merchant_id: str
+) -> None:
+    for text in (RULES, OTHER):
+        await rules.put(merchant_id, Mode.TEST, text, WHY)
+    won = await asyncio.gather(
+        *(rules.activate(merchant_id, Mode.TEST, version, 0, WHY) for version in (1, 2))
+    )
+    assert sorted(won) == [False, True]
+
+
+async def test_a_version_that_does_not_exist_is_not_put_into_force(
+    administration: RoutingAdministration, merchant_id: str
+) -> None:
+    assert await refused(administration.activate(merchant_id, Mode.TEST, 7, WHY)) is (
+        Reason.ROUTING_RULES_NOT_FOUND
+    )
+
+
+async def test_a_version_whose_account_has_gone_is_not_put_into_force(
+    administration: RoutingAdministration, router: ManyRoutes, merchant_id: str
+) -> None:
+    version, _ = await administration.put(merchant_id, Mode.TEST, RULES, WHY, activate=False)
+    del router.by_name["a"]
+    assert await refused(administration.activate(merchant_id, Mode.TEST, version, WHY)) is (
+        Reason.INVALID_REQUEST
+    )
+
+
+# --- rules and accounts ---------------------------------------------------------------------------
+
+
+def served(**currencies: list[str]) -> dict[str, Served]:
+    """Accounts at connectors that take these currencies."""
+    found: dict[str, Served] = {}
+    for name, codes in currencies.items():
+        amounts = {code: AmountRule(step_minor=10, amount_minor_max=1000) for code in codes}
+        connector = ScriptedConnector(replace(CAPABLE, amounts=amounts), name)
+        found[f"acc_{name}"] = Served(f"acc_{name}", name, 1, True, connector)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("rule", "path"),
+    [
+        ('targets = [{ account = "acc_x" }]', "rule[0].targets"),
+        ('targets = [{ connector = "x" }]', "rule[0].targets"),
+        ('targets = [{ account = "acc_a" }]\nwhen = { currency = "USD" }', "rule[0].when.currency"),
+        (
+            (
+                'targets = [{ account = "acc_a" }]\n'
+                'when = { currency = "EUR", amount_minor = { min = 1001 } }'
+            ),
+            "rule[0].when.amount_minor",
+        ),
+        (
+            (
+                'targets = [{ account = "acc_a" }]\n'
+                'when = { currency = "EUR", amount_minor = { min = 11, max = 19 } }'
+            ),
+            "rule[0].when.amount_minor",
+        ),
+        ('targets = [{ account = "acc_a" }]\nwhen = { method = "ideal" }', "rule[0].when.method"),
+    ],
+)
+def test_what_no_account_of_the_merchant_can_do_is_refused(rule: str, path: str) -> None:
+    file = read_rules(f'format = 1\n[[rule]]\nname = "a"\n{rule}\n')
+    with pytest.raises(RulesInvalid) as raised:
+        check_accounts(file.rules, served(a=["EUR"], b=["GBP"]))
+    assert [problem.path for problem in raised.value.problems] == [path]
+
+
+def test_what_one_of_the_targets_can_do_is_taken() -> None:
+    file = read_rules(
+        'format = 1\n[[rule]]\nname = "a"\nthen = "b"\n'
+        'when = { currency = ["EUR", "GBP"], amount_minor = { min = 11, max = 20 } }\n'
+        'targets = [{ account = "acc_a" }]\n'
+        '[[rule]]\nname = "b"\ntargets = [{ connector = "b" }]\n'
+    )
+    assert check_accounts(file.rules, served(a=["EUR"], b=["GBP"])) == []
+
+
+def test_a_target_that_takes_no_payments_now_is_warned_of() -> None:
+    file = read_rules(RULES)
+    disabled = {name: each._replace(enabled=False) for name, each in served(a=["EUR"]).items()}
+    [warning] = check_accounts(file.rules, disabled)
+    assert "takes no new payments" in warning.text
+
+
+# --- reattempts -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def client(redis: EmbeddedRedis) -> AsyncIterator[RedisClient]:
+    client = RedisClient(redis.url, timeout_ms=5000, connect_timeout_ms=5000)
+    yield client
+    await client.close()
+
+
+async def test_a_card_is_tried_again_as_often_as_every_window_allows(client: RedisClient) -> None:
+    reattempts = Reattempts(client, buckets=4)
+    merchant = new_merchant_id()
+    limits = (ReattemptLimit(60, 2), ReattemptLimit(3600, 3))
+    assert [await reattempts.take(merchant, "tok_1", limits) for _ in range(4)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    # What was not allowed was not counted, and another card, or merchant, is its own.
+    wider = (ReattemptLimit(3600, 3),)
+    assert [await reattempts.take(merchant, "tok_1", wider) for _ in range(2)] == [True, False]
+    assert await reattempts.take(merchant, "tok_2", limits)
+    assert await reattempts.take(new_merchant_id(), "tok_1", limits)
+
+
+async def test_reattempts_older_than_the_window_count_no_more(client: RedisClient) -> None:
+    reattempts = Reattempts(client, buckets=1)
+    merchant = new_merchant_id()
+    limits = (ReattemptLimit(3600, 1),)
+    assert await reattempts.take(merchant, "tok_1", limits)
+    [key] = await client.execute("KEYS", f"*:reattempts:{merchant}:*")
+    assert b"tok_1" not in key
+    [member] = await client.execute("ZRANGE", key, "0", "-1")
+    long_ago_ms = int(datetime.now(UTC).timestamp() * 1000) - 3_601_000
+    await client.execute("ZADD", key, str(long_ago_ms), member)
+    assert await reattempts.take(merchant, "tok_1", limits)
+    assert await client.execute("ZCARD", key) == 1
+    assert 0 < await client.execute("TTL", key) <= 3600
+
+
+async def test_without_redis_no_card_is_tried_again() -> None:
+    away = RedisClient("redis://127.0.0.1:1", timeout_ms=50, connect_timeout_ms=50)
+    try:
+        assert not await Reattempts(away, 1).take("mer_1", "tok_1", (ReattemptLimit(60, 5),))
+    finally:
+        await away.close()
