@@ -20,6 +20,7 @@ ATTEMPTS_MAX: Final = 5
 """How many accounts may be asked for one authorization."""
 ATTEMPTS_DEFAULT: Final = 2
 BIN_DIGITS_MAX: Final = 8
+_BIN_END: Final[int] = 10**BIN_DIGITS_MAX
 
 
 class Facts(NamedTuple):
@@ -104,8 +105,12 @@ class Conditions:
     channel: frozenset[str] | None = None
     metadata: Mapping[str, frozenset[str]] | None = None
 
-    def hold(self, facts: Facts, amount_minor: int, currency: str) -> bool:
-        """Whether all conditions hold; what is not known meets none."""
+    def hold(
+        self, facts: Facts, bins: tuple[int, int] | None, amount_minor: int, currency: str
+    ) -> bool:
+        """Whether all conditions hold; what is not known meets none. `bins` is `bins_of` the
+        facts' BIN.
+        """
         span = self.amount_minor
         return (
             (self.currency is None or currency in self.currency)
@@ -114,7 +119,7 @@ class Conditions:
             and (self.scheme is None or facts.scheme in self.scheme)
             and (self.issuer_country is None or facts.issuer_country in self.issuer_country)
             and (self.channel is None or facts.channel in self.channel)
-            and (self.bin is None or _has_bin(self.bin, facts.bin))
+            and (self.bin is None or (bins is not None and _has_bins(self.bin, bins)))
             and (
                 self.metadata is None
                 or all(facts.metadata.get(key) in its for key, its in self.metadata.items())
@@ -221,8 +226,9 @@ class Rules:
 
     def match(self, facts: Facts, amount_minor: int, currency: str) -> Rule | None:
         """The first rule whose conditions hold."""
+        bins = bins_of(facts.bin)
         for rule in self._by_currency.get(currency, self._of_any):
-            if rule.when.hold(facts, amount_minor, currency):
+            if rule.when.hold(facts, bins, amount_minor, currency):
                 return rule
         return None
 
@@ -317,14 +323,17 @@ def _draw(rule: str, target: Target, key: str) -> float:
 # --- conditions -----------------------------------------------------------------------------------
 
 
-def _has_bin(ranges: Ranges, digits: str) -> bool:
-    """Whether all cards of a BIN, however many of its digits are known, are in the ranges."""
+def bins_of(digits: str) -> tuple[int, int] | None:
+    """The first and the last BIN of eight digits that begin so; None where nothing is known."""
     if not digits:
-        return False
-    low = int(digits.ljust(BIN_DIGITS_MAX, "0"))
-    high = int(digits.ljust(BIN_DIGITS_MAX, "9"))
-    index = bisect_right(ranges, (low, 10**BIN_DIGITS_MAX)) - 1
-    return index >= 0 and ranges[index][0] <= low and high <= ranges[index][1]
+        return None
+    return int(digits.ljust(BIN_DIGITS_MAX, "0")), int(digits.ljust(BIN_DIGITS_MAX, "9"))
+
+
+def _has_bins(ranges: Ranges, bins: tuple[int, int]) -> bool:
+    """Whether all of these BINs are in the ranges."""
+    index = bisect_right(ranges, (bins[0], _BIN_END)) - 1
+    return index >= 0 and bins[1] <= ranges[index][1]
 
 
 def _covers(mine: frozenset[str] | None, its: frozenset[str] | None) -> bool:

@@ -66,6 +66,9 @@ TIMES_CACHED_MAX: Final = 256
 """How many times are kept as messages: those of an operation and its payment are the same, and all
 of a batch have the same intent's time."""
 
+ROUTES_CACHED_MAX: Final = 1024
+"""How many route decisions are kept decoded: payments that were decided alike share one."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 # --- wire format ----------------------------------------------------------------------------------
@@ -492,7 +495,12 @@ def encode_operation(operation: Operation) -> bytes:
 def _route(operation: Operation) -> payment_pb2.Route | None:
     if not operation.note or operation.kind not in (OperationKind.AUTHORIZE, OperationKind.VERIFY):
         return None
-    decision = record.decode(operation.note)
+    return _decode_route(operation.note)
+
+
+@lru_cache(maxsize=ROUTES_CACHED_MAX)
+def _decode_route(note: str) -> payment_pb2.Route | None:
+    decision = record.decode(note)
     return None if decision is None else route_message(decision)
 
 
