@@ -154,6 +154,8 @@ async def test_a_payment_cascades_to_the_account_that_takes_it_and_tells_its_way
         repeat = await caller.authorize(idempotency_key=key, capture_method="MANUAL")
         assert repeat.replay.replayed
         assert bytes_without_replay(repeat) == bytes_without_replay(answer)
+        told = await caller.payment(answer.payment.payment_id)
+        assert told.operations[0] == operation
         # What follows goes to the account that has the money.
         captured = await caller.capture(answer.payment.payment_id, 1000)
         assert captured.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
@@ -340,5 +342,6 @@ def test_the_command_line_checks_puts_explains_and_simulates(shop: Shop) -> None
     assert '"rule": "cli"' in explained
     simulated = run("simulate", str(file), *who).stdout
     assert "would go elsewhere" in simulated
+    assert CliRunner().invoke(main, ["verify"], env=shop.system.settings).exit_code == 0
     activated = run("activate", "0", *who, "--reason", WHY).stdout
     assert activated == f"in force: none; before: {version}\n"
