@@ -277,8 +277,8 @@ def _beyond_all(path: str, rule: Rule, reached: Sequence[Served]) -> Iterable[Pr
             yield Problem(f"{path}.when.currency", f"no target takes {code}")
         elif not any(_takes(each, rule.when.amount_minor) for each in amounts):
             yield Problem(f"{path}.when.amount_minor", f"no target can express it in {code}")
-    for method in sorted((rule.when.method or frozenset()) - {"card"}):
-        if not any("payment_method.redirect" in each.supported_fields for each in capabilities):
+    for method in sorted(rule.when.method or ()):
+        if not any(method in each.methods for each in capabilities):
             yield Problem(f"{path}.when.method", f"no target takes {method}")
 
 

@@ -391,9 +391,9 @@ def event_for(
     """What an answer means for an operation at a time.
 
     An authorization without effect that a void has cancelled is CANCELED: as NOT_SENT, a repeat of
-    its call would execute it after all. One that was declined before its last attempt, which was not
-    sent, is DECLINED. One that ends without effect after its customer's time, and that no void has
-    cancelled, is EXPIRED, whoever ended it.
+    its call would execute it after all. One that was declined before its last attempt, which was
+    not sent, is DECLINED. One that ends without effect after its customer's time, and that no void
+    has cancelled, is EXPIRED, whoever ended it.
     """
     event = event_of(answer)
     if event in _WITHOUT_EFFECT:

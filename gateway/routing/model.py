@@ -17,8 +17,8 @@ class Segment(NamedTuple):
     merchant_id: str
     mode: Mode
     method: str
-    """The payment method: `card` (a token, a network token, a stored method), or a redirect's
-    type, as `ideal`. Empty for what is done to an existing payment."""
+    """The payment method as capabilities name it: `card`, `network_token`, or the contract's
+    method_type, as `ideal`. Empty for what is done to an existing payment."""
     scheme: str = ""
     """The card scheme, lower case, as `visa`."""
     currency: str = ""
@@ -48,6 +48,9 @@ class Exclusion(StrEnum):
     UNUSABLE = "UNUSABLE"
     """The account cannot be used, as where its credentials cannot be opened."""
     FIELD_NOT_SUPPORTED = "FIELD_NOT_SUPPORTED"
+    FIELD_REQUIRED = "FIELD_REQUIRED"
+    METHOD_NOT_SUPPORTED = "METHOD_NOT_SUPPORTED"
+    COUNTRY_NOT_SUPPORTED = "COUNTRY_NOT_SUPPORTED"
     OPERATION_NOT_SUPPORTED = "OPERATION_NOT_SUPPORTED"
     CURRENCY_NOT_SUPPORTED = "CURRENCY_NOT_SUPPORTED"
     AMOUNT_NOT_SUPPORTED = "AMOUNT_NOT_SUPPORTED"

@@ -289,7 +289,7 @@ PAYMENT = {
 def test_every_field_of_an_operation_and_its_attempts_is_told() -> None:
     message = payment_pb2.Operation.FromString(conversion.encode_operation(operation()))
     assert message == ParseDict(OPERATION, payment_pb2.Operation())
-    # Nothing is left to tell, but for what else a customer might have to do, and what no refund has.
+    # Nothing is left to tell, but what else a customer might have to do, and what no refund has.
     others = {f"next_action.{action}" for action in ("qr_code", "voucher", "await_approval")}
     assert unset(message) == others | {"route"}
     assert unset(message.attempts[0]) == set()
