@@ -1,5 +1,6 @@
 """What the gateway keeps in Redis: the fast path, never the last word."""
 
+from storage.redis.breakers import RedisBreakers
 from storage.redis.claims import (
     NONCE_BYTES,
     ClaimMetrics,
@@ -7,6 +8,7 @@ from storage.redis.claims import (
     NoClaimMetrics,
 )
 from storage.redis.connection import RedisAway, RedisClient, RedisRefused
+from storage.redis.learning import RedisCounts
 from storage.redis.reattempts import Reattempts
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "NoClaimMetrics",
     "Reattempts",
     "RedisAway",
+    "RedisBreakers",
     "RedisClient",
+    "RedisCounts",
     "RedisRefused",
 ]

@@ -1,0 +1,120 @@
+"""Which accounts may be asked now: what persons have switched off, and what breakers have seen.
+
+A kill switch stops everything that would be sent to an account, or to all accounts of a connector;
+a maintenance window does so from one time to another. Captures, voids and refunds are refused too,
+before anything is written; recovery goes on asking about what was sent.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from enum import IntEnum
+
+from gateway.routing.breakers import Breakers
+from gateway.routing.model import Candidate, Exclusion
+
+
+class SuspensionKind(IntEnum):
+    """Why an account is asked nothing."""
+
+    KILL = 1
+    """A person switched it off, until a person switches it on again."""
+    MAINTENANCE = 2
+    """A window, which ends by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspension:
+    """A time in which an account is asked nothing, with who decided so and why."""
+
+    suspension_id: str
+    kind: SuspensionKind
+    merchant_id: str
+    """Empty: of every merchant."""
+    connector: str
+    account_id: str
+    """Empty: every account of the connector."""
+    method: str
+    """As `gateway.routing.model.Segment.method`; empty: everything."""
+    reason: str
+    created_by: str
+    begins_at: datetime
+    ends_at: datetime | None
+    begins_in_s: float
+    """By the database's clock, from when it was read."""
+    ends_in_s: float | None
+    """None: it does not end by itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    exclusion: Exclusion
+    method: str
+    begins: float
+    ends: float | None
+
+
+_EXCLUSIONS = {
+    SuspensionKind.KILL: Exclusion.KILLED,
+    SuspensionKind.MAINTENANCE: Exclusion.MAINTENANCE,
+}
+
+
+class AccountAvailability:
+    """Implements the port Availability: suspensions first, then breakers."""
+
+    def __init__(
+        self,
+        breakers: Breakers | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Without `breakers` persons alone decide."""
+        self._breakers = breakers
+        self._clock = clock
+        self._windows: dict[tuple[str, str], list[_Window]] = {}
+        """By connector and account; the account is empty where all are meant."""
+
+    def refusal(self, candidate: Candidate, method: str) -> Exclusion | None:
+        """See the port."""
+        if self._windows and (window := self._window(candidate, method)) is not None:
+            return window.exclusion
+        return None if self._breakers is None else self._breakers.refusal(candidate, method)
+
+    def admit(self, candidate: Candidate, method: str) -> Exclusion | None:
+        """See the port."""
+        if self._windows and (window := self._window(candidate, method)) is not None:
+            return window.exclusion
+        return None if self._breakers is None else self._breakers.admit(candidate, method)
+
+    def retry_after_s(self, candidate: Candidate, method: str) -> float | None:
+        """When a refused call may be worth another try, in seconds; None: nobody knows."""
+        if self._windows and (window := self._window(candidate, method)) is not None:
+            return None if window.ends is None else max(window.ends - self._clock(), 1.0)
+        return None if self._breakers is None else self._breakers.retry_after_s(candidate, method)
+
+    def _window(self, candidate: Candidate, method: str) -> _Window | None:
+        now = self._clock()
+        for account_id in (candidate.connector_account_id, ""):
+            for window in self._windows.get((candidate.connector, account_id), ()):
+                if (
+                    window.method in ("", method)
+                    and window.begins <= now
+                    and (window.ends is None or now < window.ends)
+                ):
+                    return window
+        return None
+
+    def suspend(self, suspensions: Iterable[Suspension], read_at: float) -> None:
+        """Take over the suspensions that are or are to come, in place of those before.
+
+        `read_at` is when they were asked for, by this object's clock.
+        """
+        windows: dict[tuple[str, str], list[_Window]] = {}
+        for each in suspensions:
+            ends = None if each.ends_in_s is None else read_at + each.ends_in_s
+            window = _Window(_EXCLUSIONS[each.kind], each.method, read_at + each.begins_in_s, ends)
+            windows.setdefault((each.connector, each.account_id), []).append(window)
+        for found in windows.values():  # a kill switch is what is told where both hold
+            found.sort(key=lambda window: window.exclusion is not Exclusion.KILLED)
+        self._windows = windows

@@ -1,0 +1,335 @@
+"""What a payment costs at an account: fees and interchange from a readable file, exact.
+
+The file is TOML. Percentages are texts with at most four decimals, amounts whole minor units, and
+nothing is rounded before the sum: fees are kept in millionths of a minor unit.
+
+    [objective]
+    margin_percentage = "30"      # what an approved payment is worth, of its amount
+
+    [[fee]]
+    account = "acc_…"
+    currency = "EUR"              # of the payment
+    valid_from = 2026-01-01       # UTC; may be left out, as valid_until, the first day without
+    percentage = "0.25"           # of an approved payment
+    fixed_minor = 5               # for an approved payment
+    attempt_minor = 2             # for each attempt, a declined one too
+
+    [[fee.interchange]]           # the first one that fits
+    scheme = "visa"
+    issuer_countries = ["DE", "FR"]
+    card_type = "debit"
+    percentage = "0.2"
+    fixed_minor = 0
+    cap_minor = 50
+
+Where a payment does not say what an interchange row asks for, the dearest row that may fit counts.
+"""
+
+import datetime as dt
+import re
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import pairwise
+from typing import Final, NamedTuple
+
+from gateway.domain.money import AMOUNT_MINOR_MAX
+from gateway.routing.model import Segment
+
+MICRO: Final = 1_000_000
+"""Fees are counted in millionths of a minor unit."""
+TEXT_CHARACTERS_MAX: Final = 256 * 1024
+FEES_MAX: Final = 2_000
+INTERCHANGES_MAX: Final = 500
+"""Of one fee."""
+
+_PERCENTAGE: Final = re.compile(r"\d{1,3}(\.\d{1,4})?")
+_CURRENCY: Final = re.compile(r"[A-Z]{3}")
+_COUNTRY: Final = re.compile(r"[A-Z]{2}")
+_SCHEME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_CARD_TYPES: Final = frozenset({"credit", "debit", "prepaid", "commercial"})
+_DAY_S: Final = 86_400
+_NEVER: Final = dt.date.max.toordinal()
+_EPOCH: Final = dt.date(1970, 1, 1).toordinal()
+
+
+class CostsRefused(Exception):
+    """The file cannot be used; the text says where and why."""
+
+
+class Interchange(NamedTuple):
+    """A class of interchange."""
+
+    scheme: str
+    """Empty: every one; so the next two."""
+    issuer_countries: frozenset[str]
+    card_type: str
+    ppm: int
+    """Of the amount, in millionths."""
+    fixed_micro: int
+    cap_micro: int | None
+
+    def micro(self, amount_minor: int) -> int:
+        """The interchange of an amount."""
+        fee = amount_minor * self.ppm + self.fixed_micro
+        return fee if self.cap_micro is None else min(fee, self.cap_micro)
+
+    def contradicts(self, scheme: str, country: str, card_type: str) -> bool:
+        """Whether the payment surely does not belong to it."""
+        return bool(
+            (self.scheme and scheme and scheme != self.scheme)
+            or (self.issuer_countries and country and country not in self.issuer_countries)
+            or (self.card_type and card_type and card_type != self.card_type)
+        )
+
+    def is_certain(self, scheme: str, country: str, card_type: str) -> bool:
+        """Whether the payment says all that it asks for."""
+        return (
+            (not self.scheme or bool(scheme))
+            and (not self.issuer_countries or bool(country))
+            and (not self.card_type or bool(card_type))
+        )
+
+
+class Fee(NamedTuple):
+    """What an account charges for payments of a currency, for a time."""
+
+    valid_from: int
+    """The proleptic Gregorian ordinal of a day."""
+    valid_until: int
+    """The first day without."""
+    ppm: int
+    fixed_micro: int
+    attempt_micro: int
+    interchange: tuple[Interchange, ...]
+
+
+class Cost(NamedTuple):
+    """What a payment costs, in millionths of a minor unit."""
+
+    attempt_micro: int
+    """Whatever becomes of it."""
+    approval_micro: int
+    """Where it is approved, besides."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """A merchant's costs."""
+
+    margin_ppm: int
+    """What an approved payment is worth, of its amount in millionths."""
+    fees: Mapping[tuple[str, str], tuple[Fee, ...]]
+    """By account and currency, in the order of their validity."""
+
+    def of(
+        self, account_id: str, segment: Segment, amount_minor: int, day: int, card_type: str = ""
+    ) -> Cost | None:
+        """What a payment costs at an account on a day; None where the file does not say."""
+        for fee in self.fees.get((account_id, segment.currency), ()):
+            if fee.valid_from <= day < fee.valid_until:
+                approval = amount_minor * fee.ppm + fee.fixed_micro
+                if fee.interchange:
+                    approval += _interchange_micro(fee, segment, amount_minor, card_type)
+                return Cost(fee.attempt_micro, approval)
+        return None
+
+
+def _interchange_micro(fee: Fee, segment: Segment, amount_minor: int, card_type: str) -> int:
+    known = segment.scheme, segment.issuer_country, card_type
+    dearest = 0
+    for each in fee.interchange:
+        if each.contradicts(*known):
+            continue
+        micro = each.micro(amount_minor)
+        dearest = max(dearest, micro)
+        if each.is_certain(*known):
+            break  # what stands below it never fits
+    return dearest
+
+
+class CostBook:
+    """The costs of all merchants that have some, in memory."""
+
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._costs: dict[str, tuple[int, Costs]] = {}
+
+    def put(self, merchant_id: str, version: int, costs: Costs) -> None:
+        """Take over a merchant's costs."""
+        self._costs[merchant_id] = version, costs
+
+    def keep(self, merchant_ids: Iterable[str]) -> None:
+        """Forget all other merchants'."""
+        for merchant_id in self._costs.keys() - set(merchant_ids):
+            del self._costs[merchant_id]
+
+    def version(self, merchant_id: str) -> int | None:
+        """Of the costs that are known."""
+        found = self._costs.get(merchant_id)
+        return None if found is None else found[0]
+
+    def costs(self, merchant_id: str) -> Costs | None:
+        """A merchant's."""
+        found = self._costs.get(merchant_id)
+        return None if found is None else found[1]
+
+    def today(self) -> int:
+        """The day in UTC, as the ordinal that validity is told by."""
+        return _EPOCH + int(self._clock() // _DAY_S)
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def parse_costs(text: str) -> Costs:
+    """Read a file. Raises CostsRefused."""
+    if len(text) > TEXT_CHARACTERS_MAX:
+        raise CostsRefused(f"more than {TEXT_CHARACTERS_MAX} characters")
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise CostsRefused(f"no TOML: {error}") from error
+    _only(document, "the file", {"objective", "fee"})
+    objective = _table(document.get("objective", {}), "[objective]")
+    _only(objective, "[objective]", {"margin_percentage"})
+    margin = objective.get("margin_percentage", "100")
+    listed = _tables(document.get("fee", []), "[[fee]]", FEES_MAX)
+    fees: dict[tuple[str, str], list[Fee]] = {}
+    for number, table in enumerate(listed, 1):
+        place = f"fee {number}"
+        account_id, currency, fee = _fee(table, place)
+        fees.setdefault((account_id, currency), []).append(fee)
+    for (account_id, currency), of_account in fees.items():
+        of_account.sort(key=lambda fee: fee.valid_from)
+        for earlier, later in pairwise(of_account):
+            if later.valid_from < earlier.valid_until:
+                day = dt.date.fromordinal(later.valid_from)
+                raise CostsRefused(f"{account_id} has two fees for {currency} on {day}")
+    return Costs(
+        _ppm(margin, "margin_percentage of [objective]"),
+        {key: tuple(of_account) for key, of_account in fees.items()},
+    )
+
+
+def _fee(table: Mapping[str, object], place: str) -> tuple[str, str, Fee]:
+    _only(
+        table,
+        place,
+        {
+            *("account", "currency", "valid_from", "valid_until", "percentage", "fixed_minor"),
+            *("attempt_minor", "interchange"),
+        },
+    )
+    account_id = table.get("account")
+    if not isinstance(account_id, str) or not 1 <= len(account_id) <= 64:
+        raise CostsRefused(f"{place}: `account` is the id of an account")
+    currency = _text(table, "currency", place, _CURRENCY, "three capital letters (ISO 4217)")
+    if not currency:
+        raise CostsRefused(f"{place}: `currency` is missing")
+    valid_from = _day(table, "valid_from", place, 1)
+    valid_until = _day(table, "valid_until", place, _NEVER)
+    if valid_from >= valid_until:
+        raise CostsRefused(f"{place}: it is never valid")
+    rows = _tables(table.get("interchange", []), f"{place}: interchange", INTERCHANGES_MAX)
+    interchange = tuple(
+        _interchange(row, f"{place}, interchange {number}") for number, row in enumerate(rows, 1)
+    )
+    for number, row in enumerate(interchange):
+        if any(_covers(earlier, row) for earlier in interchange[:number]):
+            raise CostsRefused(f"{place}, interchange {number + 1}: one above it always fits first")
+    fee = Fee(
+        valid_from,
+        valid_until,
+        _ppm(table.get("percentage", "0"), f"percentage of {place}"),
+        _micro(table, "fixed_minor", place),
+        _micro(table, "attempt_minor", place),
+        interchange,
+    )
+    return account_id, currency, fee
+
+
+def _interchange(table: Mapping[str, object], place: str) -> Interchange:
+    _only(
+        table,
+        place,
+        {"scheme", "issuer_countries", "card_type", "percentage", "fixed_minor", "cap_minor"},
+    )
+    countries = table.get("issuer_countries", [])
+    if not isinstance(countries, list) or not all(
+        isinstance(each, str) and _COUNTRY.fullmatch(each) for each in countries
+    ):
+        raise CostsRefused(f"{place}: `issuer_countries` are two capital letters each (ISO 3166)")
+    card_type = table.get("card_type", "")
+    if not isinstance(card_type, str) or (card_type and card_type not in _CARD_TYPES):
+        raise CostsRefused(f"{place}: `card_type` is one of {', '.join(sorted(_CARD_TYPES))}")
+    return Interchange(
+        _text(table, "scheme", place, _SCHEME, "in lower case, as `visa`"),
+        frozenset(countries),
+        card_type,
+        _ppm(table.get("percentage", "0"), f"percentage of {place}"),
+        _micro(table, "fixed_minor", place),
+        _micro(table, "cap_minor", place) if "cap_minor" in table else None,
+    )
+
+
+def _covers(earlier: Interchange, later: Interchange) -> bool:
+    """Whether all that fits the later one fits the earlier one."""
+    return (
+        earlier.scheme in ("", later.scheme)
+        and (
+            not earlier.issuer_countries
+            or (bool(later.issuer_countries) and later.issuer_countries <= earlier.issuer_countries)
+        )
+        and earlier.card_type in ("", later.card_type)
+    )
+
+
+def _only(table: Mapping[str, object], place: str, known: set[str]) -> None:
+    if unknown := table.keys() - known:
+        raise CostsRefused(f"{place}: there is no `{min(unknown)}`")
+
+
+def _table(value: object, place: str) -> Mapping[str, object]:
+    if not isinstance(value, dict):
+        raise CostsRefused(f"{place} is a table")
+    return value
+
+
+def _tables(value: object, place: str, limit: int) -> list[Mapping[str, object]]:
+    if not isinstance(value, list) or len(value) > limit:
+        raise CostsRefused(f"{place}: at most {limit} tables")
+    return [_table(each, place) for each in value]
+
+
+def _text(
+    table: Mapping[str, object], name: str, place: str, pattern: re.Pattern[str], form: str
+) -> str:
+    value = table.get(name, "")
+    if not isinstance(value, str) or (value and not pattern.fullmatch(value)):
+        raise CostsRefused(f"{place}: `{name}` is {form}")
+    return value
+
+
+def _ppm(value: object, place: str) -> int:
+    if not isinstance(value, str) or not _PERCENTAGE.fullmatch(value) or Decimal(value) > 100:
+        raise CostsRefused(f'{place}: a text from "0" to "100" with at most four decimals')
+    return int(Decimal(value) * 10_000)
+
+
+def _micro(table: Mapping[str, object], name: str, place: str) -> int:
+    value = table.get(name, 0)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= AMOUNT_MINOR_MAX:
+        raise CostsRefused(f"{place}: `{name}` is whole minor units, at least 0")
+    return value * MICRO
+
+
+def _day(table: Mapping[str, object], name: str, place: str, default: int) -> int:
+    value = table.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, dt.date) or isinstance(value, dt.datetime):
+        raise CostsRefused(f"{place}: `{name}` is a date, as 2026-01-31 without quotes")
+    return value.toordinal()

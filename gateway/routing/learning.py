@@ -1,0 +1,391 @@
+"""Routing by success: counts of each kind of payment that fade, and a choice that goes on learning.
+
+What is counted is kept for a payment's segment and for three wider ones, and a segment with few
+payments is thought of as the next wider one. The choice is Thompson sampling over Beta posteriors.
+Its probabilities are computed (by the normal approximation of the difference of two) instead of
+sampled, so that one draw decides, an explanation can tell them, and the share of payments that may
+go to another account than the best one, the exploration budget, is a bound and not a hope.
+
+With a merchant's costs the best account is the one of the largest expected margin:
+success × (worth of the payment - fees of an approval) - fees of an attempt.
+"""
+
+import asyncio
+import logging
+import math
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, NamedTuple, Protocol, TypeAlias
+
+from gateway.domain.model import ConnectorAnswer, Delivery, OperationKind, Verdict
+from gateway.routing.breakers import ExchangeUnavailable, is_failure
+from gateway.routing.costs import MICRO, CostBook, Costs
+from gateway.routing.model import Candidate, Scored, Segment
+
+EXCHANGED_MAX: Final = 500
+"""Segments that are exchanged with other processes at once."""
+DRAW_BITS: Final = 64
+
+SegmentKey: TypeAlias = tuple[str, ...]
+"""A segment or a wider one: the first of merchant, mode, method, currency, scheme, issuer country
+and channel."""
+AccountKey: TypeAlias = tuple[str, str]
+"""Connector and account."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LearningLimits:
+    """How it learns."""
+
+    half_life_s: float = 3600.0
+    """After so long a payment counts half."""
+    exploration_share: float = 0.05
+    """At most so many payments go to another account than the best one."""
+    prior_calls: float = 20.0
+    """What a wider segment tells weighs as much as so many payments."""
+    prior_success: float = 0.8
+    """What is thought of an account that nothing is known of."""
+    segments_max: int = 100_000
+    """In memory, wider ones included; beyond it the one without payments for longest is
+    forgotten."""
+
+
+class Increment(NamedTuple):
+    """What one process counted of an account in a segment."""
+
+    account: AccountKey
+    successes: float
+    failures: float
+
+
+class CountExchange(Protocol):
+    """Adds up what processes count."""
+
+    async def exchange(
+        self, increments: Mapping[SegmentKey, Sequence[Increment]], half_life_s: float
+    ) -> Mapping[SegmentKey, Sequence[Increment]]:
+        """Add, and learn of these segments what all have counted, faded to now.
+
+        Raises ExchangeUnavailable.
+        """
+
+
+class _Counts:
+    """Successes and failures, as they were at a time."""
+
+    __slots__ = ("at", "failures", "successes")
+
+    def __init__(self, successes: float, failures: float, at: float) -> None:
+        self.successes = successes
+        self.failures = failures
+        self.at = at
+
+
+class _Estimate(NamedTuple):
+    candidate: Candidate
+    success: float
+    calls: float
+    """That the success is known from, the prior's included."""
+    utility: float
+    variance: float
+    cost_minor: float
+
+
+class SuccessRanking:
+    """Implements the ports Ranking and Observer."""
+
+    def __init__(
+        self,
+        limits: LearningLimits,
+        costs: CostBook | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._limits = limits
+        self._costs = CostBook() if costs is None else costs
+        self._clock = clock
+        self._segments: OrderedDict[SegmentKey, dict[AccountKey, _Counts]] = OrderedDict()
+        self._pending: dict[SegmentKey, dict[AccountKey, list[float]]] = {}
+        """What others are to be told of, or to be asked for: then without counts."""
+
+    # --- Ranking ---
+
+    def rank(
+        self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int, draw: int
+    ) -> Sequence[Scored]:
+        """See the port."""
+        if not candidates:
+            return []
+        estimates = self._estimates(segment, candidates, amount_minor)
+        estimates.sort(key=_by_utility, reverse=True)
+        best = estimates[0]
+        chances = self._chances(estimates)
+        chosen = 0
+        left = draw / (1 << DRAW_BITS)
+        for place in range(1, len(estimates)):
+            left -= chances[place]
+            if left < 0:
+                chosen = place
+                break
+        scored = [
+            Scored(
+                each.candidate,
+                each.utility,
+                (
+                    ("success", each.success),
+                    ("calls", each.calls),
+                    ("cost_minor", each.cost_minor),
+                    ("first_share", chance),
+                ),
+            )
+            for each, chance in zip(estimates, chances, strict=True)
+        ]
+        if chosen and best is not estimates[chosen]:
+            scored.insert(0, scored.pop(chosen))
+        return scored
+
+    def _chances(self, estimates: Sequence[_Estimate]) -> list[float]:
+        """How often each is first; the best one comes first here."""
+        best = estimates[0]
+        chances = [0.0]
+        for each in estimates[1:]:
+            spread = math.sqrt(2 * (best.variance + each.variance))
+            ahead = best.utility - each.utility
+            if spread > 0:
+                chances.append(0.5 * math.erfc(ahead / spread))
+            else:
+                chances.append(0.0)
+        explored = sum(chances)
+        if explored > self._limits.exploration_share:
+            factor = self._limits.exploration_share / explored
+            chances = [chance * factor for chance in chances]
+            explored = self._limits.exploration_share
+        chances[0] = 1 - explored
+        return chances
+
+    def _estimates(
+        self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int
+    ) -> list[_Estimate]:
+        now = self._clock()
+        levels = [self._segments.get(key) for key in _levels(segment)]
+        if levels[-1] is None:
+            self._ask_for(segment)
+        known = [level for level in levels if level]
+        costs = self._costs.costs(segment.merchant_id)
+        worth, fees = 1.0, None
+        if costs is not None:
+            worth = amount_minor * costs.margin_ppm / MICRO
+            fees = self._fees(costs, segment, candidates, amount_minor)
+        estimates = []
+        for place, candidate in enumerate(candidates):
+            success, calls = self._success(known, candidate, now)
+            variance = success * (1 - success) / (calls + 1)
+            if fees is None:
+                estimates.append(_Estimate(candidate, success, calls, success, variance, 0.0))
+                continue
+            attempt, approval = fees[place]
+            gain = worth - approval
+            estimates.append(
+                _Estimate(
+                    candidate,
+                    success,
+                    calls,
+                    success * gain - attempt,
+                    variance * gain * gain,
+                    attempt + success * approval,
+                )
+            )
+        return estimates
+
+    def _fees(
+        self, costs: Costs, segment: Segment, candidates: Sequence[Candidate], amount_minor: int
+    ) -> list[tuple[float, float]] | None:
+        """For an attempt and for an approval, in minor units; None where no candidate's are known.
+
+        A candidate whose fees are not known is as dear as the dearest that are.
+        """
+        day = self._costs.today()
+        found = [
+            costs.of(candidate.connector_account_id, segment, amount_minor, day)
+            for candidate in candidates
+        ]
+        told = [each for each in found if each is not None]
+        if not told:
+            return None
+        dearest = (
+            max(each.attempt_micro for each in told),
+            max(each.approval_micro for each in told),
+        )
+        return [
+            (attempt / MICRO, approval / MICRO)
+            for attempt, approval in (dearest if each is None else each for each in found)
+        ]
+
+    def _success(
+        self, levels: Sequence[dict[AccountKey, _Counts]], candidate: Candidate, now: float
+    ) -> tuple[float, float]:
+        """The mean of the account's posterior in the narrowest segment, and what it rests on."""
+        limits = self._limits
+        weight, success = limits.prior_calls, limits.prior_success
+        calls = weight
+        account = candidate.connector, candidate.connector_account_id
+        for level in levels:
+            counts = level.get(account)
+            if counts is None:
+                calls = weight
+                continue
+            fading = math.exp2((counts.at - now) / limits.half_life_s)
+            successes = counts.successes * fading
+            calls = weight + successes + counts.failures * fading
+            success = (success * weight + successes) / calls
+        return success, calls
+
+    # --- Observer ---
+
+    def observed(
+        self,
+        segment: Segment,
+        candidate: Candidate,
+        kind: OperationKind,
+        answer: ConnectorAnswer,
+        seconds: float,  # noqa: ARG002 - the port's
+    ) -> None:
+        """See the port."""
+        if kind is not OperationKind.AUTHORIZE:
+            return
+        success = _is_success(answer)
+        if success is None:
+            return
+        now = self._clock()
+        account = candidate.connector, candidate.connector_account_id
+        for key in _levels(segment):
+            level = self._segment(key)
+            counts = level.get(account)
+            if counts is None:
+                counts = level[account] = _Counts(0.0, 0.0, now)
+            else:
+                fading = math.exp2((counts.at - now) / self._limits.half_life_s)
+                counts.successes *= fading
+                counts.failures *= fading
+                counts.at = now
+            told = self._pending.setdefault(key, {}).setdefault(account, [0.0, 0.0])
+            if success:
+                counts.successes += 1
+                told[0] += 1
+            else:
+                counts.failures += 1
+                told[1] += 1
+
+    @property
+    def segments(self) -> int:
+        """How many are in memory."""
+        return len(self._segments)
+
+    def _segment(self, key: SegmentKey) -> dict[AccountKey, _Counts]:
+        level = self._segments.get(key)
+        if level is not None:
+            self._segments.move_to_end(key)
+            return level
+        if len(self._segments) >= self._limits.segments_max:
+            forgotten, _ = self._segments.popitem(last=False)
+            self._pending.pop(forgotten, None)
+        level = self._segments[key] = {}
+        self._pending.setdefault(key, {})
+        return level
+
+    def _ask_for(self, segment: Segment) -> None:
+        """Others, or this process before it began anew, may know a segment that is new here."""
+        for key in _levels(segment):
+            self._segment(key)
+
+    # --- other processes ---
+
+    async def run(self, exchange: CountExchange, interval_s: float) -> None:
+        """Exchange counts with other processes, again and again, until cancelled."""
+        is_away = False
+        while True:
+            try:
+                await self.synchronize(exchange)
+                is_away = False
+            except ExchangeUnavailable as error:
+                if not is_away:
+                    _log.warning("what routing learns is not shared: %s", error)
+                is_away = True
+            await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))
+
+    async def synchronize(self, exchange: CountExchange) -> None:
+        """Tell the others what was counted, and take over what all have counted.
+
+        Raises ExchangeUnavailable: then what was told may count twice.
+        """
+        while self._pending:
+            taken = {key: self._pending.pop(key) for key in list(self._pending)[:EXCHANGED_MAX]}
+            try:
+                totals = await exchange.exchange(
+                    {key: _increments(accounts) for key, accounts in taken.items()},
+                    self._limits.half_life_s,
+                )
+            except BaseException:
+                self._put_back(taken)
+                raise
+            now = self._clock()
+            for key, accounts in totals.items():
+                self._take_over(key, accounts, now)
+            if len(taken) < EXCHANGED_MAX:
+                return
+
+    def _take_over(self, key: SegmentKey, accounts: Sequence[Increment], now: float) -> None:
+        level = self._segments.get(key)
+        if level is None:
+            return
+        since = self._pending.get(key, {})
+        for each in accounts:
+            successes, failures = since.get(each.account, (0.0, 0.0))
+            level[each.account] = _Counts(each.successes + successes, each.failures + failures, now)
+
+    def _put_back(self, taken: Mapping[SegmentKey, Mapping[AccountKey, Sequence[float]]]) -> None:
+        for key, accounts in taken.items():
+            if key not in self._segments:
+                continue
+            pending = self._pending.setdefault(key, {})
+            for account, (successes, failures) in accounts.items():
+                told = pending.setdefault(account, [0.0, 0.0])
+                told[0] += successes
+                told[1] += failures
+
+
+def _increments(accounts: Mapping[AccountKey, Sequence[float]]) -> list[Increment]:
+    return [
+        Increment(account, successes, failures)
+        for account, (successes, failures) in accounts.items()
+    ]
+
+
+def _by_utility(estimate: _Estimate) -> float:
+    return estimate.utility
+
+
+def _is_success(answer: ConnectorAnswer) -> bool | None:
+    """None where it tells nothing, or nothing yet."""
+    if answer.delivery is not Delivery.ANSWERED:
+        return False if is_failure(answer) else None
+    if answer.verdict is Verdict.APPROVED:
+        return True
+    return False if answer.verdict in (Verdict.DECLINED, Verdict.FAILED) else None
+
+
+def _levels(segment: Segment) -> tuple[SegmentKey, SegmentKey, SegmentKey, SegmentKey]:
+    """The segment and the wider ones, the widest first; all of them are the merchant's own."""
+    merchant_id, mode, method, scheme, currency, issuer_country, channel = segment
+    widest = merchant_id, mode.name, method
+    wider = (*widest, currency, scheme)
+    return (
+        widest,
+        wider,
+        (*wider, issuer_country),
+        (*wider, issuer_country, channel),
+    )

@@ -1,0 +1,109 @@
+"""What processes tell each other of breakers and of success, through a real Redis."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gateway.routing.breakers import BreakerKey, ExchangeUnavailable, Report, ReportKind
+from gateway.routing.learning import Increment, SegmentKey
+from storage.redis import RedisBreakers, RedisClient, RedisCounts
+from tests.servers import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from storage.embedded import EmbeddedRedis
+
+KEY = BreakerKey("psp", "acc_1", "card")
+OPENED = Report(ReportKind.OPENED, KEY, 60.0, 2)
+WANTS = Report(ReportKind.WANTS_PROBES, KEY, 60.0)
+
+
+@pytest.fixture
+async def client(redis: EmbeddedRedis) -> AsyncIterator[RedisClient]:
+    opened = RedisClient(redis.url, timeout_ms=5000, connect_timeout_ms=5000)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def key() -> str:
+    return f"{{routing}}:test:{uuid.uuid4().hex}"
+
+
+async def test_an_opening_is_known_to_all_until_it_is_closed(client: RedisClient, key: str) -> None:
+    one, other = RedisBreakers(client, key), RedisBreakers(client, key)
+    (told,) = await one.exchange([OPENED])
+    (heard,) = await other.exchange([])
+    assert (heard.key, heard.streak, heard.mine) == (KEY, 2, False)
+    assert 0 < heard.remaining_s <= 60.0
+    assert heard.version == told.version
+    assert await other.exchange([Report(ReportKind.CLOSED, KEY, version=heard.version)]) == []
+
+
+async def test_two_that_open_at_once_make_one_opening(client: RedisClient, key: str) -> None:
+    one, other = RedisBreakers(client, key), RedisBreakers(client, key)
+    (first,) = await one.exchange([OPENED])
+    (second,) = await other.exchange([Report(ReportKind.OPENED, KEY, 20.0, 1)])
+    assert second.version == first.version
+    assert second.remaining_s > 20.0
+
+
+async def test_a_close_of_an_earlier_opening_leaves_the_later_one(
+    client: RedisClient, key: str
+) -> None:
+    one = RedisBreakers(client, key)
+    (first,) = await one.exchange([Report(ReportKind.OPENED, KEY, 0.0, 1)])
+    (second,) = await one.exchange([OPENED])
+    assert second.version > first.version
+    (left,) = await one.exchange([Report(ReportKind.CLOSED, KEY, version=first.version)])
+    assert left.version == second.version
+
+
+async def test_one_process_at_a_time_may_probe(client: RedisClient, key: str) -> None:
+    one, other = RedisBreakers(client, key), RedisBreakers(client, key)
+    (waiting,) = await one.exchange([OPENED, WANTS])
+    assert not waiting.mine  # the pause is not over
+    await client.execute("DEL", key)
+    await one.exchange([Report(ReportKind.OPENED, KEY, 0.0, 1)])
+    (first,) = await one.exchange([WANTS])
+    (second,) = await other.exchange([WANTS])
+    (again,) = await one.exchange([WANTS])
+    assert (first.mine, second.mine, again.mine) == (True, False, True)
+
+
+async def test_a_field_that_is_none_of_ours_is_removed(client: RedisClient, key: str) -> None:
+    await client.execute("HSET", key, "garbage", "garbage")
+    assert await RedisBreakers(client, key).exchange([]) == []
+    assert await client.execute("EXISTS", key) == 0
+
+
+async def test_counts_add_up_and_fade(client: RedisClient, key: str) -> None:
+    counts = RedisCounts(client, key)
+    segment: SegmentKey = ("mer_1", "TEST", "card")
+    account = ("psp", "acc_1")
+    told = {segment: [Increment(account, 6.0, 2.0)]}
+    await counts.exchange(told, 1e6)
+    totals = await counts.exchange({**told, ("mer_2",): []}, 1e6)
+    (total,) = totals[segment]
+    assert (total.successes, total.failures) == pytest.approx((12.0, 4.0), rel=1e-3)
+    assert totals[("mer_2",)] == []
+    name = f'{key}["mer_1","TEST","card"]'
+    field = '["psp","acc_1"]'
+    assert await client.execute("PTTL", name) > 0
+    successes, failures, at = (await client.execute("HGET", name, field)).split()
+    await client.execute("HSET", name, field, b"%s %s %d" % (successes, failures, int(at) - 10**6))
+    ((faded,),) = (await counts.exchange({segment: []}, 1000.0)).values()
+    assert (faded.successes, faded.failures) == pytest.approx((6.0, 2.0), rel=0.01)
+
+
+async def test_a_redis_that_is_away_is_told_as_such() -> None:
+    client = RedisClient(f"redis://127.0.0.1:{free_port()}", timeout_ms=500, connect_timeout_ms=500)
+    with pytest.raises(ExchangeUnavailable):
+        await RedisBreakers(client).exchange([])
+    with pytest.raises(ExchangeUnavailable):
+        await RedisCounts(client).exchange({("mer_1",): []}, 60.0)
+    await client.close()

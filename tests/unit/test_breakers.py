@@ -1,0 +1,303 @@
+"""Circuit breakers: when calls are refused, and what lets them pass again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gateway.domain.errors import Reason
+from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind, Verdict
+from gateway.routing.breakers import (
+    BreakerKey,
+    BreakerLimits,
+    Breakers,
+    BreakerState,
+    ExchangeUnavailable,
+    Report,
+    ReportKind,
+    Shared,
+)
+from gateway.routing.model import Candidate, Exclusion, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PSP = Candidate("psp", "acc_1")
+KEY = BreakerKey("psp", "acc_1", "card")
+SEGMENT = Segment("mer_1", Mode.TEST, "card")
+LIMITS = BreakerLimits()
+
+APPROVED = ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED)
+DECLINED = ConnectorAnswer(Delivery.ANSWERED, Verdict.DECLINED)
+TIMED_OUT = ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=Reason.ANSWER_TIMED_OUT)
+NO_CONNECTION = ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.CONNECT_FAILED)
+TOO_LATE = ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.DEADLINE_TOO_SHORT)
+
+
+class _Seen:
+    def __init__(self) -> None:
+        self.states: list[BreakerState] = []
+
+    def breaker_changed(self, key: BreakerKey, state: BreakerState) -> None:
+        self.states.append(state)
+
+
+class _World:
+    """Breakers of one process, and its clock."""
+
+    def __init__(self, limits: BreakerLimits = LIMITS, breakers_max: int = 100) -> None:
+        self.now = 1000.0
+        self.seen = _Seen()
+        self.breakers = Breakers(limits, self.seen, lambda: self.now, breakers_max)
+
+    def call(
+        self, answer: ConnectorAnswer, times: int = 1, seconds: float = 0.1, psp: Candidate = PSP
+    ) -> None:
+        for _ in range(times):
+            kind = OperationKind.AUTHORIZE
+            self.breakers.observed(SEGMENT, psp, kind, answer, seconds)
+
+    def probe(self, answer: ConnectorAnswer, seconds: float = 0.1) -> Exclusion | None:
+        refusal = self.breakers.admit(PSP, "card")
+        if refusal is None:
+            self.now += seconds
+            self.call(answer, seconds=seconds)
+        return refusal
+
+    def refusal(self) -> Exclusion | None:
+        return self.breakers.refusal(PSP, "card")
+
+    def state(self) -> BreakerState:
+        return self.breakers.state(KEY)
+
+    def pass_pause(self) -> None:
+        self.now += self.breakers.retry_after_s(PSP, "card") + 0.001
+
+
+@pytest.mark.parametrize("answer", [TIMED_OUT, NO_CONNECTION], ids=["time-out", "no connection"])
+def test_failures_of_the_psp_open_the_breaker(answer: ConnectorAnswer) -> None:
+    world = _World()
+    world.call(answer, LIMITS.calls_min - 1)
+    assert world.refusal() is None
+    world.call(answer)
+    assert world.refusal() is Exclusion.BREAKER_OPEN
+    assert world.breakers.retry_after_s(PSP, "card") == pytest.approx(LIMITS.pause_s_min)
+
+
+@pytest.mark.parametrize("answer", [DECLINED, TOO_LATE], ids=["decline", "not sent by us"])
+def test_what_is_no_failure_of_the_psp_opens_nothing(answer: ConnectorAnswer) -> None:
+    world = _World()
+    world.call(answer, 10 * LIMITS.calls_min)
+    assert world.refusal() is None
+
+
+def test_failures_below_the_share_open_nothing() -> None:
+    world = _World()
+    for _ in range(100):
+        world.call(APPROVED, 2)
+        world.call(TIMED_OUT)
+    assert world.refusal() is None
+
+
+def test_failures_that_have_left_the_window_no_longer_count() -> None:
+    world = _World()
+    for _ in range(10):
+        world.call(TIMED_OUT, LIMITS.calls_min - 1)
+        world.now += LIMITS.window_s + 1
+    assert world.refusal() is None
+
+
+def test_a_part_of_the_window_leaves_it_at_a_time() -> None:
+    world = _World()
+    world.call(TIMED_OUT, LIMITS.calls_min // 2)
+    world.now += LIMITS.window_s / 2
+    world.call(TIMED_OUT, LIMITS.calls_min // 2 - 1)
+    world.now += LIMITS.window_s / 2 + LIMITS.window_s / 10
+    world.call(TIMED_OUT)  # the first half has left, the second is still there
+    assert world.refusal() is None
+    world.call(TIMED_OUT, LIMITS.calls_min // 2)
+    assert world.refusal() is Exclusion.BREAKER_OPEN
+
+
+def test_methods_and_accounts_have_breakers_of_their_own() -> None:
+    world = _World()
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    assert world.breakers.refusal(PSP, "ideal") is None
+    assert world.breakers.refusal(PSP, "") is None
+    assert world.breakers.refusal(PSP._replace(connector_account_id="acc_2"), "card") is None
+
+
+def test_an_account_far_slower_than_it_was_is_left_alone() -> None:
+    world = _World()
+    for _ in range(100):
+        world.now += 2
+        world.call(APPROVED, seconds=0.2)
+    world.call(APPROVED, LIMITS.calls_min * 10, seconds=2.5)
+    assert world.refusal() is Exclusion.BREAKER_OPEN
+
+
+def test_an_account_that_has_always_been_slow_is_no_outlier() -> None:
+    world = _World()
+    for _ in range(300):
+        world.now += 2
+        world.call(APPROVED, seconds=2.5)
+    # Its first calls, before anything was known of it, are slow by the largest limit alone.
+    assert world.seen.states == []
+
+
+def test_half_open_lets_a_limited_number_of_probes_through() -> None:
+    world = _World()
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    assert world.breakers.admit(PSP, "card") is Exclusion.BREAKER_OPEN
+    world.pass_pause()
+    for _ in range(LIMITS.probes_max):
+        assert world.refusal() is None  # it only looks
+        assert world.breakers.admit(PSP, "card") is None
+    assert world.refusal() is Exclusion.PROBES_TAKEN
+    assert world.breakers.admit(PSP, "card") is Exclusion.PROBES_TAKEN
+
+
+def test_good_probes_close_the_breaker() -> None:
+    world = _World()
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    world.pass_pause()
+    for _ in range(LIMITS.probes_good):
+        assert world.state() is BreakerState.HALF_OPEN
+        assert world.probe(DECLINED) is None  # an answer as good as any
+    assert world.state() is BreakerState.CLOSED
+    world.call(TIMED_OUT, LIMITS.calls_min - 1)  # its window began anew
+    assert world.refusal() is None
+    assert world.seen.states == [BreakerState.OPEN, BreakerState.HALF_OPEN, BreakerState.CLOSED]
+
+
+def test_each_failed_probe_doubles_the_pause_up_to_the_longest() -> None:
+    world = _World()
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    pauses_s = []
+    for _ in range(6):
+        pauses_s.append(round(world.breakers.retry_after_s(PSP, "card")))
+        world.pass_pause()
+        assert world.probe(TIMED_OUT) is None
+        assert world.state() is BreakerState.OPEN
+    assert pauses_s == [5, 10, 20, 40, 60, 60]
+
+
+def test_a_slow_probe_is_no_good_one() -> None:
+    world = _World()
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    world.pass_pause()
+    assert world.probe(APPROVED, LIMITS.slow_s_max + 1) is None
+    assert world.state() is BreakerState.OPEN
+
+
+def test_what_was_sent_before_the_pause_was_over_is_no_probe() -> None:
+    world = _World()
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    world.pass_pause()
+    assert world.breakers.admit(PSP, "card") is None
+    world.call(TIMED_OUT, seconds=30.0)
+    assert world.state() is BreakerState.HALF_OPEN
+    world.call(APPROVED, LIMITS.probes_good, seconds=30.0)
+    assert world.state() is BreakerState.HALF_OPEN
+
+
+def test_a_probe_that_nobody_observes_gives_its_place_back() -> None:
+    world = _World()
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    world.pass_pause()
+    for _ in range(LIMITS.probes_max):
+        assert world.breakers.admit(PSP, "card") is None
+    world.now += LIMITS.probe_life_s + 1
+    assert world.refusal() is None
+
+
+def test_a_probe_that_was_never_sent_gives_its_place_back() -> None:
+    world = _World()
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    world.pass_pause()
+    for _ in range(LIMITS.probes_max + 1):
+        assert world.probe(TOO_LATE) is None
+    assert world.state() is BreakerState.HALF_OPEN
+
+
+def test_breakers_in_memory_are_bounded_and_open_ones_are_kept() -> None:
+    world = _World(breakers_max=10)
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    for number in range(50):
+        world.call(APPROVED, psp=Candidate("psp", f"acc_other_{number}"))
+    assert world.refusal() is Exclusion.BREAKER_OPEN
+    assert len(world.breakers._breakers) == 10
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+class _Exchange:
+    """A stand-in for what is between processes; Redis' own is tested with Redis."""
+
+    def __init__(self, shared: Sequence[Shared] = (), *, away: bool = False) -> None:
+        self.shared = shared
+        self.reports: list[Report] = []
+        self.away = away
+
+    async def exchange(self, reports: Sequence[Report]) -> Sequence[Shared]:
+        if self.away:
+            raise ExchangeUnavailable("away")
+        self.reports += reports
+        return self.shared
+
+
+async def test_what_another_process_saw_is_taken_over() -> None:
+    world = _World()
+    exchange = _Exchange([Shared(KEY, 7, 5.0, 1, False)])
+    await world.breakers.synchronize(exchange)
+    assert world.refusal() is Exclusion.BREAKER_OPEN
+    exchange.shared = ()
+    await world.breakers.synchronize(exchange)
+    assert world.refusal() is None
+
+
+async def test_only_the_process_that_was_granted_the_probes_tries() -> None:
+    world = _World()
+    exchange = _Exchange([Shared(KEY, 7, 0.0, 1, False)])
+    await world.breakers.synchronize(exchange)
+    assert world.refusal() is Exclusion.BREAKER_OPEN  # wanted now
+    await world.breakers.synchronize(exchange)
+    assert exchange.reports == [Report(ReportKind.WANTS_PROBES, KEY, LIMITS.probe_life_s)]
+    exchange.shared = [Shared(KEY, 7, 0.0, 1, True)]
+    await world.breakers.synchronize(exchange)
+    for _ in range(LIMITS.probes_good):
+        assert world.probe(APPROVED) is None
+    exchange.reports.clear()
+    exchange.shared = ()
+    await world.breakers.synchronize(exchange)
+    assert exchange.reports == [Report(ReportKind.CLOSED, KEY, version=7)]
+
+
+async def test_a_process_that_hears_of_nobody_probes_itself() -> None:
+    world = _World()
+    exchange = _Exchange([Shared(KEY, 7, 0.0, 1, False)])
+    await world.breakers.synchronize(exchange)
+    assert world.refusal() is Exclusion.BREAKER_OPEN
+    exchange.away = True
+    await world.breakers.synchronize(exchange)
+    assert world.refusal() is None
+    for _ in range(LIMITS.probes_good):
+        assert world.probe(APPROVED) is None
+    assert world.state() is BreakerState.CLOSED
+
+
+async def test_an_opening_is_told_until_it_was_heard() -> None:
+    world = _World()
+    exchange = _Exchange(away=True)
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    await world.breakers.synchronize(exchange)
+    assert world.refusal() is Exclusion.BREAKER_OPEN
+    exchange.away = False
+    exchange.shared = [Shared(KEY, 8, 5.0, 1, False)]
+    await world.breakers.synchronize(exchange)
+    assert [report.kind for report in exchange.reports] == [ReportKind.OPENED]
+    await world.breakers.synchronize(exchange)
+    assert len(exchange.reports) == 1
+    assert world.seen.states == [BreakerState.OPEN]

@@ -1,0 +1,258 @@
+"""Routing by success: what is learnt, and how seldom another account than the best is tried."""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.domain.errors import Reason
+from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind, Verdict
+from gateway.routing.breakers import ExchangeUnavailable
+from gateway.routing.costs import CostBook, parse_costs
+from gateway.routing.learning import Increment, LearningLimits, SegmentKey, SuccessRanking
+from gateway.routing.model import Candidate, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+LIMITS = LearningLimits(half_life_s=1000.0)
+SEGMENT = Segment("mer_1", Mode.TEST, "card", "visa", "EUR", "DE", "ECOMMERCE")
+GOOD, BAD = Candidate("one", "acc_1"), Candidate("two", "acc_2")
+APPROVED = ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED)
+DECLINED = ConnectorAnswer(Delivery.ANSWERED, Verdict.DECLINED)
+PENDING = ConnectorAnswer(Delivery.ANSWERED, Verdict.PENDING)
+TIMED_OUT = ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=Reason.ANSWER_TIMED_OUT)
+NEVER = (1 << 64) - 1
+"""The draw that explores least."""
+
+
+class _World:
+    def __init__(self, limits: LearningLimits = LIMITS, costs: CostBook | None = None) -> None:
+        self.now = 0.0
+        self.ranking = SuccessRanking(limits, costs, lambda: self.now)
+
+    def count(
+        self,
+        candidate: Candidate,
+        approved: int,
+        declined: int,
+        segment: Segment = SEGMENT,
+    ) -> None:
+        for answer, times in ((APPROVED, approved), (DECLINED, declined)):
+            for _ in range(times):
+                self.observe(candidate, answer, segment)
+
+    def observe(
+        self, candidate: Candidate, answer: ConnectorAnswer, segment: Segment = SEGMENT
+    ) -> None:
+        kind = OperationKind.AUTHORIZE
+        self.ranking.observed(segment, candidate, kind, answer, 0.1)
+
+    def first(self, draw: int = NEVER, segment: Segment = SEGMENT) -> Candidate:
+        return self.ranking.rank(segment, [BAD, GOOD], 1000, draw)[0].candidate
+
+    def success(self, candidate: Candidate, segment: Segment = SEGMENT) -> float:
+        scored = self.ranking.rank(segment, [candidate], 1000, NEVER)[0]
+        return dict(scored.parts)["success"]
+
+
+def test_the_account_that_approves_more_comes_first() -> None:
+    world = _World()
+    world.count(GOOD, 95, 5)
+    world.count(BAD, 80, 20)
+    assert world.first() == GOOD
+
+
+def test_an_answer_that_is_still_to_come_counts_for_nothing() -> None:
+    world = _World()
+    before = world.success(GOOD)
+    world.observe(GOOD, PENDING)
+    assert world.success(GOOD) == before
+    world.observe(GOOD, TIMED_OUT)
+    assert world.success(GOOD) < before
+
+
+def test_a_segment_without_payments_is_thought_of_as_the_wider_one() -> None:
+    world = _World()
+    world.count(GOOD, 950, 50)
+    world.count(BAD, 500, 500)
+    cold = SEGMENT._replace(issuer_country="PT", channel="MAIL_ORDER")
+    assert world.first(segment=cold) == GOOD
+    assert world.success(BAD, cold) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_segment_of_its_own_kind_comes_to_its_own_estimate() -> None:
+    world = _World()
+    world.count(GOOD, 950, 50)
+    world.count(GOOD, 10, 190, SEGMENT._replace(issuer_country="BR"))
+    assert world.success(GOOD, SEGMENT._replace(issuer_country="BR")) < 0.25
+    assert world.success(GOOD) > 0.85
+
+
+def test_another_merchants_payments_teach_nothing() -> None:
+    world = _World()
+    world.count(GOOD, 0, 500, SEGMENT._replace(merchant_id="mer_2"))
+    assert world.success(GOOD) == LIMITS.prior_success
+
+
+def test_what_is_known_fades() -> None:
+    world = _World()
+    world.count(GOOD, 0, 100)
+    known = world.success(GOOD)
+    world.now += 20 * LIMITS.half_life_s
+    assert known < 0.2
+    assert world.success(GOOD) == pytest.approx(LIMITS.prior_success, abs=0.01)
+
+
+def test_the_best_account_after_a_shift_is_found() -> None:
+    world = _World()
+    world.count(GOOD, 300, 700)
+    world.count(BAD, 900, 100)
+    assert world.first() == BAD
+    world.now += 3 * LIMITS.half_life_s
+    world.count(GOOD, 450, 50)
+    world.count(BAD, 100, 400)
+    assert world.first() == GOOD
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=6),
+    st.floats(0, 0.3),
+)
+def test_exploration_never_exceeds_its_budget(counts: list[tuple[int, int]], share: float) -> None:
+    world = _World(LearningLimits(exploration_share=share))
+    candidates = [Candidate("psp", f"acc_{number}") for number in range(len(counts))]
+    levels = {
+        candidate: Increment(candidate[:2], *each)
+        for candidate, each in zip(candidates, counts, strict=True)
+    }
+    world.ranking.rank(SEGMENT, candidates, 1000, 0)
+    for key in list(world.ranking._segments):
+        world.ranking._take_over(key, list(levels.values()), 0.0)
+    scored = world.ranking.rank(SEGMENT, candidates, 1000, NEVER)
+    shares = [dict(each.parts)["first_share"] for each in scored]
+    assert sum(shares) == pytest.approx(1)
+    assert sum(shares[1:]) <= share + 1e-9
+    # The draws of a share choose what the share belongs to.
+    if len(shares) > 1 and shares[1] > 1e-6:
+        inside = int(shares[1] / 2 * 2**64)
+        assert world.ranking.rank(SEGMENT, candidates, 1000, inside)[0].candidate == (
+            scored[1].candidate
+        )
+
+
+def test_the_same_draw_makes_the_same_choice() -> None:
+    world = _World()
+    world.count(GOOD, 8, 2)
+    world.count(BAD, 7, 3)
+    random.seed(5)
+    for _ in range(100):
+        draw = random.getrandbits(64)
+        assert world.first(draw) == world.first(draw)
+
+
+def test_segments_in_memory_are_bounded() -> None:
+    world = _World(LearningLimits(segments_max=50))
+    for number in range(500):
+        world.count(GOOD, 1, 0, SEGMENT._replace(issuer_country=f"C{number}"))
+    assert world.ranking.segments == 50
+    assert len(world.ranking._pending) <= 50
+
+
+# --- costs ----------------------------------------------------------------------------------------
+
+
+def _book(margin: str, of_good: str, of_bad: str) -> CostBook:
+    fees = "\n".join(
+        f'[[fee]]\naccount = "{candidate.connector_account_id}"\ncurrency = "EUR"\n{fee}'
+        for candidate, fee in ((GOOD, of_good), (BAD, of_bad))
+        if fee
+    )
+    book = CostBook()
+    objective = f'[objective]\nmargin_percentage = "{margin}"\n'
+    book.put("mer_1", 1, parse_costs(objective + fees))
+    return book
+
+
+def test_a_cheap_account_wins_where_an_approval_is_worth_little() -> None:
+    for margin, first in (("100", GOOD), ("3", BAD)):
+        world = _World(costs=_book(margin, 'percentage = "2.5"', 'percentage = "0.5"'))
+        world.count(GOOD, 1900, 100)
+        world.count(BAD, 1800, 200)
+        assert world.first() == first
+
+
+def test_an_account_whose_fees_are_not_known_is_as_dear_as_the_dearest() -> None:
+    world = _World(costs=_book("10", 'percentage = "2"', ""))
+    world.count(GOOD, 900, 100)
+    world.count(BAD, 900, 100)
+    scored = world.ranking.rank(SEGMENT, [GOOD, BAD], 1000, NEVER)
+    assert scored[0].score == scored[1].score
+    assert world.ranking.rank(SEGMENT._replace(currency="USD"), [GOOD], 1000, NEVER)[0].score < 1
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+class _Exchange:
+    """A stand-in that adds up; Redis' own is tested with Redis."""
+
+    def __init__(self) -> None:
+        self.counts: dict[SegmentKey, dict[tuple[str, str], list[float]]] = {}
+        self.away = False
+
+    async def exchange(
+        self, increments: Mapping[SegmentKey, Sequence[Increment]], half_life_s: float
+    ) -> Mapping[SegmentKey, Sequence[Increment]]:
+        if self.away:
+            raise ExchangeUnavailable("away")
+        for key, accounts in increments.items():
+            level = self.counts.setdefault(key, {})
+            for each in accounts:
+                counts = level.setdefault(each.account, [0.0, 0.0])
+                counts[0] += each.successes
+                counts[1] += each.failures
+        return {
+            key: [Increment(account, *counts) for account, counts in self.counts[key].items()]
+            for key in increments
+        }
+
+
+async def test_processes_learn_from_each_other() -> None:
+    exchange, one, other = _Exchange(), _World(), _World()
+    one.count(GOOD, 90, 10)
+    other.count(BAD, 10, 90)
+    for world in (one, other, one):
+        await world.ranking.synchronize(exchange)
+        world.first()
+    one.observe(GOOD, APPROVED)
+    await one.ranking.synchronize(exchange)
+    assert one.success(BAD) == pytest.approx(other.success(BAD))
+    assert one.success(BAD) < 0.3
+
+
+async def test_a_process_that_begins_anew_knows_what_was_known() -> None:
+    exchange, before, after = _Exchange(), _World(), _World()
+    before.count(BAD, 10, 90)
+    await before.ranking.synchronize(exchange)
+    after.first()  # it asks for the segment
+    await after.ranking.synchronize(exchange)
+    assert after.success(BAD) == pytest.approx(before.success(BAD))
+
+
+async def test_what_could_not_be_told_is_told_later() -> None:
+    exchange, world = _Exchange(), _World()
+    exchange.away = True
+    world.count(GOOD, 5, 5)
+    with pytest.raises(ExchangeUnavailable):
+        await world.ranking.synchronize(exchange)
+    world.count(GOOD, 1, 0)
+    exchange.away = False
+    await world.ranking.synchronize(exchange)
+    assert {tuple(map(tuple, level.values())) for level in exchange.counts.values()} == {
+        ((6.0, 5.0),)
+    }
