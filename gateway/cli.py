@@ -17,6 +17,8 @@ from gateway.local import LocalState, read_state
 from gateway.settings import WORKERS_MAX, Settings, SettingsError, load_settings
 
 DOUBTS_PER_PAGE: Final = 200
+SUSPENSIONS_SHOWN_MAX: Final = 200
+COSTS_SHOWN_MAX: Final = 100
 REASON_CHARACTERS_MIN: Final = 10
 REASON_CHARACTERS_MAX: Final = 1000
 """As ResolveInDoubtRequest.reason."""
@@ -1095,6 +1097,252 @@ async def routing_simulate(
         past = await store.past_payments(merchant, which, days=days, payments_max=payments_max)
     for line in describe(simulate(checked.file.rules, decisions, merchant, which, past)):
         click.echo(line)
+
+
+# --- what nothing is sent to ----------------------------------------------------------------------
+
+
+_suspended_connector = click.option(
+    "--connector", help="All accounts of a connector, of every merchant."
+)
+_suspended_merchant = click.option("--merchant", help="The merchant of `--account`.")
+_suspended_account = click.option("--account", "account_id", help="One account, acc_….")
+_suspended_method = click.option(
+    "--method",
+    default="",
+    metavar="METHOD",
+    help="Only new payments by this method, as `card`. Without it nothing is sent at all.",
+)
+
+
+def _controls(settings: Settings) -> Any:
+    from storage.postgres import RoutingControls
+
+    return RoutingControls.connect(_postgres_dsn(settings))
+
+
+async def _suspended(
+    connector: str | None, merchant: str | None, account_id: str | None
+) -> dict[str, str]:
+    """What a suspension is of, as the store takes it."""
+    if connector and not (merchant or account_id):
+        return {"connector": connector}
+    if connector or not (merchant and account_id):
+        fail("Say either --connector, or --merchant and --account.")
+    async with _connector_accounts(_settings()) as accounts:
+        account = await accounts.find(merchant, account_id)
+    if account is None:
+        fail(_no_account(merchant, account_id))
+    return {
+        "connector": account.connector,
+        "merchant_id": merchant,
+        "account_id": account_id,
+    }
+
+
+@connectors.command("kill")
+@_suspended_connector
+@_suspended_merchant
+@_suspended_account
+@_suspended_method
+@_why
+@_async
+async def connectors_kill(
+    connector: str | None, merchant: str | None, account_id: str | None, method: str, reason: str
+) -> None:
+    """Send nothing to an account or a connector any more, until `revive`. Prints the switch's id.
+
+    New payments, captures, voids and refunds are refused before anything is written; recovery goes
+    on asking about what was sent. Gateways know it after GATEWAY_CONNECTOR_ACCOUNTS_INTERVAL_S.
+    """
+    from gateway.routing.availability import SuspensionKind
+
+    author = _author(reason)
+    target = await _suspended(connector, merchant, account_id)
+    async with _controls(_settings()) as controls:
+        suspension = await controls.suspend(
+            SuspensionKind.KILL, **target, method=method, reason=reason, created_by=author.name
+        )
+    click.echo(suspension.suspension_id)
+
+
+@connectors.command("maintenance")
+@_suspended_connector
+@_suspended_merchant
+@_suspended_account
+@_suspended_method
+@click.option("--from", "begins", metavar="TIME", help="ISO 8601 with an offset; now without it.")
+@click.option("--until", "ends", required=True, metavar="TIME", help="ISO 8601 with an offset.")
+@_why
+@_async
+async def connectors_maintenance(
+    connector: str | None,
+    merchant: str | None,
+    account_id: str | None,
+    method: str,
+    begins: str | None,
+    ends: str,
+    reason: str,
+) -> None:
+    """Send nothing to an account or a connector for a time. Prints the window's id."""
+    from datetime import UTC, datetime
+
+    from gateway.routing.availability import SuspensionKind
+
+    author = _author(reason)
+    begins_at = _time(begins) if begins else None
+    ends_at = _time(ends)
+    if ends_at <= (begins_at or datetime.now(UTC)):
+        fail("The window ends before it begins.")
+    target = await _suspended(connector, merchant, account_id)
+    async with _controls(_settings()) as controls:
+        suspension = await controls.suspend(
+            SuspensionKind.MAINTENANCE,
+            **target,
+            method=method,
+            begins_at=begins_at,
+            ends_at=ends_at,
+            reason=reason,
+            created_by=author.name,
+        )
+    click.echo(suspension.suspension_id)
+
+
+def _time(text: str) -> Any:
+    from datetime import datetime
+
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        fail(f"{text!r} is no time as 2026-01-31T04:00+01:00.")
+    if at.tzinfo is None:
+        fail(f"{text!r} says no offset from UTC, as 2026-01-31T04:00+01:00 does.")
+    return at
+
+
+@connectors.command("revive")
+@click.argument("suspension_id")
+@_why
+@_async
+async def connectors_revive(suspension_id: str, reason: str) -> None:
+    """End a kill switch or a maintenance window, which stays in the audit."""
+    author = _author(reason)
+    async with _controls(_settings()) as controls:
+        ended = await controls.end_suspension(suspension_id, reason=reason, ended_by=author.name)
+    if ended is None:
+        fail(f"No suspension {suspension_id} that has not ended.")
+    click.echo(f"revived {suspension_id}")
+
+
+@connectors.command("suspensions")
+@click.option("--all", "everything", is_flag=True, help="Those that are over too.")
+@_async
+async def connectors_suspensions(everything: bool) -> None:
+    """List kill switches and maintenance windows, with who decided so and why."""
+    async with _controls(_settings()) as controls:
+        if not everything:
+            for each in await controls.suspensions():
+                click.echo(_suspension_line(each))
+            return
+        for stored in await controls.all_suspensions(SUSPENSIONS_SHOWN_MAX):
+            ended = (
+                f"  ended {stored.ended_at:%Y-%m-%dT%H:%M:%SZ} by {stored.ended_by}: "
+                f"{stored.ended_reason}"
+                if stored.ended_at
+                else ""
+            )
+            click.echo(_suspension_line(stored.suspension) + ended)
+
+
+def _suspension_line(each: Any) -> str:
+    ends = f"{each.ends_at:%Y-%m-%dT%H:%M:%SZ}" if each.ends_at else "revived"
+    return "  ".join(
+        (
+            each.suspension_id,
+            each.kind.name.lower(),
+            each.connector,
+            each.account_id or "every account",
+            each.method or "everything",
+            f"from {each.begins_at:%Y-%m-%dT%H:%M:%SZ} until {ends}",
+            f"by {each.created_by}: {each.reason}",
+        )
+    )
+
+
+# --- what accounts cost ---------------------------------------------------------------------------
+
+
+@connectors.group("costs")
+def connector_costs() -> None:
+    """What a merchant's accounts cost, for routing by margin (docs/routing.md)."""
+
+
+def _read_costs(path: Path) -> str:
+    from gateway.routing.costs import TEXT_CHARACTERS_MAX, CostsRefused, parse_costs
+
+    with path.open("rb") as file:
+        content = file.read(4 * TEXT_CHARACTERS_MAX + 1)
+    try:
+        text = content.decode("utf-8")
+        parse_costs(text)
+    except UnicodeDecodeError:
+        fail(f"{path}: no UTF-8")
+    except CostsRefused as error:
+        fail(f"{path}: {error}")
+    return text
+
+
+_costs_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+
+
+@connector_costs.command("validate")
+@_costs_file
+def connector_costs_validate(file: Path) -> None:
+    """Say whether a file of fees can be used."""
+    _read_costs(file)
+    click.echo(f"{file} can be used")
+
+
+@connector_costs.command("put")
+@_merchant
+@_costs_file
+@_why
+@_async
+async def connector_costs_put(merchant: str, file: Path, reason: str) -> None:
+    """Store the next version of a merchant's fees; an empty file ends them.
+
+    Gateways know it after GATEWAY_CONNECTOR_ACCOUNTS_INTERVAL_S.
+    """
+    from gateway.routing.costs import parse_costs
+
+    author = _author(reason)
+    text = _read_costs(file)
+    named = {account_id for account_id, _ in parse_costs(text).fees}
+    settings = _settings()
+    async with _connector_accounts(settings) as accounts:
+        unknown = named - {row.account_id for row in await accounts.list(merchant)}
+    if unknown:
+        fail(_no_account(merchant, min(unknown)))
+    async with _controls(settings) as controls:
+        stored = await controls.put_costs(merchant, text, reason=reason, created_by=author.name)
+    click.echo(f"version {stored.version} of the costs of {merchant}")
+
+
+@connector_costs.command("show")
+@_merchant
+@click.option("--versions", is_flag=True, help="Who put which version, and why, instead.")
+@_async
+async def connector_costs_show(merchant: str, versions: bool) -> None:
+    """Print a merchant's fees."""
+    async with _controls(_settings()) as controls:
+        rows = await controls.costs_of(merchant, COSTS_SHOWN_MAX if versions else 1)
+    if not versions:
+        click.echo(rows[0].body if rows else "", nl=False)
+        return
+    for row in rows:
+        click.echo(
+            f"{row.version}  {row.created_at:%Y-%m-%dT%H:%M:%SZ}  {row.created_by}: {row.reason}"
+        )
 
 
 # --- looking --------------------------------------------------------------------------------------

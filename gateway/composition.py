@@ -6,7 +6,7 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from gateway.application.ports import Connector, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
 from gateway.application.routing import Routing, RuleBook
 from gateway.application.routing_administration import RoutingAdministration
+from gateway.application.routing_controls import RoutingControls
 from gateway.application.usecases import Limits, Payments
 from gateway.application.verification import Audit
 from gateway.connectors.accounts import AccountBook
@@ -43,6 +44,10 @@ from gateway.connectors.simulator.profiles import PROFILES
 from gateway.jwks import fetch_jwks, read_jwks_file
 from gateway.local import LocalServers, LocalState, write_state
 from gateway.receiver import Receiver, ReceiverLimits
+from gateway.routing.availability import AccountAvailability
+from gateway.routing.breakers import BreakerLimits, Breakers
+from gateway.routing.costs import CostBook
+from gateway.routing.learning import LearningLimits, SuccessRanking
 from gateway.rpc.admin import AdminService
 from gateway.rpc.auth import Authenticator, AuthLimits
 from gateway.rpc.conversion import ContractEncoder
@@ -72,13 +77,17 @@ from storage.postgres import (
 )
 from storage.postgres.migrate import MigrationBusy, MigrationChanged, migrate
 from storage.postgres.store import NOTIFICATIONS
-from storage.redis import Claims, Reattempts, RedisClient
+from storage.redis import Claims, Reattempts, RedisBreakers, RedisClient, RedisCounts
 
 if TYPE_CHECKING:
     from gateway.telemetry.tracing import Tracing
 
 READINESS_INTERVAL_S: Final = 2.0
 """How often readiness is looked at, and what is in doubt and in the outbox is counted."""
+LEARNING_INTERVALS: Final = 5
+"""Counts of success are exchanged so many times as seldom as breakers' states."""
+ROUTING_REDIS_TIMEOUT_MS: Final = 1000.0
+"""How long Redis may take over what processes tell each other; nobody waits for it."""
 FINGERPRINT_VERSION: Final = "f1"
 """Part of the claims' generation: another encoding of fingerprints is another cache."""
 
@@ -159,12 +168,7 @@ class Gateway:
             await self._open_connectors(tracing), self.connector_accounts
         )
         stack.push_async_callback(self.connectors.close)
-        self.rules = await self._open_rules()
-        routing = Routing(
-            self.connectors,
-            rules=self.rules,
-            reattempts=Reattempts(redis, settings.redis_buckets),
-        )
+        routing = await self._open_routing(redis)
         encoder = ContractEncoder()
         admission = open_gates(self._admission_limits())
         self.metrics.watch_admission(admission)
@@ -239,8 +243,8 @@ class Gateway:
         self._background.append(asyncio.create_task(self._watch_readiness(), name="readiness"))
         accounts = self.connector_accounts.run(settings.connector_accounts_interval_s)
         self._background.append(asyncio.create_task(accounts, name="connector-accounts"))
-        rules = self.rules.run(settings.connector_accounts_interval_s)
-        self._background.append(asyncio.create_task(rules, name="routing-rules"))
+        for name, work in self._routing_work():
+            self._background.append(asyncio.create_task(work, name=name))
         lag = sample_lag(self.metrics.loop_lagged)
         self._background.append(asyncio.create_task(lag, name="loop-lag"))
 
@@ -291,6 +295,70 @@ class Gateway:
         _log.info("notifications are taken", extra={"port": receiver.port})
         self._receiver = receiver
         self._background.append(asyncio.create_task(applier.run(), name="notifications"))
+
+    async def _open_routing(self, redis: RedisClient) -> Routing:
+        """What new payments are routed by; all of it is kept up to date in the background."""
+        settings = self.settings
+        self.rules = await self._open_rules()
+        self.breakers = Breakers(
+            BreakerLimits(
+                window_s=settings.breaker_window_s,
+                calls_min=settings.breaker_calls_min,
+                failure_share=settings.breaker_failure_percent / 100,
+                slow_share=settings.breaker_slow_percent / 100,
+                slow_factor=settings.breaker_slow_factor,
+                slow_s_max=settings.breaker_slow_s_max,
+                pause_s_min=settings.breaker_pause_s_min,
+                pause_s_max=settings.breaker_pause_s_max,
+                probes_max=settings.breaker_probes,
+                probes_good=settings.breaker_probes,
+            ),
+            self.metrics,
+        )
+        self.metrics.watch_breakers(self.breakers)
+        breakers = self.breakers if settings.breaker_enabled else None
+        availability = AccountAvailability(breakers)
+        costs = CostBook()
+        self.ranking = SuccessRanking(
+            LearningLimits(
+                half_life_s=settings.learning_half_life_s,
+                exploration_share=settings.learning_exploration_percent / 100,
+                segments_max=settings.learning_segments_max,
+            ),
+            costs,
+        )
+        self.routing_controls = RoutingControls(self.store.routing_controls, availability, costs)
+        try:
+            await self.routing_controls.refresh()
+        except StoreUnavailable as error:
+            raise StartError(str(error)) from error
+        return Routing(
+            self.connectors,
+            rules=self.rules,
+            availability=availability,
+            ranking=self.ranking,
+            observer=breakers,
+            learner=self.ranking,
+            reattempts=Reattempts(redis, settings.redis_buckets),
+        )
+
+    def _routing_work(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
+        """What goes on in the background for routing, by its name."""
+        settings = self.settings
+        # Not the claims' connection: there an answer that is late ends all that wait behind it.
+        redis = RedisClient(
+            settings.redis_url.get_secret_value(),
+            timeout_ms=ROUTING_REDIS_TIMEOUT_MS,
+            connect_timeout_ms=ROUTING_REDIS_TIMEOUT_MS,
+        )
+        self._stack.push_async_callback(redis.close)
+        interval_s = settings.routing_exchange_interval_s
+        yield "routing-rules", self.rules.run(settings.connector_accounts_interval_s)
+        yield "routing-controls", self.routing_controls.run(settings.connector_accounts_interval_s)
+        if settings.breaker_enabled:
+            yield "breakers", self.breakers.run(RedisBreakers(redis), interval_s)
+        learning_s = LEARNING_INTERVALS * interval_s
+        yield "learning", self.ranking.run(RedisCounts(redis), learning_s)
 
     def _open_tokens(self) -> TokenVerifier | None:
         settings = self.settings

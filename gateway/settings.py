@@ -619,6 +619,81 @@ class Settings(BaseSettings):
         unit="notifications",
     )
 
+    # Routing: breakers, and what is learnt.
+    breaker_enabled: bool = _field(
+        True, "Whether an account whose calls fail or are far too slow is left alone for a while."
+    )
+    breaker_window_s: float = _field(
+        30.0, "The time in which a breaker counts calls.", ge=1, le=3600
+    )
+    breaker_calls_min: int = _field(
+        20, "Fewer calls in the window open no breaker.", ge=1, le=100_000, unit="calls"
+    )
+    breaker_failure_percent: float = _field(
+        50.0, "So many failures among the window's calls open it.", gt=0, le=100, unit="percent"
+    )
+    breaker_slow_percent: float = _field(
+        80.0, "So many slow calls in the window open it.", gt=0, le=100, unit="percent"
+    )
+    breaker_slow_factor: float = _field(
+        10.0,
+        "A call is slow that takes so many times the account's median; none below a second.",
+        gt=1,
+        le=1000,
+        unit="times",
+    )
+    breaker_slow_s_max: float = _field(
+        10.0,
+        "Every call is slow that takes longer. It is waited for to its end all the same.",
+        gt=0,
+        le=120,
+    )
+    breaker_pause_s_min: float = _field(
+        5.0,
+        "How long a breaker stays open the first time; doubled with each opening in a row.",
+        gt=0,
+        le=3600,
+    )
+    breaker_pause_s_max: float = _field(
+        60.0, "The longest that a breaker stays open before the PSP is tried.", gt=0, le=3600
+    )
+    breaker_probes: int = _field(
+        3,
+        "Calls that may try the PSP at once while its breaker is half-open; so many good ones close"
+        " it.",
+        ge=1,
+        le=100,
+        unit="calls",
+    )
+    routing_exchange_interval_s: float = _field(
+        1.0,
+        "How often processes tell each other of their breakers, through Redis; what they learn of"
+        " success, five times as seldom.",
+        ge=0.05,
+        le=60,
+    )
+    learning_half_life_s: float = _field(
+        3600.0,
+        "After so long a payment counts half for what is learnt of success.",
+        ge=60,
+        le=2_592_000,
+    )
+    learning_exploration_percent: float = _field(
+        5.0,
+        "At most so many of the payments that are routed by what is learnt go to another account"
+        " than the best one.",
+        ge=0,
+        le=50,
+        unit="percent",
+    )
+    learning_segments_max: int = _field(
+        100_000,
+        "Kinds of payments that success is counted for.",
+        ge=100,
+        le=10_000_000,
+        unit="segments",
+    )
+
     # Logs.
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = _field(
         "INFO", "The lowest level that is logged."
@@ -753,6 +828,7 @@ class Settings(BaseSettings):
     def _together(self) -> "Settings":
         problems = [
             *self._connector_problems(),
+            *self._breaker_problems(),
             *self._tls_problems(),
             *self._native_problems(),
             *self._jwt_problems(),
@@ -791,6 +867,12 @@ class Settings(BaseSettings):
             # Whoever can connect can claim to be anyone.
             problems.append(f"{variable('listen_address')}: must be a loopback address {says}")
         return problems
+
+    def _breaker_problems(self) -> list[str]:
+        if self.breaker_pause_s_min > self.breaker_pause_s_max:
+            shortest, longest = variable("breaker_pause_s_min"), variable("breaker_pause_s_max")
+            return [f"{shortest} is at most {longest}"]
+        return []
 
     def _connector_problems(self) -> list[str]:
         if self.connector_keys.get_secret_value() and self.connector_keys_file:

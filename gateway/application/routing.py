@@ -186,13 +186,16 @@ class Routing:
         availability: Availability | None = None,
         ranking: Ranking | None = None,
         observer: Observer | None = None,
+        learner: Observer | None = None,
         reattempts: Reattempts | None = None,
     ) -> None:
+        """`observer` is told of every call, `learner` of those that rules decided on."""
         self._router = router
         self._rules = rules
         self._availability = availability
         self._ranking = ranking
         self._observer = observer
+        self._learner = learner
         self.reattempts = reattempts
 
     def plan(self, command: Authorize, payment_id: str) -> Plan:
@@ -327,14 +330,18 @@ class Routing:
         self, plan: Plan | None, mode: Mode, operation: Operation, answer: ConnectorAnswer, s: float
     ) -> None:
         """A connector's `send` ended after `s` seconds."""
-        if self._observer is None:
+        by_rules = plan is not None and plan.facts is not None
+        if self._observer is None and not by_rules:
             return
         segment = None if plan is None else plan.segment
         if segment is None:
             segment = Segment(operation.merchant_id, mode, "", currency=operation.currency)
         attempt = operation.attempt
         candidate = Candidate(attempt.connector, attempt.connector_account_id)
-        self._observer.observed(segment, candidate, operation.kind, answer, s)
+        if self._observer is not None:
+            self._observer.observed(segment, candidate, operation.kind, answer, s)
+        if self._learner is not None and by_rules:
+            self._learner.observed(segment, candidate, operation.kind, answer, s)
 
 
 def _is_learned(choice: Choice | None) -> bool:

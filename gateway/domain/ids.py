@@ -19,6 +19,7 @@ _PREFIXES: Final = {
     "request": "req_",
     "event": "evt_",
     "connector_account": "acc_",
+    "suspension": "sus_",
 }
 
 
@@ -50,6 +51,11 @@ def new_key_id() -> str:
 def new_connector_account_id() -> str:
     """A new id of a merchant's account at a PSP: `acc_` and 32 hex characters."""
     return "acc_" + uuid7().hex
+
+
+def new_suspension_id() -> str:
+    """A new id of a suspension of accounts: `sus_` and 32 hex characters."""
+    return "sus_" + uuid7().hex
 
 
 def new_request_id() -> str:

@@ -29,7 +29,7 @@ import datetime as dt
 import re
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import pairwise
@@ -155,26 +155,19 @@ class CostBook:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._costs: dict[str, tuple[int, Costs]] = {}
+        self._costs: dict[str, Costs] = {}
 
-    def put(self, merchant_id: str, version: int, costs: Costs) -> None:
+    def put(self, merchant_id: str, costs: Costs) -> None:
         """Take over a merchant's costs."""
-        self._costs[merchant_id] = version, costs
+        self._costs[merchant_id] = costs
 
-    def keep(self, merchant_ids: Iterable[str]) -> None:
-        """Forget all other merchants'."""
-        for merchant_id in self._costs.keys() - set(merchant_ids):
-            del self._costs[merchant_id]
-
-    def version(self, merchant_id: str) -> int | None:
-        """Of the costs that are known."""
-        found = self._costs.get(merchant_id)
-        return None if found is None else found[0]
+    def forget(self, merchant_id: str) -> None:
+        """The merchant has none any more."""
+        self._costs.pop(merchant_id, None)
 
     def costs(self, merchant_id: str) -> Costs | None:
         """A merchant's."""
-        found = self._costs.get(merchant_id)
-        return None if found is None else found[1]
+        return self._costs.get(merchant_id)
 
     def today(self) -> int:
         """The day in UTC, as the ordinal that validity is told by."""

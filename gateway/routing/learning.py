@@ -25,8 +25,8 @@ from gateway.routing.breakers import ExchangeUnavailable, is_failure
 from gateway.routing.costs import MICRO, CostBook, Costs
 from gateway.routing.model import Candidate, Scored, Segment
 
-EXCHANGED_MAX: Final = 500
-"""Segments that are exchanged with other processes at once."""
+EXCHANGED_MAX: Final = 100
+"""Segments that are exchanged with other processes at once: Redis does nothing else meanwhile."""
 DRAW_BITS: Final = 64
 
 SegmentKey: TypeAlias = tuple[str, ...]

@@ -26,6 +26,7 @@ from gateway.domain.model import (
     OperationKind,
     OperationState,
 )
+from gateway.routing.breakers import BreakerKey, Breakers, BreakerState
 from gateway.telemetry.merging import Encode, OverWorkers, Snapshot, take_snapshot
 from gateway.telemetry.series import Counter, ExemplarHistogram, Gauge, Histogram, Labels, Series
 
@@ -44,6 +45,8 @@ _STAGE_S: Final = (
     *(0.0175, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 10),
 )
 _PSP: Final = "psp"
+FOLLOW_UPS: Final = "follow_ups"
+"""The method's label of what is done to existing payments."""
 
 _S = TypeVar("_S", bound=Series)
 
@@ -109,6 +112,7 @@ class Metrics:
         self._add_admission()
         self._add_stores()
         self._add_connectors()
+        self._add_routing()
         self._add_process()
         self._families.readers.append(self._read_claims)
         self.registry.register(self._families)
@@ -258,6 +262,23 @@ class Metrics:
             over_workers="max",
         )
 
+    def _add_routing(self) -> None:
+        self._breakers = self._gauge(
+            "breakers",
+            "Breakers of accounts that are open or half-open.",
+            "connector",
+            "method",
+            "state",
+            over_workers="max",
+        )
+        self._breaker_changes = self._counter(
+            "breaker_changes",
+            "Times that a breaker came into a state.",
+            "connector",
+            "method",
+            "state",
+        )
+
     def _add_process(self) -> None:
         self._loop_lag_s = self._histogram(
             "event_loop_lag_seconds", "How late the event loop woke a task.", _LOOP_LAG_S
@@ -341,6 +362,19 @@ class Metrics:
         for lane, queue in queues.items():
             self._queue_depth.set(queue.depth, (lane,))
 
+    def watch_breakers(self, breakers: Breakers) -> None:
+        """Show which of these are not closed, from now on."""
+        self._families.readers.append(lambda: self._read_breakers(breakers))
+
+    def _read_breakers(self, breakers: Breakers) -> None:
+        counts = dict.fromkeys(self._breakers.labels_shown(), 0)
+        for key in breakers.open_keys():
+            method = key.method or FOLLOW_UPS
+            labels: Labels = (key.connector, method, breakers.state(key).value)
+            counts[labels] = counts.get(labels, 0) + 1
+        for shown, count in counts.items():
+            self._breakers.set(count, shown)
+
     def _read_claims(self) -> None:
         self._redis_unavailable.set(self._claims.value((ClaimOutcome.UNAVAILABLE,)))
 
@@ -419,6 +453,12 @@ class Metrics:
     def applying_failed(self) -> None:
         """A look at the notifications, or at one of them, failed."""
         self._notifications_failures.add()
+
+    # What breakers tell.
+
+    def breaker_changed(self, key: BreakerKey, state: BreakerState) -> None:
+        """A breaker came into a state."""
+        self._breaker_changes.add((key.connector, key.method or FOLLOW_UPS, state.value))
 
     # The composition root's loops.
 

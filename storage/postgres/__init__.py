@@ -11,6 +11,7 @@ from storage.postgres.migrate import check_schema, required_version
 from storage.postgres.notifications import Notifications
 from storage.postgres.pool import durability, durability_problems, system_generation
 from storage.postgres.routing import RoutingRules
+from storage.postgres.routing_controls import RoutingControls
 from storage.postgres.store import PostgresStore, open_reader
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Notifications",
     "OrganisationRow",
     "PostgresStore",
+    "RoutingControls",
     "RoutingRules",
     "RowRefused",
     "SchemaError",

@@ -46,6 +46,7 @@ from storage.postgres.notifications import Notifications, keeping_lane
 from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections, durability
 from storage.postgres.queries import Query, query, run
 from storage.postgres.routing import RoutingRules
+from storage.postgres.routing_controls import RoutingControls
 from storage.postgres.row_security import (
     READER,
     RECOVERER,
@@ -290,6 +291,7 @@ class PostgresStore:
         self.audit = PostgresAudit(self._direct, _load_aggregates)
         self.connector_accounts = ConnectorAccounts(self._direct)
         self.routing_rules = RoutingRules(self._direct)
+        self.routing_controls = RoutingControls(self._direct)
         if connect:
             await asyncio.gather(*(connections.open() for connections in held.values()))
 

@@ -174,7 +174,7 @@ def _book(margin: str, of_good: str, of_bad: str) -> CostBook:
     )
     book = CostBook()
     objective = f'[objective]\nmargin_percentage = "{margin}"\n'
-    book.put("mer_1", 1, parse_costs(objective + fees))
+    book.put("mer_1", parse_costs(objective + fees))
     return book
 
 

@@ -1,0 +1,98 @@
+"""What persons say of accounts, read in the background: suspensions, and what accounts cost."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import NamedTuple, Protocol
+
+from gateway.application.ports import StoreUnavailable
+from gateway.routing.availability import AccountAvailability, Suspension
+from gateway.routing.costs import CostBook, CostsRefused, parse_costs
+
+_log = logging.getLogger(__name__)
+
+
+class StoredSuspension(NamedTuple):
+    """A suspension with its end, for people."""
+
+    suspension: Suspension
+    created_at: datetime
+    ended_at: datetime | None
+    """When a person ended it."""
+    ended_by: str
+    ended_reason: str
+
+
+class StoredCosts(NamedTuple):
+    """A version of a merchant's costs."""
+
+    merchant_id: str
+    version: int
+    body: str
+    """As `gateway.routing.costs` reads it; empty: the merchant has none any more."""
+    reason: str
+    created_by: str
+    created_at: datetime
+
+
+class RoutingSource(Protocol):
+    """Where they are kept. Both methods raise StoreUnavailable."""
+
+    async def suspensions(self) -> Sequence[Suspension]:
+        """Those that are, or are to come."""
+
+    async def changed_costs(self, since: datetime | None) -> Sequence[StoredCosts]:
+        """Each merchant's latest costs that were put at or after `since`, or shortly before; None:
+        those of all that have some.
+        """
+
+
+class RoutingControls:
+    """Takes over what has changed. What is known holds while the store is away."""
+
+    def __init__(
+        self, source: RoutingSource, availability: AccountAvailability, costs: CostBook
+    ) -> None:
+        self._source = source
+        self._availability = availability
+        self._costs = costs
+        self._latest: datetime | None = None
+        self._known: dict[str, int] = {}
+        """The latest version of each merchant's costs that was read, usable or not."""
+
+    async def run(self, interval_s: float) -> None:
+        """Read again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))
+            try:
+                await self.refresh()
+            except StoreUnavailable as error:
+                _log.warning("suspensions and costs could not be read: %s", error)
+
+    async def refresh(self) -> None:
+        """Read what has changed. Raises StoreUnavailable."""
+        asked_at = time.monotonic()
+        self._availability.suspend(await self._source.suspensions(), asked_at)
+        for stored in await self._source.changed_costs(self._latest):
+            if self._latest is None or stored.created_at > self._latest:
+                self._latest = stored.created_at
+            if stored.version > self._known.get(stored.merchant_id, 0):
+                self._known[stored.merchant_id] = stored.version
+                self._take(stored)
+
+    def _take(self, stored: StoredCosts) -> None:
+        if not stored.body:
+            self._costs.forget(stored.merchant_id)
+            return
+        try:
+            self._costs.put(stored.merchant_id, parse_costs(stored.body))
+        except CostsRefused as error:
+            # It was looked at when it was put, by a gateway that knows more than this one.
+            _log.warning(
+                "costs cannot be used, those before stay: %s",
+                error,
+                extra={"merchant_id": stored.merchant_id},
+            )

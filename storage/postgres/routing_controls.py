@@ -1,0 +1,174 @@
+"""Suspensions of accounts and merchants' costs in PostgreSQL."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+
+import asyncpg
+
+from gateway.application.routing_controls import StoredCosts, StoredSuspension
+from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.ids import new_suspension_id
+from gateway.routing.availability import Suspension, SuspensionKind
+from storage.postgres.accounts import LIMITS
+from storage.postgres.connector_accounts import OVERLAP_S
+from storage.postgres.lanes import DirectLane
+from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections
+from storage.postgres.queries import Query, query, run
+
+_SUSPEND = query("routing_controls", "suspend")
+_END_SUSPENSION = query("routing_controls", "end_suspension")
+_CURRENT_SUSPENSIONS = query("routing_controls", "current_suspensions")
+_ALL_SUSPENSIONS = query("routing_controls", "all_suspensions")
+_PUT_COSTS = query("routing_controls", "put_costs")
+_COSTS_OF = query("routing_controls", "costs_of")
+_CHANGED_COSTS = query("routing_controls", "changed_costs")
+
+
+class RoutingControls:
+    """Implements the port `RoutingSource`, and what the command line does.
+
+    Every method raises StoreUnavailable where the database is away.
+    """
+
+    def __init__(self, lane: DirectLane) -> None:
+        """`lane` is the caller's to close; `connect` brings its own."""
+        self._lane = lane
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, dsn: str, *, connect_timeout_s: float = 5.0, statement_timeout_s: float = 10.0
+    ) -> AsyncIterator["RoutingControls"]:
+        """With a connection of its own."""
+        settings = ConnectionSettings(
+            dsn, connect_timeout_s=connect_timeout_s, statement_timeout_s=statement_timeout_s
+        )
+        name = "routing_controls"
+        lane = DirectLane(name, HeldConnections(settings, name, 1), LIMITS)
+        try:
+            yield cls(lane)
+        finally:
+            await lane.close()
+
+    async def suspend(
+        self,
+        kind: SuspensionKind,
+        connector: str,
+        *,
+        merchant_id: str = "",
+        account_id: str = "",
+        method: str = "",
+        begins_at: datetime | None = None,
+        ends_at: datetime | None = None,
+        reason: str,
+        created_by: str,
+    ) -> Suspension:
+        """Send nothing to an account, or without one to none of the connector's.
+
+        It begins now unless `begins_at` says when, and without `ends_at` does not end by itself.
+        Raises GatewayError(INVALID_REQUEST) without the account.
+        """
+        rows = await self._run(
+            _SUSPEND,
+            merchant_id=merchant_id,
+            suspension_id=new_suspension_id(),
+            kind=kind,
+            connector=connector,
+            account_id=account_id,
+            method=method,
+            begins_at=begins_at,
+            ends_at=ends_at,
+            reason=reason,
+            created_by=created_by,
+        )
+        if not rows:
+            raise GatewayError(
+                Reason.INVALID_REQUEST,
+                f"The merchant {merchant_id} has no account {account_id} at {connector}.",
+            )
+        return _suspension(rows[0])
+
+    async def end_suspension(
+        self, suspension_id: str, *, reason: str, ended_by: str
+    ) -> Suspension | None:
+        """None without one of this id that is or is to come."""
+        rows = await self._run(
+            _END_SUSPENSION, suspension_id=suspension_id, reason=reason, ended_by=ended_by
+        )
+        return _suspension(rows[0]) if rows else None
+
+    async def suspensions(self) -> Sequence[Suspension]:
+        """See the port."""
+        return [_suspension(row) for row in await self._run(_CURRENT_SUSPENSIONS)]
+
+    async def all_suspensions(self, limit: int) -> Sequence[StoredSuspension]:
+        """The latest first, those that are over too."""
+        return [
+            StoredSuspension(
+                _suspension(row),
+                row["created_at"],
+                row["ended_at"],
+                row["ended_by"],
+                row["ended_reason"],
+            )
+            for row in await self._run(_ALL_SUSPENSIONS, limit=limit)
+        ]
+
+    async def put_costs(
+        self, merchant_id: str, body: str, *, reason: str, created_by: str
+    ) -> StoredCosts:
+        """Store the next version; an empty text ends the merchant's costs.
+
+        Raises GatewayError(INVALID_REQUEST) without the merchant.
+        """
+        rows = await self._run(
+            _PUT_COSTS, merchant_id=merchant_id, body=body, reason=reason, created_by=created_by
+        )
+        if not rows:
+            raise GatewayError(Reason.INVALID_REQUEST, f"There is no merchant {merchant_id}.")
+        return _costs(rows[0])
+
+    async def costs_of(self, merchant_id: str, limit: int) -> Sequence[StoredCosts]:
+        """A merchant's versions, the latest first."""
+        rows = await self._run(_COSTS_OF, merchant_id=merchant_id, limit=limit)
+        return [_costs(row) for row in rows]
+
+    async def changed_costs(self, since: datetime | None) -> Sequence[StoredCosts]:
+        """See the port."""
+        rows = await self._run(_CHANGED_COSTS, since=since, overlap_s=OVERLAP_S)
+        return [_costs(row) for row in rows]
+
+    async def _run(self, statement: Query, **values: object) -> list[asyncpg.Record]:
+        async def call(connection: Connection) -> list[asyncpg.Record]:
+            return await run(connection, statement, **values)
+
+        return await self._lane.run(call)
+
+
+def _suspension(row: asyncpg.Record) -> Suspension:
+    return Suspension(
+        suspension_id=row["suspension_id"],
+        kind=SuspensionKind(row["kind"]),
+        merchant_id=row["merchant_id"],
+        connector=row["connector"],
+        account_id=row["account_id"],
+        method=row["method"],
+        reason=row["reason"],
+        created_by=row["created_by"],
+        begins_at=row["begins_at"],
+        ends_at=row["ends_at"],
+        begins_in_s=row["begins_in_s"],
+        ends_in_s=row["ends_in_s"],
+    )
+
+
+def _costs(row: asyncpg.Record) -> StoredCosts:
+    return StoredCosts(
+        row["merchant_id"],
+        row["version"],
+        row["body"],
+        row["reason"],
+        row["created_by"],
+        row["created_at"],
+    )
