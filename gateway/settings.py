@@ -673,7 +673,7 @@ class Settings(BaseSettings):
         le=60,
     )
     learning_half_life_s: float = _field(
-        3600.0,
+        1800.0,
         "After so long a payment counts half for what is learnt of success.",
         ge=60,
         le=2_592_000,

@@ -121,6 +121,47 @@ def figure(title: str, body: str, legend: str) -> str:
     )
 
 
+def image(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    unit: str,
+    x_title: str,
+    bands: Sequence[Band] = (),
+) -> str:
+    """A line chart as a file of its own, with its title and legend in it; for at least one line."""
+    chart = line_chart(title, lines, unit=unit, x_title=x_title, bands=bands)
+    drawing = chart[chart.index("<svg") : chart.index("</svg>")].partition(">")[2]
+    parts = [f'<text class="title" x="4" y="-26">{escape(title)}</text>']
+    x = float(LEFT)
+    for line in lines:
+        parts.append(
+            f'<line class="l{line.color}" x1="{x}" x2="{x + 18}" y1="-10" y2="-10"/>'
+            f'<text x="{x + 23}" y="-6">{escape(line.name)}</text>'
+        )
+        x += 40 + 6.2 * len(line.name)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -44 {WIDTH} {HEIGHT + 44}" role="img"'
+        f' aria-label="{escape(title)}"><style>{_IMAGE_STYLE}</style>'
+        f'<rect class="page" y="-44" width="{WIDTH}" height="{HEIGHT + 44}"/>'
+        f"{''.join(parts)}{drawing}</svg>\n"
+    )
+
+
+_IMAGE_STYLE: Final = (
+    ":root{--page:#fff;--ink:#16202c;--soft:#5b6776;--line:#e1e6ec;"
+    "--c1:#1668b8;--c2:#c4471d;--c3:#7a8592;--c4:#8a3fb0}"
+    "@media(prefers-color-scheme:dark){:root{--page:#11161c;--ink:#e6ebf1;--soft:#9aa7b5;"
+    "--line:#2b3642;--c1:#62a8ea;--c2:#f08a5d;--c3:#93a0ae;--c4:#c58be0}}"
+    "text{font:11px sans-serif;fill:var(--soft)}text.title{font-size:13px;fill:var(--ink)}"
+    ".page{fill:var(--page)}.grid{stroke:var(--line)}.axis{stroke:var(--soft)}"
+    "rect.shaded{fill:var(--soft);opacity:.1}rect.plain{fill:none}"
+    "polyline{fill:none;stroke-width:1.6}"
+    ".l1{stroke:var(--c1)}.l2{stroke:var(--c2)}.l3{stroke:var(--c3)}.l4{stroke:var(--c4)}"
+)
+"""As report.css has it, for an image that no page gives a style."""
+
+
 def percentile_ticks(highest: float) -> list[tuple[float, str]]:
     """Where 0, 50, 90, 99 … % stand on the axis of `percentile_place`."""
     ticks = (0.0, 50.0, 90.0, 99.0, 99.9, 99.99, 99.999)

@@ -30,7 +30,7 @@ import re
 import time
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -44,6 +44,8 @@ TEXT_CHARACTERS_MAX: Final = 256 * 1024
 FEES_MAX: Final = 2_000
 INTERCHANGES_MAX: Final = 500
 """Of one fee."""
+MATCHED_MAX: Final = 10_000
+"""Kinds of payments whose row is remembered."""
 
 _PERCENTAGE: Final = re.compile(r"\d{1,3}(\.\d{1,4})?")
 _CURRENCY: Final = re.compile(r"[A-Z]{3}")
@@ -123,31 +125,46 @@ class Costs:
     """What an approved payment is worth, of its amount in millionths."""
     fees: Mapping[tuple[str, str], tuple[Fee, ...]]
     """By account and currency, in the order of their validity."""
+    _matched: dict[tuple[object, ...], tuple[Fee, list[Interchange]] | None] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     def of(
         self, account_id: str, segment: Segment, amount_minor: int, day: int, card_type: str = ""
     ) -> Cost | None:
         """What a payment costs at an account on a day; None where the file does not say."""
+        key = account_id, segment.currency, segment.scheme, segment.issuer_country, card_type, day
+        try:
+            matched = self._matched[key]
+        except KeyError:
+            if len(self._matched) >= MATCHED_MAX:
+                self._matched.clear()
+            matched = self._matched[key] = self._match(account_id, segment, card_type, day)
+        if matched is None:
+            return None
+        fee, rows = matched
+        approval = amount_minor * fee.ppm + fee.fixed_micro
+        if len(rows) == 1:
+            approval += rows[0].micro(amount_minor)
+        elif rows:
+            approval += max(row.micro(amount_minor) for row in rows)
+        return Cost(fee.attempt_micro, approval)
+
+    def _match(
+        self, account_id: str, segment: Segment, card_type: str, day: int
+    ) -> tuple[Fee, list[Interchange]] | None:
+        """The fee, and the rows of its interchange that may fit: one where the payment says all."""
+        known = segment.scheme, segment.issuer_country, card_type
         for fee in self.fees.get((account_id, segment.currency), ()):
             if fee.valid_from <= day < fee.valid_until:
-                approval = amount_minor * fee.ppm + fee.fixed_micro
-                if fee.interchange:
-                    approval += _interchange_micro(fee, segment, amount_minor, card_type)
-                return Cost(fee.attempt_micro, approval)
+                rows = []
+                for each in fee.interchange:
+                    if not each.contradicts(*known):
+                        rows.append(each)
+                        if each.is_certain(*known):
+                            break  # what stands below it never fits
+                return fee, rows
         return None
-
-
-def _interchange_micro(fee: Fee, segment: Segment, amount_minor: int, card_type: str) -> int:
-    known = segment.scheme, segment.issuer_country, card_type
-    dearest = 0
-    for each in fee.interchange:
-        if each.contradicts(*known):
-            continue
-        micro = each.micro(amount_minor)
-        dearest = max(dearest, micro)
-        if each.is_certain(*known):
-            break  # what stands below it never fits
-    return dearest
 
 
 class CostBook:

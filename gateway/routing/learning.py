@@ -18,9 +18,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
-from gateway.domain.model import ConnectorAnswer, Delivery, OperationKind, Verdict
+from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind, Verdict
 from gateway.routing.breakers import ExchangeUnavailable, is_failure
 from gateway.routing.costs import MICRO, CostBook, Costs
 from gateway.routing.model import Candidate, Scored, Segment
@@ -42,7 +43,7 @@ _log = logging.getLogger(__name__)
 class LearningLimits:
     """How it learns."""
 
-    half_life_s: float = 3600.0
+    half_life_s: float = 1800.0
     """After so long a payment counts half."""
     exploration_share: float = 0.05
     """At most so many payments go to another account than the best one."""
@@ -86,14 +87,9 @@ class _Counts:
         self.at = at
 
 
-class _Estimate(NamedTuple):
-    candidate: Candidate
-    success: float
-    calls: float
-    """That the success is known from, the prior's included."""
-    utility: float
-    variance: float
-    cost_minor: float
+_Estimate: TypeAlias = tuple[float, Candidate, float, float, float, float]
+"""Utility, candidate, success, the calls that this is known from (the prior's included), the
+utility's variance, cost in minor units. No class: a decision makes one for each candidate."""
 
 
 class SuccessRanking:
@@ -118,47 +114,39 @@ class SuccessRanking:
         self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int, draw: int
     ) -> Sequence[Scored]:
         """See the port."""
-        if not candidates:
-            return []
         estimates = self._estimates(segment, candidates, amount_minor)
-        estimates.sort(key=_by_utility, reverse=True)
-        best = estimates[0]
+        if len(estimates) > 1:
+            estimates.sort(key=_utility, reverse=True)
         chances = self._chances(estimates)
-        chosen = 0
         left = draw / (1 << DRAW_BITS)
-        for place in range(1, len(estimates)):
-            left -= chances[place]
-            if left < 0:
-                chosen = place
-                break
-        scored = [
-            Scored(
-                each.candidate,
-                each.utility,
-                (
-                    ("success", each.success),
-                    ("calls", each.calls),
-                    ("cost_minor", each.cost_minor),
-                    ("first_share", chance),
-                ),
+        scored = []
+        chosen = 0
+        for place, (utility, candidate, success, calls, _, cost_minor) in enumerate(estimates):
+            chance = chances[place]
+            if place and not chosen:
+                left -= chance
+                if left < 0:
+                    chosen = place
+            parts = (
+                ("success", success),
+                ("calls", calls),
+                ("cost_minor", cost_minor),
+                ("first_share", chance),
             )
-            for each, chance in zip(estimates, chances, strict=True)
-        ]
-        if chosen and best is not estimates[chosen]:
+            scored.append(Scored(candidate, utility, parts))
+        if chosen:
             scored.insert(0, scored.pop(chosen))
         return scored
 
     def _chances(self, estimates: Sequence[_Estimate]) -> list[float]:
         """How often each is first; the best one comes first here."""
-        best = estimates[0]
+        if len(estimates) < 2:
+            return [1.0] * len(estimates)
+        utility, _, _, _, variance, _ = estimates[0]
         chances = [0.0]
-        for each in estimates[1:]:
-            spread = math.sqrt(2 * (best.variance + each.variance))
-            ahead = best.utility - each.utility
-            if spread > 0:
-                chances.append(0.5 * math.erfc(ahead / spread))
-            else:
-                chances.append(0.0)
+        for other, _, _, _, its_variance, _ in estimates[1:]:
+            spread = math.sqrt(2 * (variance + its_variance))
+            chances.append(0.5 * math.erfc((utility - other) / spread) if spread > 0 else 0.0)
         explored = sum(chances)
         if explored > self._limits.exploration_share:
             factor = self._limits.exploration_share / explored
@@ -170,7 +158,6 @@ class SuccessRanking:
     def _estimates(
         self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int
     ) -> list[_Estimate]:
-        now = self._clock()
         levels = [self._segments.get(key) for key in _levels(segment)]
         if levels[-1] is None:
             self._ask_for(segment)
@@ -180,25 +167,33 @@ class SuccessRanking:
         if costs is not None:
             worth = amount_minor * costs.margin_ppm / MICRO
             fees = self._fees(costs, segment, candidates, amount_minor)
-        estimates = []
+        limits = self._limits
+        now, prior, half_life_s = self._clock(), limits.prior_calls, limits.half_life_s
+        estimates: list[_Estimate] = []
         for place, candidate in enumerate(candidates):
-            success, calls = self._success(known, candidate, now)
+            # The mean of the account's posterior in the narrowest segment, by way of the wider
+            # ones, and how many calls it rests on.
+            success, calls = limits.prior_success, prior
+            account = candidate[:2]
+            for level in known:
+                counts = level.get(account)
+                if counts is None:
+                    calls = prior
+                    continue
+                fading = math.exp2((counts.at - now) / half_life_s)
+                successes = counts.successes * fading
+                calls = prior + successes + counts.failures * fading
+                success = (success * prior + successes) / calls
             variance = success * (1 - success) / (calls + 1)
             if fees is None:
-                estimates.append(_Estimate(candidate, success, calls, success, variance, 0.0))
+                estimates.append((success, candidate, success, calls, variance, 0.0))
                 continue
             attempt, approval = fees[place]
             gain = worth - approval
-            estimates.append(
-                _Estimate(
-                    candidate,
-                    success,
-                    calls,
-                    success * gain - attempt,
-                    variance * gain * gain,
-                    attempt + success * approval,
-                )
-            )
+            cost_minor = attempt + success * approval
+            utility = success * gain - attempt
+            variance *= gain * gain
+            estimates.append((utility, candidate, success, calls, variance, cost_minor))
         return estimates
 
     def _fees(
@@ -209,40 +204,20 @@ class SuccessRanking:
         A candidate whose fees are not known is as dear as the dearest that are.
         """
         day = self._costs.today()
-        found = [
-            costs.of(candidate.connector_account_id, segment, amount_minor, day)
-            for candidate in candidates
-        ]
-        told = [each for each in found if each is not None]
+        found = [costs.of(each[1], segment, amount_minor, day) for each in candidates]
+        if None not in found:
+            return [(cost[0] / MICRO, cost[1] / MICRO) for cost in found if cost is not None]
+        told = [cost for cost in found if cost is not None]
         if not told:
             return None
         dearest = (
-            max(each.attempt_micro for each in told),
-            max(each.approval_micro for each in told),
+            max(cost.attempt_micro for cost in told),
+            max(cost.approval_micro for cost in told),
         )
         return [
             (attempt / MICRO, approval / MICRO)
-            for attempt, approval in (dearest if each is None else each for each in found)
+            for attempt, approval in (dearest if cost is None else cost for cost in found)
         ]
-
-    def _success(
-        self, levels: Sequence[dict[AccountKey, _Counts]], candidate: Candidate, now: float
-    ) -> tuple[float, float]:
-        """The mean of the account's posterior in the narrowest segment, and what it rests on."""
-        limits = self._limits
-        weight, success = limits.prior_calls, limits.prior_success
-        calls = weight
-        account = candidate.connector, candidate.connector_account_id
-        for level in levels:
-            counts = level.get(account)
-            if counts is None:
-                calls = weight
-                continue
-            fading = math.exp2((counts.at - now) / limits.half_life_s)
-            successes = counts.successes * fading
-            calls = weight + successes + counts.failures * fading
-            success = (success * weight + successes) / calls
-        return success, calls
 
     # --- Observer ---
 
@@ -365,8 +340,7 @@ def _increments(accounts: Mapping[AccountKey, Sequence[float]]) -> list[Incremen
     ]
 
 
-def _by_utility(estimate: _Estimate) -> float:
-    return estimate.utility
+_utility = itemgetter(0)
 
 
 def _is_success(answer: ConnectorAnswer) -> bool | None:
@@ -378,10 +352,13 @@ def _is_success(answer: ConnectorAnswer) -> bool | None:
     return False if answer.verdict in (Verdict.DECLINED, Verdict.FAILED) else None
 
 
+_MODES: Final = {mode: mode.name for mode in Mode}
+
+
 def _levels(segment: Segment) -> tuple[SegmentKey, SegmentKey, SegmentKey, SegmentKey]:
     """The segment and the wider ones, the widest first; all of them are the merchant's own."""
     merchant_id, mode, method, scheme, currency, issuer_country, channel = segment
-    widest = merchant_id, mode.name, method
+    widest = merchant_id, _MODES[mode], method
     wider = (*widest, currency, scheme)
     return (
         widest,
