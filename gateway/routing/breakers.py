@@ -29,6 +29,8 @@ SLICES: Final = 10
 BREAKERS_MAX: Final = 50_000
 """Breakers in memory; beyond it the one that was called least recently is forgotten, of those that
 are closed."""
+PROBE_RIGHT_S: Final = 5.0
+"""How long one process alone may probe, unless it asks again. Several exchanges with others."""
 REPORTS_MAX: Final = 1_000
 """What is told others at once, and of others' breakers taken over at once."""
 
@@ -217,7 +219,7 @@ class _Breaker:
     granted: bool = False
     """Others leave the probing to this process."""
     wanted: bool = False
-    """A call came since the pause was over."""
+    """A call came since the others were told of the last one, and after the pause was over."""
     half_open_told: bool = False
     probes: list[float] = field(default_factory=list)
     """When each probe under way gives its place back, should nobody tell its end."""
@@ -304,10 +306,11 @@ class Breakers:
     def _refusal(self, key: BreakerKey, breaker: _Breaker, now: float) -> Exclusion | None:
         if now < breaker.open_until:
             return Exclusion.BREAKER_OPEN
-        if self._coordinated and not breaker.granted:
-            if not breaker.wanted:
-                breaker.wanted = True
-                self._told.set()
+        waits = self._coordinated and not breaker.granted
+        if waits and not breaker.wanted:
+            self._told.set()
+        breaker.wanted = True
+        if waits:
             return Exclusion.BREAKER_OPEN
         if not breaker.half_open_told:
             breaker.half_open_told = True
@@ -473,11 +476,13 @@ class Breakers:
     async def synchronize(self, exchange: Exchange) -> None:
         """Tell the others what has changed, and take over what they tell."""
         taken = dict(list(self._reports.items())[:REPORTS_MAX])
-        wishes = [
-            Report(ReportKind.WANTS_PROBES, key, self._limits.probe_life_s)
-            for key in list(self._open)[:REPORTS_MAX]
-            if key not in taken and self._breakers[key].wanted
-        ]
+        wishes = []
+        for key in list(self._open)[:REPORTS_MAX]:
+            breaker = self._breakers[key]
+            if key not in taken and (breaker.wanted or breaker.probes):
+                # The right to probe lapses where no calls come that could be probes.
+                breaker.wanted = False
+                wishes.append(Report(ReportKind.WANTS_PROBES, key, PROBE_RIGHT_S))
         asked_at = self._clock()
         try:
             shared = await exchange.exchange([*taken.values(), *wishes])

@@ -345,3 +345,17 @@ def test_the_command_line_checks_puts_explains_and_simulates(shop: Shop) -> None
     assert CliRunner().invoke(main, ["verify"], env=shop.system.settings).exit_code == 0
     activated = run("activate", "0", *who, "--reason", WHY).stdout
     assert activated == f"in force: none; before: {version}\n"
+
+
+async def test_what_is_learnt_leaves_the_account_that_declines(shop: Shop) -> None:
+    targets = ", ".join(f'{{ account = "{each}" }}' for each in (shop.declines, shop.answers))
+    async with people(shop) as (caller, router):
+        await router.put(
+            'format = 1\n[[rule]]\nname = "best"\norder = "learned"\nattempts_max = 1\n'
+            f"targets = [{targets}]\n"
+        )
+        asked = [
+            (await caller.authorize()).operation.attempts[0].connector_account_id for _ in range(40)
+        ]
+    # One decline teaches it; after that at most every twentieth payment explores.
+    assert 28 <= asked.count(shop.answers) < 40

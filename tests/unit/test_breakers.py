@@ -9,6 +9,7 @@ import pytest
 from gateway.domain.errors import Reason
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind, Verdict
 from gateway.routing.breakers import (
+    PROBE_RIGHT_S,
     BreakerKey,
     BreakerLimits,
     Breakers,
@@ -264,7 +265,7 @@ async def test_only_the_process_that_was_granted_the_probes_tries() -> None:
     await world.breakers.synchronize(exchange)
     assert world.refusal() is Exclusion.BREAKER_OPEN  # wanted now
     await world.breakers.synchronize(exchange)
-    assert exchange.reports == [Report(ReportKind.WANTS_PROBES, KEY, LIMITS.probe_life_s)]
+    assert exchange.reports == [Report(ReportKind.WANTS_PROBES, KEY, PROBE_RIGHT_S)]
     exchange.shared = [Shared(KEY, 7, 0.0, 1, True)]
     await world.breakers.synchronize(exchange)
     for _ in range(LIMITS.probes_good):
