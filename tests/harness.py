@@ -323,6 +323,8 @@ def running_system(
             "recovery_waiting_interval_s_max": 1,
             "recovery_tries_max": 100_000,
             "recovery_lease_s": 2,
+            # Tests of failures make more of them than a breaker would let through.
+            "breaker_enabled": False,
             # Each database has a system of its own on the shared Redis: apart by merchant ids.
             **settings,
         }

@@ -481,6 +481,7 @@ class Payments:
             command.request_id,
             command.merchant_transaction_id,
         )
+        admitted = False
         for tries in range(self._limits.contention_tries_max):
             aggregate = await self.get_payment(command.merchant_id, command.mode, payment_id)
             connector = self._connector(aggregate.payment)
@@ -488,7 +489,9 @@ class Payments:
             suitability.check_follow_up(begun.operation, connector)
             started = time.monotonic()
             if not begun.cancel_request:
-                self._routing.check_follow_up(begun.operation, connector)
+                if not admitted:  # once: it may take a probe's place
+                    self._routing.check_follow_up(begun.operation, connector)
+                    admitted = True
                 self._check_deadline(command, started)
             if again is not None:
                 begun = decisions.begin_again(again, begun, command.request_id)

@@ -87,12 +87,6 @@ class AccountAvailability:
             return window.exclusion
         return None if self._breakers is None else self._breakers.admit(candidate, method)
 
-    def retry_after_s(self, candidate: Candidate, method: str) -> float | None:
-        """When a refused call may be worth another try, in seconds; None: nobody knows."""
-        if self._windows and (window := self._window(candidate, method)) is not None:
-            return None if window.ends is None else max(window.ends - self._clock(), 1.0)
-        return None if self._breakers is None else self._breakers.retry_after_s(candidate, method)
-
     def _window(self, candidate: Candidate, method: str) -> _Window | None:
         now = self._clock()
         for account_id in (candidate.connector_account_id, ""):

@@ -296,13 +296,6 @@ class Breakers:
             breaker.probes.append(now + self._limits.probe_life_s)
         return refusal
 
-    def retry_after_s(self, candidate: Candidate, method: str) -> float:
-        """When a refused call may be worth another try, in seconds."""
-        key = BreakerKey(candidate.connector, candidate.connector_account_id, method)
-        breaker = self._breakers.get(key)
-        left_s = 0.0 if breaker is None else breaker.open_until - self._clock()
-        return max(left_s, 1.0)
-
     def _refusal(self, key: BreakerKey, breaker: _Breaker, now: float) -> Exclusion | None:
         if now < breaker.open_until:
             return Exclusion.BREAKER_OPEN

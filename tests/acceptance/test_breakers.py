@@ -31,6 +31,7 @@ def system(postgres: PostgresForTests, redis: EmbeddedRedis) -> Iterator[System]
     with running_system(
         postgres,
         redis,
+        breaker_enabled=True,
         breaker_calls_min=CALLS_MIN,
         breaker_pause_s_min=0.5,
         breaker_pause_s_max=0.5,
@@ -121,9 +122,9 @@ async def test_a_killed_connector_is_sent_nothing_until_it_is_revived(system: Sy
         )
         await until(caller, refused=True)
         before = sent(system), written(system)
-        for call in (caller.authorize, lambda: caller.capture(payment_id)):
+        for call in (caller.authorize(), caller.capture(payment_id)):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call()
+                await call
             assert reason_of(caught.value) == "CONNECTOR_UNAVAILABLE"
         assert (sent(system), written(system)) == before
         await controls.end_suspension(

@@ -71,7 +71,6 @@ async def test_a_killed_account_is_refused_until_it_is_revived(world: _World) ->
         await world.refresh()
         assert world.refusal() is Exclusion.KILLED
         assert world.refusal("") is Exclusion.KILLED
-        assert world.availability.retry_after_s(world.candidate, "card") is None
         assert world.availability.refusal(Candidate("stripe", "acc_other"), "card") is None
         assert await controls.end_suspension(killed.suspension_id, reason=WHY, ended_by="login:ben")
         await world.refresh()
@@ -109,7 +108,6 @@ async def test_a_window_holds_from_its_beginning_to_its_end(world: _World) -> No
     assert availability.refusal(world.candidate, "card") is None
     later = coming.begins_in_s + 1
     assert availability.refusal(world.candidate, "card") is Exclusion.MAINTENANCE
-    assert availability.retry_after_s(world.candidate, "card") == pytest.approx(3599, abs=1)
     assert coming.ends_in_s is not None
     later = coming.ends_in_s + 1
     assert availability.refusal(world.candidate, "card") is None
