@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import quantiles
@@ -81,10 +82,12 @@ class BadClients:
         pid = run.gateways[number].pid
         quiet = self._p99_s(QUIET_ANSWERS)
         warm = int(messages * WARM_SHARE)
-        self._send(address, warm, certificate)
+        warming = self._send(address, warm, certificate)
         memory = _resident_bytes(pid)
         before = len(run.clients.latencies_s)
         statuses = self._send(address, messages - warm, certificate)
+        for attack, counts in warming.items():
+            statuses[attack] = dict(Counter(counts) + Counter(statuses[attack]))
         attacked = _p99_s(run.clients.latencies_s[before:])
         grown = _resident_bytes(pid) / memory
         run.notes.append(
