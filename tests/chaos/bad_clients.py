@@ -46,8 +46,9 @@ SEEDS: Final = 64
 """Valid messages that are made once, to be mutated."""
 OTHERS_AT_ONCE: Final = 2
 """Of each other attack by calls."""
-OTHERS_PAUSE_S_MAX: Final = 0.2
-"""Between two of the same: the fuzzed messages are the main thing."""
+MESSAGES_BETWEEN: Final = 200
+"""Fuzzed ones between two of the same, so that the mix is the same however slow the machine is."""
+OTHERS_PAUSE_S_MAX: Final = 0.05
 TIMEOUT_S: Final = 30
 """Of a call whose deadline is not the subject."""
 DEADLINES_S: Final = (0.001, 0.05)
@@ -128,8 +129,10 @@ class Attack:
     async def _again(self, attack: Callable[[], Awaitable[None]]) -> None:
         # Asked for, since `_cancelled` cannot tell its own cancellation from ours.
         while self._left > 0:
+            left = self._left
             await attack()
-            await asyncio.sleep(self._draw.uniform(0, OTHERS_PAUSE_S_MAX))
+            while 0 < self._left > left - MESSAGES_BETWEEN:  # noqa: ASYNC110 - no event tells
+                await asyncio.sleep(self._draw.uniform(0, OTHERS_PAUSE_S_MAX))
 
     def _channel(self) -> grpc.aio.Channel:
         orders = self._orders
