@@ -1,0 +1,1 @@
+"""The connector to acquirers' hosts that speak ISO 8583 over persistent connections."""
