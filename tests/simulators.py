@@ -20,10 +20,19 @@ def new_reference() -> str:
 
 @contextmanager
 def running_simulator(
-    directory: Path, profile: str = "idempotent", *, latency: str = "0"
+    directory: Path,
+    profile: str = "idempotent",
+    *,
+    latency: str = "0",
+    iso8583_specification: str = "",
 ) -> Iterator[SimulatorProcess]:
     """A simulator for as long as the context lasts, on the journal `directory/journal.jsonl`."""
-    simulator = SimulatorProcess.start(directory / "journal.jsonl", profile, latency=latency)
+    simulator = SimulatorProcess.start(
+        directory / "journal.jsonl",
+        profile,
+        latency=latency,
+        iso8583_specification=iso8583_specification,
+    )
     try:
         yield simulator
     finally:

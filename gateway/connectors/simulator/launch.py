@@ -22,10 +22,14 @@ class SimulatorFailed(Exception):
 class SimulatorProcess:
     """A running simulator. It also ends when the thread that started it does."""
 
-    def __init__(self, process: subprocess.Popen[bytes], url: str, journal: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], url: str, journal: Path, iso8583_url: str = ""
+    ) -> None:
         self._process = process
         self.url = url
         self.journal = journal
+        self.iso8583_url = iso8583_url
+        """As GATEWAY_ISO8583_HOSTS takes it; empty where it is no acquirer's host."""
 
     @classmethod
     def start(
@@ -36,6 +40,7 @@ class SimulatorProcess:
         listen: str = "127.0.0.1:0",
         latency: str = "0",
         seed: int = 1,
+        iso8583_specification: str = "",
     ) -> Self:
         """Start one and wait until it listens; blocks. Raises SimulatorFailed."""
         command = [
@@ -43,6 +48,8 @@ class SimulatorProcess:
             *("--listen", listen, "--journal", str(journal), "--profile", profile),
             *("--latency", latency, "--seed", str(seed)),
         ]
+        if iso8583_specification:
+            command += ["--iso8583", "--iso8583-specification", iso8583_specification]
         # In a session of its own: Ctrl-C is for the launcher, which may need the PSP to drain.
         process = subprocess.Popen(
             command,
@@ -56,7 +63,8 @@ class SimulatorProcess:
         if not line:
             process.kill()
             raise SimulatorFailed(f"the simulator ended with status {process.wait()}")
-        return cls(process, orjson.loads(line)["url"], journal)
+        told = orjson.loads(line)
+        return cls(process, told["url"], journal, told.get("iso8583", ""))
 
     @property
     def pid(self) -> int:

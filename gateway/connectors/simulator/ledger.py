@@ -5,7 +5,7 @@ that both lead to the same state.
 """
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -182,6 +182,12 @@ class Ledger:
     def reference(self, reference: str) -> Reference | None:
         """What is known of a reference."""
         return self._references.get(reference)
+
+    def decided(self) -> Iterator[tuple[str, Transaction]]:
+        """Each reference with its latest transaction."""
+        for reference, known in self._references.items():
+            if known.transactions:
+                yield reference, known.transactions[-1]
 
     def duplicate_of(self, reference: str, now: float) -> Transaction | None:
         """The transaction that a further request with this reference would repeat now."""

@@ -23,8 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Final, cast
-from urllib.parse import unquote
+from typing import Any, Final, Protocol, cast
+from urllib.parse import unquote, urlencode
 
 import orjson
 
@@ -75,7 +75,8 @@ _CHOICES: Final = "".join(
     f'<form method="post" action="{{path}}/{outcome}"><button>{outcome}</button></form>\n'
     for outcome in VISITS
 )
-_LINGER_NOT: Final = struct.pack("ii", 1, 0)
+LINGER_NOT: Final = struct.pack("ii", 1, 0)
+"""SO_LINGER such that closing sends a reset."""
 _P99: Final = NormalDist().inv_cdf(0.99)
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -120,6 +121,9 @@ class Options:
     latency: Latency = field(default_factory=Latency)
     seed: int = 1
     exit_with_parent: bool = False
+    iso8583: tuple[str, int] | None = None
+    """Where to listen for ISO 8583 too; port 0 as above."""
+    iso8583_specification: str = "reference-text"
 
 
 class Lateness:
@@ -166,8 +170,21 @@ class _BadRequest(Exception):
     """The request makes no sense; nothing was processed."""
 
 
+class Peer(Protocol):
+    """The connection that a request came on."""
+
+    connection_id: str
+    gone: asyncio.Future[None]
+    """Done when the client has closed."""
+
+    def abort(self) -> None:
+        """Reset it."""
+
+
 @dataclass(slots=True)
-class _Reply:
+class Reply:
+    """An answer, as HTTP has it."""
+
     status: int
     body: bytes
     due_at: float | None = None
@@ -194,8 +211,8 @@ class _Held:
     released: asyncio.Future[None]
 
 
-def _json(status: int, body: object) -> _Reply:
-    return _Reply(status, orjson.dumps(body))
+def _json(status: int, body: object) -> Reply:
+    return Reply(status, orjson.dumps(body))
 
 
 # --- HTTP -----------------------------------------------------------------------------------------
@@ -257,7 +274,7 @@ class _Connection(asyncio.Protocol):
         self.busy = True
         self._simulator.spawn(self, method, rest.partition(" ")[0], body)
 
-    def reply(self, reply: _Reply) -> None:
+    def reply(self, reply: Reply) -> None:
         """Answer, and go on with the next request."""
         if self.transport is None or self.transport.is_closing():
             return
@@ -281,7 +298,7 @@ class _Connection(asyncio.Protocol):
             with contextlib.suppress(OSError):
                 # Without lingering, closing sends a reset instead of an end (RFC 9293 §3.10.4).
                 self.transport.get_extra_info("socket").setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_NOT
+                    socket.SOL_SOCKET, socket.SO_LINGER, LINGER_NOT
                 )
             self.transport.abort()
 
@@ -310,6 +327,11 @@ class Simulator:
         self._clock_ahead_s = 0.0
         self._connection_count = 0
         self._lateness = Lateness()
+
+    @property
+    def run(self) -> int:
+        """How many times a simulator was started on this journal, this one included."""
+        return self._journal.run
 
     # --- connections ------------------------------------------------------------------------------
 
@@ -356,15 +378,15 @@ class Simulator:
 
     async def _route(
         self, connection: _Connection, method: str, path: str, body: bytes
-    ) -> _Reply | None:
+    ) -> Reply | None:
         parts = [unquote(part) for part in path.split("/")[1:]]
         match [method, *parts]:
             case ["POST", "v1", "operations", kind] if kind in KINDS:
-                return await self._send(connection, _parse_send(kind, body))
+                return await self.send(connection, _parse_send(kind, body))
             case ["GET", "v1", "operations", kind, reference] if kind in KINDS:
                 return await self._query(connection, kind, _reference(reference))
             case ["POST", "v1", "operations", kind, reference, "cancel"] if kind in KINDS:
-                return await self._cancel(connection, kind, _reference(reference))
+                return await self.cancel(connection, kind, _reference(reference))
             case ["GET", "v1", "profile"]:
                 return _json(200, _profile_json(self._ledger.profile))
             case ["POST", "control", action]:
@@ -374,7 +396,8 @@ class Simulator:
 
     # --- the three requests -----------------------------------------------------------------------
 
-    async def _send(self, connection: _Connection, send: Send) -> _Reply | None:
+    async def send(self, connection: Peer, send: Send) -> Reply | None:
+        """Do what is asked, or repeat what was; None where the connection is not answered."""
         received_at = self._now()
         arrived_at = time.monotonic()
         behaviour = self._ledger.behaviour(send)
@@ -415,9 +438,7 @@ class Simulator:
             reply.due_at = due_at
         return reply
 
-    async def _work(
-        self, connection: _Connection, send: Send, fault: Fault, decide_at: float
-    ) -> None:
+    async def _work(self, connection: Peer, send: Send, fault: Fault, decide_at: float) -> None:
         """All the time until the effect."""
         if fault is Fault.LATE:
             await asyncio.wait([connection.gone], timeout=HANG_S_MAX)
@@ -443,7 +464,7 @@ class Simulator:
         await self._journal.durable()
         return answer
 
-    async def _query(self, connection: _Connection, kind: str, reference: str) -> _Reply | None:
+    async def _query(self, connection: Peer, kind: str, reference: str) -> Reply | None:
         if not self._ledger.profile.query_by_reference:
             return _json(404, {"error": "no_query"})
         request = await self._received(connection, "query", kind, reference)
@@ -461,7 +482,8 @@ class Simulator:
         await self._hold("before_answer", "query", kind, reference)
         return _json(404 if answer["result"] == "not_found" else 200, answer)
 
-    async def _cancel(self, connection: _Connection, kind: str, reference: str) -> _Reply | None:
+    async def cancel(self, connection: Peer, kind: str, reference: str) -> Reply | None:
+        """Make a reference unusable and take back what it caused."""
         if not self._ledger.profile.cancel_by_reference:
             return _json(404, {"error": "no_cancel"})
         request = await self._received(connection, "cancel", kind, reference)
@@ -478,7 +500,7 @@ class Simulator:
 
     async def _pay(
         self, connection: _Connection, method: str, parts: Sequence[str]
-    ) -> _Reply | None:
+    ) -> Reply | None:
         transaction = self._ledger.visited(parts[1]) if len(parts) > 1 else None
         match [method, *parts]:
             case ["GET", "pay", _] if transaction is not None:
@@ -488,7 +510,7 @@ class Simulator:
             case _:
                 return _json(404, {"error": "no_such_resource"})
 
-    def _page(self, transaction: Transaction) -> _Reply:
+    def _page(self, transaction: Transaction) -> Reply:
         page = _PAGE.format(
             method=transaction.method,
             amount_minor=transaction.amount_minor,
@@ -497,11 +519,11 @@ class Simulator:
         )
         if transaction.awaits_customer(self._now()):
             page += _CHOICES.format(path=f"/pay/{transaction.transaction_id}")
-        return _Reply(200, page.encode(), content_type="text/html; charset=utf-8")
+        return Reply(200, page.encode(), content_type="text/html; charset=utf-8")
 
     async def _visit(
         self, connection: _Connection, transaction: Transaction, outcome: str
-    ) -> _Reply | None:
+    ) -> Reply | None:
         kind, reference = transaction.kind, transaction.reference
         request = await self._received(connection, "visit", kind, reference)
         if self._mode != "up":
@@ -519,7 +541,7 @@ class Simulator:
 
     async def _received(
         self,
-        connection: _Connection,
+        connection: Peer,
         method: str,
         kind: str,
         reference: str,
@@ -560,14 +582,14 @@ class Simulator:
 
     # --- faults -----------------------------------------------------------------------------------
 
-    async def _unavailable(self, connection: _Connection) -> _Reply | None:
+    async def _unavailable(self, connection: Peer) -> Reply | None:
         if self._mode == "hang":
             return await self._fail(connection, Fault.HANG_BEFORE)
         if self._mode == "reset":
             return await self._fail(connection, Fault.RESET_BEFORE)
         return _json(503, {"error": "unavailable"})
 
-    async def _fail(self, connection: _Connection, fault: Fault) -> _Reply | None:
+    async def _fail(self, connection: Peer, fault: Fault) -> Reply | None:
         if fault in (Fault.ERROR_BEFORE, Fault.ERROR_AFTER):
             return _json(500, {"error": "internal"})
         if fault not in (Fault.RESET_BEFORE, Fault.RESET_AFTER):
@@ -575,14 +597,12 @@ class Simulator:
         connection.abort()
         return None
 
-    async def _answer(
-        self, connection: _Connection, fault: Fault, answer: dict[str, Any]
-    ) -> _Reply | None:
+    async def _answer(self, connection: Peer, fault: Fault, answer: dict[str, Any]) -> Reply | None:
         match fault:
             case Fault.NONE:
                 return _json(200, answer)
             case Fault.GARBAGE:
-                return _Reply(200, b"<html><body>Service temporarily approved")
+                return Reply(200, b"<html><body>Service temporarily approved")
             case Fault.OVERSIZED:
                 return _json(200, {**answer, "message": "x" * OVERSIZED_BYTES})
             case Fault.WRONG_REFERENCE:
@@ -613,7 +633,7 @@ class Simulator:
         finally:
             self._held.remove(held)
 
-    async def _control(self, action: str, body: dict[str, Any]) -> _Reply:
+    async def _control(self, action: str, body: dict[str, Any]) -> Reply:
         actions: dict[str, Callable[[dict[str, Any]], None]] = {
             "hold": self._add_hold,
             "release": self._release,
@@ -856,22 +876,47 @@ async def serve(options: Options, announce: Callable[[str], object] | None = Non
         latency=options.latency,
         source=random.Random(options.seed),
     )
+    stack = contextlib.AsyncExitStack()
     try:
         server = await loop.create_server(
             lambda: _Connection(simulator), options.host, options.port, backlog=BACKLOG
         )
-        host, port = server.sockets[0].getsockname()[:2]
-        line = {
-            "url": f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}",
+        line: dict[str, object] = {
+            "url": f"http://{_authority(server)}",
             "profile": profile.name,
             "journal": str(journal.path),
             "pid": os.getpid(),
         }
+        if options.iso8583 is not None:
+            line["iso8583"] = await _listen_iso8583(options, simulator, ledger, stack)
         (announce or _announce)(orjson.dumps(line).decode())
         await stopped.wait()
         server.close()
     finally:
+        await stack.aclose()
         await simulator.close()
+
+
+def _authority(server: asyncio.Server) -> str:
+    host, port = server.sockets[0].getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _listen_iso8583(
+    options: Options, simulator: Simulator, ledger: Ledger, stack: contextlib.AsyncExitStack
+) -> str:
+    """Listen for ISO 8583 too; the address as the gateway's settings take it."""
+    from gateway.connectors.iso8583.specification import load_specification  # noqa: PLC0415
+    from gateway.connectors.simulator.iso8583 import Iso8583Front  # noqa: PLC0415 - as it is here
+
+    assert options.iso8583 is not None
+    specification = load_specification(options.iso8583_specification)
+    front = Iso8583Front(simulator, ledger, specification)
+    server = await asyncio.get_running_loop().create_server(front.accept, *options.iso8583)
+    stack.callback(front.close)
+    stack.callback(server.close)
+    query = urlencode({"specification": options.iso8583_specification, "mode": "test"})
+    return f"tcp://{_authority(server)}?{query}"
 
 
 def _allow_connections() -> None:
@@ -930,6 +975,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--exit-with-parent", action="store_true", help="stop when the launching process ends"
     )
+    parser.add_argument(
+        "--iso8583",
+        type=_listen_address,
+        nargs="?",
+        const=("127.0.0.1", 0),
+        metavar="HOST:PORT",
+        help="be an acquirer's host over TCP too",
+    )
+    parser.add_argument(
+        "--iso8583-specification",
+        default="reference-text",
+        metavar="NAME|FILE.toml",
+        help="what that host speaks",
+    )
     arguments = parser.parse_args(argv)
     host, port = arguments.listen
     options = Options(
@@ -940,10 +999,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         latency=arguments.latency,
         seed=arguments.seed,
         exit_with_parent=arguments.exit_with_parent,
+        iso8583=arguments.iso8583,
+        iso8583_specification=arguments.iso8583_specification,
     )
     try:
         run(options)
-    except (JournalError, OSError) as error:
+    except (JournalError, OSError, ValueError) as error:
         sys.stderr.write(f"simulator: {error}\n")
         return 1
     return 0
