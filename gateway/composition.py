@@ -482,7 +482,7 @@ class Gateway:
         try:
             book = AccountBook(
                 self.store.connector_accounts,
-                configured_kinds(self.settings),
+                configured_kinds(self.settings, self.metrics.acquirer_event),
                 configured_keys(self.settings),
                 None if tracing is None else tracing.connector,
                 configured_sources(self.settings),

@@ -693,6 +693,30 @@ class Settings(BaseSettings):
         le=10_000_000,
         unit="segments",
     )
+    iso8583_hosts: str = _field(
+        "",
+        "Acquirers' hosts that speak ISO 8583, separated by commas, each"
+        " `NAME=tls://HOST:PORT?specification=NAME&mode=live`: `tcp` or `tls`, the name of a"
+        " specification or the path of its `.toml` file, and `live` or `test`. Empty: none.",
+    )
+    iso8583_connections: int = _field(
+        2, "Connections to each host, of each process.", ge=1, le=100, unit="connections"
+    )
+    iso8583_in_flight_max: int = _field(
+        512, "Unanswered requests on one of them.", ge=1, le=100_000, unit="requests"
+    )
+    iso8583_connect_timeout_s: float = _field(
+        3.0, "How long connecting to a host may take, the TLS handshake included.", gt=0, le=60
+    )
+    iso8583_network_timeout_s: float = _field(
+        5.0, "How long a host's answer to a sign-on or an echo may take.", gt=0, le=60
+    )
+    iso8583_echo_interval_s: float = _field(
+        30.0, "A connection on which nothing came for so long is tested by an echo.", gt=0, le=3600
+    )
+    iso8583_reconnect_s_max: float = _field(
+        15.0, "The longest pause before a lost connection is made again.", gt=0, le=300
+    )
 
     # Logs.
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = _field(

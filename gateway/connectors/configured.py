@@ -1,5 +1,6 @@
 """The kinds of connectors and the wrapping keys that the settings ask for."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from gateway.connectors.adyen.kind import AdyenKind
@@ -7,6 +8,8 @@ from gateway.connectors.adyen.notifications import AdyenNotifications
 from gateway.connectors.braintree.kind import BraintreeKind
 from gateway.connectors.braintree.notifications import BraintreeNotifications
 from gateway.connectors.http import HttpClient, Limits
+from gateway.connectors.iso8583.host import HostLimits
+from gateway.connectors.iso8583.kind import Iso8583Kind, open_hosts
 from gateway.connectors.kinds import ConnectorKind
 from gateway.connectors.notifications import NotificationSource
 from gateway.connectors.sealing import LocalKeys
@@ -25,8 +28,13 @@ class ConnectorsMisconfigured(ValueError):
     """The settings of the connectors cannot be used; the text holds no secret."""
 
 
-def configured_kinds(settings: Settings) -> list[ConnectorKind]:
-    """Connects to nothing yet. Raises ConnectorsMisconfigured."""
+def configured_kinds(
+    settings: Settings, count_acquirer_event: Callable[[str, str], None] | None = None
+) -> list[ConnectorKind]:
+    """Connects to nothing yet. Raises ConnectorsMisconfigured.
+
+    `count_acquirer_event` gets the name of a host and of what happened on a connection to it.
+    """
     stripe_limits = Limits(
         connections_max=settings.stripe_connections_max,
         connect_timeout_s=settings.stripe_connect_timeout_s,
@@ -64,7 +72,31 @@ def configured_kinds(settings: Settings) -> list[ConnectorKind]:
             sandbox_url=settings.braintree_sandbox_url,
             answer_timeout_s=settings.braintree_answer_timeout_s,
         ),
+        _iso8583(settings, count_acquirer_event),
     ]
+
+
+def _iso8583(settings: Settings, count_event: Callable[[str, str], None] | None) -> Iso8583Kind:
+    """Connects to nothing yet. Raises ConnectorsMisconfigured."""
+    limits = HostLimits(
+        connections=settings.iso8583_connections,
+        in_flight_max=settings.iso8583_in_flight_max,
+        connect_timeout_s=settings.iso8583_connect_timeout_s,
+        network_timeout_s=settings.iso8583_network_timeout_s,
+        echo_interval_s=settings.iso8583_echo_interval_s,
+        reconnect_s_max=settings.iso8583_reconnect_s_max,
+    )
+    try:
+        return Iso8583Kind(
+            open_hosts(
+                settings.iso8583_hosts,
+                limits,
+                ca_file=settings.connector_ca_file,
+                count_event=count_event,
+            )
+        )
+    except (OSError, ValueError) as error:
+        raise ConnectorsMisconfigured(f"An acquirer's host cannot be used: {error}") from error
 
 
 def _pool(settings: Settings, name: str, url: str, limits: Limits) -> HttpClient:

@@ -12,6 +12,7 @@ from gateway.connectors.adyen import connector as adyen_connector
 from gateway.connectors.adyen import kind as adyen_kind
 from gateway.connectors.braintree import connector as braintree_connector
 from gateway.connectors.braintree import kind as braintree_kind
+from gateway.connectors.iso8583 import kind as iso8583_kind
 from gateway.connectors.simulator.connector import ANSWER_TIMEOUT_S, METHODS, SUPPORTED_FIELDS
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.connectors.stripe.connector import widest
@@ -55,6 +56,7 @@ def known() -> dict[str, tuple[Capabilities, Capabilities]]:
         "stripe": (usual(stripe), stripe),
         "adyen": (adyen_kind.usual(adyen), adyen),
         "braintree": (braintree_kind.usual(braintree), braintree),
+        "iso8583": (iso8583_kind.widest(), iso8583_kind.widest()),
     }
 
 

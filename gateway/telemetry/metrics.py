@@ -202,6 +202,12 @@ class Metrics:
             "kind",
             "response_code",
         )
+        self._acquirer_events = self._counter(
+            "acquirer_events",
+            "What happened on connections to acquirers' hosts (ISO 8583).",
+            "host",
+            "event",
+        )
         self._connector_s = self._latency(
             "connector_duration_seconds",
             "Time of a call to a PSP.",
@@ -421,6 +427,10 @@ class Metrics:
             self._connector_outcomes.add((connector, kind, code))
         self._connector_s.observe(seconds, (connector, kind))
         self.stage_s.observe(seconds, (_PSP,))
+
+    def acquirer_event(self, host: str, event: str) -> None:
+        """Something happened on a connection to an acquirer's host."""
+        self._acquirer_events.add((host, event))
 
     def answered(self, added_s: float) -> None:
         """What a PSP answered is written; so long the call was in the gateway since its claim."""

@@ -30,6 +30,7 @@ from tests.connector_conformance import (
     send,
     way_to,
 )
+from tests.iso8583 import Iso8583Psp, frame_way_to
 from tests.simulators import running_simulator, standings_of
 from tests.stripe_double import StripePsp, stripe_psp
 
@@ -94,6 +95,13 @@ def simulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatorPro
         yield process
 
 
+@pytest.fixture(scope="module")
+def acquirer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimulatorProcess]:
+    directory = tmp_path_factory.mktemp("acquirer")
+    with running_simulator(directory, iso8583_specification="reference-text") as process:
+        yield process
+
+
 class TestSimulator(Conformance):
     """The PSP simulator's connector."""
 
@@ -101,6 +109,16 @@ class TestSimulator(Conformance):
     async def psp(self, simulator: SimulatorProcess) -> AsyncIterator[SimulatorPsp]:
         async with AsyncExitStack() as stack, way_to(simulator.url) as way:
             yield SimulatorPsp(simulator, way, stack)
+            await stack.aclose()
+
+
+class TestIso8583(Conformance):
+    """The connector to acquirers' hosts, with the simulator as the host."""
+
+    @pytest_asyncio.fixture
+    async def psp(self, acquirer: SimulatorProcess) -> AsyncIterator[Iso8583Psp]:
+        async with AsyncExitStack() as stack, frame_way_to(acquirer.iso8583_url) as way:
+            yield Iso8583Psp(acquirer, way, stack)
             await stack.aclose()
 
 

@@ -1,0 +1,427 @@
+"""The connector to an acquirer's host, for one terminal of a merchant.
+
+The source of the rules is ISO 8583:1987 with what the host's specification says.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from gateway.application.ports import AmountRule, Capabilities, ConnectorRequest
+from gateway.connectors import values
+from gateway.connectors.http import MaybeSent, NotSent
+from gateway.connectors.iso8583.currencies import ALPHABETIC_CODES, NUMERIC_CODES
+from gateway.connectors.iso8583.host import AcquirerHost
+from gateway.connectors.iso8583.identity import Identity, Original, identity_of, parse_original
+from gateway.connectors.iso8583.specification import (
+    AMOUNT_MINOR_MAX,
+    Fields,
+    MessageName,
+    Specification,
+    is_advice,
+    repeat_mti,
+)
+from gateway.connectors.schemes import ADVICE, AVS, CVV
+from gateway.domain.errors import Reason
+from gateway.domain.model import (
+    AdviceAction,
+    AvsResult,
+    CaptureMethod,
+    ConnectorAnswer,
+    CvvResult,
+    Delivery,
+    Mode,
+    OperationKind,
+    Outcome,
+    ResponseCode,
+    Verdict,
+)
+
+NAME: Final = "iso8583"
+K = OperationKind
+
+_KINDS: Final[Mapping[OperationKind, MessageName]] = {
+    K.AUTHORIZE: "authorize",
+    K.CAPTURE: "capture",
+    K.VOID: "void",
+    K.REFUND: "refund",
+    K.INCREMENT: "increment",
+    K.VERIFY: "verify",
+    K.REVERSAL: "reversal",
+}
+_REVERSAL: Final = "-reversal"
+"""Ends what a reversal's own numbers are made of, so that they differ from the original's."""
+
+
+class _Unusable(Exception):
+    """The answer settles nothing."""
+
+
+def capabilities_of(
+    specification: Specification, mode: Mode, answer_timeout_s: float | None = None
+) -> Capabilities:
+    """What a host can do, by the messages that its specification has."""
+    messages = specification.messages
+    methods = {CaptureMethod.AUTOMATIC} if "sale" in messages else set()
+    if "capture" in messages:
+        methods |= {CaptureMethod.MANUAL}
+        methods |= {CaptureMethod.MANUAL_MULTIPLE} if "capture_more" in messages else set()
+    return Capabilities(
+        mode=mode,
+        idempotent_by_reference=specification.repeats,
+        key_validity_s=None,
+        query_by_reference=False,
+        cancel_by_reference=True,
+        answer_timeout_s=answer_timeout_s or specification.answer_timeout_s,
+        supported_fields=frozenset({"channel"} if specification.channels else ()),
+        operations=frozenset(kind for kind, name in _KINDS.items() if name in messages),
+        capture_methods=frozenset(methods),
+        amounts={
+            code: AmountRule(amount_minor_max=AMOUNT_MINOR_MAX) for code in specification.currencies
+        },
+    )
+
+
+class Iso8583Connector:
+    """Implements `gateway.application.ports.Connector`.
+
+    A request's numbers (STAN, RRN, transmission time) follow from its reference, so that whoever
+    has the reference can reverse it. A reversal is a 0420, the same one every time, and recovery
+    sends it until the host answers; only its answer settles a doubt, since ISO 8583 has no question
+    about an earlier message. An answer that comes after its time settles nothing, and is counted.
+
+    Where the connection is lost and the host takes repeats, or the message is an advice, the sender
+    repeats once (0101 for 0100) within its window.
+    """
+
+    def __init__(
+        self,
+        host: AcquirerHost,
+        capabilities: Capabilities,
+        *,
+        terminal: str,
+        merchant: str,
+        acquirer: str = "",
+    ) -> None:
+        """`host` is the caller's to close; the rest are DE 41, 42 and 32."""
+        self._host = host
+        self._specification = host.specification
+        self._capabilities = capabilities
+        self._account = {"terminal": terminal, "merchant": merchant, "acquirer": acquirer}
+
+    @property
+    def name(self) -> str:
+        """The connector's name."""
+        return NAME
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this account can do."""
+        return self._capabilities
+
+    async def close(self) -> None:
+        """The connections are shared, and closed by who opened them."""
+
+    # --- send -------------------------------------------------------------------------------------
+
+    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """See the port. A REVERSAL takes back what it names, as `cancel` does."""
+        refusal = self._refusal(request)
+        if refusal is not None:
+            return _not_sent(refusal)
+        if request.kind is K.REVERSAL:
+            return await self._send_reversal(request, send_before)
+        try:
+            identity = identity_of(request.reference, self._specification.rrn_style)
+            name = self._message_name(request)
+            fields = self._build(name, request, identity, self._original(request))
+        except ValueError:
+            return _not_sent(Reason.INVALID_REQUEST)
+        except KeyError:
+            return _not_sent(Reason.OPERATION_NOT_SUPPORTED)
+        return await self._deliver(
+            fields, send_before, lambda told: self._read(request, fields, told)
+        )
+
+    async def _send_reversal(
+        self, request: ConnectorRequest, send_before: float
+    ) -> ConnectorAnswer:
+        original = parse_original(request.target_transaction_id)
+        if original is None and request.target_reference:
+            original = self._derived(K.AUTHORIZE, request.target_reference, request)
+        if original is None:
+            return _not_sent(Reason.INVALID_REQUEST)
+        answer = await self._reverse(
+            original, request.target_reference, request, send_before, request.target_transaction_id
+        )
+        if answer.verdict is Verdict.CANCELED:
+            answer.verdict = Verdict.APPROVED
+        return answer
+
+    def _refusal(self, request: ConnectorRequest) -> Reason | None:
+        if request.currency not in self._specification.currencies:
+            return Reason.CURRENCY_NOT_SUPPORTED
+        if not 0 <= request.amount_minor <= AMOUNT_MINOR_MAX:
+            return Reason.AMOUNT_NOT_SUPPORTED
+        return None
+
+    def _message_name(self, request: ConnectorRequest) -> MessageName:
+        """Raises KeyError where the host has no such message."""
+        name = _KINDS[request.kind]
+        if request.kind is K.AUTHORIZE and request.capture:
+            name = "sale"
+        elif request.kind is K.CAPTURE and not request.final:
+            name = "capture_more"
+        if name not in self._specification.messages:
+            raise KeyError(name)
+        return name
+
+    def _original(self, request: ConnectorRequest) -> Original | None:
+        """What a follow-up acts on. Raises ValueError where that is no transaction of ours."""
+        if request.kind in (K.AUTHORIZE, K.VERIFY):
+            return None
+        original = parse_original(request.target_transaction_id)
+        if original is None:
+            raise ValueError("no transaction of this host")
+        return original
+
+    def _build(
+        self,
+        name: MessageName,
+        request: ConnectorRequest,
+        identity: Identity,
+        original: Original | None,
+        *,
+        reference: str | None = None,
+    ) -> Fields:
+        """Raises ValueError."""
+        channels = self._specification.channels
+        channel = str(request.fields.get("channel", ""))
+        told = {
+            **self._account,
+            "amount": f"{request.amount_minor:012}",
+            "currency": NUMERIC_CODES[request.currency],
+            "stan": identity.stan,
+            "rrn": identity.rrn,
+            "transmission_time": identity.time,
+            "local_time": identity.local_time,
+            "local_date": identity.local_date,
+            "channel": channels.get(channel, channels.get("default", "")),
+            "reference": request.reference if reference is None else reference,
+            "payment": request.payment_id,
+            "token": request.payment_method_token,
+        }
+        if original is not None:
+            told |= {
+                "original_mti": original.mti,
+                "original_stan": original.stan,
+                "original_time": original.time,
+                "original_rrn": original.rrn,
+                "original_auth_code": original.auth_code,
+                "original_amount": f"{original.amount_minor:012}",
+                "remaining_amount": f"{max(0, original.amount_minor - request.amount_minor):012}",
+            }
+        return self._specification.build(self._specification.messages[name], told)
+
+    async def _deliver(
+        self,
+        fields: Fields,
+        send_before: float,
+        read: Callable[[Fields], ConnectorAnswer],
+    ) -> ConnectorAnswer:
+        """Send, and once more where the class says so."""
+        timeout_s = self._capabilities.answer_timeout_s
+        until = time.monotonic() + timeout_s
+        try:
+            try:
+                told = await self._host.exchange(
+                    fields, send_before=send_before, answer_timeout_s=timeout_s
+                )
+            except MaybeSent as lost:
+                repeats = self._specification.repeats or is_advice(fields["t"])
+                if lost.reason is not Reason.CONNECTION_LOST or not repeats:
+                    raise
+                told = await self._repeat(fields, min(send_before, until), until, lost)
+            return read(told)
+        except NotSent as error:
+            return _not_sent(error.reason)
+        except MaybeSent as error:
+            return _doubt(error.reason)
+        except _Unusable:
+            return _doubt(Reason.ANSWER_UNUSABLE)
+
+    async def _repeat(
+        self, fields: Fields, send_before: float, until: float, lost: MaybeSent
+    ) -> Fields:
+        """Raises MaybeSent."""
+        again = {**fields, "t": repeat_mti(fields["t"])}
+        try:
+            return await self._host.exchange(
+                again,
+                send_before=send_before,
+                answer_timeout_s=max(0.0, until - time.monotonic()),
+            )
+        except NotSent:
+            raise lost from None  # not the second time, but the first
+
+    # --- query and cancel -------------------------------------------------------------------------
+
+    async def query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer | None:
+        """See the port. ISO 8583 has no such question."""
+        del kind, reference, request
+        return _doubt(Reason.ANSWER_UNUSABLE)
+
+    async def cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer:
+        """See the port: a reversal advice. What a void or a reversal released stays released."""
+        if request is None or kind in (K.VOID, K.REVERSAL):
+            return _doubt(Reason.ANSWER_UNUSABLE)
+        original = self._derived(kind, reference, request)
+        if original is None:
+            return _doubt(Reason.ANSWER_UNUSABLE)
+        until = time.monotonic() + self._capabilities.answer_timeout_s
+        answer = await self._reverse(original, reference, request, until, str(original))
+        if answer.delivery is Delivery.NOT_SENT and answer.reason != Reason.REFERENCE_CANCELED:
+            # That the *reversal* was not sent says nothing about what it should take back.
+            return _doubt(Reason(answer.reason))
+        return answer
+
+    def _derived(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest
+    ) -> Original | None:
+        """What the request with a reference looked like; None for one that was never sent."""
+        try:
+            identity = identity_of(reference, self._specification.rrn_style)
+            attempt = ConnectorRequest(
+                kind,
+                reference,
+                request.amount_minor,
+                request.currency,
+                request.connector_account_id,
+                request.payment_id,
+                capture=request.capture,
+                final=request.final,
+            )
+            name = self._message_name(attempt)
+        except (ValueError, KeyError):
+            return None
+        mti = self._specification.messages[name].mti
+        known = parse_original(request.target_transaction_id) if kind in _NAMED_BY_ID else None
+        if known is not None and known.stan == identity.stan:
+            return known  # with the host's RRN and authorization code
+        return Original(mti, identity.stan, identity.time, identity.rrn, request.amount_minor)
+
+    async def _reverse(
+        self,
+        original: Original,
+        reference: str,
+        request: ConnectorRequest,
+        send_before: float,
+        transaction_id: str,
+    ) -> ConnectorAnswer:
+        """Verdict CANCELED, or REFERENCE_CANCELED where the original had no effect."""
+        try:
+            identity = identity_of(
+                (reference or request.reference) + _REVERSAL, self._specification.rrn_style
+            )
+            fields = self._build("reversal", request, identity, original, reference=reference)
+        except (ValueError, KeyError):
+            return _not_sent(Reason.INVALID_REQUEST)
+
+        def read(told: Fields) -> ConnectorAnswer:
+            code = told.get("39", "")
+            rules = self._specification.reversal
+            if code in self._specification.approved:
+                return ConnectorAnswer(
+                    Delivery.ANSWERED, Verdict.CANCELED, connector_transaction_id=transaction_id
+                )
+            if code in rules.without_effect and rules.refuses_late_originals:
+                return _not_sent(Reason.REFERENCE_CANCELED)
+            raise _Unusable
+
+        return await self._deliver(fields, send_before, read)
+
+    # --- answers ----------------------------------------------------------------------------------
+
+    def _read(self, request: ConnectorRequest, sent: Fields, told: Fields) -> ConnectorAnswer:
+        """What an answer says of a request. Raises _Unusable."""
+        specification = self._specification
+        code = values.text(told.get("39", ""))
+        currency = ALPHABETIC_CODES.get(told.get("49", ""), "")
+        if (
+            not code
+            or code in specification.uncertain
+            or (told.get("49") and currency != request.currency)
+            or specification.read(told, "reference") not in ("", request.reference)
+        ):
+            raise _Unusable
+        if code in specification.rejected:
+            verdict = Verdict.FAILED
+            response_code = ResponseCode.REJECTED_BY_CONNECTOR
+        else:
+            verdict = Verdict.APPROVED if code in specification.approved else Verdict.DECLINED
+            response_code = specification.response_code(code)
+        amount_minor = _amount(specification.read(told, "amount"))
+        if code in specification.partially_approved and amount_minor is None:
+            raise _Unusable  # approved, and nobody knows how much
+        rrn = told.get("37") or sent.get("37", "")
+        auth_code = values.text(specification.read(told, "auth_code"))
+        original = Original(
+            sent["t"], sent["11"], sent.get("7", "0" * 10), rrn, request.amount_minor, auth_code
+        )
+        return ConnectorAnswer(
+            delivery=Delivery.ANSWERED,
+            verdict=verdict,
+            outcome=self._outcome(told, code, response_code, amount_minor),
+            connector_transaction_id=str(original),
+            currency=currency,
+        )
+
+    def _outcome(
+        self, told: Fields, code: str, response_code: ResponseCode, amount_minor: int | None
+    ) -> Outcome:
+        def text(name: str, length_max: int = values.CODE_LENGTH_MAX) -> str:
+            return values.text(self._specification.read(told, name), length_max)
+
+        scheme, advice_code = text("advice_scheme"), text("advice_code")
+        action, retry_after_s = ADVICE.get((scheme, advice_code), (AdviceAction.UNSPECIFIED, None))
+        avs_code, cvv_code = text("avs_code"), text("cvv_code")
+        return Outcome(
+            response_code=response_code,
+            connector_code=code,
+            connector_message=text("message", values.MESSAGE_LENGTH_MAX),
+            network_code=code,
+            network_code_scheme=self._specification.code_scheme,
+            advice_action=action,
+            advice_retry_after_s=retry_after_s,
+            advice_code=advice_code,
+            advice_scheme=scheme,
+            avs_result=AVS.get(avs_code, AvsResult.UNSPECIFIED),
+            avs_code=avs_code,
+            cvv_result=CVV.get(cvv_code, CvvResult.UNSPECIFIED),
+            cvv_code=cvv_code,
+            auth_code=text("auth_code"),
+            network_transaction_id=text("network_transaction_id"),
+            retrieval_reference_number=values.text(told.get("37", "")),
+            system_trace_audit_number=values.text(told.get("11", "")),
+            amount_reported_minor=amount_minor,
+        )
+
+
+_NAMED_BY_ID: Final = frozenset({K.AUTHORIZE, K.VERIFY})
+"""Kinds whose request, asked about or cancelled, names its own transaction id."""
+
+
+def _amount(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() else None
+
+
+def _not_sent(reason: Reason) -> ConnectorAnswer:
+    return ConnectorAnswer(Delivery.NOT_SENT, reason=reason)
+
+
+def _doubt(reason: Reason) -> ConnectorAnswer:
+    return ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=reason)

@@ -1,0 +1,597 @@
+"""Persistent connections to an acquirer's host: signed on, watched, and many requests on each.
+
+As the HTTP client, it always knows on which side of the write a failure was: the time `send_before`
+is compared directly before the system call, over TLS too, which runs in memory.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+import ssl
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, cast
+from urllib.parse import parse_qs, urlsplit
+
+from gateway.connectors.http import MaybeSent, NotSent
+from gateway.connectors.iso8583.framing import FrameError, FrameReader
+from gateway.connectors.iso8583.identity import STAN_MAX
+from gateway.connectors.iso8583.specification import (
+    Fields,
+    NetworkName,
+    Specification,
+    answer_mti,
+)
+from gateway.domain.errors import Reason
+from gateway.domain.model import Mode
+
+APPROVED: Final = "00"
+SIGN_OFF_CODE: Final = "002"
+FORGOTTEN_MAX: Final = 10_000
+"""For how many of the latest requests a late or second answer is told from one to nothing."""
+UNDECODABLE_MAX: Final = 16
+"""So many frames in succession that are no messages, and the connection is given up."""
+TLS_READ_BYTES: Final = 64 * 1024
+
+_log = logging.getLogger(__name__)
+
+_Key = tuple[str, ...]
+
+
+class Event(StrEnum):
+    """What is counted."""
+
+    CONNECTED = "connected"
+    """Connected and signed on."""
+    LOST = "lost"
+    TIMED_OUT = "timed_out"
+    ANSWERED_LATE = "answered_late"
+    """An answer came after its request was in doubt: recovery settles it, not the answer."""
+    ANSWERED_TWICE = "answered_twice"
+    UNMATCHED = "unmatched"
+    """An answer to no request of ours, or one with other numbers."""
+    UNDECODABLE = "undecodable"
+    ECHOED = "echoed"
+
+
+@dataclass(frozen=True, slots=True)
+class HostLimits:
+    """The bounds of the connections to one host; times in seconds."""
+
+    connections: int = 2
+    in_flight_max: int = 512
+    """Unanswered requests on one connection."""
+    waiters_max: int = 4096
+    """Requests that wait for a connection."""
+    wait_timeout_s: float = 10.0
+    """How long one of them waits at most, whatever its window says."""
+    connect_timeout_s: float = 3.0
+    """With the TLS handshake."""
+    network_timeout_s: float = 5.0
+    """For the answer to a sign-on, a sign-off or an echo."""
+    echo_interval_s: float = 30.0
+    """A connection on which nothing came for so long is tested by an echo."""
+    reconnect_s_min: float = 0.1
+    """The first pause before a connection is made again; doubled up to the next."""
+    reconnect_s_max: float = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class HostAddress:
+    """Where a host is, what it speaks, and whether real money moves there."""
+
+    host: str
+    port: int
+    tls: bool
+    specification: str
+    mode: Mode
+
+    @classmethod
+    def parse(cls, url: str) -> "HostAddress":
+        """From `tls://host:port?specification=…&mode=live`; raises ValueError."""
+        parts = urlsplit(url)
+        query = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
+        if (
+            parts.scheme not in ("tcp", "tls")
+            or not parts.hostname
+            or parts.port is None
+            or parts.path
+            or parts.fragment
+            or "@" in parts.netloc
+            or set(query) != {"specification", "mode"}
+            or any(len(values) != 1 for values in query.values())
+            or query["mode"][0] not in ("live", "test")
+        ):
+            raise ValueError(
+                "a host's address must be tcp:// or"
+                " tls://HOST:PORT?specification=NAME&mode=live|test"
+            )
+        return cls(
+            parts.hostname,
+            parts.port,
+            parts.scheme == "tls",
+            query["specification"][0],
+            Mode[query["mode"][0].upper()],
+        )
+
+
+class AcquirerHost:
+    """Sends messages to one host and finds their answers, whichever order they come in."""
+
+    def __init__(
+        self,
+        address: HostAddress,
+        specification: Specification,
+        limits: HostLimits | None = None,
+        *,
+        ca_file: str = "",
+        count: Callable[[Event], None] | None = None,
+    ) -> None:
+        """Connects when the first message is to be sent. Raises OSError for an unusable CA file.
+
+        `count` is told what happens.
+        """
+        self.specification = specification
+        self.limits = limits or HostLimits()
+        self.address = address
+        self.count: Callable[[Event], None] = count or (lambda _: None)
+        self._tls = _tls_context(ca_file) if address.tls else None
+        self._tells_terminals = "41" in specification.match
+        self._links: set[_Link] = set()
+        """Signed on."""
+        self._keepers: list[asyncio.Task[None]] = []
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._numbers: dict[_Key, asyncio.Future[None]] = {}
+        """The numbers in flight; each is done when they are free again."""
+        self._closed = False
+
+    async def exchange(
+        self, request: Fields, *, send_before: float, answer_timeout_s: float
+    ) -> Fields:
+        """Send a message and wait for its answer at most `answer_timeout_s` from then.
+
+        Two messages whose answers could be taken for each other's are never in flight together: the
+        second waits, as one does for a connection with room, at most `wait_timeout_s`.
+        Raises NotSent (CONNECT_FAILED, CONNECTOR_BUSY, SEND_WINDOW_PASSED, INVALID_REQUEST) and
+        MaybeSent (ANSWER_TIMED_OUT, CONNECTION_LOST).
+        """
+        try:
+            frame = self.specification.framing.pack(self.specification.encode(request))
+        except (ValueError, FrameError) as error:
+            raise NotSent(Reason.INVALID_REQUEST) from error
+        key = self.specification.key(answer_mti(request["t"]), request)
+        numbers = (request["11"], request.get("41", "") if self._tells_terminals else "")
+        wait_before = min(send_before, time.monotonic() + self.limits.wait_timeout_s)
+        await self._free(numbers, wait_before)
+        mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._numbers[numbers] = mine
+        try:
+            while True:
+                link = await self._writable(wait_before)
+                # No await may stand between this comparison and the write.
+                now = time.monotonic()
+                if now >= send_before:
+                    raise NotSent(Reason.SEND_WINDOW_PASSED)
+                answer = link.write(key, frame)
+                if answer is not None:
+                    return await self._answer(link, key, answer, answer_timeout_s)
+                # The other side is gone and took no byte, so another connection may be tried.
+        finally:
+            del self._numbers[numbers]
+            mine.set_result(None)
+
+    async def _answer(
+        self, link: "_Link", key: _Key, answer: asyncio.Future[Fields], timeout_s: float
+    ) -> Fields:
+        timer = asyncio.get_running_loop().call_later(timeout_s, link.give_up, key)
+        try:
+            return await answer
+        finally:
+            timer.cancel()
+            link.forget(key)
+            self.wake()
+
+    async def close(self) -> None:
+        """Sign off and close; what waits was not sent, what is in flight is lost."""
+        self._closed = True
+        self._wake_all()
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        # One turn of the loop lets the transports go.
+        await asyncio.sleep(0)
+
+    # --- waiting ----------------------------------------------------------------------------------
+
+    async def _free(self, numbers: _Key, wait_before: float) -> None:
+        while (other := self._numbers.get(numbers)) is not None:
+            await asyncio.wait([other], timeout=max(0.0, wait_before - time.monotonic()))
+            if time.monotonic() >= wait_before:
+                raise NotSent(Reason.CONNECTOR_BUSY)
+
+    async def _writable(self, wait_before: float) -> "_Link":
+        """The connection with the least in flight."""
+        queued = False
+        while True:
+            if self._closed:
+                raise NotSent(Reason.CONNECTOR_BUSY)
+            self._start()
+            links = [link for link in self._links if link.has_room]
+            if links and (queued or not self._waiters):
+                return min(links, key=lambda link: link.in_flight)
+            budget_s = wait_before - time.monotonic()
+            if budget_s <= 0:
+                self.wake()
+                raise NotSent(Reason.CONNECTOR_BUSY if self._links else Reason.CONNECT_FAILED)
+            if not queued and len(self._waiters) >= self.limits.waiters_max:
+                raise NotSent(Reason.CONNECTOR_BUSY)
+            await self._wait(budget_s, first=queued)
+            queued = True
+
+    async def _wait(self, budget_s: float, *, first: bool) -> None:
+        """Until there may be room; `first` for who has waited before."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        (self._waiters.appendleft if first else self._waiters.append)(waiter)
+        try:
+            await asyncio.wait([waiter], timeout=budget_s)
+        except asyncio.CancelledError:
+            if waiter.done():
+                self.wake()  # the room goes to the next one
+            raise
+        finally:
+            if not waiter.done():
+                self._waiters.remove(waiter)
+
+    def wake(self) -> None:
+        """Let those go on for whom there is room."""
+        room = sum(link.room for link in self._links)
+        while self._waiters and room > 0:
+            self._waiters.popleft().set_result(None)
+            room -= 1
+
+    def _wake_all(self) -> None:
+        while self._waiters:
+            self._waiters.popleft().set_result(None)
+
+    # --- connections ------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if not self._keepers:
+            loop = asyncio.get_running_loop()
+            self._keepers = [loop.create_task(self._keep()) for _ in range(self.limits.connections)]
+
+    async def _keep(self) -> None:
+        """Have one connection, again and again."""
+        limits = self.limits
+        pause_s = limits.reconnect_s_min
+        warned = False
+        while True:
+            link = _Link(self)
+            try:
+                async with asyncio.timeout(limits.connect_timeout_s):
+                    await link.connect(self.address, self._tls)
+                if "sign_on" in self.specification.network:
+                    await link.ask("sign_on")
+                self.count(Event.CONNECTED)
+                pause_s, warned = limits.reconnect_s_min, False
+                self._links.add(link)
+                self.wake()
+                await self._watch(link)
+                self.count(Event.LOST)
+            except Exception as error:  # noqa: BLE001 - the connection is made again, whatever it was
+                if not warned:
+                    _log.warning("an acquirer's host cannot be used: %r", error)
+                warned = True
+            finally:
+                self._links.discard(link)
+                if self._closed and link.is_open:
+                    # Told, not waited for.
+                    link.tell("sign_off")
+                link.abort(Reason.CONNECTION_LOST)
+            await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, limits.reconnect_s_max)
+
+    async def _watch(self, link: "_Link") -> None:
+        """Until the connection is lost, silent, or the host has signed off and all is answered."""
+        limits = self.limits
+        if "echo" not in self.specification.network:
+            await asyncio.wait([link.lost])
+        while not link.lost.done():
+            silent_s = time.monotonic() - link.heard_at
+            if silent_s < limits.echo_interval_s:
+                await asyncio.wait([link.lost], timeout=limits.echo_interval_s - silent_s)
+                continue
+            try:
+                await link.ask("echo")
+                self.count(Event.ECHOED)
+            except MaybeSent:
+                return
+
+    def leave(self, link: "_Link") -> None:
+        """The host has signed off: the connection takes no new requests."""
+        self._links.discard(link)
+
+
+class _Link(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self, host: AcquirerHost) -> None:
+        self._host = host
+        self._specification = host.specification
+        self._reader = FrameReader(host.specification.framing)
+        self._transport: asyncio.Transport | None = None
+        self._fd = -1
+        self._tls: ssl.SSLObject | None = None
+        self._cipher_in = ssl.MemoryBIO()
+        self._cipher_out = ssl.MemoryBIO()
+        self._pending: dict[_Key, asyncio.Future[Fields]] = {}
+        self._past: OrderedDict[_Key, Event] = OrderedDict()
+        """What an answer is, should one come for a request that waits no longer."""
+        self._undecodable = 0
+        self._stan = random.randrange(STAN_MAX)
+        self._leaving = False
+        self._farewell = False
+        """The other side has ended TLS: no more will come."""
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[None] = loop.create_future()
+        self.lost: asyncio.Future[None] = loop.create_future()
+        self.heard_at = time.monotonic()
+
+    # --- what the host does -----------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._pending)
+
+    @property
+    def room(self) -> int:
+        return self._host.limits.in_flight_max - len(self._pending) if self._is_writable else 0
+
+    @property
+    def has_room(self) -> bool:
+        return self.room > 0
+
+    @property
+    def is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def _is_writable(self) -> bool:
+        # What the system did not take yet stays before all else, and nobody knows when it goes.
+        return (
+            self._transport is not None
+            and not self._transport.is_closing()
+            and self._transport.get_write_buffer_size() == 0
+        )
+
+    async def connect(self, address: HostAddress, tls: ssl.SSLContext | None) -> None:
+        """Raises OSError."""
+        if tls is not None:
+            self._tls = tls.wrap_bio(
+                self._cipher_in, self._cipher_out, server_hostname=address.host
+            )
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: self, address.host, address.port)
+        await self.ready
+
+    async def ask(self, name: NetworkName) -> None:
+        """A network management message. Raises MaybeSent, also where it is refused."""
+        request = self._network(name)
+        key = (answer_mti(request["t"]), request["11"])
+        answer = self.write(key, self._pack(request))
+        if answer is None:
+            raise MaybeSent(Reason.CONNECTION_LOST)
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._host.limits.network_timeout_s, self.give_up, key)
+        try:
+            told = await answer
+        finally:
+            timer.cancel()
+            self.forget(key)
+        if told.get("39") != APPROVED:
+            raise MaybeSent(Reason.ANSWER_UNUSABLE)
+
+    def tell(self, name: NetworkName) -> None:
+        """The same without an answer."""
+        if name in self._specification.network:
+            self._tell(self._network(name))
+
+    def write(self, key: _Key, frame: bytes) -> asyncio.Future[Fields] | None:
+        """Write now, by the system call itself; None: not a byte was taken.
+
+        Transports may keep a write for a later moment of the loop's turn (uvloop's do).
+        """
+        transport = self._transport
+        if transport is None or not self._is_writable:
+            return None
+        try:
+            written = os.write(self._fd, frame := self._encrypt(frame))
+        except OSError:
+            # BlockingIOError too: a host that reads nothing is no better than none.
+            self.abort(Reason.CONNECTION_LOST)
+            return None
+        if written < len(frame):
+            transport.write(frame[written:])
+        answer = self._pending[key] = asyncio.get_running_loop().create_future()
+        return answer
+
+    def give_up(self, key: _Key) -> None:
+        """The answer's time is over."""
+        answer = self._pending.pop(key, None)
+        if answer is None or answer.done():
+            return
+        self._host.count(Event.TIMED_OUT)
+        self._remember(key, Event.ANSWERED_LATE)
+        answer.set_exception(MaybeSent(Reason.ANSWER_TIMED_OUT))
+        if not self._is_writable:
+            # A part of it has not even left: it must not leave later.
+            self.abort(Reason.CONNECTION_LOST)
+
+    def forget(self, key: _Key) -> None:
+        """Nobody waits for the answer any more, as where the caller was cancelled."""
+        if self._pending.pop(key, None) is not None:
+            self._remember(key, Event.ANSWERED_LATE)
+        if self._leaving and not self._pending:
+            self.abort(Reason.CONNECTION_LOST)
+
+    def abort(self, reason: Reason) -> None:
+        """Close at once; what is in flight may have been sent."""
+        pending, self._pending = self._pending, {}
+        for answer in pending.values():
+            if not answer.done():
+                answer.set_exception(MaybeSent(reason))
+        if self._transport is not None:
+            self._transport.abort()
+        if not self.ready.done():
+            self.ready.set_exception(ConnectionResetError("the connection was lost"))
+            self.ready.exception()  # looked at, since nobody may wait for it
+        if not self.lost.done():
+            self.lost.set_result(None)
+
+    # --- what the event loop calls ----------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._fd = transport.get_extra_info("socket").fileno()
+        self._transport.set_write_buffer_limits(high=0)
+        if self._tls is None:
+            self.ready.set_result(None)
+        else:
+            self._shake_hands()
+
+    def data_received(self, data: bytes) -> None:
+        self.heard_at = time.monotonic()
+        try:
+            for message in self._reader.feed(self._decrypt(data)):
+                self._take(message)
+            if self._farewell:
+                self.abort(Reason.CONNECTION_LOST)
+        except (FrameError, ssl.SSLError) as error:
+            if isinstance(error, FrameError):
+                self._host.count(Event.UNDECODABLE)
+            self._fail(error)
+
+    def resume_writing(self) -> None:
+        self._host.wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 asyncio's signature
+        self.abort(Reason.CONNECTION_LOST)
+
+    # --- messages ---------------------------------------------------------------------------------
+
+    def _take(self, data: bytes) -> None:
+        try:
+            fields = self._specification.decode(data)
+        except ValueError:
+            self._host.count(Event.UNDECODABLE)
+            self._undecodable += 1
+            if self._undecodable >= UNDECODABLE_MAX:
+                raise FrameError("no messages are coming") from None
+            return
+        self._undecodable = 0
+        mti = fields["t"]
+        if mti[1] == "8" and mti[2] in "02":
+            self._serve(fields)
+            return
+        key = (mti, fields.get("11", "")) if mti[1] == "8" else self._specification.key(mti, fields)
+        answer = self._pending.pop(key, None)
+        if answer is None:
+            self._host.count(self._past.get(key, Event.UNMATCHED))
+        elif not answer.done():
+            self._remember(key, Event.ANSWERED_TWICE)
+            answer.set_result(fields)
+
+    def _serve(self, request: Fields) -> None:
+        """A network management request of the host."""
+        answer: Fields = {"t": answer_mti(request["t"]), "39": APPROVED}
+        answer |= {number: request[number] for number in ("7", "11", "70") if number in request}
+        self._tell(answer)
+        if request.get("70") == SIGN_OFF_CODE:
+            self._leaving = True
+            self._host.leave(self)
+            if not self._pending:
+                self.abort(Reason.CONNECTION_LOST)
+
+    def _tell(self, fields: Fields) -> None:
+        """Write what has no answer, behind what is not written yet; it is not missed."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        frame = self._encrypt(self._pack(fields))
+        written = 0
+        if self._is_writable:
+            with contextlib.suppress(OSError):
+                written = os.write(self._fd, frame)
+        if written < len(frame):
+            self._transport.write(frame[written:])
+
+    def _network(self, name: NetworkName) -> Fields:
+        self._stan = self._stan % STAN_MAX + 1
+        values = {
+            "stan": f"{self._stan:06}",
+            "transmission_time": time.strftime("%m%d%H%M%S", time.gmtime()),
+        }
+        return self._specification.build(self._specification.network[name], values)
+
+    def _pack(self, fields: Fields) -> bytes:
+        return self._specification.framing.pack(self._specification.encode(fields))
+
+    def _remember(self, key: _Key, event: Event) -> None:
+        self._past[key] = event
+        if len(self._past) > FORGOTTEN_MAX:
+            self._past.popitem(last=False)
+
+    # --- TLS --------------------------------------------------------------------------------------
+
+    def _encrypt(self, frame: bytes) -> bytes:
+        if self._tls is None:
+            return frame
+        self._tls.write(frame)
+        return self._cipher_out.read()
+
+    def _shake_hands(self) -> None:
+        assert self._tls is not None
+        try:
+            self._tls.do_handshake()
+            self.ready.set_result(None)
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError as error:
+            self._fail(error)
+        finally:
+            hello = self._cipher_out.read()
+            if hello and self.is_open and self._transport is not None:
+                self._transport.write(hello)
+
+    def _decrypt(self, data: bytes) -> bytes:
+        """Raises ssl.SSLError."""
+        if self._tls is None:
+            return data
+        self._cipher_in.write(data)
+        if not self.ready.done():
+            self._shake_hands()
+            if not self.ready.done():
+                return b""
+        clear = bytearray()
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while part := self._tls.read(TLS_READ_BYTES):
+                clear += part
+            self._farewell = True
+        return bytes(clear)
+
+    def _fail(self, error: Exception) -> None:
+        if not self.ready.done():
+            self.ready.set_exception(error)
+            self.ready.exception()
+        self.abort(Reason.CONNECTION_LOST)
+
+
+def _tls_context(ca_file: str) -> ssl.SSLContext:
+    """Verifies the chain and the name; TLS 1.2 or newer."""
+    context = ssl.create_default_context(cafile=ca_file or None)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context

@@ -1,0 +1,185 @@
+"""A merchant's payments through an acquirer's host, over gRPC: reversed until the host has said so,
+whoever dies meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+from payments.v1 import payment_pb2
+
+from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
+from gateway.connectors.iso8583.identity import identity_of
+from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
+from gateway.domain.ids import new_connector_account_id
+from gateway.domain.model import Mode
+from storage.postgres import ConnectorAccounts
+from tests.connector_conformance import Fault
+from tests.harness import START_TIMEOUT_S, Caller, calling, new_key, running_system
+from tests.iso8583 import FrameWay, frame_way_to
+from tests.simulators import running_simulator, standings_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from pathlib import Path
+
+    from gateway.connectors.simulator.launch import SimulatorProcess
+    from storage.embedded import EmbeddedRedis
+    from tests.servers import PostgresForTests
+
+KEY = new_wrapping_key("k1")
+CREDENTIALS = {"host": "acme", "terminal_id": "TERM0001", "merchant_id": "MERCHANT1"}
+STATE = payment_pb2
+
+
+def specification_in(directory: Path) -> str:
+    """The reference's, of a host that answers within a second, as a file of its own."""
+    folder = files("gateway.connectors.iso8583") / "specifications"
+    text = (folder / "reference-text.toml").read_text()
+    assert "answer_timeout_s = 20.0" in text
+    path = directory / "acme.toml"
+    path.write_text(text.replace("answer_timeout_s = 20.0", "answer_timeout_s = 1.0"))
+    return str(path)
+
+
+async def add_account(dsn: str, merchant_id: str) -> None:
+    account = ConnectorAccount(
+        merchant_id,
+        new_connector_account_id(),
+        Mode.TEST,
+        "iso8583",
+        Sealed(b"", WrappedKey("", b"")),
+    )
+    sealed = await seal(CREDENTIALS, account.context, LocalKeys.parse(KEY))
+    async with ConnectorAccounts.connect(dsn) as accounts:
+        await accounts.add(replace(account, sealed=sealed))
+
+
+async def until(what: str, look: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """Look until there is something; the way to the host lives in this very loop."""
+    for _ in range(int(START_TIMEOUT_S / 0.05)):
+        found = await look()
+        if found:
+            return found
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"not in time: {what}")
+
+
+async def in_state(caller: Caller, state: int, **target: str) -> Any:
+    try:
+        told = await caller.operation(**target)
+    except grpc.aio.AioRpcError:
+        return None
+    return told if told.operation.state == state else None
+
+
+def of_reference(way: FrameWay, reference: str) -> list[str]:
+    """The types of the messages about a reference."""
+    return [message["t"] for message in way.seen if message.get("48") == reference]
+
+
+async def check_payments(caller: Caller, host: SimulatorProcess) -> None:
+    """What goes well, from authorization to refund."""
+    answer = await caller.authorize(capture_method="MANUAL")
+    assert answer.payment.connector == "iso8583"
+    assert answer.operation.state == STATE.OPERATION_STATE_SUCCEEDED
+    payment_id = answer.payment.payment_id
+    captured = await caller.capture(payment_id, 600)
+    assert captured.operation.state == STATE.OPERATION_STATE_SUCCEEDED
+    refunded = await caller.refund(payment_id, 200)
+    assert refunded.operation.state == STATE.OPERATION_STATE_SUCCEEDED
+    first = f"{answer.operation.operation_id}-1"
+    (standing,) = await asyncio.to_thread(standings_of, host, first)
+    assert (standing.open_minor, standing.net_minor) == (0, 400)
+    assert standing.payment_id == payment_id
+
+    voided = await caller.authorize(capture_method="MANUAL")
+    void = await caller.void(voided.payment.payment_id)
+    assert void.operation.state == STATE.OPERATION_STATE_SUCCEEDED
+
+    sale = await caller.authorize(capture_method="AUTOMATIC")
+    assert sale.payment.amounts.captured_minor == 1000
+    refunded = await caller.refund(sale.payment.payment_id, 300)
+    assert refunded.operation.state == STATE.OPERATION_STATE_SUCCEEDED
+    # What is approved in part is not taken: reversed, and told as a decline.
+    partly = await caller.authorize(token="tok_partial_approval", capture_method="MANUAL")
+    assert partly.operation.state == STATE.OPERATION_STATE_DECLINED
+    reference = f"{partly.operation.operation_id}-1"
+    await until(
+        "a partial approval is reversed",
+        lambda: _released(host, reference),
+    )
+
+
+async def test_reversal_survives_a_killed_gateway_and_is_sent_until_the_host_answers(
+    postgres: PostgresForTests, redis: EmbeddedRedis, tmp_path: Path
+) -> None:
+    name = specification_in(tmp_path)
+    with running_simulator(tmp_path, iso8583_specification=name) as host:
+        async with frame_way_to(host.iso8583_url) as way:
+            with running_system(
+                postgres,
+                redis,
+                iso8583_hosts=f"acme={way.url}",
+                iso8583_reconnect_s_max=0.1,
+                connector_keys=KEY,
+                send_window_s=1,
+            ) as system:
+                await add_account(system.dsn, system.shop.merchant_id)
+                gateway = await asyncio.to_thread(system.start_gateway)
+                key = new_key()
+                async with calling(gateway, system.shop.api_key) as caller:
+                    await check_payments(caller, host)
+
+                    # The host charges, its answer is lost, and the gateway dies while it waits.
+                    way.disturb(Fault.SILENT, times=1)
+                    before = len(_sales(way))
+                    call = asyncio.ensure_future(
+                        caller.authorize(idempotency_key=key, capture_method="AUTOMATIC")
+                    )
+                    await until("the sale is at the host", lambda: _charged(host, way, before))
+                    gateway.kill()
+                    with pytest.raises(grpc.aio.AioRpcError):
+                        await call
+                # Nor do the first reversals arrive.
+                way.disturb(Fault.SWALLOWED, times=2)
+                other = await asyncio.to_thread(system.start_gateway)
+                async with calling(other, system.shop.api_key) as caller:
+                    canceled = await until(
+                        "the sale is reversed",
+                        lambda: in_state(
+                            caller, STATE.OPERATION_STATE_CANCELED, idempotency_key=key
+                        ),
+                    )
+                reference = f"{canceled.operation.operation_id}-1"
+                assert of_reference(way, reference) == ["0200", "0420", "0420", "0420"]
+                lost, *reversals = [m for m in way.seen if m.get("48") == reference]
+                identity = identity_of(reference, "alphanumeric")
+                assert (lost["11"], lost["7"]) == (identity.stan, identity.time)
+                assert all(
+                    reversal["90"] == f"0200{lost['11']}{lost['7']}{'0' * 22}"
+                    for reversal in reversals
+                )
+                (standing,) = await asyncio.to_thread(standings_of, host, reference)
+                assert not standing.stands
+                assert not await asyncio.to_thread(system.unfinished)
+
+
+def _sales(way: FrameWay) -> list[str]:
+    """The references of all sales that came, refunds left out."""
+    return [message["48"] for message in way.seen if message["t"] == "0200" and "47" in message]
+
+
+async def _charged(host: SimulatorProcess, way: FrameWay, before: int) -> bool:
+    sales = _sales(way)[before:]
+    return bool(sales) and bool(await asyncio.to_thread(standings_of, host, sales[0]))
+
+
+async def _released(host: SimulatorProcess, reference: str) -> bool:
+    (standing,) = await asyncio.to_thread(standings_of, host, reference)
+    return not standing.stands
