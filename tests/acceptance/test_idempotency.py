@@ -392,6 +392,8 @@ OTHER_VALUES: dict[str, object] = {
     "amount.currency_code": "USD",
     "additional_amount.currency_code": "USD",
     "payment_method.token": "tok_mastercard",
+    "payment_method.card_hints.bin": "411111",
+    "payment_method.card_hints.issuer_country": "FR",
     "three_ds.eci": "05",
     "three_ds.version": "2.2.0",
     "billing_address.country_code": "FR",

@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import asyncpg
 
+from gateway.application.notifications import Notification, Received
 from gateway.domain.model import OperationState
-from storage.postgres import PostgresStore
+from storage.postgres import LaneLimits, PostgresStore
 from tests.harness import eventually
 from tests.servers import fetch
 from tests.store_data import NEVER_S, authorize, outcome
-
-if TYPE_CHECKING:
-    pass
 
 S = OperationState
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
@@ -80,11 +77,12 @@ async def test_a_lane_s_connections_are_open_and_busy_while_a_statement_runs(
     assert pool.busy_s > busy_s
 
 
-async def test_the_statements_of_runbooks_run_and_find_the_doubt(
-    store: PostgresStore, dsn: str
-) -> None:
-    await write(store, S.PENDING)
-    await write(store, S.IN_DOUBT)
+async def test_the_statements_of_runbooks_run_and_find_what_waits(dsn: str) -> None:
+    async with PostgresStore(dsn, notifications=LaneLimits()) as store:
+        await write(store, S.PENDING)
+        await write(store, S.IN_DOUBT)
+        told = Notification("stripe", "evt_1", "charge.refunded")
+        assert await store.notifications.keep([Received("mer_1", "acc_1", told)]) == 1
     text = "".join(path.read_text("utf-8") for path in sorted(RUNBOOKS.glob("*.md")))
     statements = re.findall(r"^```\n(SELECT .*?)^```", text, re.MULTILINE | re.DOTALL)
     assert statements
