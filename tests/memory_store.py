@@ -342,7 +342,9 @@ class MemoryStore:
         """See the port."""
         await self.before("add_evidence")
         key = (operation.merchant_id, operation.operation_id)
-        if self.operations[key].state not in states.UNFINISHED:
+        now = self.operations[key]
+        same_attempt = now.attempt.number == operation.attempt.number
+        if now.state not in states.UNFINISHED or not same_attempt:
             return False
         row = self.doubts.setdefault(key, DoubtRow(self.now))
         row.evidence, row.evidence_leased = copy.deepcopy(answer), False

@@ -398,8 +398,8 @@ class Store(Protocol):
         """A page of payments."""
 
     async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
-        """Keep a definite answer of a fenced-out sender for recovery; False where the operation has
-        a definite outcome already.
+        """Keep a definite answer to the operation's present attempt for recovery; False where the
+        operation has a definite outcome, or another attempt, by now.
         """
 
     async def expired(self, limit: int) -> int:

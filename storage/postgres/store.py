@@ -416,6 +416,7 @@ class PostgresStore:
                 merchant_id=operation.merchant_id,
                 payment_id=operation.payment_id,
                 operation_id=operation.operation_id,
+                attempt_number=operation.attempt.number,
                 evidence=rows.answer_json(answer),
                 unfinished=_UNFINISHED,
             )

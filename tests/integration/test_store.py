@@ -710,6 +710,9 @@ async def test_evidence_of_an_earlier_attempt_leaves_the_new_ones_sender_its_tim
         operation, payment, S.PROCESSING, changed_operation=again, recover_after_s=NEVER_S
     )
     assert await store.write_change(restart) is Stored.WRITTEN
+    # An answer to an attempt that is over is no evidence for the present one: its sender, who held
+    # the operation as it was, hears that, and reverses a success at once.
+    assert not await store.add_evidence(lease.operation, ANSWER)
     assert await due(store) == []
     # It is kept meanwhile, and unseen as it is, goes before everything once anybody asks.
     present, _ = await stored(store, intent.operation)

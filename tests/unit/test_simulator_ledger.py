@@ -163,6 +163,26 @@ def test_pending_refund_holds_its_amount_until_it_is_settled() -> None:
     assert books.standing().refunded_minor == 60
 
 
+def test_a_final_capture_releases_nothing_that_another_one_holds_when_it_settles() -> None:
+    books, target = authorized(token="tok_capture_pending")
+    books.send("capture", "c-1", 50, target_transaction_id=target, final=True)
+    books.send("capture", "c-2", 50, target_transaction_id=target)
+    for reference in ("c-1", "c-1", "c-2", "c-2"):
+        books.query("capture", reference)
+    assert (books.standing().captured_minor, books.standing().open_minor) == (100, 0)
+
+
+def test_what_a_pending_void_releases_is_neither_voided_again_nor_captured() -> None:
+    books, target = authorized(token="tok_void_pending")
+    assert books.send("void", "v-1", 100, target_transaction_id=target)["result"] == "pending"
+    again = books.send("void", "v-2", 100, target_transaction_id=target)
+    assert again["code"] == "nothing_to_void"
+    capture = books.send("capture", "c-1", 1, target_transaction_id=target)
+    assert capture["code"] == "amount_exceeds_authorized"
+    assert [books.query("void", "v-1")["result"] for _ in range(2)] == ["pending", "approved"]
+    assert books.standing().voided_minor == 100
+
+
 def test_refund_that_bounces_gives_the_money_back_to_the_merchant() -> None:
     books, target = authorized(token="tok_refund_bounces", capture=True)
     assert books.send("refund", "r-1", 100, target_transaction_id=target)["result"] == "approved"
@@ -213,7 +233,10 @@ _step = st.tuples(
 @settings(max_examples=300, deadline=None)
 @given(
     token=st.sampled_from(
-        ("tok_visa", "tok_refund_pending", "tok_capture_pending", "tok_capture_bounces")
+        (
+            *("tok_visa", "tok_refund_pending", "tok_void_pending"),
+            *("tok_capture_pending", "tok_capture_bounces"),
+        )
     ),
     profile=st.sampled_from(("idempotent", "non_idempotent", "key_2s")),
     capture=st.booleans(),

@@ -492,6 +492,13 @@ class Ledger:
         pending = self._pending.get(authorization_id, ())
         return sum(one.amount_minor for one in pending if one.kind == kind)
 
+    def _free_minor(self, standing: Standing) -> int:
+        """What is authorized and neither captured, released nor held by what is pending."""
+        held = (
+            self._held_by_pending(standing.authorization_id, kind) for kind in ("capture", "void")
+        )
+        return standing.open_minor - sum(held)
+
     def _prepare(self, send: Send, record: Record) -> None:
         """Check a request by the PSP's rules and put its effect into the record."""
         if send.kind == "authorize":
@@ -516,21 +523,25 @@ class Ledger:
         elif standing.currency != send.currency:
             raise _Rejected("currency_mismatch")
         elif send.kind == "capture":
-            free_minor = standing.open_minor - self._held_by_pending(
-                standing.authorization_id, "capture"
-            )
+            free_minor = self._free_minor(standing)
             if send.amount_minor > free_minor:
                 raise _Rejected("amount_exceeds_authorized")
             record["released_minor"] = free_minor - send.amount_minor if send.final else 0
         elif send.kind == "void":
             # A void releases whatever is left, and says how much that was.
-            if standing.open_minor <= 0:
+            left_minor = self._free_minor(standing)
+            if left_minor <= 0:
                 raise _Rejected("nothing_to_void")
-            record["amount_minor"] = record["answer"]["amount_minor"] = standing.open_minor
+            record["amount_minor"] = record["answer"]["amount_minor"] = left_minor
         elif send.kind == "refund":
             self._prepare_refund(standing, send)
         elif standing.captured_minor or standing.voided_minor:
             raise _Rejected("already_captured")
+
+    def _released_now(self, capture: Transaction) -> int:
+        """What a final capture releases when it settles: nothing that others hold by then."""
+        free_minor = self._free_minor(self._standings[capture.authorization_id])
+        return min(capture.released_minor, free_minor)
 
     def _prepare_refund(self, standing: Standing, send: Send) -> None:
         free_minor = standing.net_minor - self._held_by_pending(standing.authorization_id, "refund")
@@ -619,6 +630,8 @@ class Ledger:
         if result is Result.APPROVED:
             code, network_code = APPROVE.code, APPROVE.network_code
             record |= {"type": "effect", "effect": transaction.effect}
+            if transaction.effect == "capture":
+                record["released_minor"] = self._released_now(transaction)
             if transaction.effect == "reversal":
                 targets = [self._transactions[target] for target in transaction.targets]
                 record["takes_back"] = [_item(one) for one in targets if self._has_effect(one)]

@@ -212,6 +212,7 @@ CROSS JOIN LATERAL (
     WHERE merchant_id = payment.merchant_id
         AND operation_id = :operation_id::text
         AND payment_id = payment.payment_id
+        AND attempt_number = :attempt_number::int4
         AND state = ANY (:unfinished::int2[])
     FOR NO KEY UPDATE
 ) AS operation
