@@ -36,6 +36,8 @@ from gateway.routing.rules import Choice, Facts, Order, Rules, Target, stable_ha
 
 UNAVAILABLE_RETRY_S: Final = 5.0
 """What a caller is told where every account is out of use for now, in seconds."""
+MAINTENANCE_RETRY_S_MAX: Final = 900.0
+"""And the most where a maintenance window's end is known: a person may end it sooner."""
 
 _FOR_NOW: Final = frozenset(
     {Exclusion.BREAKER_OPEN, Exclusion.PROBES_TAKEN, Exclusion.KILLED, Exclusion.MAINTENANCE}
@@ -220,7 +222,7 @@ class Routing:
         if self._availability is not None and segment is not None:
             refused = self._availability.refusal(candidate, segment.method)
             if refused is not None:
-                raise _unavailable(connector.name, refused)
+                raise self._unavailable(candidate, segment.method, refused)
         return Plan(RouteDecision((candidate,)), 1, frozenset(), segment=segment)
 
     def plan_by(self, version: int, rules: Rules, command: Authorize, payment_id: str) -> Plan:
@@ -277,7 +279,9 @@ class Routing:
         soft = frozenset[ResponseCode]() if choice is None else choice.rule.cascade_on
         note = record.encode(decision)
         plan = Plan(decision, attempts_max, soft, note, facts, segment)
-        return plan, None if candidates else _refusal(command, decision, refusals)
+        return plan, None if candidates else self._refusal(
+            command, segment.method, decision.excluded, refusals
+        )
 
     def _exclusion(
         self,
@@ -312,11 +316,10 @@ class Routing:
         """The plan's first account. Raises GatewayError where none may be asked now."""
         taken = self.take(plan)
         if taken is None:
-            candidate = plan.decision.candidates[0]
-            raise _unavailable(candidate.connector, Exclusion.PROBES_TAKEN)
+            raise self._unavailable(plan.decision.candidates[0], "", Exclusion.PROBES_TAKEN)
         return taken
 
-    def check_follow_up(self, operation: Operation, connector: Connector) -> None:
+    def check_follow_up(self, operation: Operation) -> None:
         """Raises GatewayError where a payment's account must not be asked now."""
         if self._availability is None:
             return
@@ -324,7 +327,41 @@ class Routing:
         candidate = Candidate(attempt.connector, attempt.connector_account_id)
         refused = self._availability.admit(candidate, "")
         if refused is not None:
-            raise _unavailable(connector.name, refused)
+            raise self._unavailable(candidate, "", refused)
+
+    def _refusal(
+        self,
+        command: Authorize,
+        method: str,
+        excluded: Sequence[Excluded],
+        refusals: Mapping[Candidate, GatewayError],
+    ) -> GatewayError:
+        """Why a payment may go nowhere: what passes by itself, the soonest, before what has to be
+        changed.
+        """
+        passing = [
+            self._unavailable(candidate, method, reason)
+            for candidate, reason in excluded
+            if reason in _FOR_NOW
+        ]
+        if passing:
+            return min(passing, key=lambda refusal: refusal.retry_after_s or 0.0)
+        for candidate, reason in excluded:
+            return refusals.get(candidate) or self._unavailable(candidate, method, reason)
+        return _nowhere(command)
+
+    def _unavailable(self, candidate: Candidate, method: str, reason: Exclusion) -> GatewayError:
+        retry_after_s = UNAVAILABLE_RETRY_S if reason in _FOR_NOW else None
+        if reason is Exclusion.MAINTENANCE and self._availability is not None:
+            pause_s = self._availability.pause_s(candidate, method)
+            if pause_s is not None:
+                retry_after_s = min(pause_s, MAINTENANCE_RETRY_S_MAX)
+        return GatewayError(
+            Reason.CONNECTOR_UNAVAILABLE,
+            f"The connector {candidate.connector} takes no payments now; nothing was sent.",
+            metadata={"connector": candidate.connector, "exclusion": reason.value},
+            retry_after_s=retry_after_s,
+        )
 
     def observed(
         self, plan: Plan | None, mode: Mode, operation: Operation, answer: ConnectorAnswer, s: float
@@ -381,25 +418,4 @@ def _nowhere(command: Authorize) -> GatewayError:
         Reason.CONNECTOR_UNAVAILABLE,
         f"No connector serves the merchant in mode {command.mode.name}.",
         mode=command.mode.name,
-    )
-
-
-def _refusal(
-    command: Authorize, decision: RouteDecision, refusals: Mapping[Candidate, GatewayError]
-) -> GatewayError:
-    """Why a payment may go nowhere: what passes by itself before what has to be changed."""
-    for candidate, reason in decision.excluded:
-        if reason in _FOR_NOW:
-            return _unavailable(candidate.connector, reason)
-    for candidate, reason in decision.excluded:
-        return refusals.get(candidate) or _unavailable(candidate.connector, reason)
-    return _nowhere(command)
-
-
-def _unavailable(connector: str, reason: Exclusion) -> GatewayError:
-    return GatewayError(
-        Reason.CONNECTOR_UNAVAILABLE,
-        f"The connector {connector} takes no payments now; nothing was sent.",
-        metadata={"connector": connector, "exclusion": reason.value},
-        retry_after_s=UNAVAILABLE_RETRY_S if reason in _FOR_NOW else None,
     )

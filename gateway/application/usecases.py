@@ -490,7 +490,7 @@ class Payments:
             started = time.monotonic()
             if not begun.cancel_request:
                 if not admitted:  # once: it may take a probe's place
-                    self._routing.check_follow_up(begun.operation, connector)
+                    self._routing.check_follow_up(begun.operation)
                     admitted = True
                 self._check_deadline(command, started)
             if again is not None:

@@ -77,27 +77,34 @@ class AccountAvailability:
 
     def refusal(self, candidate: Candidate, method: str) -> Exclusion | None:
         """See the port."""
-        if self._windows and (window := self._window(candidate, method)) is not None:
-            return window.exclusion
+        if self._windows and (held := self._held(candidate, method)):
+            return held[0].exclusion
         return None if self._breakers is None else self._breakers.refusal(candidate, method)
 
     def admit(self, candidate: Candidate, method: str) -> Exclusion | None:
         """See the port."""
-        if self._windows and (window := self._window(candidate, method)) is not None:
-            return window.exclusion
+        if self._windows and (held := self._held(candidate, method)):
+            return held[0].exclusion
         return None if self._breakers is None else self._breakers.admit(candidate, method)
 
-    def _window(self, candidate: Candidate, method: str) -> _Window | None:
+    def pause_s(self, candidate: Candidate, method: str) -> float | None:
+        """See the port. Of several windows the last end counts; a kill switch has none."""
         now = self._clock()
-        for account_id in (candidate.connector_account_id, ""):
-            for window in self._windows.get((candidate.connector, account_id), ()):
-                if (
-                    window.method in ("", method)
-                    and window.begins <= now
-                    and (window.ends is None or now < window.ends)
-                ):
-                    return window
-        return None
+        ends = [window.ends for window in self._held(candidate, method)]
+        known = [each - now for each in ends if each is not None]
+        return max(known) if known and len(known) == len(ends) else None
+
+    def _held(self, candidate: Candidate, method: str) -> list[_Window]:
+        """The windows that hold now, the account's own first."""
+        now = self._clock()
+        return [
+            window
+            for account_id in (candidate.connector_account_id, "")
+            for window in self._windows.get((candidate.connector, account_id), ())
+            if window.method in ("", method)
+            and window.begins <= now
+            and (window.ends is None or now < window.ends)
+        ]
 
     def suspend(self, suspensions: Iterable[Suspension], read_at: float) -> None:
         """Take over the suspensions that are or are to come, in place of those before.

@@ -248,7 +248,9 @@ class _Breaker:
 
 
 class Breakers:
-    """All breakers of this process. Implements the ports Availability and Observer."""
+    """All breakers of this process. Implements the port Observer, and for
+    `gateway.routing.availability` the half of Availability that looks at calls.
+    """
 
     def __init__(
         self,

@@ -109,6 +109,11 @@ class Availability(Protocol):
         back; one that nobody observes comes free by itself after a while.
         """
 
+    def pause_s(self, candidate: Candidate, method: str) -> float | None:
+        """For how long the candidate surely stays out of use, in seconds; None where nobody knows
+        or it is in use.
+        """
+
 
 class Ranking(Protocol):
     """Orders candidates of the same priority by what is expected of them."""

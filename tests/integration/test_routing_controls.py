@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -106,10 +107,19 @@ async def test_a_window_holds_from_its_beginning_to_its_end(world: _World) -> No
     availability = AccountAvailability(None, clock)
     availability.suspend([coming], 0.0)
     assert availability.refusal(world.candidate, "card") is None
+    assert availability.pause_s(world.candidate, "card") is None
     later = coming.begins_in_s + 1
     assert availability.refusal(world.candidate, "card") is Exclusion.MAINTENANCE
     assert coming.ends_in_s is not None
-    later = coming.ends_in_s + 1
+    assert availability.pause_s(world.candidate, "card") == coming.ends_in_s - later
+    longer_s = coming.ends_in_s + 60
+    longer = replace(coming, method="card", ends_in_s=longer_s)
+    killed = replace(coming, method="ideal", kind=SuspensionKind.KILL, ends_in_s=None)
+    availability.suspend([coming, longer, killed], 0.0)
+    assert availability.pause_s(world.candidate, "") == coming.ends_in_s - later
+    assert availability.pause_s(world.candidate, "card") == longer_s - later
+    assert availability.pause_s(world.candidate, "ideal") is None
+    later = longer_s
     assert availability.refusal(world.candidate, "card") is None
 
 

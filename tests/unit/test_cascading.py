@@ -11,7 +11,13 @@ from typing import Any, Final
 
 import pytest
 
-from gateway.application.routing import ActiveRules, Routing, RuleBook
+from gateway.application.routing import (
+    MAINTENANCE_RETRY_S_MAX,
+    UNAVAILABLE_RETRY_S,
+    ActiveRules,
+    Routing,
+    RuleBook,
+)
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
     AdviceAction,
@@ -103,6 +109,7 @@ class Closed:
 
     def __init__(self) -> None:
         self.refused: dict[str, Exclusion] = {}
+        self.pauses_s: dict[str, float] = {}
         self.not_admitted: set[str] = set()
 
     def refusal(self, candidate: Candidate, method: str) -> Exclusion | None:
@@ -112,6 +119,9 @@ class Closed:
         if candidate.connector_account_id in self.not_admitted:
             return Exclusion.PROBES_TAKEN
         return self.refusal(candidate, method)
+
+    def pause_s(self, candidate: Candidate, method: str) -> float | None:
+        return self.pauses_s.get(candidate.connector_account_id)
 
 
 class Backwards:
@@ -529,6 +539,45 @@ async def test_where_every_account_is_out_of_use_nothing_is_written_and_a_pause_
     assert error.metadata["exclusion"] == "BREAKER_OPEN"
     assert error.retry_after_s
     assert gateway.store.operations == {}
+
+
+@pytest.mark.parametrize(
+    ("pause_s", "told_s"),
+    [
+        (120.0, 120.0),
+        (10 * MAINTENANCE_RETRY_S_MAX, MAINTENANCE_RETRY_S_MAX),
+        (None, UNAVAILABLE_RETRY_S),
+    ],
+)
+async def test_the_pause_in_a_maintenance_window_is_until_its_end_where_that_is_known(
+    pause_s: float | None, told_s: float
+) -> None:
+    for rules in (RULES, None):
+        gateway = Routed(rules)
+        operation = await gateway.pay("before")
+        for account_id in ("acc_a", "acc_b", "acc_c"):
+            gateway.closed.refused[account_id] = Exclusion.MAINTENANCE
+            if pause_s is not None:
+                gateway.closed.pauses_s[account_id] = pause_s
+        for call in (
+            gateway.pay(),
+            gateway.payments.capture(gateway.capture(operation.payment_id)),
+        ):
+            error = await refused(call)
+            assert error.metadata["exclusion"] == "MAINTENANCE"
+            assert error.retry_after_s == told_s
+
+
+async def test_of_several_accounts_out_of_use_the_pause_is_that_of_the_first_to_come_back() -> None:
+    gateway = Routed()
+    for account_id, pause_s in (("acc_a", 300.0), ("acc_b", 60.0), ("acc_c", 600.0)):
+        gateway.closed.refused[account_id] = Exclusion.MAINTENANCE
+        gateway.closed.pauses_s[account_id] = pause_s
+    error = await refused(gateway.pay())
+    assert (error.metadata["connector"], error.retry_after_s) == ("b", 60.0)
+    gateway.closed.refused["acc_c"] = Exclusion.BREAKER_OPEN
+    error = await refused(gateway.pay())
+    assert (error.metadata["connector"], error.retry_after_s) == ("c", UNAVAILABLE_RETRY_S)
 
 
 async def test_where_no_account_can_use_the_request_the_first_ones_refusal_is_told() -> None:
