@@ -785,6 +785,7 @@ class Counts:
     claims: Counter[ClaimOutcome] = field(default_factory=Counter)
     replays: Counter[str] = field(default_factory=Counter)
     calls: int = 0
+    cascades: list[tuple[Verdict, Verdict]] = field(default_factory=list)
     lost: int = 0
     recovered_states: Counter[OperationState] = field(default_factory=Counter)
     failures: int = 0
@@ -802,6 +803,10 @@ class Counts:
     ) -> None:
         """See Observer."""
         self.calls += 1
+
+    def cascaded(self, before: ConnectorAnswer, answer: ConnectorAnswer) -> None:
+        """See Observer."""
+        self.cascades.append((before.verdict, answer.verdict))
 
     def answered(self, added_s: float) -> None:
         """See Observer."""

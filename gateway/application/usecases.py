@@ -117,6 +117,9 @@ class Observer(Protocol):
     ) -> None:
         """A connector's `send` ended."""
 
+    def cascaded(self, before: ConnectorAnswer, answer: ConnectorAnswer) -> None:
+        """After `before` another account was asked, with this answer."""
+
     def answered(self, added_s: float) -> None:
         """A PSP's answer is written; so long was the call here, without the PSP's seconds."""
 
@@ -655,8 +658,9 @@ class Payments:
                 again = await self._elsewhere(command, begun, answer, plan)
                 if again is None:
                     break
-                (begun, started), before_s = again, psp_s
+                (begun, started), before_s, before = again, psp_s, answer
                 answer, psp_s = await self._ask(command, begun, None, started, plan)
+                self._observer.cascaded(before, answer)
                 if before_s is not None:
                     psp_s = before_s + (psp_s or 0.0)
             operation, payment = begun.operation, begun.payment

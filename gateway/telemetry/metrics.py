@@ -20,8 +20,10 @@ from gateway import __version__
 from gateway.application.admission import Admission, Gate, Stage
 from gateway.application.notifications import NotificationKind, Receipt, Result
 from gateway.application.ports import ClaimOutcome
+from gateway.domain import decisions
 from gateway.domain.model import (
     ConnectorAnswer,
+    Delivery,
     Operation,
     OperationKind,
     OperationState,
@@ -269,6 +271,13 @@ class Metrics:
         )
 
     def _add_routing(self) -> None:
+        self._cascades = self._counter(
+            "cascades",
+            "Authorizations sent on to another account after a `soft_decline`, or since they were "
+            "`not_sent`, by what came of it there.",
+            "reason",
+            "outcome",
+        )
         self._breakers = self._gauge(
             "breakers",
             "Breakers of accounts that are open or half-open.",
@@ -427,6 +436,11 @@ class Metrics:
             self._connector_outcomes.add((connector, kind, code))
         self._connector_s.observe(seconds, (connector, kind))
         self.stage_s.observe(seconds, (_PSP,))
+
+    def cascaded(self, before: ConnectorAnswer, answer: ConnectorAnswer) -> None:
+        """After `before` another account was asked, with this answer."""
+        reason = "not_sent" if before.delivery is Delivery.NOT_SENT else "soft_decline"
+        self._cascades.add((reason, decisions.event_of(answer)))
 
     def acquirer_event(self, host: str, event: str) -> None:
         """Something happened on a connection to an acquirer's host."""

@@ -278,6 +278,7 @@ async def test_after_a_soft_decline_the_next_account_is_asked_with_a_reference_o
     assert first.outcome is not None
     assert first.outcome.response_code is ResponseCode.DO_NOT_HONOR
     assert (operation.attempt.connector, operation.attempt.number) == ("b", 2)
+    assert gateway.counts.cascades == [(Verdict.DECLINED, Verdict.APPROVED)]
     references = [request.reference for each in (gateway.a, gateway.b) for request in each.sent]
     assert references == [f"{operation.operation_id}-1", f"{operation.operation_id}-2"]
     payment = gateway.store.payments[MERCHANT, operation.payment_id]
@@ -308,6 +309,7 @@ async def test_a_cascade_ends_after_its_attempts_and_tells_the_last_decline() ->
     gateway.a.steps.append(SOFT)
     gateway.b.steps.append(Step(decides=declined(ResponseCode.ISSUER_UNAVAILABLE)))
     operation = await gateway.pay()
+    assert len(gateway.counts.cascades) == 1
     assert (operation.state, gateway.sent()) == (S.DECLINED, ["a", "b"])
     outcome = operation.attempt.outcome
     assert outcome is not None

@@ -62,6 +62,26 @@ def answer(code: ResponseCode | None) -> ConnectorAnswer:
     return ConnectorAnswer(Delivery.ANSWERED, Verdict.DECLINED, outcome)
 
 
+def test_a_cascade_is_counted_by_its_reason_and_what_came_of_it() -> None:
+    metrics = Metrics()
+    unsent = ConnectorAnswer(Delivery.NOT_SENT)
+    soft = answer(ResponseCode.DO_NOT_HONOR)
+    metrics.cascaded(unsent, soft)
+    metrics.cascaded(soft, unsent)
+    metrics.cascaded(soft, ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT))
+    metrics.cascaded(soft, ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED))
+    values = read(metrics.render())
+    assert {name: n for name, n in values.items() if name.startswith("gateway_cascades_total")} == {
+        f'gateway_cascades_total{{outcome="{outcome}",reason="{reason}"}}': 1
+        for reason, outcome in (
+            ("not_sent", "DECLINED"),
+            ("soft_decline", "NEVER_SENT"),
+            ("soft_decline", "DOUBTED"),
+            ("soft_decline", "APPROVED"),
+        )
+    }
+
+
 # --- series ---------------------------------------------------------------------------------------
 
 
