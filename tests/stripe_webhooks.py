@@ -6,16 +6,12 @@ import asyncio
 import json
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
-from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
-from gateway.domain.ids import new_connector_account_id
-from gateway.domain.model import Mode
-from storage.postgres import ConnectorAccounts
+from tests.connector_accounts import KEY, add_account
 from tests.harness import (
     START_TIMEOUT_S,
     Caller,
@@ -34,24 +30,11 @@ if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
     from tests.servers import PostgresForTests
 
-KEY = new_wrapping_key("k1")
 SECRET = "whsec_0123456789abcdef"
 OLD_SECRET = "whsec_fedcba9876543210"
 
 
-async def add_account(dsn: str, merchant_id: str) -> str:
-    account = ConnectorAccount(
-        merchant_id,
-        new_connector_account_id(),
-        Mode.TEST,
-        "stripe",
-        Sealed(b"", WrappedKey("", b"")),
-    )
-    credentials = {"secret_key": SECRET_KEY, "webhook_secrets": f"{SECRET} {OLD_SECRET}"}
-    sealed = await seal(credentials, account.context, LocalKeys.parse(KEY))
-    async with ConnectorAccounts.connect(dsn) as accounts:
-        await accounts.add(replace(account, sealed=sealed))
-    return account.account_id
+CREDENTIALS = {"secret_key": SECRET_KEY, "webhook_secrets": f"{SECRET} {OLD_SECRET}"}
 
 
 async def notifications_port(gateway: GatewayProcess) -> int:
@@ -113,7 +96,9 @@ async def stripe(
             recovery_first_check_s=3600,
             **settings,
         ) as system:
-            account_id = await add_account(system.dsn, system.shop.merchant_id)
+            account_id = await add_account(
+                system.dsn, system.shop.merchant_id, "stripe", CREDENTIALS
+            )
             gateway = await asyncio.to_thread(system.start_gateway)
             port = await notifications_port(gateway)
             timeout = aiohttp.ClientTimeout(total=START_TIMEOUT_S)

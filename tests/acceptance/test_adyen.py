@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from payments.v1 import payment_method_pb2, payment_pb2
 
-from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
-from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
-from gateway.domain.ids import new_connector_account_id
-from gateway.domain.model import Mode
-from storage.postgres import ConnectorAccounts
 from tests.adyen_double import (
     API_KEY,
     DECLINE_TOKEN,
@@ -24,6 +19,7 @@ from tests.adyen_double import (
     adyen_psp,
     webhook_of,
 )
+from tests.connector_accounts import KEY, add_account
 from tests.connector_conformance import Fault
 from tests.harness import (
     START_TIMEOUT_S,
@@ -39,31 +35,17 @@ if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
     from tests.servers import PostgresForTests
 
-KEY = new_wrapping_key("k1")
 IN_DOUBT = payment_pb2.OPERATION_STATE_IN_DOUBT
 PENDING = payment_pb2.OPERATION_STATE_PENDING
 SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 NOT_SENT = payment_pb2.OPERATION_STATE_NOT_SENT
 
 
-async def add_account(dsn: str, merchant_id: str) -> str:
-    account = ConnectorAccount(
-        merchant_id,
-        new_connector_account_id(),
-        Mode.TEST,
-        "adyen",
-        Sealed(b"", WrappedKey("", b"")),
-        capabilities={"methods": ["card", "ideal"]},
-    )
-    credentials = {
-        "api_key": API_KEY,
-        "merchant_account": MERCHANT_ACCOUNT,
-        "webhook_secrets": HMAC_KEY,
-    }
-    sealed = await seal(credentials, account.context, LocalKeys.parse(KEY))
-    async with ConnectorAccounts.connect(dsn) as accounts:
-        await accounts.add(replace(account, sealed=sealed))
-    return account.account_id
+CREDENTIALS = {
+    "api_key": API_KEY,
+    "merchant_account": MERCHANT_ACCOUNT,
+    "webhook_secrets": HMAC_KEY,
+}
 
 
 @dataclass
@@ -124,7 +106,13 @@ async def test_merchants_payments_at_adyen_end_by_what_it_tells_and_doubts_by_th
             connector_keys=KEY,
             notifications_address="127.0.0.1:0",
         ) as system:
-            account_id = await add_account(system.dsn, system.shop.merchant_id)
+            account_id = await add_account(
+                system.dsn,
+                system.shop.merchant_id,
+                "adyen",
+                CREDENTIALS,
+                capabilities={"methods": ["card", "ideal"]},
+            )
             gateway = await asyncio.to_thread(system.start_gateway)
             port = await notifications_port(gateway)
             timeout = aiohttp.ClientTimeout(total=START_TIMEOUT_S)

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from payments.v1 import payment_pb2
 
-from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
-from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
-from gateway.domain.ids import new_connector_account_id
-from gateway.domain.model import Mode
-from storage.postgres import ConnectorAccounts
 from tests.braintree_double import PRIVATE_KEY, PUBLIC_KEY, braintree_psp
 from tests.braintree_events import about, form, signed, transaction
+from tests.connector_accounts import KEY, add_account
 from tests.connector_conformance import Fault
 from tests.harness import START_TIMEOUT_S, Caller, GatewayProcess, calling, running_system
 
@@ -24,26 +19,11 @@ if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
     from tests.servers import PostgresForTests
 
-KEY = new_wrapping_key("k1")
 CREDENTIALS = {
     "public_key": PUBLIC_KEY,
     "private_key": PRIVATE_KEY,
     "merchant_accounts": "EUR=shop_eur",
 }
-
-
-async def add_account(dsn: str, merchant_id: str) -> str:
-    account = ConnectorAccount(
-        merchant_id,
-        new_connector_account_id(),
-        Mode.TEST,
-        "braintree",
-        Sealed(b"", WrappedKey("", b"")),
-    )
-    sealed = await seal(CREDENTIALS, account.context, LocalKeys.parse(KEY))
-    async with ConnectorAccounts.connect(dsn) as accounts:
-        await accounts.add(replace(account, sealed=sealed))
-    return account.account_id
 
 
 async def tell(gateway: GatewayProcess, account_id: str, xml: str) -> int:
@@ -81,7 +61,9 @@ async def test_merchants_payments_go_to_braintree_and_what_is_not_found_stays_in
             connector_keys=KEY,
             notifications_address="127.0.0.1:0",
         ) as system:
-            account_id = await add_account(system.dsn, system.shop.merchant_id)
+            account_id = await add_account(
+                system.dsn, system.shop.merchant_id, "braintree", CREDENTIALS
+            )
             gateway = await asyncio.to_thread(system.start_gateway)
             async with calling(gateway, system.shop.api_key) as caller:
                 answer = await caller.authorize(capture_method="MANUAL")

@@ -5,7 +5,6 @@ whoever dies meanwhile.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,8 @@ import grpc
 import pytest
 from payments.v1 import payment_pb2
 
-from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
 from gateway.connectors.iso8583.identity import identity_of
-from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
-from gateway.domain.ids import new_connector_account_id
-from gateway.domain.model import Mode
-from storage.postgres import ConnectorAccounts
+from tests.connector_accounts import KEY, add_account
 from tests.connector_conformance import Fault
 from tests.harness import START_TIMEOUT_S, Caller, calling, new_key, running_system
 from tests.iso8583 import FrameWay, frame_way_to
@@ -32,7 +27,6 @@ if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
     from tests.servers import PostgresForTests
 
-KEY = new_wrapping_key("k1")
 CREDENTIALS = {"host": "acme", "terminal_id": "TERM0001", "merchant_id": "MERCHANT1"}
 STATE = payment_pb2
 
@@ -45,19 +39,6 @@ def specification_in(directory: Path) -> str:
     path = directory / "acme.toml"
     path.write_text(text.replace("answer_timeout_s = 20.0", "answer_timeout_s = 1.0"))
     return str(path)
-
-
-async def add_account(dsn: str, merchant_id: str) -> None:
-    account = ConnectorAccount(
-        merchant_id,
-        new_connector_account_id(),
-        Mode.TEST,
-        "iso8583",
-        Sealed(b"", WrappedKey("", b"")),
-    )
-    sealed = await seal(CREDENTIALS, account.context, LocalKeys.parse(KEY))
-    async with ConnectorAccounts.connect(dsn) as accounts:
-        await accounts.add(replace(account, sealed=sealed))
 
 
 async def until(what: str, look: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -130,7 +111,7 @@ async def test_reversal_survives_a_killed_gateway_and_is_sent_until_the_host_ans
                 connector_keys=KEY,
                 send_window_s=1,
             ) as system:
-                await add_account(system.dsn, system.shop.merchant_id)
+                await add_account(system.dsn, system.shop.merchant_id, "iso8583", CREDENTIALS)
                 gateway = await asyncio.to_thread(system.start_gateway)
                 key = new_key()
                 async with calling(gateway, system.shop.api_key) as caller:

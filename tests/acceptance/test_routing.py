@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -12,13 +11,10 @@ from click.testing import CliRunner, Result
 from payments.v1 import outcome_pb2, payment_pb2, routing_service_pb2_grpc
 from payments.v1 import routing_service_pb2 as pb
 
-from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
 from gateway.cli import main
-from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
-from gateway.domain.ids import new_connector_account_id
-from gateway.domain.model import Mode
 from storage.embedded import free_port
-from storage.postgres import Accounts, ConnectorAccounts
+from storage.postgres import Accounts
+from tests.connector_accounts import KEY, add_account
 from tests.harness import (
     asyncio_run,
     authorize_request,
@@ -36,7 +32,6 @@ if TYPE_CHECKING:
     from tests.servers import PostgresForTests
 
 TIMEOUT_S = 30.0
-KEY = new_wrapping_key("k1")
 WHY = "Fees of the other are lower, ticket 1."
 
 
@@ -65,22 +60,12 @@ class Shop:
             return created.text
 
     def _add(self, credentials: dict[str, str], priority: int) -> str:
-        account = ConnectorAccount(
-            self.system.shop.merchant_id,
-            new_connector_account_id(),
-            Mode.TEST,
-            "simulator",
-            Sealed(b"", WrappedKey("", b"")),
-            priority,
+        merchant_id = self.system.shop.merchant_id
+        return asyncio_run(
+            lambda: add_account(
+                self.system.dsn, merchant_id, "simulator", credentials, priority=priority
+            )
         )
-
-        async def add() -> None:
-            sealed = await seal(credentials, account.context, LocalKeys.parse(KEY))
-            async with ConnectorAccounts.connect(self.system.dsn) as accounts:
-                await accounts.add(replace(account, sealed=sealed))
-
-        asyncio_run(add)
-        return account.account_id
 
     def rules(self, *accounts: str, name: str = "all", attempts_max: int = 3) -> str:
         """Accounts one after the other."""

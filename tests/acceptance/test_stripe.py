@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 from payments.v1 import money_pb2, payment_method_pb2, payment_pb2
 
-from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
-from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
-from gateway.domain.ids import new_connector_account_id
-from gateway.domain.model import Mode
-from storage.postgres import ConnectorAccounts
+from tests.connector_accounts import KEY, add_account
 from tests.connector_conformance import Fault
 from tests.harness import (
     START_TIMEOUT_S,
@@ -30,24 +25,8 @@ if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
     from tests.servers import PostgresForTests
 
-KEY = new_wrapping_key("k1")
 
-
-async def add_account(
-    dsn: str, merchant_id: str, capabilities: dict[str, object] | None = None
-) -> str:
-    account = ConnectorAccount(
-        merchant_id,
-        new_connector_account_id(),
-        Mode.TEST,
-        "stripe",
-        Sealed(b"", WrappedKey("", b"")),
-        capabilities=capabilities or {},
-    )
-    sealed = await seal({"secret_key": SECRET_KEY}, account.context, LocalKeys.parse(KEY))
-    async with ConnectorAccounts.connect(dsn) as accounts:
-        await accounts.add(replace(account, sealed=sealed))
-    return account.account_id
+CREDENTIALS = {"secret_key": SECRET_KEY}
 
 
 async def until(what: str, look: Any) -> Any:
@@ -81,7 +60,9 @@ async def test_merchants_payments_go_to_stripe_and_doubts_are_recovered(
             async with calling(gateway, system.shop.api_key) as caller:
                 at_first = await caller.authorize()
                 assert at_first.payment.connector == "simulator"
-                account_id = await add_account(system.dsn, system.shop.merchant_id)
+                account_id = await add_account(
+                    system.dsn, system.shop.merchant_id, "stripe", CREDENTIALS
+                )
 
                 async def at_stripe() -> Any:
                     answer = await caller.authorize(capture_method="MANUAL")
@@ -145,7 +126,13 @@ async def test_customers_pay_elsewhere_through_stripe_or_are_waited_for_no_longe
             recovery_action_margin_s=0,
         ) as system:
             methods = ["card", "ideal", "pix", "sepa_debit"]
-            await add_account(system.dsn, system.shop.merchant_id, {"methods": methods})
+            await add_account(
+                system.dsn,
+                system.shop.merchant_id,
+                "stripe",
+                CREDENTIALS,
+                capabilities={"methods": methods},
+            )
             gateway = await asyncio.to_thread(system.start_gateway)
             async with calling(gateway, system.shop.api_key) as caller:
                 # The bank does not hear of the customer: Stripe cancels, since the gateway asks.

@@ -1,0 +1,48 @@
+"""Merchants' accounts at PSPs, for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from gateway.application.connector_accounts import (
+    PRIORITY_DEFAULT,
+    ConnectorAccount,
+    Sealed,
+    WrappedKey,
+)
+from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
+from gateway.domain.ids import new_connector_account_id
+from gateway.domain.model import Mode
+from storage.postgres import ConnectorAccounts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KEY: Final = new_wrapping_key("k1")
+"""What all credentials are sealed under: a gateway's `connector_keys`."""
+
+
+async def add_account(
+    dsn: str,
+    merchant_id: str,
+    connector: str,
+    credentials: Mapping[str, str],
+    *,
+    priority: int = PRIORITY_DEFAULT,
+    capabilities: Mapping[str, object] | None = None,
+) -> str:
+    """Add an account of the mode TEST; its id."""
+    account = ConnectorAccount(
+        merchant_id,
+        new_connector_account_id(),
+        Mode.TEST,
+        connector,
+        Sealed(b"", WrappedKey("", b"")),
+        priority,
+        capabilities=capabilities or {},
+    )
+    sealed = await seal(credentials, account.context, LocalKeys.parse(KEY))
+    async with ConnectorAccounts.connect(dsn) as accounts:
+        await accounts.add(replace(account, sealed=sealed))
+    return account.account_id
