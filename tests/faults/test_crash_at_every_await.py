@@ -13,7 +13,7 @@ import itertools
 import os
 import random
 from collections import defaultdict
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -22,8 +22,15 @@ from payments.v1 import payment_service_pb2 as rpc
 from payments.v1.payment_pb2 import OperationState
 from redis import Redis
 
+from gateway.application.routing_administration import Author
+from gateway.connectors.simulator.journal import standing_charges
+from gateway.connectors.simulator.launch import SimulatorProcess
+from gateway.domain.model import Mode
 from gateway.domain.states import UNFINISHED
+from storage.embedded import free_port
+from storage.postgres import RoutingRules
 from storage.redis.claims import KEY_DIGEST_BYTES, NONCE_BYTES
+from tests.connector_accounts import KEY, add_account
 from tests.faults.checker import REPEAT_AFTER_S, TRIES_MAX, Books, Client, check, settled
 from tests.faults.crashing_gateway import CALLS, NOTHING, RECOVERY, CrashingGateway
 from tests.faults.stepping import AFTER, BEFORE
@@ -31,6 +38,7 @@ from tests.faults.transports import TRANSPORTS, alternating
 from tests.harness import (
     Caller,
     System,
+    asyncio_run,
     authorize_request,
     calling,
     eur,
@@ -63,6 +71,7 @@ LEASE_S: Final = 600
 PROFILES: Final = ("idempotent", "non_idempotent")
 SUCCEEDED: Final = OperationState.OPERATION_STATE_SUCCEEDED
 DECLINED: Final = OperationState.OPERATION_STATE_DECLINED
+NOTHING_STANDS: Final = Books(0, 0, 0)
 
 SETTINGS: Final[dict[str, object]] = {
     # Few connections: they are most of a start.
@@ -141,8 +150,9 @@ class Flow:
     name: str
     prepare: Callable[[Trial], AbstractAsyncContextManager[Call]]
     books: Books
-    """Of its payment."""
-    state: int = SUCCEEDED
+    """Of its payment, where it succeeds; otherwise nothing stands."""
+    states: tuple[int, ...] = (SUCCEEDED,)
+    """Those that it may end in."""
     alone: bool = False
     """It holds requests at the PSP, so nothing may run beside it."""
     dies_at: str = ""
@@ -371,7 +381,7 @@ RECOVERY_FLOWS: Final = (
         _authorization(token="tok_garbage", capture_method="AUTOMATIC"),
         Books(0, 1000, 0),
     ),
-    Flow("reversal", _authorization(token="tok_partial_approval"), Books(0, 0, 0), DECLINED),
+    Flow("reversal", _authorization(token="tok_partial_approval"), NOTHING_STANDS, (DECLINED,)),
     Flow(
         "capture",
         _follow_up("CapturePayment", token="tok_capture_garbage", amount_minor=400),
@@ -487,6 +497,84 @@ async def _crash_recoveries(trial: Trial, flow: Flow, sites: Sequence[str]) -> l
     return [text for text in failures if text]
 
 
+# --- cascades -------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _cascade(_: Trial) -> AsyncIterator[Call]:
+    """An authorization of a card of its own: how often one may be tried again is limited."""
+    yield "AuthorizePayment", authorize_request(token=f"tok_{new_key()}", capture_method="MANUAL")
+
+
+CASCADE_NOT_SENT: Final = Flow("cascade-not-sent", _cascade, Books(1000, 0, 0))
+CASCADE_DECLINED: Final = Flow(
+    "cascade-declined", _cascade, Books(1000, 0, 0), (DECLINED, SUCCEEDED)
+)
+"""The first account's decline stands where nobody knows of a second attempt."""
+
+
+async def test_a_crash_at_any_wait_of_a_cascade_leaves_at_most_one_charge_over_both_psps(
+    postgres: PostgresForTests, redis: EmbeddedRedis, nursery: Nursery
+) -> None:
+    """Killed at each wait from the first PSP's answer to the last outcome; that PSP cannot be
+    reached in the one half, and declines in the other.
+    """
+    first = f"127.0.0.1:{free_port()}"
+    with ExitStack() as servers:
+        async with _trial(
+            postgres,
+            redis,
+            nursery,
+            "idempotent",
+            "grpcio",
+            recovers=True,
+            prepare=lambda system: asyncio_run(lambda: _route(system, f"http://{first}")),
+        ) as trial:
+            failures = await _crash_cascades(trial, CASCADE_NOT_SENT)
+            journal = trial.system.directory / "first.jsonl"
+            declining = SimulatorProcess.start(journal, listen=first)
+            servers.callback(declining.kill)
+            failures += await _crash_cascades(trial, CASCADE_DECLINED)
+            await settled(trial.system)
+            check(trial.system, trial.client)
+            failures += await _repeat_all(trial)
+            check(trial.system, trial.client)
+            assert not failures, "\n".join(failures)
+            assert not standing_charges(declining.records())
+            rows = trial.system.fetch("SELECT DISTINCT state FROM operations")
+            # Some die before the second attempt is durable, and some after it: of all sites.
+            assert SITES_MAX or {row["state"] for row in rows} == {SUCCEEDED, DECLINED}
+
+
+async def _route(system: System, first_url: str) -> None:
+    """The merchant's payments go to a PSP that declines them, then to one that approves."""
+    merchant_id = system.shop.merchant_id
+    targets = []
+    accounts = (first_url, "tok_declined_do_not_honor"), (system.simulator.url, "tok_visa")
+    for number, (url, token) in enumerate(accounts, 1):
+        credentials = {"url": url, "token": token}
+        account_id = await add_account(system.dsn, merchant_id, "simulator", credentials)
+        targets.append(f'{{ account = "{account_id}", priority = {number} }}')
+    text = (
+        f'format = 1\n[[rule]]\nname = "both"\nattempts_max = 2\ntargets = [{", ".join(targets)}]\n'
+    )
+    author = Author("login:ann", "two PSPs")
+    async with RoutingRules.connect(system.dsn) as rules:
+        version = await rules.put(merchant_id, Mode.TEST, text, author)
+        assert await rules.activate(merchant_id, Mode.TEST, version, 0, author)
+
+
+async def _crash_cascades(trial: Trial, flow: Flow) -> list[str]:
+    """Kill a gateway from the wait for the first PSP on: until the second attempt is durable where
+    the first was not sent, since what follows is as after a decline.
+    """
+    sites = await _sites_of_call(trial, flow)
+    again = [number for number, site in enumerate(sites) if "._elsewhere:" in site]
+    written = [number for number, site in enumerate(sites) if "Outcomes.write:" in site]
+    last = (again if flow is CASCADE_NOT_SENT else written)[-1]
+    return await _crash_calls(trial, flow, _chosen(trial, flow, sites[again[0] - 1 : last + 1]))
+
+
 # --- both -----------------------------------------------------------------------------------------
 
 
@@ -499,10 +587,20 @@ async def _trial(
     transport: str,
     *,
     recovers: bool,
+    prepare: Callable[[System], None] = lambda _: None,
 ) -> AsyncIterator[Trial]:
-    """A trial with a healthy gateway that `recovers`, or does not; all are on the transport."""
-    settings = {**SETTINGS, "transport": transport, "trusted_front": True}
+    """A trial with a healthy gateway that `recovers`, or does not; all are on the transport.
+
+    What gateways read when they start, `prepare` may write.
+    """
+    settings = {
+        **SETTINGS,
+        "transport": transport,
+        "trusted_front": True,
+        "connector_keys": KEY,
+    }
     with running_system(postgres, redis, profile=profile, **settings) as system:
+        prepare(system)
         gateway = system.start_gateway(recovery_enabled=recovers)
         never = system.start_gateway(recovery_enabled=False, **NEVER_SENDS)
         async with (
@@ -542,28 +640,28 @@ def _chosen(trial: Trial, flow: Flow, sites: Sequence[str]) -> list[str]:
 
 async def _repeat_all(trial: Trial) -> list[str]:
     """Repeat each call until it has a definite outcome, which must be the right one, once."""
-    payment_ids = await asyncio.gather(*(_repeat(trial, *done) for done in trial.done))
+    ends = await asyncio.gather(*(_repeat(trial, *done) for done in trial.done))
     standings = defaultdict(list)
     for standing in trial.system.standing():
         standings[standing.payment_id].append(standing)
     failures = []
-    for (flow, site, _), payment_id in zip(trial.done, payment_ids, strict=True):
+    for (flow, site, _), (payment_id, state) in zip(trial.done, ends, strict=True):
         books = Books.of_standings(standings[payment_id])
-        if books != flow.books:
-            failures.append(f"{flow.name} {site}: {payment_id} is {books}, not {flow.books}")
+        expected = flow.books if state == SUCCEEDED else NOTHING_STANDS
+        if books != expected:
+            failures.append(f"{flow.name} {site}: {payment_id} is {books}, not {expected}")
     return failures
 
 
-async def _repeat(trial: Trial, flow: Flow, site: str, call: Call) -> str:
-    """The payment's id."""
+async def _repeat(trial: Trial, flow: Flow, site: str, call: Call) -> tuple[str, int]:
+    """The payment's id, and the state in which the operation ended."""
     method, request = call
     for _ in range(TRIES_MAX):
         await trial.client.until_answered(method, request)
         present = await trial.healthy.operation(idempotency_key=request.idempotency_key)
         state = present.operation.state
         if state not in UNFINISHED and state != OperationState.OPERATION_STATE_NOT_SENT:
-            assert state == flow.state, f"{flow.name} {site}: {present}"
-            payment_id: str = present.payment.payment_id
-            return payment_id
+            assert state in flow.states, f"{flow.name} {site}: {present}"
+            return present.payment.payment_id, state
         await asyncio.sleep(REPEAT_AFTER_S)
     raise AssertionError(f"{flow.name} {site}: no definite outcome after {TRIES_MAX} tries")
