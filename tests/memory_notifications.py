@@ -21,7 +21,7 @@ from gateway.application.notifications import (
 )
 from gateway.domain.decisions import event_of
 from gateway.domain.states import Event
-from storage.postgres.notifications import DEFINITE
+from storage.postgres.notifications import DEFINITE, ENDS
 from tests.memory_store import MERCHANT, Bench, JsonEncoder
 
 if TYPE_CHECKING:
@@ -87,22 +87,24 @@ class MemoryNotifications:
     async def is_outdated(self, received: Received, event: Event) -> bool:
         """See the port."""
         own = received.notification
+        may_be_ended = own.kind is NotificationKind.AUTHORIZATION and event is Event.APPROVED
         for other in (each.notification for each in self.kept.values()):
-            if other.answer is None or other.kind is not own.kind or _subject(other) == "":
-                continue
-            told = event_of(other.answer)
-            if _subject(other) != _subject(own) or told is event or told not in DEFINITE:
+            if other.answer is None or not own.subject or other.subject != own.subject:
                 continue
             if own.occurred_at is None or other.occurred_at is None:
                 continue
-            if (other.occurred_at, told) > (own.occurred_at, event):
+            told = event_of(other.answer)
+            if may_be_ended and other.kind is NotificationKind.VOID:
+                if told in ENDS and other.occurred_at >= own.occurred_at:
+                    return True
+            elif (
+                other.kind is own.kind
+                and told is not event
+                and told in DEFINITE
+                and (other.occurred_at, told) > (own.occurred_at, event)
+            ):
                 return True
         return False
-
-
-def _subject(notification: Notification) -> str:
-    answer = notification.answer
-    return notification.reference or (answer.connector_transaction_id if answer else "")
 
 
 @dataclass(slots=True)

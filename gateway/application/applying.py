@@ -517,14 +517,9 @@ def _can_deny(capabilities: Capabilities) -> bool:
 
 
 def _line_of(notification: Notification) -> str:
-    """What the events of one thing have in common."""
-    answer, dispute = notification.answer, notification.dispute
-    return (
-        notification.reference
-        or (dispute.dispute_id if dispute else "")
-        or (answer.connector_transaction_id if answer else "")
-        or notification.event_id
-    )
+    """What is applied one after the other."""
+    dispute = notification.dispute
+    return notification.subject or (dispute.dispute_id if dispute else "") or notification.event_id
 
 
 def _attempt_of(reference: str) -> int | None:

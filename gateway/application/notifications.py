@@ -89,6 +89,19 @@ class Notification:
     dispute: Dispute | None = None
     """For DISPUTE."""
 
+    @property
+    def subject(self) -> str:
+        """What the events of one operation have in common; empty where nothing tells. What is gone
+        of a payment is its authorization.
+        """
+        if self.kind is NotificationKind.VOID and not self.reference:
+            return self.payment_reference or self._transaction_id
+        return self.reference or self._transaction_id
+
+    @property
+    def _transaction_id(self) -> str:
+        return self.answer.connector_transaction_id if self.answer else ""
+
 
 class Receipt(StrEnum):
     """What became of a request."""
@@ -176,7 +189,10 @@ class NotificationStore(Protocol):
         """Apply it later."""
 
     async def is_outdated(self, received: Received, event: Event) -> bool:
-        """Whether the PSP told another definite event of the same thing that happened later."""
+        """Whether the PSP told another definite event of the same thing that happened later, or of
+        an approved authorization its end. Of what happened at the same time, what can follow the
+        other counts (`gateway.domain.states`): a success comes before whatever ends it.
+        """
 
 
 class LookupUnavailable(Exception):

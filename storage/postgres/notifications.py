@@ -52,6 +52,8 @@ DEFINITE: Final = (
     Event.EXPIRED,
 )
 """Events that say how something ended."""
+ENDS: Final = (Event.APPROVED, Event.EXPIRED)
+"""Of these, those of a VOID: nothing is held any more."""
 
 _Key = tuple[str, str, str]
 _Row = tuple[object, ...]
@@ -130,10 +132,12 @@ class Notifications:
             _IS_OUTDATED,
             merchant_id=received.merchant_id,
             connector_account_id=received.connector_account_id,
-            subject=_subject(notification),
+            subject=notification.subject,
             kind=notification.kind,
             event=event,
             definite=list(DEFINITE),
+            ends_by=NotificationKind.VOID if _may_be_ended(notification, event) else None,
+            ends=list(ENDS),
             occurred_at=notification.occurred_at,
         )
         return bool(found["is_outdated"])
@@ -198,14 +202,13 @@ def _row(received: Received) -> _Row:
         notification.kind,
         None if notification.answer is None else event_of(notification.answer),
         notification.occurred_at,
-        _subject(notification),
+        notification.subject,
         notification_json(notification),
     )
 
 
-def _subject(notification: Notification) -> str:
-    answer = notification.answer
-    return notification.reference or (answer.connector_transaction_id if answer else "")
+def _may_be_ended(notification: Notification, event: Event) -> bool:
+    return notification.kind is NotificationKind.AUTHORIZATION and event is Event.APPROVED
 
 
 def notification_json(notification: Notification) -> str:

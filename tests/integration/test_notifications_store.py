@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -143,3 +143,23 @@ async def test_of_the_events_of_one_attempt_the_latest_counts(store: PostgresSto
     assert not await is_outdated(bounced, Event.FAILED)
     assert await is_outdated(at_once, Event.APPROVED)
     assert not await is_outdated(unordered, Event.APPROVED)
+
+
+@pytest.mark.parametrize("end", [Verdict.APPROVED, Verdict.EXPIRED])
+async def test_an_approval_is_outdated_by_an_end_of_its_payment_unless_it_is_newer(
+    store: PostgresStore, end: Verdict
+) -> None:
+    def told(event_id: str, verdict: Verdict, after_s: float, **more: Any) -> Received:
+        made = of_same_account(one, event_id, verdict, after_s)
+        return replace(one, notification=replace(made.notification, **more))
+
+    one = received()
+    of_void = {"kind": NotificationKind.VOID, "reference": "", "payment_reference": "op_1-1"}
+    approval = told("evt_1", Verdict.APPROVED, 0, kind=NotificationKind.AUTHORIZATION)
+    is_outdated = store.notifications.is_outdated
+    await store.notifications.keep([approval, told("evt_2", Verdict.FAILED, 9, **of_void)])
+    assert not await is_outdated(approval, Event.APPROVED)  # what did not end it
+    await store.notifications.keep([told("evt_3", end, 5, **of_void)])
+    for after_s, expected in ((4, True), (5, True), (6, False)):
+        at = told("evt_4", Verdict.APPROVED, after_s, kind=NotificationKind.AUTHORIZATION)
+        assert await is_outdated(at, Event.APPROVED) is expected

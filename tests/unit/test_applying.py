@@ -360,6 +360,32 @@ async def test_a_void_of_a_doubt_ends_when_the_psp_tells_that_it_took_it_back() 
     assert payment_of(gateway, payment_id).state is PaymentState.CANCELED
 
 
+@pytest.mark.parametrize(("end", "state"), [(APPROVED, S.CANCELED), (EXPIRED, S.EXPIRED)])
+@pytest.mark.parametrize("before_s", [0, 60])
+async def test_a_success_that_is_told_after_its_end_and_is_not_newer_is_no_news(
+    end: ConnectorAnswer, state: S, before_s: float
+) -> None:
+    gateway = bench(LOST, capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    gateway.connector.asks.extend([NO_ANSWER] * 5)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(
+        gateway.told(N.VOID, end, payment_reference=reference, transaction_id="tx-end")
+    )
+    assert only(gateway, payment_id, K.AUTHORIZE).state is state
+    told = gateway.told(N.AUTHORIZATION, APPROVED, reference=reference, after_s=-before_s)
+    [applied] = await gateway.tell(told)
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert not gateway.store.discrepancies
+    # What happened after the end is another matter: it must not stand.
+    later = gateway.told(N.AUTHORIZATION, APPROVED, reference=reference, after_s=1)
+    [applied] = await gateway.tell(later)
+    assert applied is not None
+    assert applied.result is Result.APPLIED
+    assert [each.kind for each in gateway.store.discrepancies] == ["late_success"]
+
+
 @pytest.mark.parametrize(
     ("end", "state"), [(EXPIRED, S.EXPIRED), (DECLINED, S.DECLINED), (FAILED, S.FAILED)]
 )

@@ -81,17 +81,27 @@ WHERE merchant_id = :merchant_id::text
 
 -- :name is_outdated
 -- Whether the PSP told something else of the same thing that happened later; of what happened at
--- the same time, the worse counts: approvals have the lowest number.
+-- the same time, the worse counts: approvals have the lowest number. An approved authorization is
+-- ended by a void as well, also by one of the same time: nothing is approved once it is over.
 SELECT EXISTS (
     SELECT FROM notifications AS other
     WHERE other.merchant_id = :merchant_id::text
         AND other.subject = :subject::text
         AND other.subject <> ''
         AND other.connector_account_id = :connector_account_id::text
-        AND other.kind = :kind::int2
-        AND other.event <> :event::int2
-        AND other.event = ANY (:definite::int2[])
-        AND (other.occurred_at, other.event) > (:occurred_at::timestamptz, :event::int2)
+        AND (
+            (
+                other.kind = :kind::int2
+                AND other.event <> :event::int2
+                AND other.event = ANY (:definite::int2[])
+                AND (other.occurred_at, other.event) > (:occurred_at::timestamptz, :event::int2)
+            )
+            OR (
+                other.kind = :ends_by::int2
+                AND other.event = ANY (:ends::int2[])
+                AND other.occurred_at >= :occurred_at::timestamptz
+            )
+        )
 ) AS is_outdated;
 
 -- :name count_pending
