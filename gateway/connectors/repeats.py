@@ -1,4 +1,4 @@
-"""Sending a request once more under the same idempotency key, within its sender's window."""
+"""Idempotency keys: a request once more under the same one, and how long that is remembered."""
 
 import asyncio
 import time
@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from gateway.connectors.http import MaybeSent, NotSent, Response
 from gateway.domain.errors import Reason
+from gateway.domain.ids import created_s
 
 
 async def send_and_repeat(
@@ -45,3 +46,17 @@ async def send_and_repeat(
     if response is None:
         raise lost or MaybeSent(Reason.ANSWER_UNUSABLE)
     return response, False
+
+
+def age_s(reference: str) -> float | None:
+    """How long ago, at most, a reference was first used; None for one that is not ours."""
+    made_s = created_s(reference)
+    return None if made_s is None else time.time() - made_s
+
+
+def is_remembered(reference: str, key_validity_s: float) -> bool:
+    """Whether the PSP surely remembers the key still, however early it was used: for half of its
+    validity; the other half is for clocks and for the way there.
+    """
+    age = age_s(reference)
+    return age is not None and age <= key_validity_s / 2

@@ -1,7 +1,10 @@
 """What a PSP says, as values that may be kept: bounded, printable, and without card numbers."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
+
+import orjson
 
 from gateway.domain.pan import contains_pan, mask_pans
 
@@ -13,6 +16,24 @@ CODE_DATA_LENGTH_MAX: Final = 2048
 """Of what a code says that is to be scanned; more fits into no such code."""
 AMOUNT_ABS_MAX: Final = 2**62
 """No amount that a PSP reports may come near the end of int64."""
+
+
+_EMPTY: Final[Mapping[str, Any]] = {}
+
+
+def json_object(body: bytes) -> Mapping[str, Any]:
+    """The object that a body is; empty where it is none."""
+    try:
+        told = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return _EMPTY
+    return told if isinstance(told, dict) else _EMPTY
+
+
+def part(told: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object within an object; empty where there is none."""
+    value = told.get(name)
+    return value if isinstance(value, dict) else _EMPTY
 
 
 def amount(value: object) -> int | None:
@@ -58,3 +79,12 @@ def instant(value: object) -> datetime | None:
         return datetime.fromtimestamp(value, UTC)
     except (OverflowError, ValueError, OSError):
         return None
+
+
+def instant_of_text(value: object) -> datetime | None:
+    """A time in ISO 8601 with its offset."""
+    try:
+        at = datetime.fromisoformat(text(value))
+    except ValueError:
+        return None
+    return None if at.tzinfo is None else at

@@ -8,12 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
-import orjson
-
 from gateway.connectors import schemes, values
 from gateway.connectors.adyen import amounts, codes
+from gateway.connectors.base import Unusable
 from gateway.connectors.http import Response
-from gateway.domain.errors import Reason
+from gateway.connectors.values import part
 from gateway.domain.model import (
     AdviceAction,
     AvsResult,
@@ -33,26 +32,11 @@ _REFUSING: Final = frozenset({400, 401, 403, 404, 405, 413, 422})
 _REFUSING_TYPES: Final = frozenset({"configuration", "security", "validation"})
 # "05 : Do not honor": the network's code, and its text.
 _RAW_CODE: Final = re.compile(r"([0-9A-Z]{1,3})\s*:")
-_EMPTY: Final[Mapping[str, Any]] = {}
-
-
-class Unusable(Exception):
-    """The answer is not what was asked for."""
-
-
-def part(told: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """An object within an object; empty where there is none."""
-    value = told.get(name)
-    return value if isinstance(value, dict) else _EMPTY
 
 
 def read(response: Response) -> Mapping[str, Any]:
     """The object of an answer; empty where it is none."""
-    try:
-        told = orjson.loads(response.body)
-    except orjson.JSONDecodeError:
-        return _EMPTY
-    return told if isinstance(told, dict) else _EMPTY
+    return values.json_object(response.body)
 
 
 def is_done(response: Response) -> bool:
@@ -79,16 +63,6 @@ def may_repeat(response: Response) -> bool:
 
 def _is_transient(response: Response) -> bool:
     return response.headers.get("transient-error") == "true"
-
-
-def not_sent(reason: Reason) -> ConnectorAnswer:
-    """Surely nothing of it was written, or it can have no effect any more."""
-    return ConnectorAnswer(Delivery.NOT_SENT, reason=reason)
-
-
-def doubt(reason: Reason = Reason.ANSWER_UNUSABLE) -> ConnectorAnswer:
-    """It may have been processed."""
-    return ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=reason)
 
 
 # --- payments -------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 Source of the rules: Adyen's API reference and documentation pages, named where a rule is used.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -11,15 +10,21 @@ from urllib.parse import quote
 
 import orjson
 
-from gateway import __version__
 from gateway.application.ports import CARD, Capabilities, ConnectorRequest, MethodRule
 from gateway.connectors.adyen import answers
 from gateway.connectors.adyen.amounts import RULES, to_adyen
-from gateway.connectors.adyen.answers import Unusable
-from gateway.connectors.http import JSON, HttpClient, MaybeSent, NotSent, Response
-from gateway.connectors.repeats import send_and_repeat
+from gateway.connectors.base import (
+    MOTO_CHANNELS,
+    REPEAT_PAUSE_S,
+    HttpConnector,
+    Unusable,
+    doubt,
+    not_sent,
+    sendable,
+)
+from gateway.connectors.http import HttpClient, NotSent, Response
+from gateway.connectors.repeats import is_remembered
 from gateway.domain.errors import Reason
-from gateway.domain.ids import created_s
 from gateway.domain.model import (
     CaptureMethod,
     ConnectorAnswer,
@@ -33,8 +38,6 @@ API_VERSION: Final = "v71"
 ANSWER_TIMEOUT_S: Final = 30.0
 KEY_VALIDITY_S: Final = 7 * 24 * 3600.0
 """Keys are valid for at least 7 days ("API idempotency")."""
-REPEAT_PAUSE_S: Final = 0.5
-"""Before the one repeat of a request whose answer was lost or is uncertain."""
 NAME: Final = "adyen"
 NO_RETURN_URL: Final = "https://no-return.invalid/"
 """For the required `returnUrl` of who has none (RFC 2606 §2): nobody is ever sent there."""
@@ -72,7 +75,6 @@ METHODS: Final[Mapping[str, MethodRule]] = {
 bank: of others, as of cards with 3D Secure, Adyen has to be told what the customer came back with
 (`/payments/details`), which the contract does not carry."""
 _TOKEN_PREFIX: Final = "tok_"  # noqa: S105 - the contract's, before Adyen's id
-_MOTO: Final = frozenset({"CHANNEL_MAIL_ORDER", "CHANNEL_TELEPHONE_ORDER"})
 _WITHOUT_EFFECT: Final = frozenset({Verdict.DECLINED, Verdict.CANCELED})
 _ENDPOINTS: Final[Mapping[OperationKind, str]] = {
     K.CAPTURE: "captures",
@@ -104,22 +106,14 @@ def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabiliti
     )
 
 
-class _Unsendable(Exception):
-    """The request cannot be put as Adyen takes it."""
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.value)
-        self.reason = reason
-
-
 @dataclass(frozen=True, slots=True)
 class _Call:
     path: str
     body: bytes
 
 
-class AdyenConnector:
-    """Implements `gateway.application.ports.Connector` for one merchant account.
+class AdyenConnector(HttpConnector):
+    """Payments and what follows them, of one merchant account.
 
     The idempotency key of a request is its reference, and so is the `reference` in it. What makes
     an outcome definite:
@@ -144,65 +138,39 @@ class AdyenConnector:
         repeat_pause_s: float = REPEAT_PAUSE_S,
     ) -> None:
         """`http` is the caller's to close; `base_path` is where the API begins there."""
-        self._http = http
+        super().__init__(
+            NAME, http, capabilities, {"X-API-Key": api_key}, repeat_pause_s=repeat_pause_s
+        )
         self._merchant_account = merchant_account
-        self._capabilities = capabilities
         self._base_path = base_path
-        self._repeat_pause_s = repeat_pause_s
-        self._headers = {
-            "X-API-Key": api_key,
-            "User-Agent": f"payment-gateway/{__version__}",
-        }
-
-    @property
-    def name(self) -> str:
-        """The connector's name."""
-        return NAME
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What this account can do."""
-        return self._capabilities
-
-    async def close(self) -> None:
-        """The connections are shared, and closed by who opened them."""
 
     # --- send -------------------------------------------------------------------------------------
 
-    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
-        """See the port."""
-        try:
-            call = self._call(request)
-            response, repeated = await send_and_repeat(
-                lambda send_before, answer_before: self._post(
-                    call, request.reference, send_before, answer_before
-                ),
-                send_before=send_before,
-                answer_timeout_s=self._capabilities.answer_timeout_s,
-                pause_s=self._repeat_pause_s,
-                is_uncertain=answers.is_uncertain,
-                may_repeat=answers.may_repeat,
-            )
-            if answers.is_done(response):
-                return self._done(request, answers.read(response))
-            if repeated or answers.is_uncertain(response):
-                # It refuses this sending, and tells nothing of the one before.
-                raise Unusable
-            return answers.rejected(response)
-        except (_Unsendable, NotSent) as error:
-            return answers.not_sent(error.reason)
-        except MaybeSent as error:
-            return answers.doubt(error.reason)
-        except Unusable:
-            return answers.doubt()
+    async def _send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """Raises NotSent and MaybeSent."""
+        call = self._call(request)
+        response, repeated = await self._request_and_repeat(
+            lambda send_before, answer_before: self._post(
+                call, request.reference, send_before, answer_before
+            ),
+            send_before,
+            is_uncertain=answers.is_uncertain,
+            may_repeat=answers.may_repeat,
+        )
+        if answers.is_done(response):
+            return self._done(request, answers.read(response))
+        if repeated or answers.is_uncertain(response):
+            # It refuses this sending, and tells nothing of the one before.
+            raise Unusable
+        return answers.rejected(response)
 
     def _call(self, request: ConnectorRequest) -> _Call:
-        """Raises _Unsendable."""
+        """Raises NotSent."""
         if request.kind in (K.AUTHORIZE, K.VERIFY):
             return _Call("/payments", _encode(self._payment(request)))
         payment_id = _payment_id(request)
         if not payment_id:
-            raise _Unsendable(Reason.INVALID_REQUEST)
+            raise NotSent(Reason.INVALID_REQUEST)
         body: dict[str, Any] = {
             "merchantAccount": self._merchant_account,
             "reference": request.reference,
@@ -257,29 +225,22 @@ class AdyenConnector:
 
     # --- query ------------------------------------------------------------------------------------
 
-    async def query(
-        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    async def _query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None
     ) -> ConnectorAnswer | None:
-        """See the port. Asking uses the reference up, where it had no effect.
-
-        Past half of the key's validity nothing is asked; the other half is for clocks and for the
-        way there. A void or reversal is None within it: its own repeat tells.
+        """Asking uses the reference up, where it had no effect. Past half of the key's validity
+        nothing is asked. A void or reversal is None within it: its own repeat tells.
         """
-        if not _is_remembered(reference):
-            return answers.doubt(Reason.RECOVERED)
+        if not is_remembered(reference, KEY_VALIDITY_S):
+            return doubt(Reason.RECOVERED)
         if kind in (K.VOID, K.REVERSAL):
             return None
-        try:
-            return await self._ask(reference, request)
-        except (NotSent, MaybeSent) as error:
-            return answers.doubt(error.reason)
-        except Unusable:
-            return answers.doubt()
+        return await self._ask(reference, request)
 
     async def _ask(self, reference: str, request: ConnectorRequest | None) -> ConnectorAnswer:
         """What was answered under a reference; NOT_SENT where nothing was, and never will be.
 
-        Raises NotSent, MaybeSent, and Unusable for what says neither.
+        Raises NotSent and MaybeSent.
         """
         tombstone = reference + TOMBSTONE_SUFFIX
         body = {
@@ -287,44 +248,31 @@ class AdyenConnector:
             "paymentReference": reference,
             "reference": tombstone,
         }
-        response = await self._post_now(_Call("/cancels", _encode(body)), reference)
+        response = await self._post(_Call("/cancels", _encode(body)), reference)
         told = answers.read(response)
         if not answers.is_done(response):
             raise Unusable
         if told.get("reference") == tombstone:
             if told.get("status") != "received" or told.get("paymentReference") != reference:
                 raise Unusable
-            return answers.not_sent(Reason.REFERENCE_CANCELED)
+            return not_sent(Reason.REFERENCE_CANCELED)
         if request is None or answers.is_payment(told) != (request.kind in (K.AUTHORIZE, K.VERIFY)):
             raise Unusable
         return self._done(request, told)
 
     # --- cancel -----------------------------------------------------------------------------------
 
-    async def cancel(
-        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
-    ) -> ConnectorAnswer:
-        """See the port.
-
-        Of an authorization and a capture that took effect Adyen only says that it will take them
-        back: PENDING. A refund and an increment cannot be taken back: where they took effect
-        nothing is said here.
-        """
-        try:
-            return await self._cancel(kind, reference, request)
-        except (NotSent, MaybeSent, _Unsendable) as error:
-            return answers.doubt(error.reason)
-        except Unusable:
-            return answers.doubt()
-
     async def _cancel(
         self, kind: OperationKind, reference: str, request: ConnectorRequest | None
     ) -> ConnectorAnswer:
-        """Raises as `_ask`, and _Unsendable."""
+        """Of an authorization and a capture that took effect Adyen only says that it will take them
+        back: PENDING. A refund and an increment cannot be taken back: where they took effect
+        nothing is said here.
+        """
         if kind is K.AUTHORIZE and request is not None and request.target_transaction_id:
             return await self._reverse(reference, request.target_transaction_id)
-        if not _is_remembered(reference):
-            return answers.doubt(Reason.RECOVERED)
+        if not is_remembered(reference, KEY_VALIDITY_S):
+            return doubt(Reason.RECOVERED)
         found = await self._ask(reference, request)
         without_effect = found.delivery is Delivery.NOT_SENT or found.verdict in _WITHOUT_EFFECT
         if without_effect or kind is K.VERIFY:
@@ -333,14 +281,14 @@ class AdyenConnector:
             return await self._reverse(reference, found.connector_transaction_id)
         if kind is K.CAPTURE and request is not None:
             return await self._give_back(request)
-        return answers.doubt(Reason.RECOVERED)
+        return doubt(Reason.RECOVERED)
 
     async def _reverse(self, reference: str, payment_id: str) -> ConnectorAnswer:
         """Cancel or refund a payment, whichever it needs, as a whole. Raises as `_ask`."""
         return await self._modify(payment_id, "reversals", reference + REVERSAL_SUFFIX, {})
 
     async def _give_back(self, capture: ConnectorRequest) -> ConnectorAnswer:
-        """Refund what a capture took. Raises as `_ask`, and _Unsendable."""
+        """Refund what a capture took. Raises as `_ask`."""
         amount = _amount(capture.amount_minor, capture.currency)
         return await self._modify(
             _payment_id(capture),
@@ -360,29 +308,27 @@ class AdyenConnector:
     ) -> ConnectorAnswer:
         body = {"merchantAccount": self._merchant_account, "reference": key, **more}
         call = _Call(f"/payments/{quote(payment_id, safe='')}/{endpoint}", _encode(body))
-        response = await self._post_now(call, key)
+        response = await self._post(call, key)
         if not answers.is_done(response):
             raise Unusable
         return answers.modification(answers.read(response), key, payment_id, currency)
 
     # --- HTTP -------------------------------------------------------------------------------------
 
-    async def _post_now(self, call: _Call, key: str) -> Response:
-        until = time.monotonic() + self._capabilities.answer_timeout_s
-        return await self._post(call, key, until, until)
-
     async def _post(
-        self, call: _Call, key: str, send_before: float, answer_before: float
+        self,
+        call: _Call,
+        key: str,
+        send_before: float | None = None,
+        answer_before: float | None = None,
     ) -> Response:
-        return await self._http.request(
+        return await self._request(
             "POST",
             self._base_path + call.path,
             call.body,
+            key=key,
             send_before=send_before,
-            answer_timeout_s=self._capabilities.answer_timeout_s,
             answer_before=answer_before,
-            headers={**self._headers, "Idempotency-Key": key},
-            content_type=JSON,
         )
 
 
@@ -391,11 +337,8 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 
 
 def _amount(amount_minor: int, currency: str) -> dict[str, object]:
-    """In Adyen's unit. Raises _Unsendable."""
-    value = to_adyen(amount_minor, currency)
-    if value is None:
-        known = currency in RULES
-        raise _Unsendable(Reason.AMOUNT_NOT_SUPPORTED if known else Reason.CURRENCY_NOT_SUPPORTED)
+    """In Adyen's unit. Raises NotSent."""
+    value = sendable(to_adyen(amount_minor, currency), currency, RULES)
     return {"currency": currency, "value": value}
 
 
@@ -405,14 +348,14 @@ def _payment_id(request: ConnectorRequest) -> str:
 
 
 def _redirect_method(request: ConnectorRequest) -> dict[str, Any]:
-    """A method that the customer is sent elsewhere for; empty for a card. Raises _Unsendable."""
+    """A method that the customer is sent elsewhere for; empty for a card. Raises NotSent."""
     method = request.fields.get("payment_method")
     redirect = method.get("redirect") if isinstance(method, dict) else None
     if not isinstance(redirect, dict):
         return {}
     type_ = str(redirect.get("method_type"))
     if type_ == CARD or type_ not in METHODS:
-        raise _Unsendable(Reason.METHOD_NOT_SUPPORTED)
+        raise NotSent(Reason.METHOD_NOT_SUPPORTED)
     told = {"type": type_}
     if redirect.get("bank"):
         told["issuer"] = str(redirect["bank"])
@@ -422,7 +365,7 @@ def _redirect_method(request: ConnectorRequest) -> dict[str, Any]:
 def _payment_method(request: ConnectorRequest) -> dict[str, Any]:
     """A token of Adyen's and whose it is: tokens belong to a customer ("Tokenization").
 
-    Raises _Unsendable.
+    Raises NotSent.
     """
     method = request.fields.get("payment_method")
     stored = method.get("stored") if isinstance(method, dict) else None
@@ -432,14 +375,14 @@ def _payment_method(request: ConnectorRequest) -> dict[str, Any]:
         token = request.payment_method_token.removeprefix(_TOKEN_PREFIX)
     customer_id = str(request.fields.get("customer_id", ""))
     if not token:
-        raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
+        raise NotSent(Reason.FIELD_NOT_SUPPORTED)
     if len(customer_id) < SHOPPER_REFERENCE_LENGTH_MIN:
-        raise _Unsendable(Reason.INVALID_REQUEST)
+        raise NotSent(Reason.INVALID_REQUEST)
     channel = request.fields.get("channel")
     return {
         "paymentMethod": {"type": "scheme", "storedPaymentMethodId": token},
         "shopperReference": customer_id,
-        "shopperInteraction": "Moto" if channel in _MOTO else "ContAuth",
+        "shopperInteraction": "Moto" if channel in MOTO_CHANNELS else "ContAuth",
         "recurringProcessingModel": _processing_model(request.fields),
     }
 
@@ -452,9 +395,3 @@ def _processing_model(fields: Mapping[str, object]) -> str:
     category = stored.get("mit_category") if isinstance(stored, dict) else None
     regular = category in ("MIT_CATEGORY_RECURRING", "MIT_CATEGORY_INSTALLMENT")
     return "Subscription" if regular else "UnscheduledCardOnFile"
-
-
-def _is_remembered(reference: str) -> bool:
-    """Whether Adyen surely remembers the key still, however early it was used."""
-    made_s = created_s(reference)
-    return made_s is not None and time.time() - made_s <= KEY_VALIDITY_S / 2

@@ -22,14 +22,15 @@ from gateway.application.notifications import (
 )
 from gateway.connectors import schemes, values
 from gateway.connectors.adyen import answers, codes
-from gateway.connectors.adyen.answers import Unusable, part
 from gateway.connectors.adyen.connector import NAME, REFUND_SUFFIX, REVERSAL_SUFFIX
+from gateway.connectors.base import Unusable
 from gateway.connectors.notifications import (
     BadSignature,
     UnusableNotification,
     signed_by_any,
     webhook_secrets,
 )
+from gateway.connectors.values import part
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, Outcome, ResponseCode, Verdict
 
 ITEMS_MAX: Final = 100
@@ -161,7 +162,7 @@ def _notification(item: Mapping[str, Any], mode: Mode | None) -> Notification:
         # "Duplicates have the same eventCode and pspReference"; a later success is another event.
         "event_id": f"{event_type}:{own_id}:{'true' if success else 'false'}",
         "event_type": event_type,
-        "occurred_at": _instant(item.get("eventDate")),
+        "occurred_at": values.instant_of_text(item.get("eventDate")),
         "mode": mode,
         "payment_transaction_id": values.identifier(item.get("originalReference")),
     }
@@ -291,14 +292,3 @@ def _dispute(item: Mapping[str, Any], event_type: str, own_id: str) -> Dispute:
     if isinstance(told, str):
         status = _DISPUTE_STATUSES.get(told, status)
     return Dispute(own_id, stage, status, values.text(more.get("chargebackReasonCode")))
-
-
-def _instant(value: object) -> datetime | None:
-    """A time in ISO 8601 with its offset."""
-    if not isinstance(value, str):
-        return None
-    try:
-        instant = datetime.fromisoformat(value)
-    except ValueError:
-        return None
-    return None if instant.tzinfo is None else instant

@@ -6,15 +6,13 @@ guide "Making API calls" (errors).
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final
 
-import orjson
-
 from gateway.connectors import schemes, values
+from gateway.connectors.base import Unusable
 from gateway.connectors.braintree import amounts, codes
 from gateway.connectors.http import Response
-from gateway.domain.errors import Reason
+from gateway.connectors.values import part
 from gateway.domain.model import (
     AdviceAction,
     AvsResult,
@@ -72,10 +70,6 @@ LIMITED: Final = "RESOURCE_LIMIT"
 _KEY: Final = "apiRequestKey"
 
 
-class Unusable(Exception):
-    """The answer is not what was asked for."""
-
-
 @dataclass(frozen=True, slots=True)
 class BraintreeError:
     """One of an answer's `errors`."""
@@ -113,11 +107,8 @@ def read(response: Response, field: str) -> Answered:
     """What an answer says of a field; nothing where it is none of the API (a proxy's, perhaps), or
     where the API itself failed.
     """
-    try:
-        body = orjson.loads(response.body)
-    except orjson.JSONDecodeError:
-        body = None
-    if not isinstance(body, dict) or response.status >= 500:
+    body = values.json_object(response.body)
+    if not body or response.status >= 500:
         return Answered(_EMPTY, ())
     told = part(part(body, "data"), field) if response.status == 200 else _EMPTY
     errors = body.get("errors")
@@ -139,12 +130,6 @@ def _error(told: Mapping[str, Any], unclassed: str) -> BraintreeError:
         message,
         (isinstance(path, list) and _KEY in path) or _KEY in message,
     )
-
-
-def part(told: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """An object within an object; empty where there is none."""
-    value = told.get(name)
-    return value if isinstance(value, dict) else _EMPTY
 
 
 def parts(told: Mapping[str, Any], name: str) -> Iterator[Mapping[str, Any]]:
@@ -179,16 +164,6 @@ def minor(told: Mapping[str, Any], name: str = "amount") -> int:
     if value is None or values.amount(value) is None:
         raise Unusable
     return value
-
-
-def not_sent(reason: Reason) -> ConnectorAnswer:
-    """Surely nothing of it was written."""
-    return ConnectorAnswer(Delivery.NOT_SENT, reason=reason)
-
-
-def doubt(reason: Reason = Reason.ANSWER_UNUSABLE) -> ConnectorAnswer:
-    """It may have been processed."""
-    return ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=reason)
 
 
 # --- objects --------------------------------------------------------------------------------------
@@ -333,7 +308,9 @@ def _approved(told: Mapping[str, Any], amount_minor: int | None) -> ConnectorAns
     answer = _answered(told, Verdict.APPROVED)
     authorized = _event(told, "AUTHORIZED")
     processor = part(authorized, "processorResponse")
-    answer.authorization_expires_at = _instant(authorized.get("authorizationExpiresAt"))
+    answer.authorization_expires_at = values.instant_of_text(
+        authorized.get("authorizationExpiresAt")
+    )
     answer.outcome = outcome = Outcome(
         response_code=ResponseCode.APPROVED,
         connector_code=values.text(processor.get("legacyCode")) or status_of(told),
@@ -431,12 +408,3 @@ def rejected(answered: Answered) -> ConnectorAnswer:
         connector_message=error.message,
     )
     return ConnectorAnswer(Delivery.ANSWERED, Verdict.FAILED, outcome)
-
-
-def _instant(value: object) -> datetime | None:
-    """A time as GraphQL writes it, RFC 3339."""
-    try:
-        at = datetime.fromisoformat(values.text(value))
-    except ValueError:
-        return None
-    return at if at.tzinfo is not None else None

@@ -4,7 +4,6 @@ Source of the rules: Braintree's published schema, its GraphQL reference and gui
 rule is used.
 """
 
-import time
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,13 +11,23 @@ from typing import Any, Final
 
 import orjson
 
-from gateway import __version__
 from gateway.application.ports import Capabilities, ConnectorRequest
+from gateway.connectors.base import (
+    MOTO_CHANNELS,
+    REPEAT_PAUSE_S,
+    HttpConnector,
+    Unusable,
+    asking_first,
+    doubt,
+    in_steps,
+    sendable,
+    target_of,
+)
 from gateway.connectors.braintree import answers, documents
 from gateway.connectors.braintree.amounts import RULES, to_braintree
-from gateway.connectors.braintree.answers import Answered, Unusable
+from gateway.connectors.braintree.answers import Answered
 from gateway.connectors.http import HttpClient, MaybeSent, NotSent, Response
-from gateway.connectors.repeats import send_and_repeat
+from gateway.connectors.values import part
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
     SENT_KINDS,
@@ -37,8 +46,6 @@ ANSWER_TIMEOUT_S: Final = 60.0
 """As long as Braintree itself works on a request at most ("Exceptions", time-outs)."""
 KEY_VALIDITY_S: Final = 30 * 24 * 3600.0
 """For how long an `apiRequestKey` is remembered (the schema, "At-Most-Once Processing")."""
-REPEAT_PAUSE_S: Final = 0.5
-"""Before the one repeat of a request that met a limit, an error, or a lost connection."""
 SEARCH_LENGTH_MAX: Final = 50
 """Transactions with one reference that are looked at: more than one is a duplicate already."""
 TOKEN_PREFIX: Final = "tok_"  # noqa: S105 - no secret
@@ -65,7 +72,6 @@ _SERIES: Final = {
     "MIT_CATEGORY_RECURRING": "RECURRING",
     "MIT_CATEGORY_INSTALLMENT": "INSTALLMENT",
 }
-_MOTO: Final = frozenset({"CHANNEL_MAIL_ORDER", "CHANNEL_TELEPHONE_ORDER"})
 
 
 def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabilities:
@@ -87,14 +93,6 @@ def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabiliti
     )
 
 
-class _Unsendable(Exception):
-    """The request cannot be put as Braintree takes it."""
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.value)
-        self.reason = reason
-
-
 @dataclass(frozen=True, slots=True)
 class _Call:
     document: str
@@ -107,8 +105,8 @@ class _Call:
     """Whether a second one has no effect: it has a key, or is a void."""
 
 
-class BraintreeConnector:
-    """Implements `gateway.application.ports.Connector` for one account.
+class BraintreeConnector(HttpConnector):
+    """Transactions, refunds and verifications of one account.
 
     Our reference is the `apiRequestKey` of a request and the order ID of what it makes or changes.
     What makes an outcome definite:
@@ -135,55 +133,34 @@ class BraintreeConnector:
         repeat_pause_s: float = REPEAT_PAUSE_S,
     ) -> None:
         """`http` is the caller's to close; `merchant_accounts` are the ids by currency."""
-        self._http = http
-        self._merchant_accounts = merchant_accounts
-        self._capabilities = capabilities
-        self._repeat_pause_s = repeat_pause_s
         token = b64encode(f"{public_key}:{private_key}".encode("ascii")).decode("ascii")
-        self._headers = {
+        headers = {
             "Authorization": f"Basic {token}",
             "Braintree-Version": API_VERSION,
             "Accept": "application/json",
-            "User-Agent": f"payment-gateway/{__version__}",
         }
-
-    @property
-    def name(self) -> str:
-        """The connector's name."""
-        return NAME
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What this account can do."""
-        return self._capabilities
-
-    async def close(self) -> None:
-        """The connections are shared, and closed by who opened them."""
+        super().__init__(NAME, http, capabilities, headers, repeat_pause_s=repeat_pause_s)
+        self._merchant_accounts = merchant_accounts
 
     # --- send -------------------------------------------------------------------------------------
 
-    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
-        """See the port."""
+    async def _send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """Raises NotSent and MaybeSent."""
         if request.kind is K.REVERSAL:
             return await self._reverse(request, send_before)
+        call = await self._prepare(request, send_before)
+        if isinstance(call, ConnectorAnswer):
+            return call
+        answered, definite = await self._deliver(call, send_before)
         try:
-            found = await self._prepare(request, send_before)
-            if isinstance(found, ConnectorAnswer):
-                return found
-            answered, definite = await self._deliver(found, send_before)
-        except (_Unsendable, NotSent) as error:
-            return answers.not_sent(error.reason)
-        except MaybeSent as error:
-            return answers.doubt(error.reason)
-        try:
-            return await self._answer(request, found, answered, definite=definite)
-        except (NotSent, MaybeSent, Unusable):
-            return answers.doubt()
+            return await self._answer(request, call, answered, definite=definite)
+        except (NotSent, MaybeSent):
+            raise Unusable from None  # the question about it, not the request itself
 
     async def _prepare(
         self, request: ConnectorRequest, send_before: float
     ) -> _Call | ConnectorAnswer:
-        """What to send; an answer, where that is known to be done. Raises _Unsendable, NotSent."""
+        """What to send; an answer, where that is known to be done. Raises NotSent."""
         several = CaptureMethod.MANUAL_MULTIPLE in self._capabilities.capture_methods
         match request.kind:
             case K.AUTHORIZE:
@@ -197,29 +174,22 @@ class BraintreeConnector:
                 )
                 return _capture(request, parted=parted)
             case K.VOID:
-                return _void(_id(request), request.reference)
+                return _void(target_of(request), request.reference)
             case K.REFUND:
                 parts = await self._parts(request, send_before) if several else []
-                try:
-                    return (
-                        _refund_part(request, parts)
-                        if parts
-                        else _refund_from(request, _id(request))
-                    )
-                except Unusable:
-                    raise _Unsendable(Reason.CONNECT_FAILED) from None
+                if not parts:
+                    return _refund_from(request, target_of(request))
+                with asking_first():
+                    return _refund_part(request, parts)
             case _:
-                raise _Unsendable(Reason.OPERATION_NOT_SUPPORTED)
+                raise NotSent(Reason.OPERATION_NOT_SUPPORTED)
 
     async def _parts(
         self, request: ConnectorRequest, send_before: float
     ) -> list[Mapping[str, Any]]:
-        """The partial captures of what a request acts on. Raises _Unsendable, NotSent."""
-        try:
-            return answers.children(await self._transaction(_id(request), send_before))
-        except (MaybeSent, Unusable):
-            # A question changes nothing: the operation itself was not sent.
-            raise _Unsendable(Reason.CONNECT_FAILED) from None
+        """The partial captures of what a request acts on. Raises NotSent."""
+        with asking_first():
+            return answers.children(await self._transaction(target_of(request), send_before))
 
     def _authorize(self, request: ConnectorRequest) -> _Call:
         transaction = {
@@ -245,10 +215,10 @@ class BraintreeConnector:
         return _Call(_DOCUMENTS[mutation], mutation, "transaction", input_)
 
     def _merchant_account(self, currency: str) -> str:
-        """A merchant account has one currency, which amounts do not tell. Raises _Unsendable."""
+        """A merchant account has one currency, which amounts do not tell. Raises NotSent."""
         merchant_account = self._merchant_accounts.get(currency)
         if merchant_account is None:
-            raise _Unsendable(Reason.CURRENCY_NOT_SUPPORTED)
+            raise NotSent(Reason.CURRENCY_NOT_SUPPORTED)
         return merchant_account
 
     async def _deliver(self, call: _Call, send_before: float) -> tuple[Answered, bool]:
@@ -268,15 +238,9 @@ class BraintreeConnector:
             return not (answered.told or (answered.is_refusal and not answered.is_limited))
 
         if not call.repeatable:
-            answer_before = time.monotonic() + self._capabilities.answer_timeout_s
-            return answers.read(await post(send_before, answer_before), call.field), True
-        response, repeated = await send_and_repeat(
-            post,
-            send_before=send_before,
-            answer_timeout_s=self._capabilities.answer_timeout_s,
-            pause_s=self._repeat_pause_s,
-            is_uncertain=is_uncertain,
-            may_repeat=lambda _: True,
+            return answers.read(await post(send_before, self._in_time()), call.field), True
+        response, repeated = await self._request_and_repeat(
+            post, send_before, is_uncertain=is_uncertain
         )
         first_refused = len(seen) > 1 and seen[0].is_refusal
         return answers.read(response, call.field), not repeated or first_refused
@@ -292,7 +256,7 @@ class BraintreeConnector:
             return answer
         if request.kind is K.VOID and answered.is_refusal:
             # It may have been voided before, by an earlier sending for one.
-            done = answers.void(await self._transaction(_id(request)))
+            done = answers.void(await self._transaction(target_of(request)))
             if done is not None:
                 return done
         if not definite or not answered.is_refusal:
@@ -304,7 +268,7 @@ class BraintreeConnector:
         self, request: ConnectorRequest, call: _Call, payload: Mapping[str, Any]
     ) -> ConnectorAnswer:
         """What a payload says of the request that it answers. Raises as `_answer`."""
-        told = answers.part(payload, call.result)
+        told = part(payload, call.result)
         if payload.get("clientMutationId") != request.reference or not told:
             raise Unusable
         answer: ConnectorAnswer | None
@@ -312,7 +276,7 @@ class BraintreeConnector:
             case K.VERIFY:
                 return answers.verification(told)
             case K.VOID:
-                answer = answers.void(told) if told.get("id") == _id(request) else None
+                answer = answers.void(told) if told.get("id") == target_of(request) else None
             case K.AUTHORIZE:
                 _expect(told.get("orderId") == request.reference)
                 first = answers.duplicate_of(told)
@@ -322,13 +286,11 @@ class BraintreeConnector:
                     told = await self._transaction(str(first.get("id")))
                 answer = answers.authorization(told, captured=request.capture)
             case K.CAPTURE:
-                parent = answers.part(
-                    answers.part(told, "partialCaptureDetails"), "parentAuthorization"
-                )
-                _expect(_id(request) == (parent or told).get("id"))
+                parent = part(part(told, "partialCaptureDetails"), "parentAuthorization")
+                _expect(target_of(request) == (parent or told).get("id"))
                 answer = answers.capture(told, request.reference)
             case _:  # REFUND
-                of = answers.part(told, "refundedTransaction").get("id")
+                of = part(told, "refundedTransaction").get("id")
                 _expect(told.get("orderId") == f"{request.reference}{REFUND_SUFFIX}")
                 _expect(of == call.input["transactionId"])
                 answer = answers.refund(told)
@@ -338,41 +300,37 @@ class BraintreeConnector:
 
     # --- query ------------------------------------------------------------------------------------
 
-    async def query(
-        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    async def _query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None
     ) -> ConnectorAnswer | None:
-        """See the port. None where Braintree knows of no such effect, or does not yet."""
-        try:
-            if kind is K.AUTHORIZE:
-                return await self._query_authorization(reference, request)
-            if kind is K.REVERSAL and request is not None:
-                targets = await self._targets(request)
-                stands = any(_stands(each) for each in targets)
-                return None if stands or not targets else _reversed(targets[0])
-            if request is not None and request.target_transaction_id:
-                return await self._query_known(kind, reference, request)
-        except (NotSent, MaybeSent, _Unsendable) as error:
-            return answers.doubt(error.reason)
-        except Unusable:
-            return answers.doubt()
+        """None where Braintree knows of no such effect, or does not yet."""
+        if kind is K.AUTHORIZE:
+            return await self._query_authorization(reference, request)
+        if kind is K.REVERSAL and request is not None:
+            targets = await self._targets(request)
+            stands = any(_stands(each) for each in targets)
+            return None if stands or not targets else _reversed(targets[0])
+        if request is not None and request.target_transaction_id:
+            return await self._query_known(kind, reference, request)
         # A verification has no reference at Braintree.
-        return None if kind is K.VERIFY else answers.doubt()
+        return None if kind is K.VERIFY else doubt()
 
     async def _query_known(
         self, kind: OperationKind, reference: str, request: ConnectorRequest
     ) -> ConnectorAnswer | None:
         """By the objects that are acted on, which are read as they are."""
         if kind is K.VERIFY:
-            read = await self._ask(documents.VERIFICATION, {"id": _id(request)}, "node")
-            _expect(read.get("__typename") == "Verification" and read.get("id") == _id(request))
+            id_ = target_of(request)
+            read = await self._ask(documents.VERIFICATION, {"id": id_}, "node")
+            _expect(read.get("__typename") == "Verification" and read.get("id") == id_)
             return answers.verification(read)
-        transaction = await self._transaction(_id(request))
+        transaction = await self._transaction(target_of(request))
         match kind:
             case K.CAPTURE:
                 return answers.capture(transaction, reference)
             case K.REFUND:
-                for part in (transaction, *answers.children(transaction)):
-                    found = _refund_of(part, reference)
+                for each in (transaction, *answers.children(transaction)):
+                    found = _refund_of(each, reference)
                     if found is not None:
                         return found
                 return None
@@ -384,7 +342,7 @@ class BraintreeConnector:
     ) -> ConnectorAnswer | None:
         captured = None if request is None else request.capture
         if request is not None and request.target_transaction_id:
-            transaction = await self._transaction(_id(request))
+            transaction = await self._transaction(target_of(request))
             return answers.authorization(transaction, captured=captured)
         told = [
             answers.authorization(transaction, captured=captured)
@@ -411,42 +369,27 @@ class BraintreeConnector:
             "search",
             answer_before=answer_before,
         )
-        connection = answers.part(found, "transactions")
-        _expect(answers.part(connection, "pageInfo").get("hasNextPage") is False)
-        nodes = [answers.part(edge, "node") for edge in answers.parts(connection, "edges")]
+        connection = part(found, "transactions")
+        _expect(part(connection, "pageInfo").get("hasNextPage") is False)
+        nodes = [part(edge, "node") for edge in answers.parts(connection, "edges")]
         return [
             node
             for node in nodes
             if node.get("orderId") == reference and answers.duplicate_of(node) is None
         ]
 
-    # --- cancel -----------------------------------------------------------------------------------
-
-    async def cancel(
-        self,
-        kind: OperationKind,  # noqa: ARG002 - the port's
-        reference: str,  # noqa: ARG002 - the port's
-        request: ConnectorRequest | None = None,  # noqa: ARG002 - the port's
-    ) -> ConnectorAnswer:
-        """See the port. Braintree has no way to make a reference unusable."""
-        return answers.doubt(Reason.RECOVERED)
+    # --- reversals --------------------------------------------------------------------------------
 
     async def _reverse(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
         """Take back all that stands of a Transaction, or of those that have a reference."""
-        try:
+        with asking_first():
             targets = await self._targets(request, send_before)
-        except (NotSent, MaybeSent, Unusable, _Unsendable):
-            return answers.not_sent(Reason.CONNECT_FAILED)
         if not targets:
-            return answers.doubt(Reason.RECOVERED)
-        try:
+            return doubt(Reason.RECOVERED)
+        with in_steps():
             for target in targets:
                 if _stands(target):
                     await self._take_back(target, request.reference)
-        except (NotSent, MaybeSent) as error:
-            return answers.doubt(error.reason)
-        except Unusable:
-            return answers.doubt()
         return _reversed(targets[0])
 
     async def _targets(
@@ -454,10 +397,10 @@ class BraintreeConnector:
     ) -> list[Mapping[str, Any]]:
         """What a REVERSAL is of, each partial capture by itself and before its authorization."""
         if request.target_transaction_id:
-            found = [await self._transaction(_id(request), send_before)]
+            found = [await self._transaction(target_of(request), send_before)]
         else:
             found = await self._search(request.target_reference, send_before)
-        return [part for each in found for part in (*answers.children(each), each)]
+        return [target for each in found for target in (*answers.children(each), each)]
 
     async def _take_back(self, target: Mapping[str, Any], reference: str) -> None:
         """Nothing of a Transaction stands afterwards. Raises NotSent, MaybeSent, Unusable."""
@@ -475,13 +418,12 @@ class BraintreeConnector:
                 key=f"{reference}-{left_minor}-{target_id}",
                 order_id=f"{reference}{REVERSAL_SUFFIX}",
             )
-        until = time.monotonic() + self._capabilities.answer_timeout_s
-        answered = answers.read(await self._post(call, until, until), call.field)
-        made = answers.part(answered.told, call.result)
+        answered = answers.read(await self._post(call), call.field)
+        made = part(answered.told, call.result)
         if voidable:
             _expect(made.get("id") == target_id and answers.status_of(made) == "VOIDED")
         else:
-            _expect(answers.part(made, "refundedTransaction").get("id") == target_id)
+            _expect(part(made, "refundedTransaction").get("id") == target_id)
             _expect(not answers.is_gone(made) and answers.minor(made) == left_minor)
 
     # --- HTTP -------------------------------------------------------------------------------------
@@ -505,33 +447,33 @@ class BraintreeConnector:
         answer_before: float | None = None,
     ) -> Mapping[str, Any]:
         """The field of a query's answer. Raises NotSent, MaybeSent, Unusable."""
-        until = time.monotonic() + self._capabilities.answer_timeout_s
+        until = self._in_time()
         if answer_before is not None:
             until = min(until, answer_before)
-        told = answers.read(await self._request(document, variables, until, until), field).told
+        told = answers.read(await self._execute(document, variables, until, until), field).told
         if not told:
             raise Unusable
         return told
 
-    async def _post(self, call: _Call, send_before: float, answer_before: float) -> Response:
+    async def _post(
+        self, call: _Call, send_before: float | None = None, answer_before: float | None = None
+    ) -> Response:
         """Send a mutation. Raises NotSent and MaybeSent."""
-        return await self._request(call.document, {"input": call.input}, send_before, answer_before)
+        return await self._execute(call.document, {"input": call.input}, send_before, answer_before)
 
-    async def _request(
+    async def _execute(
         self,
         document: str,
         variables: Mapping[str, Any],
-        send_before: float,
-        answer_before: float,
+        send_before: float | None,
+        answer_before: float | None,
     ) -> Response:
-        return await self._http.request(
+        return await self._request(
             "POST",
             PATH,
             orjson.dumps({"query": document, "variables": variables}),
             send_before=send_before,
-            answer_timeout_s=self._capabilities.answer_timeout_s,
             answer_before=answer_before,
-            headers=self._headers,
         )
 
 
@@ -542,36 +484,25 @@ def _expect(holds: bool) -> None:
 
 
 def _amount(request: ConnectorRequest) -> str:
-    """As decimal text. Raises _Unsendable."""
-    amount = to_braintree(request.amount_minor, request.currency)
-    if amount is None:
-        known = request.currency in RULES
-        raise _Unsendable(Reason.AMOUNT_NOT_SUPPORTED if known else Reason.CURRENCY_NOT_SUPPORTED)
-    return amount
-
-
-def _id(request: ConnectorRequest) -> str:
-    """The id that a request acts on. Raises _Unsendable."""
-    if not request.target_transaction_id:
-        raise _Unsendable(Reason.INVALID_REQUEST)
-    return request.target_transaction_id
+    """As decimal text. Raises NotSent."""
+    return sendable(to_braintree(request.amount_minor, request.currency), request.currency, RULES)
 
 
 def _payment_method(request: ConnectorRequest) -> str:
-    """The id of a single-use or of a stored payment method. Raises _Unsendable."""
+    """The id of a single-use or of a stored payment method. Raises NotSent."""
     method = request.fields.get("payment_method")
     stored = method.get("stored") if isinstance(method, dict) else None
     if isinstance(stored, dict) and stored.get("stored_payment_method_id"):
         return str(stored["stored_payment_method_id"])
     token = request.payment_method_token.removeprefix(TOKEN_PREFIX)
     if not token:
-        raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
+        raise NotSent(Reason.FIELD_NOT_SUPPORTED)
     return token
 
 
 def _initiator(fields: Mapping[str, object]) -> str:
     """`paymentInitiator`; empty for an ordinary payment of the customer."""
-    if fields.get("channel") in _MOTO:
+    if fields.get("channel") in MOTO_CHANNELS:
         return "MOTO"
     stored = fields.get("stored_credential")
     told = stored if isinstance(stored, dict) else {}
@@ -624,7 +555,7 @@ def _capture(request: ConnectorRequest, *, parted: bool) -> _Call:
         {
             "clientMutationId": request.reference,
             "apiRequestKey": request.reference,
-            "transactionId": _id(request),
+            "transactionId": target_of(request),
             "transaction": transaction,
         },
     )
@@ -655,7 +586,7 @@ def _refund(transaction_id: str, amount: str, *, reference: str, key: str, order
 
 
 def _refund_from(request: ConnectorRequest, transaction_id: str) -> _Call:
-    """A REFUND, of a Transaction. Raises _Unsendable."""
+    """A REFUND, of a Transaction. Raises NotSent."""
     return _refund(
         transaction_id,
         _amount(request),
@@ -669,17 +600,17 @@ def _refund_part(
     request: ConnectorRequest, captures: list[Mapping[str, Any]]
 ) -> _Call | ConnectorAnswer:
     """A refund of an authorization that was captured in parts is one of the first part that has
-    enough left. Raises _Unsendable where none has, and Unusable.
+    enough left. Raises NotSent where none has, and Unusable.
     """
-    for part in captures:
-        done = _refund_of(part, request.reference)
+    for capture in captures:
+        done = _refund_of(capture, request.reference)
         if done is not None:
             return done
-    for part in captures:
-        left_minor = answers.minor(part) - answers.refunded_minor(part)
-        if not answers.is_gone(part) and left_minor >= request.amount_minor:
-            return _refund_from(request, str(part.get("id")))
-    raise _Unsendable(Reason.AMOUNT_NOT_SUPPORTED)
+    for capture in captures:
+        left_minor = answers.minor(capture) - answers.refunded_minor(capture)
+        if not answers.is_gone(capture) and left_minor >= request.amount_minor:
+            return _refund_from(request, str(capture.get("id")))
+    raise NotSent(Reason.AMOUNT_NOT_SUPPORTED)
 
 
 def _refund_of(transaction: Mapping[str, Any], reference: str) -> ConnectorAnswer | None:

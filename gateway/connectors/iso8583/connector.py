@@ -4,11 +4,12 @@ The source of the rules is ISO 8583:1987 with what the host's specification says
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from gateway.application.ports import AmountRule, Capabilities, ConnectorRequest
 from gateway.connectors import values
+from gateway.connectors.base import AccountConnector, Unusable, doubt, not_sent
 from gateway.connectors.http import MaybeSent, NotSent
 from gateway.connectors.iso8583.currencies import ALPHABETIC_CODES, NUMERIC_CODES
 from gateway.connectors.iso8583.host import AcquirerHost
@@ -53,10 +54,6 @@ _REVERSAL: Final = "-reversal"
 """Ends what a reversal's own numbers are made of, so that they differ from the original's."""
 
 
-class _Unusable(Exception):
-    """The answer settles nothing."""
-
-
 def capabilities_of(
     specification: Specification, mode: Mode, answer_timeout_s: float | None = None
 ) -> Capabilities:
@@ -82,8 +79,8 @@ def capabilities_of(
     )
 
 
-class Iso8583Connector:
-    """Implements `gateway.application.ports.Connector`.
+class Iso8583Connector(AccountConnector):
+    """Messages of one terminal to its host.
 
     A request's numbers (STAN, RRN, transmission time) follow from its reference, so that whoever
     has the reference can reverse it. A reversal is a 0420, the same one every time, and recovery
@@ -104,31 +101,16 @@ class Iso8583Connector:
         acquirer: str = "",
     ) -> None:
         """`host` is the caller's to close; the rest are DE 41, 42 and 32."""
+        super().__init__(NAME, capabilities)
         self._host = host
         self._specification = host.specification
-        self._capabilities = capabilities
         self._account = {"terminal": terminal, "merchant": merchant, "acquirer": acquirer}
-
-    @property
-    def name(self) -> str:
-        """The connector's name."""
-        return NAME
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What this account can do."""
-        return self._capabilities
-
-    async def close(self) -> None:
-        """The connections are shared, and closed by who opened them."""
 
     # --- send -------------------------------------------------------------------------------------
 
-    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
-        """See the port. A REVERSAL takes back what it names, as `cancel` does."""
-        refusal = self._refusal(request)
-        if refusal is not None:
-            return _not_sent(refusal)
+    async def _send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """A REVERSAL takes back what it names, as `cancel` does. Raises NotSent and MaybeSent."""
+        self._check(request)
         if request.kind is K.REVERSAL:
             return await self._send_reversal(request, send_before)
         try:
@@ -136,12 +118,10 @@ class Iso8583Connector:
             name = self._message_name(request)
             fields = self._build(name, request, identity, self._original(request))
         except ValueError:
-            return _not_sent(Reason.INVALID_REQUEST)
+            raise NotSent(Reason.INVALID_REQUEST) from None
         except KeyError:
-            return _not_sent(Reason.OPERATION_NOT_SUPPORTED)
-        return await self._deliver(
-            fields, send_before, lambda told: self._read(request, fields, told)
-        )
+            raise NotSent(Reason.OPERATION_NOT_SUPPORTED) from None
+        return self._read(request, fields, await self._deliver(fields, send_before))
 
     async def _send_reversal(
         self, request: ConnectorRequest, send_before: float
@@ -150,7 +130,7 @@ class Iso8583Connector:
         if original is None and request.target_reference:
             original = self._derived(K.AUTHORIZE, request.target_reference, request)
         if original is None:
-            return _not_sent(Reason.INVALID_REQUEST)
+            raise NotSent(Reason.INVALID_REQUEST)
         answer = await self._reverse(
             original, request.target_reference, request, send_before, request.target_transaction_id
         )
@@ -158,12 +138,12 @@ class Iso8583Connector:
             answer.verdict = Verdict.APPROVED
         return answer
 
-    def _refusal(self, request: ConnectorRequest) -> Reason | None:
+    def _check(self, request: ConnectorRequest) -> None:
+        """Raises NotSent for what no message can carry."""
         if request.currency not in self._specification.currencies:
-            return Reason.CURRENCY_NOT_SUPPORTED
+            raise NotSent(Reason.CURRENCY_NOT_SUPPORTED)
         if not 0 <= request.amount_minor <= AMOUNT_MINOR_MAX:
-            return Reason.AMOUNT_NOT_SUPPORTED
-        return None
+            raise NotSent(Reason.AMOUNT_NOT_SUPPORTED)
 
     def _message_name(self, request: ConnectorRequest) -> MessageName:
         """Raises KeyError where the host has no such message."""
@@ -223,32 +203,20 @@ class Iso8583Connector:
             }
         return self._specification.build(self._specification.messages[name], told)
 
-    async def _deliver(
-        self,
-        fields: Fields,
-        send_before: float,
-        read: Callable[[Fields], ConnectorAnswer],
-    ) -> ConnectorAnswer:
-        """Send, and once more where the class says so."""
-        timeout_s = self._capabilities.answer_timeout_s
-        until = time.monotonic() + timeout_s
+    async def _deliver(self, fields: Fields, send_before: float) -> Fields:
+        """Send, and once more where the class says so. Raises NotSent and MaybeSent."""
+        until = self._in_time()
         try:
-            try:
-                told = await self._host.exchange(
-                    fields, send_before=send_before, answer_timeout_s=timeout_s
-                )
-            except MaybeSent as lost:
-                repeats = self._specification.repeats or is_advice(fields["t"])
-                if lost.reason is not Reason.CONNECTION_LOST or not repeats:
-                    raise
-                told = await self._repeat(fields, min(send_before, until), until, lost)
-            return read(told)
-        except NotSent as error:
-            return _not_sent(error.reason)
-        except MaybeSent as error:
-            return _doubt(error.reason)
-        except _Unusable:
-            return _doubt(Reason.ANSWER_UNUSABLE)
+            return await self._host.exchange(
+                fields,
+                send_before=send_before,
+                answer_timeout_s=self._capabilities.answer_timeout_s,
+            )
+        except MaybeSent as lost:
+            repeats = self._specification.repeats or is_advice(fields["t"])
+            if lost.reason is not Reason.CONNECTION_LOST or not repeats:
+                raise
+            return await self._repeat(fields, min(send_before, until), until, lost)
 
     async def _repeat(
         self, fields: Fields, send_before: float, until: float, lost: MaybeSent
@@ -266,28 +234,16 @@ class Iso8583Connector:
 
     # --- query and cancel -------------------------------------------------------------------------
 
-    async def query(
-        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
-    ) -> ConnectorAnswer | None:
-        """See the port. ISO 8583 has no such question."""
-        del kind, reference, request
-        return _doubt(Reason.ANSWER_UNUSABLE)
-
-    async def cancel(
-        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    async def _cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None
     ) -> ConnectorAnswer:
-        """See the port: a reversal advice. What a void or a reversal released stays released."""
+        """A reversal advice. What a void or a reversal released stays released."""
         if request is None or kind in (K.VOID, K.REVERSAL):
-            return _doubt(Reason.ANSWER_UNUSABLE)
+            return doubt()
         original = self._derived(kind, reference, request)
         if original is None:
-            return _doubt(Reason.ANSWER_UNUSABLE)
-        until = time.monotonic() + self._capabilities.answer_timeout_s
-        answer = await self._reverse(original, reference, request, until, str(original))
-        if answer.delivery is Delivery.NOT_SENT and answer.reason != Reason.REFERENCE_CANCELED:
-            # That the *reversal* was not sent says nothing about what it should take back.
-            return _doubt(Reason(answer.reason))
-        return answer
+            return doubt()
+        return await self._reverse(original, reference, request, self._in_time(), str(original))
 
     def _derived(
         self, kind: OperationKind, reference: str, request: ConnectorRequest
@@ -322,32 +278,30 @@ class Iso8583Connector:
         send_before: float,
         transaction_id: str,
     ) -> ConnectorAnswer:
-        """Verdict CANCELED, or REFERENCE_CANCELED where the original had no effect."""
+        """Verdict CANCELED, or REFERENCE_CANCELED where the original had no effect. Raises NotSent
+        and MaybeSent.
+        """
         try:
             identity = identity_of(
                 (reference or request.reference) + _REVERSAL, self._specification.rrn_style
             )
             fields = self._build("reversal", request, identity, original, reference=reference)
         except (ValueError, KeyError):
-            return _not_sent(Reason.INVALID_REQUEST)
-
-        def read(told: Fields) -> ConnectorAnswer:
-            code = told.get("39", "")
-            rules = self._specification.reversal
-            if code in self._specification.approved:
-                return ConnectorAnswer(
-                    Delivery.ANSWERED, Verdict.CANCELED, connector_transaction_id=transaction_id
-                )
-            if code in rules.without_effect and rules.refuses_late_originals:
-                return _not_sent(Reason.REFERENCE_CANCELED)
-            raise _Unusable
-
-        return await self._deliver(fields, send_before, read)
+            raise NotSent(Reason.INVALID_REQUEST) from None
+        code = (await self._deliver(fields, send_before)).get("39", "")
+        rules = self._specification.reversal
+        if code in self._specification.approved:
+            return ConnectorAnswer(
+                Delivery.ANSWERED, Verdict.CANCELED, connector_transaction_id=transaction_id
+            )
+        if code in rules.without_effect and rules.refuses_late_originals:
+            return not_sent(Reason.REFERENCE_CANCELED)
+        raise Unusable
 
     # --- answers ----------------------------------------------------------------------------------
 
     def _read(self, request: ConnectorRequest, sent: Fields, told: Fields) -> ConnectorAnswer:
-        """What an answer says of a request. Raises _Unusable."""
+        """What an answer says of a request. Raises Unusable."""
         specification = self._specification
         code = values.text(told.get("39", ""))
         currency = ALPHABETIC_CODES.get(told.get("49", ""), "")
@@ -357,7 +311,7 @@ class Iso8583Connector:
             or (told.get("49") and currency != request.currency)
             or specification.read(told, "reference") not in ("", request.reference)
         ):
-            raise _Unusable
+            raise Unusable
         if code in specification.rejected:
             verdict = Verdict.FAILED
             response_code = ResponseCode.REJECTED_BY_CONNECTOR
@@ -366,7 +320,7 @@ class Iso8583Connector:
             response_code = specification.response_code(code)
         amount_minor = _amount(specification.read(told, "amount"))
         if code in specification.partially_approved and amount_minor is None:
-            raise _Unusable  # approved, and nobody knows how much
+            raise Unusable  # approved, and nobody knows how much
         rrn = told.get("37") or sent.get("37", "")
         auth_code = values.text(specification.read(told, "auth_code"))
         original = Original(
@@ -417,11 +371,3 @@ _NAMED_BY_ID: Final = frozenset({K.AUTHORIZE, K.VERIFY})
 
 def _amount(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() else None
-
-
-def _not_sent(reason: Reason) -> ConnectorAnswer:
-    return ConnectorAnswer(Delivery.NOT_SENT, reason=reason)
-
-
-def _doubt(reason: Reason) -> ConnectorAnswer:
-    return ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=reason)

@@ -18,6 +18,7 @@ from gateway.application.ports import (
     MethodRule,
 )
 from gateway.connectors import values
+from gateway.connectors.base import AccountConnector, Unusable, doubt, not_sent
 from gateway.connectors.http import HttpClient, Limits, MaybeSent, NotSent, Response
 from gateway.connectors.kinds import narrowed
 from gateway.connectors.schemes import ADVICE, AVS, CVV, ISO8583_CODES
@@ -88,8 +89,8 @@ class ProfileMismatch(Exception):
     """The simulator runs another profile than the one that the settings declare."""
 
 
-class SimulatorConnector:
-    """Implements `gateway.application.ports.Connector`.
+class SimulatorConnector(AccountConnector):
+    """Requests to one simulator.
 
     A request is written once, with one exception: where the PSP is idempotent, the connection is
     lost or the status is 5xx, the same request goes out once more with the same reference, if there
@@ -118,7 +119,6 @@ class SimulatorConnector:
         self._http = HttpClient(url, limits, more_headers)
         self._url = url.rstrip("/")
         self._profile = profile
-        self._name = name
         self._token = token
         usual = Capabilities(
             mode=mode,
@@ -130,17 +130,7 @@ class SimulatorConnector:
             supported_fields=SUPPORTED_FIELDS,
             methods=METHODS,
         )
-        self._capabilities = narrowed(usual, usual, told)
-
-    @property
-    def name(self) -> str:
-        """The connector's name."""
-        return self._name
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What the profile can do."""
-        return self._capabilities
+        super().__init__(name, narrowed(usual, usual, told))
 
     async def check(self) -> bool:
         """Whether the simulator is there; raises ProfileMismatch where it is another one."""
@@ -148,8 +138,8 @@ class SimulatorConnector:
             response = await self._ask("GET", "/v1/profile")
         except (NotSent, MaybeSent):
             return False
-        told = _object(response)
-        if response.status != 200 or told is None:
+        told = values.json_object(response.body)
+        if response.status != 200 or not told:
             return False
         if told.get("profile") != self._profile.name:
             raise ProfileMismatch(
@@ -158,8 +148,8 @@ class SimulatorConnector:
             )
         return True
 
-    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
-        """See the port."""
+    async def _send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """Raises NotSent and MaybeSent."""
         kind = request.kind.name.lower()
         if self._token:
             request = replace(request, payment_method_token=self._token)
@@ -169,77 +159,65 @@ class SimulatorConnector:
             if name not in _NOT_FORWARDED and value
         }
         if not fields.keys() <= FIELDS:
-            return _not_sent(Reason.FIELD_NOT_SUPPORTED)
+            raise NotSent(Reason.FIELD_NOT_SUPPORTED)
         try:
             body = _encode(kind, request, fields)
         except TypeError:  # not JSON: the request cannot be sent as it is
-            return _not_sent(Reason.INVALID_REQUEST)
-        try:
-            response = await self._deliver(f"/v1/operations/{kind}", body, send_before)
-        except NotSent as error:
-            return _not_sent(error.reason)
-        except MaybeSent as error:
-            return _doubt(error.reason)
+            raise NotSent(Reason.INVALID_REQUEST) from None
+        response = await self._deliver(f"/v1/operations/{kind}", body, send_before)
         told = _envelope(response, kind, request.reference)
         if told is None or told.get("currency", request.currency) != request.currency:
-            return _doubt(Reason.ANSWER_UNUSABLE)
+            raise Unusable
         return _answered(told, self._url)
 
-    async def query(
-        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    async def _query(
+        self,
+        kind: OperationKind,
+        reference: str,
+        request: ConnectorRequest | None,  # noqa: ARG002 - the reference is enough
     ) -> ConnectorAnswer | None:
-        """See the port.
-
-        The reference is enough. Where the PSP charged it several times, the answer is about the
+        """The reference is enough. Where the PSP charged it several times, the answer is about the
         first charge and reports the sum of them.
         """
-        del request
         if not self._capabilities.query_by_reference:
-            return _doubt(Reason.ANSWER_UNUSABLE)
+            raise Unusable
         name = kind.name.lower()
-        try:
-            response = await self._ask("GET", f"/v1/operations/{name}/{quote(reference, safe='')}")
-        except (NotSent, MaybeSent) as error:
-            return _doubt(error.reason)
+        response = await self._ask("GET", f"/v1/operations/{name}/{quote(reference, safe='')}")
         if response.status == 404:
-            told = _object(response)
             known = {"result": "not_found", "reference": reference, "kind": name}
-            return None if told == known else _doubt(Reason.ANSWER_UNUSABLE)
+            return None if values.json_object(response.body) == known else doubt()
         told = _envelope(response, name, reference)
-        return _doubt(Reason.ANSWER_UNUSABLE) if told is None else _found(told, self._url)
+        return doubt() if told is None else _found(told, self._url)
 
-    async def cancel(
-        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    async def _cancel(
+        self,
+        kind: OperationKind,
+        reference: str,
+        request: ConnectorRequest | None,  # noqa: ARG002 - the reference is enough
     ) -> ConnectorAnswer:
-        """See the port."""
-        del request
+        """See `cancel`."""
         if not self._capabilities.cancel_by_reference:
-            return _doubt(Reason.ANSWER_UNUSABLE)
+            raise Unusable
         name = kind.name.lower()
         target = f"/v1/operations/{name}/{quote(reference, safe='')}/cancel"
-        try:
-            response = await self._ask("POST", target)
-        except (NotSent, MaybeSent) as error:
-            # That the *cancellation* was not sent says nothing about what it should cancel.
-            return _doubt(error.reason)
+        response = await self._ask("POST", target)
         told = _envelope(response, name, reference)
         if told is not None and told.get("code") == "cancel_refused":
             # It stands, and the PSP says how.
             told = _checked(told.get("standing"), name, reference)
             told = told if told is not None and told["result"] == "approved" else None
-        return _doubt(Reason.ANSWER_UNUSABLE) if told is None else _found(told, self._url)
+        return doubt() if told is None else _found(told, self._url)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.close()
 
     async def _ask(self, method: str, target: str) -> Response:
-        timeout_s = self._capabilities.answer_timeout_s
         return await self._http.request(
             method,
             target,
-            send_before=time.monotonic() + timeout_s,
-            answer_timeout_s=timeout_s,
+            send_before=self._in_time(),
+            answer_timeout_s=self._capabilities.answer_timeout_s,
         )
 
     async def _deliver(self, target: str, body: bytes, send_before: float) -> Response:
@@ -291,14 +269,6 @@ def _is_lost(error: MaybeSent | None) -> bool:
     return error is not None and error.reason is Reason.CONNECTION_LOST
 
 
-def _not_sent(reason: Reason) -> ConnectorAnswer:
-    return ConnectorAnswer(Delivery.NOT_SENT, reason=reason)
-
-
-def _doubt(reason: Reason) -> ConnectorAnswer:
-    return ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=reason)
-
-
 def _encode(kind: str, request: ConnectorRequest, fields: dict[str, object]) -> bytes:
     body: dict[str, object] = {
         "reference": request.reference,
@@ -327,17 +297,13 @@ def _encode(kind: str, request: ConnectorRequest, fields: dict[str, object]) -> 
 # --- answers --------------------------------------------------------------------------------------
 
 
-def _object(response: Response) -> dict[str, Any] | None:
-    try:
-        value = orjson.loads(response.body)
-    except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _envelope(response: Response, kind: str, reference: str) -> dict[str, Any] | None:
     """The PSP's answer to this very request; None for anything else, as a proxy's error page."""
-    return _checked(_object(response), kind, reference) if response.status == 200 else None
+    return (
+        _checked(values.json_object(response.body), kind, reference)
+        if response.status == 200
+        else None
+    )
 
 
 def _checked(told: object, kind: str, reference: str) -> dict[str, Any] | None:
@@ -360,7 +326,7 @@ def _checked(told: object, kind: str, reference: str) -> dict[str, Any] | None:
 def _found(told: dict[str, Any], url: str = "") -> ConnectorAnswer:
     """What a query or a cancellation says; `url` is the simulator's."""
     if told["result"] == "canceled" and told.get("had") == "nothing":
-        return _not_sent(Reason.REFERENCE_CANCELED)
+        return not_sent(Reason.REFERENCE_CANCELED)
     if told["result"] == "approved":
         listed = told.get("transactions")
         charges = [
@@ -373,7 +339,7 @@ def _found(told: dict[str, Any], url: str = "") -> ConnectorAnswer:
         if len(known) < len(amounts) or any(
             charge.get("currency") != told["currency"] for charge in charges
         ):
-            return _doubt(Reason.ANSWER_UNUSABLE)
+            return doubt()
         if len(known) > 1:
             told = {**told, "amount_minor": sum(known)}
     return _answered(told, url)

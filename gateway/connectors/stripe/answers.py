@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import orjson
-
 from gateway.connectors import schemes, values
+from gateway.connectors.base import Unusable
 from gateway.connectors.http import Response
 from gateway.connectors.stripe import amounts, codes
-from gateway.domain.errors import Reason
+from gateway.connectors.values import part
 from gateway.domain.model import (
     AdviceAction,
     AvsResult,
@@ -33,11 +32,6 @@ TOMBSTONE: Final = "gateway_tombstone"
 """The metadata key of a SetupIntent that only occupies an idempotency key."""
 
 _EXPIRED_REASONS: Final = frozenset({"automatic", "expired"})
-_EMPTY: Final[Mapping[str, Any]] = {}
-
-
-class Unusable(Exception):
-    """The answer is not what was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +49,9 @@ class StripeError:
         return part(self.told, "payment_intent")
 
 
-def part(told: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """An object within an object; empty where there is none."""
-    value = told.get(name)
-    return value if isinstance(value, dict) else _EMPTY
-
-
 def read(response: Response) -> Mapping[str, Any]:
     """The object of a successful answer. Raises Unusable."""
-    told = _json(response)
+    told = values.json_object(response.body)
     if response.status != 200 or not told:
         raise Unusable
     return told
@@ -71,18 +59,10 @@ def read(response: Response) -> Mapping[str, Any]:
 
 def read_error(response: Response) -> StripeError:
     """The error of another answer; without type and code where it is not Stripe's."""
-    error = part(_json(response), "error")
+    error = part(values.json_object(response.body), "error")
     return StripeError(
         response.status, values.text(error.get("type")), values.text(error.get("code")), error
     )
-
-
-def _json(response: Response) -> Mapping[str, Any]:
-    try:
-        told = orjson.loads(response.body)
-    except orjson.JSONDecodeError:
-        return _EMPTY
-    return told if isinstance(told, dict) else _EMPTY
 
 
 def currency_of(told: Mapping[str, Any]) -> str:
@@ -104,16 +84,6 @@ def minor(amount: int, currency: str) -> int:
     if value is None:
         raise Unusable
     return value
-
-
-def not_sent(reason: Reason) -> ConnectorAnswer:
-    """Surely nothing of it was written."""
-    return ConnectorAnswer(Delivery.NOT_SENT, reason=reason)
-
-
-def doubt(reason: Reason = Reason.ANSWER_UNUSABLE) -> ConnectorAnswer:
-    """It may have been processed."""
-    return ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=reason)
 
 
 # --- objects --------------------------------------------------------------------------------------

@@ -3,13 +3,11 @@
 Source of the rules: Stripe's API reference and guides, named where a rule is used.
 """
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote, urlencode
 
-from gateway import __version__
 from gateway.application.notifications import LookupUnavailable
 from gateway.application.ports import (
     CARD,
@@ -18,13 +16,25 @@ from gateway.application.ports import (
     ConnectorRequest,
     MethodRule,
 )
+from gateway.connectors.base import (
+    MOTO_CHANNELS,
+    REPEAT_PAUSE_S,
+    HttpConnector,
+    Unusable,
+    asking_first,
+    doubt,
+    in_steps,
+    not_sent,
+    sendable,
+    target_of,
+)
 from gateway.connectors.http import FORM, HttpClient, MaybeSent, NotSent, Response
-from gateway.connectors.repeats import send_and_repeat
+from gateway.connectors.repeats import age_s, is_remembered
 from gateway.connectors.stripe import answers
 from gateway.connectors.stripe.amounts import RULES, to_stripe
-from gateway.connectors.stripe.answers import REFERENCE, TOMBSTONE, StripeError, Unusable
+from gateway.connectors.stripe.answers import REFERENCE, TOMBSTONE, StripeError
+from gateway.connectors.values import part
 from gateway.domain.errors import Reason
-from gateway.domain.ids import created_s
 from gateway.domain.model import (
     CaptureMethod,
     ConnectorAnswer,
@@ -40,8 +50,6 @@ KEY_VALIDITY_S: Final = 24 * 3600.0
 """Keys may be removed once they are at least 24 hours old ("Idempotent requests")."""
 SEARCH_LAG_S: Final = 300.0
 """Searches find what is younger than a minute, and longer in an outage, not for sure ("Search")."""
-REPEAT_PAUSE_S: Final = 0.5
-"""Before the one repeat of a request that met a conflict, a limit or an error of Stripe's."""
 PAGE_LENGTH: Final = 100
 PAGES_MAX: Final = 10
 """Pages of a payment's refunds that are looked through."""
@@ -78,7 +86,6 @@ METHODS: Final[Mapping[str, MethodRule]] = {
 _WITH_BANK: Final = frozenset({"eps", "ideal", "p24"})
 """Methods that take the customer's bank."""
 _STORED_PREFIX: Final = "pm_"
-_MOTO: Final = frozenset({"CHANNEL_MAIL_ORDER", "CHANNEL_TELEPHONE_ORDER"})
 
 
 def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabilities:
@@ -96,14 +103,6 @@ def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabiliti
     )
 
 
-class _Unsendable(Exception):
-    """The request cannot be put as Stripe takes it."""
-
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.value)
-        self.reason = reason
-
-
 @dataclass(frozen=True, slots=True)
 class _Call:
     target: str
@@ -112,8 +111,8 @@ class _Call:
     """Of an increment: what the PaymentIntent is to have afterwards, in Stripe's unit."""
 
 
-class StripeConnector:
-    """Implements `gateway.application.ports.Connector` for one account.
+class StripeConnector(HttpConnector):
+    """PaymentIntents, SetupIntents and Refunds of one account.
 
     The idempotency key of a request is its reference. What makes an outcome definite:
 
@@ -139,53 +138,41 @@ class StripeConnector:
         repeat_pause_s: float = REPEAT_PAUSE_S,
     ) -> None:
         """`http` is the caller's to close; `stripe_account` is a connected account's id."""
-        self._http = http
-        self._capabilities = capabilities
-        self._search_lag_s = search_lag_s
-        self._repeat_pause_s = repeat_pause_s
-        self._headers = {
-            "Authorization": f"Bearer {secret_key}",
-            "Stripe-Version": API_VERSION,
-            "User-Agent": f"payment-gateway/{__version__}",
-        }
+        headers = {"Authorization": f"Bearer {secret_key}", "Stripe-Version": API_VERSION}
         if stripe_account:
-            self._headers["Stripe-Account"] = stripe_account
-
-    @property
-    def name(self) -> str:
-        """The connector's name."""
-        return NAME
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """What this account can do."""
-        return self._capabilities
-
-    async def close(self) -> None:
-        """The connections are shared, and closed by who opened them."""
+            headers["Stripe-Account"] = stripe_account
+        super().__init__(
+            NAME, http, capabilities, headers, repeat_pause_s=repeat_pause_s, content_type=FORM
+        )
+        self._search_lag_s = search_lag_s
 
     # --- send -------------------------------------------------------------------------------------
 
-    async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
-        """See the port."""
+    async def _send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        """Raises NotSent and MaybeSent."""
         if request.kind is K.REVERSAL:
             return await self._reverse(request, send_before)
-        try:
-            if request.kind is K.INCREMENT:
-                found = await self._prepare_increment(request, send_before)
-                if isinstance(found, ConnectorAnswer):
-                    return found
-                call = found
-            else:
-                call = self._call(request)
-            response, repeated = await self._deliver(call, request.reference, send_before)
-            return self._answer(request, call, response, repeated=repeated)
-        except (_Unsendable, NotSent) as error:
-            return answers.not_sent(error.reason)
-        except MaybeSent as error:
-            return answers.doubt(error.reason)
-        except Unusable:
-            return answers.doubt()
+        call = await self._prepare(request, send_before)
+        if isinstance(call, ConnectorAnswer):
+            return call
+        response, repeated = await self._request_and_repeat(
+            lambda send_before, answer_before: self._post(
+                call, request.reference, send_before, answer_before
+            ),
+            send_before,
+            is_uncertain=_is_uncertain,
+            # Stripe may say that a repeat is of no use ("Advanced error handling").
+            may_repeat=lambda answer: answer.headers.get("stripe-should-retry") != "false",
+        )
+        return self._answer(request, call, response, repeated=repeated)
+
+    async def _prepare(
+        self, request: ConnectorRequest, send_before: float
+    ) -> _Call | ConnectorAnswer:
+        """What to send; an answer, where that is known to be done. Raises NotSent."""
+        if request.kind is K.INCREMENT:
+            return await self._prepare_increment(request, send_before)
+        return self._call(request)
 
     async def _prepare_increment(
         self, request: ConnectorRequest, send_before: float
@@ -193,13 +180,10 @@ class StripeConnector:
         """Stripe takes the new total: ask for the present one. An answer, where it has been raised
         by this reference already.
         """
-        try:
+        with asking_first():
             intent = await self._get(
                 f"/v1/payment_intents/{_id(request)}", answer_before=send_before
             )
-        except (MaybeSent, Unusable):
-            # A question changes nothing: the increment itself was not sent.
-            raise _Unsendable(Reason.CONNECT_FAILED) from None
         done = answers.increment(intent, request.reference)
         if done is not None:
             return done
@@ -214,7 +198,7 @@ class StripeConnector:
         return _Call(target, _encode(form), total)
 
     def _call(self, request: ConnectorRequest) -> _Call:
-        """Raises _Unsendable."""
+        """Raises NotSent."""
         match request.kind:
             case K.AUTHORIZE:
                 return _Call("/v1/payment_intents", _encode(self._authorization(request)))
@@ -233,7 +217,7 @@ class StripeConnector:
                 }
                 return _Call("/v1/refunds", _encode(form))
             case _:
-                raise _Unsendable(Reason.OPERATION_NOT_SUPPORTED)
+                raise NotSent(Reason.OPERATION_NOT_SUPPORTED)
 
     def _authorization(self, request: ConnectorRequest) -> dict[str, str]:
         fields = request.fields
@@ -250,7 +234,7 @@ class StripeConnector:
         suffix = fields.get("statement_descriptor_suffix")
         if suffix:
             form["statement_descriptor_suffix"] = str(suffix)
-        if fields.get("channel") in _MOTO:
+        if fields.get("channel") in MOTO_CHANNELS:
             form["payment_method_options[card][moto]"] = "true"
         if fields.get("return_url"):
             form["return_url"] = str(fields["return_url"])
@@ -278,21 +262,6 @@ class StripeConnector:
             form["final_capture"] = "false"
         return form
 
-    async def _deliver(self, call: _Call, key: str, send_before: float) -> tuple[Response, bool]:
-        """Send, and once more where the class says so; whether the answer is the repeat's.
-
-        Raises NotSent and MaybeSent.
-        """
-        return await send_and_repeat(
-            lambda send_before, answer_before: self._post(call, key, send_before, answer_before),
-            send_before=send_before,
-            answer_timeout_s=self._capabilities.answer_timeout_s,
-            pause_s=self._repeat_pause_s,
-            is_uncertain=_is_uncertain,
-            # Stripe may say that a repeat is of no use ("Advanced error handling").
-            may_repeat=lambda answer: answer.headers.get("stripe-should-retry") != "false",
-        )
-
     def _answer(
         self, request: ConnectorRequest, call: _Call, response: Response, *, repeated: bool
     ) -> ConnectorAnswer:
@@ -304,7 +273,7 @@ class StripeConnector:
             return answer
         error = answers.read_error(response)
         if error.status == 402 and error.type == "card_error":
-            object_ = error.payment_intent or answers.part(error.told, "setup_intent")
+            object_ = error.payment_intent or part(error.told, "setup_intent")
             return answers.declined(error.told, str(object_.get("id", "")))
         if error.status not in (400, 401, 403, 404) or error.type == "idempotency_error":
             raise Unusable
@@ -328,7 +297,7 @@ class StripeConnector:
         if request.kind in _OF_AN_INTENT:
             if told.get("id") != request.target_transaction_id:
                 raise Unusable
-        elif answers.part(told, "metadata").get(REFERENCE) != request.reference:
+        elif part(told, "metadata").get(REFERENCE) != request.reference:
             raise Unusable
         match request.kind:
             case K.AUTHORIZE:
@@ -349,25 +318,18 @@ class StripeConnector:
 
     # --- query ------------------------------------------------------------------------------------
 
-    async def query(
-        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    async def _query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None
     ) -> ConnectorAnswer | None:
-        """See the port.
-
-        An authorization whose PaymentIntent is not known is searched for. A search may miss what is
-        young: until the reference is SEARCH_LAG_S old, not found is no answer.
+        """An authorization whose PaymentIntent is not known is searched for. A search may miss what
+        is young: until the reference is SEARCH_LAG_S old, not found is no answer.
         """
-        try:
-            if kind is K.AUTHORIZE:
-                return await self._query_authorization(reference, request)
-            if request is not None and request.target_transaction_id:
-                return await self._query_known(kind, reference, request)
-        except (NotSent, MaybeSent) as error:
-            return answers.doubt(error.reason)
-        except Unusable:
-            return answers.doubt()
+        if kind is K.AUTHORIZE:
+            return await self._query_authorization(reference, request)
+        if request is not None and request.target_transaction_id:
+            return await self._query_known(kind, reference, request)
         # A verification moves no money: `cancel` tells what came of it.
-        return None if kind is K.VERIFY else answers.doubt()
+        return None if kind is K.VERIFY else doubt()
 
     async def _query_known(
         self, kind: OperationKind, reference: str, request: ConnectorRequest
@@ -408,9 +370,9 @@ class StripeConnector:
             return first
         if told:
             return standing[0] if standing else told[0]
-        age_s = _age_s(reference)
-        if age_s is not None and age_s < self._search_lag_s:
-            return answers.doubt(Reason.RECOVERED)
+        age = age_s(reference)
+        if age is not None and age < self._search_lag_s:
+            return doubt(Reason.RECOVERED)
         return None
 
     async def _search(self, reference: str) -> list[Mapping[str, Any]]:
@@ -428,11 +390,7 @@ class StripeConnector:
             raise Unusable
         for intent in listed:
             self._check(intent, "payment_intent")
-        return [
-            intent
-            for intent in listed
-            if answers.part(intent, "metadata").get(REFERENCE) == reference
-        ]
+        return [intent for intent in listed if part(intent, "metadata").get(REFERENCE) == reference]
 
     async def _query_refund(
         self, reference: str, request: ConnectorRequest
@@ -449,7 +407,7 @@ class StripeConnector:
                 raise Unusable
             for told in listed:
                 self._check(told, "refund")
-                if answers.part(told, "metadata").get(REFERENCE) == reference:
+                if part(told, "metadata").get(REFERENCE) == reference:
                     return answers.refund(told)
             if not page.get("has_more") or not listed:
                 return None
@@ -459,50 +417,34 @@ class StripeConnector:
     async def reference_of(self, connector_transaction_id: str) -> str | None:
         """See gateway.connectors.notifications.ReferenceTeller."""
         target = f"/v1/payment_intents/{quote(connector_transaction_id, safe='')}"
-        timeout_s = self._capabilities.answer_timeout_s
         try:
-            response = await self._http.request(
-                "GET",
-                target,
-                send_before=time.monotonic() + timeout_s,
-                answer_timeout_s=timeout_s,
-                headers=self._headers,
-                content_type=FORM,
-            )
+            response = await self._request("GET", target)
             if response.status == 404:
                 return None
             intent = answers.read(response)
             self._check(intent, "payment_intent")
-        except (NotSent, MaybeSent, Unusable):
+        except (NotSent, MaybeSent):
             raise LookupUnavailable("Stripe does not tell now") from None
-        reference = answers.part(intent, "metadata").get(REFERENCE)
+        reference = part(intent, "metadata").get(REFERENCE)
         return reference if isinstance(reference, str) else None
 
     # --- cancel -----------------------------------------------------------------------------------
 
-    async def cancel(
-        self, kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    async def _cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None
     ) -> ConnectorAnswer:
-        """See the port.
-
-        Past half of the key's validity nothing proves an absence; the other half is for clocks and
-        for the way there. A refund, a void and an increment cannot be taken back: where they took
-        effect nothing is said here, and `query` tells it.
+        """Past half of the key's validity nothing proves an absence. A refund, a void and an
+        increment cannot be taken back: where they took effect nothing is said here, and `query`
+        tells it.
         """
-        try:
-            if request is not None and request.target_transaction_id and kind in _TO_BE_DROPPED:
-                return await self._cancel_known(kind, _id(request), reference)
-            age_s = _age_s(reference)
-            if age_s is not None and age_s <= KEY_VALIDITY_S / 2:
-                if await self._occupy(reference):
-                    return answers.not_sent(Reason.REFERENCE_CANCELED)
-                if request is not None:
-                    return await self._undo(request)
-        except (NotSent, MaybeSent, _Unsendable) as error:
-            return answers.doubt(error.reason)
-        except Unusable:
-            return answers.doubt()
-        return answers.doubt(Reason.RECOVERED)
+        if request is not None and request.target_transaction_id and kind in _TO_BE_DROPPED:
+            return await self._cancel_known(kind, _id(request), reference)
+        if is_remembered(reference, KEY_VALIDITY_S):
+            if await self._occupy(reference):
+                return not_sent(Reason.REFERENCE_CANCELED)
+            if request is not None:
+                return await self._undo(request)
+        return doubt(Reason.RECOVERED)
 
     async def _occupy(self, reference: str) -> bool:
         """Use up the key, by a SetupIntent without a payment method, which can do nothing.
@@ -511,15 +453,11 @@ class StripeConnector:
         says neither.
         """
         form = {f"metadata[{TOMBSTONE}]": reference, "payment_method_types[]": "card"}
-        response = await self._post(
-            _Call("/v1/setup_intents", _encode(form)),
-            reference,
-            time.monotonic() + self._capabilities.answer_timeout_s,
-        )
+        response = await self._post(_Call("/v1/setup_intents", _encode(form)), reference)
         if response.status == 200:
             told = answers.read(response)
             self._check(told, "setup_intent")
-            if answers.part(told, "metadata").get(TOMBSTONE) != reference:
+            if part(told, "metadata").get(TOMBSTONE) != reference:
                 raise Unusable
             return True
         error: StripeError = answers.read_error(response)
@@ -529,18 +467,10 @@ class StripeConnector:
 
     async def _undo(self, request: ConnectorRequest) -> ConnectorAnswer:
         """Take back what a reference caused whose key is used: the repeat tells what that was."""
-        if request.kind is K.INCREMENT:
-            found = await self._prepare_increment(request, time.monotonic() + ANSWER_TIMEOUT_S)
-            if isinstance(found, ConnectorAnswer):
-                return answers.doubt(Reason.RECOVERED)
-            call = found
-        else:
-            call = self._call(request)
-        response = await self._post(
-            call,
-            request.reference,
-            time.monotonic() + self._capabilities.answer_timeout_s,
-        )
+        call = await self._prepare(request, self._in_time())
+        if isinstance(call, ConnectorAnswer):
+            return doubt(Reason.RECOVERED)
+        response = await self._post(call, request.reference)
         if _is_uncertain(response) or response.headers.get("idempotent-replayed") != "true":
             raise Unusable
         answer = self._answer(request, call, response, repeated=True)
@@ -552,19 +482,13 @@ class StripeConnector:
         if request.kind is K.CAPTURE:
             amount = str(_amount(request))
             return await self._give_back(request.target_transaction_id, request.reference, amount)
-        return answers.doubt(Reason.RECOVERED)
+        return doubt(Reason.RECOVERED)
 
     async def _reverse(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
-        try:
+        with asking_first():
             intent = await self._intent(_id(request), send_before)
-        except (NotSent, MaybeSent, Unusable, _Unsendable):
-            return answers.not_sent(Reason.CONNECT_FAILED)
-        try:
+        with in_steps():
             answer = await self._take_back(intent, request.reference)
-        except (NotSent, MaybeSent) as error:
-            return answers.doubt(error.reason)
-        except Unusable:
-            return answers.doubt()
         if answer.verdict is Verdict.CANCELED:
             answer.verdict = Verdict.APPROVED
         return answer
@@ -576,7 +500,6 @@ class StripeConnector:
             response = await self._post(
                 _Call(f"/v1/payment_intents/{quote(intent_id, safe='')}/cancel", b""),
                 f"{reference}-cancel",
-                time.monotonic() + self._capabilities.answer_timeout_s,
             )
             if response.status == 200:
                 intent = answers.read(response)
@@ -602,12 +525,11 @@ class StripeConnector:
         response = await self._post(
             _Call(f"/v1/setup_intents/{id_}/cancel", b""),
             f"{reference}-cancel",
-            time.monotonic() + self._capabilities.answer_timeout_s,
         )
         if response.status == 200:
             told = answers.read(response)
         else:
-            told = answers.part(answers.read_error(response).told, "setup_intent")
+            told = part(answers.read_error(response).told, "setup_intent")
         self._check(told, "setup_intent")
         if quote(str(told.get("id")), safe="") != id_:
             raise Unusable
@@ -621,7 +543,6 @@ class StripeConnector:
         response = await self._post(
             _Call("/v1/refunds", _encode(form)),
             f"{reference}-refund",
-            time.monotonic() + self._capabilities.answer_timeout_s,
         )
         if response.status == 200:
             told = answers.read(response)
@@ -647,34 +568,26 @@ class StripeConnector:
 
     async def _get(self, target: str, *, answer_before: float | None = None) -> Mapping[str, Any]:
         """An object as it is now. Raises NotSent, MaybeSent, Unusable."""
-        timeout_s = self._capabilities.answer_timeout_s
-        until = time.monotonic() + timeout_s
-        response = await self._http.request(
-            "GET",
-            target,
-            send_before=until if answer_before is None else min(until, answer_before),
-            answer_timeout_s=timeout_s,
-            answer_before=until if answer_before is None else min(until, answer_before),
-            headers=self._headers,
-            content_type=FORM,
-        )
+        until = self._in_time()
+        if answer_before is not None:
+            until = min(until, answer_before)
+        response = await self._request("GET", target, send_before=until, answer_before=until)
         return answers.read(response)
 
     async def _post(
-        self, call: _Call, key: str, send_before: float, answer_before: float | None = None
+        self,
+        call: _Call,
+        key: str,
+        send_before: float | None = None,
+        answer_before: float | None = None,
     ) -> Response:
-        timeout_s = self._capabilities.answer_timeout_s
-        if answer_before is None:
-            answer_before = time.monotonic() + timeout_s
-        return await self._http.request(
+        return await self._request(
             "POST",
             call.target,
             call.body,
+            key=key,
             send_before=send_before,
-            answer_timeout_s=timeout_s,
             answer_before=answer_before,
-            headers={**self._headers, "Idempotency-Key": key},
-            content_type=FORM,
         )
 
     def _check(self, told: object, object_: str) -> None:
@@ -711,23 +624,17 @@ def _encode(form: Mapping[str, str]) -> bytes:
 
 
 def _amount(request: ConnectorRequest) -> int:
-    """In Stripe's unit. Raises _Unsendable."""
-    amount = to_stripe(request.amount_minor, request.currency)
-    if amount is None:
-        known = request.currency in RULES
-        raise _Unsendable(Reason.AMOUNT_NOT_SUPPORTED if known else Reason.CURRENCY_NOT_SUPPORTED)
-    return amount
+    """In Stripe's unit. Raises NotSent."""
+    return sendable(to_stripe(request.amount_minor, request.currency), request.currency, RULES)
 
 
 def _id(request: ConnectorRequest) -> str:
-    """The id that a request acts on, fit for a path. Raises _Unsendable."""
-    if not request.target_transaction_id:
-        raise _Unsendable(Reason.INVALID_REQUEST)
-    return quote(request.target_transaction_id, safe="")
+    """The id that a request acts on, fit for a path. Raises NotSent."""
+    return quote(target_of(request), safe="")
 
 
 def _payment_method(request: ConnectorRequest) -> dict[str, str]:
-    """What the customer pays with. Raises _Unsendable."""
+    """What the customer pays with. Raises NotSent."""
     method = request.fields.get("payment_method")
     if isinstance(method, dict):
         for name, form in (
@@ -739,7 +646,7 @@ def _payment_method(request: ConnectorRequest) -> dict[str, str]:
             if isinstance(told, dict):
                 return form(told, request.secrets)
     if not request.payment_method_token:
-        raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
+        raise NotSent(Reason.FIELD_NOT_SUPPORTED)
     return {
         "payment_method_types[]": "card",
         "payment_method_data[type]": "card",
@@ -748,11 +655,11 @@ def _payment_method(request: ConnectorRequest) -> dict[str, str]:
 
 
 def _stored(told: Mapping[str, object], _: Mapping[str, str]) -> dict[str, str]:
-    """A PaymentMethod by its id. Raises _Unsendable."""
+    """A PaymentMethod by its id. Raises NotSent."""
     stored_id = str(told.get("stored_payment_method_id", ""))
     type_ = str(told.get("method_type", CARD))
     if not stored_id.startswith(_STORED_PREFIX):
-        raise _Unsendable(Reason.INVALID_REQUEST)
+        raise NotSent(Reason.INVALID_REQUEST)
     form = {"payment_method_types[]": type_, "payment_method": stored_id}
     if type_ == _SEPA_DEBIT:
         # The merchant has the customer's acceptance; the gateway did not see it online.
@@ -761,9 +668,9 @@ def _stored(told: Mapping[str, object], _: Mapping[str, str]) -> dict[str, str]:
 
 
 def _network_token(told: Mapping[str, object], secrets: Mapping[str, str]) -> dict[str, str]:
-    """Raises _Unsendable: what recovery repeats has no secrets."""
+    """Raises NotSent: what recovery repeats has no secrets."""
     if not secrets.get("number"):
-        raise _Unsendable(Reason.FIELD_NOT_SUPPORTED)
+        raise NotSent(Reason.FIELD_NOT_SUPPORTED)
     form = {
         "payment_method_types[]": "card",
         "payment_method_data[type]": "card",
@@ -779,10 +686,10 @@ def _network_token(told: Mapping[str, object], secrets: Mapping[str, str]) -> di
 
 
 def _redirect(told: Mapping[str, object], _: Mapping[str, str]) -> dict[str, str]:
-    """Raises _Unsendable."""
+    """Raises NotSent."""
     type_ = str(told.get("method_type"))
     if type_ not in METHODS:
-        raise _Unsendable(Reason.METHOD_NOT_SUPPORTED)
+        raise NotSent(Reason.METHOD_NOT_SUPPORTED)
     form = {"payment_method_types[]": type_, "payment_method_data[type]": type_}
     if told.get("bank") and type_ in _WITH_BANK:
         form[f"payment_method_data[{type_}][bank]"] = str(told["bank"])
@@ -802,9 +709,3 @@ def _verification(request: ConnectorRequest) -> dict[str, str]:
     if request.fields.get("return_url"):
         form["return_url"] = str(request.fields["return_url"])
     return form
-
-
-def _age_s(reference: str) -> float | None:
-    """How long ago, at most, the reference was first used."""
-    made_s = created_s(reference)
-    return None if made_s is None else time.time() - made_s

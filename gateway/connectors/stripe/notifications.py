@@ -13,6 +13,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.connectors import values
+from gateway.connectors.base import Unusable
 from gateway.connectors.notifications import (
     BadSignature,
     Dispute,
@@ -25,8 +26,9 @@ from gateway.connectors.notifications import (
     webhook_secrets,
 )
 from gateway.connectors.stripe import answers
-from gateway.connectors.stripe.answers import REFERENCE, Unusable
+from gateway.connectors.stripe.answers import REFERENCE
 from gateway.connectors.stripe.connector import NAME
+from gateway.connectors.values import part
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, Verdict
 
 SIGNATURES_MAX: Final = 8
@@ -86,7 +88,7 @@ class StripeNotifications:
             mode=Mode.LIVE if live else Mode.TEST,
         )
         try:
-            told = list(_told(bare, answers.part(answers.part(event, "data"), "object")))
+            told = list(_told(bare, part(part(event, "data"), "object")))
         except Unusable:
             told = []
         return told or [bare]
@@ -130,7 +132,7 @@ def _told(bare: Notification, told: Mapping[str, Any]) -> Iterator[Notification]
             yield from _of_refund(bare, told)
         case "charge" if type_ == "charge.refunded":
             # Newer versions of the API leave the refunds out; then refund.* tells them.
-            listed = answers.part(told, "refunds").get("data")
+            listed = part(told, "refunds").get("data")
             for refund in listed if isinstance(listed, list) else ():
                 if isinstance(refund, dict):
                     one = f"{bare.event_id}#{values.identifier(refund.get('id'))}"
@@ -142,7 +144,7 @@ def _told(bare: Notification, told: Mapping[str, Any]) -> Iterator[Notification]
 
 
 def _reference(told: Mapping[str, Any]) -> str:
-    return values.identifier(answers.part(told, "metadata").get(REFERENCE))
+    return values.identifier(part(told, "metadata").get(REFERENCE))
 
 
 def _of_payment_intent(bare: Notification, intent: Mapping[str, Any]) -> Iterator[Notification]:
