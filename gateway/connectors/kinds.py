@@ -1,13 +1,14 @@
 """The kinds of PSP that merchants can have accounts at, and what an account may set."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from enum import IntEnum
 from typing import Final, Protocol, TypeVar
 
 from gateway.application.connector_accounts import ConnectorAccount
-from gateway.application.ports import Capabilities, Connector
+from gateway.application.ports import AmountRule, Capabilities, Connector
+from gateway.connectors.http import HttpClient
 from gateway.domain.model import Mode
 
 _E = TypeVar("_E", bound=IntEnum)
@@ -40,6 +41,71 @@ class ConnectorKind(Protocol):
 
     async def close(self) -> None:
         """Close the connections."""
+
+
+class PooledKind:
+    """Implements ConnectorKind but for what is the PSP's own: accounts share pools of HTTP."""
+
+    def __init__(
+        self,
+        name: str,
+        widest: Callable[[Mode, float], Capabilities],
+        usual: Callable[[Capabilities], Capabilities],
+        answer_timeout_s: float,
+    ) -> None:
+        """`widest` is the most that an account of a mode can do, with an answer's time in seconds;
+        `usual` what one can do of that of which nothing else is known.
+        """
+        self._name = name
+        self._widest = widest
+        self._usual = usual
+        self._answer_timeout_s = answer_timeout_s
+        self._pools: dict[str, HttpClient] = {}
+        """By address; closed with the kind."""
+
+    @property
+    def name(self) -> str:
+        """The connector's name."""
+        return self._name
+
+    @property
+    def widest(self) -> Capabilities:
+        """The most that an account can do."""
+        return self._widest(Mode.TEST, self._answer_timeout_s)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for pool in self._pools.values():
+            await pool.close()
+
+    def _capabilities(
+        self,
+        mode: Mode,
+        told: Mapping[str, object],
+        amounts: Mapping[str, AmountRule] | None = None,
+    ) -> Capabilities:
+        """An account's own; `amounts`, where they are given, are all that it takes. Raises
+        AccountRefused.
+        """
+        most = self._widest(mode, self._answer_timeout_s)
+        if amounts is not None:
+            most = replace(most, amounts=amounts)
+        return narrowed(self._usual(most), most, told)
+
+
+def check_names(
+    credentials: Mapping[str, str], needed: Sequence[str], optional: Sequence[str]
+) -> None:
+    """Raises AccountRefused where a credential is missing, or there is one too many."""
+    if not set(needed) <= credentials.keys() <= {*needed, *optional}:
+        raise AccountRefused(
+            f"the credentials must be {_listed(needed)}, and may be {_listed(optional)}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    *most, last = (f"`{name}`" for name in names)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def narrowed(usual: Capabilities, widest: Capabilities, told: Mapping[str, object]) -> Capabilities:

@@ -1,6 +1,7 @@
 """The port of what PSPs tell of their own accord: a connector verifies and reads it, purely."""
 
 import hmac
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Final, Protocol, runtime_checkable
@@ -15,6 +16,7 @@ from gateway.application.notifications import (
 from gateway.connectors.kinds import AccountRefused
 
 __all__ = [
+    "OUR_REFERENCE",
     "WEBHOOK_SECRETS",
     "BadSignature",
     "Dispute",
@@ -29,6 +31,8 @@ __all__ = [
     "webhook_secrets",
 ]
 
+OUR_REFERENCE: Final = re.compile(r"op_[0-9a-f]{32}-[0-9]{1,9}")
+"""What an attempt of ours is called at a PSP; anything else was done elsewhere."""
 WEBHOOK_SECRETS: Final = "webhook_secrets"
 """The credential with the secrets that notifications are signed with, separated by spaces: while
 they are rotated there are two."""

@@ -15,7 +15,7 @@ from gateway.connectors.adyen.connector import (
     widest,
 )
 from gateway.connectors.http import HttpClient
-from gateway.connectors.kinds import AccountRefused, narrowed
+from gateway.connectors.kinds import AccountRefused, PooledKind, check_names
 from gateway.connectors.notifications import WEBHOOK_SECRETS, webhook_secrets
 from gateway.domain.model import Mode, OperationKind
 
@@ -29,7 +29,7 @@ _LIVE_URL_PREFIX: Final = re.compile(r"[A-Za-z0-9]{4,32}-[A-Za-z0-9]{1,60}")
 _HMAC_KEY: Final = re.compile(r"(?:[0-9A-Fa-f]{2}){16,128}")
 
 
-class AdyenKind:
+class AdyenKind(PooledKind):
     """Implements the ConnectorKind port.
 
     Every live company account has an address of its own, and so a pool of its own. An account's
@@ -46,20 +46,9 @@ class AdyenKind:
         """`connect` opens the pool to an address, or raises ValueError; each is closed with the
         kind.
         """
+        super().__init__(NAME, widest, usual, answer_timeout_s)
         self._connect = connect
         self._test_url = test_url
-        self._answer_timeout_s = answer_timeout_s
-        self._pools: dict[str, HttpClient] = {}
-
-    @property
-    def name(self) -> str:
-        """The connector's name."""
-        return NAME
-
-    @property
-    def widest(self) -> Capabilities:
-        """The most that an account can do."""
-        return widest(Mode.TEST, self._answer_timeout_s)
 
     def check(
         self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
@@ -68,15 +57,10 @@ class AdyenKind:
         `live_url_prefix`: an API key does not tell its mode, the address does. `webhook_secrets`
         may be given.
         """
-        needed = {"api_key", "merchant_account"}
+        needed = ["api_key", "merchant_account"]
         if mode is Mode.LIVE:
-            needed.add("live_url_prefix")
-        if not needed <= credentials.keys() <= needed | {WEBHOOK_SECRETS}:
-            names = ", ".join(f"`{name}`" for name in sorted(needed))
-            raise AccountRefused(
-                f"the credentials of a {mode.name} account must be {names}, and may be"
-                f" `{WEBHOOK_SECRETS}`"
-            )
+            needed.append("live_url_prefix")
+        check_names(credentials, needed, (WEBHOOK_SECRETS,))
         for name, pattern in (
             ("api_key", _API_KEY),
             ("merchant_account", _MERCHANT_ACCOUNT),
@@ -107,15 +91,6 @@ class AdyenKind:
             self._capabilities(account.mode, account.capabilities),
             base_path=base_path,
         )
-
-    async def close(self) -> None:
-        """Close the connections."""
-        for pool in self._pools.values():
-            await pool.close()
-
-    def _capabilities(self, mode: Mode, told: Mapping[str, object]) -> Capabilities:
-        most = widest(mode, self._answer_timeout_s)
-        return narrowed(usual(most), most, told)
 
 
 def usual(most: Capabilities) -> Capabilities:

@@ -8,6 +8,7 @@ nothing else of an item: what is not signed decides on no payment.
 import binascii
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
@@ -80,18 +81,12 @@ _DISPUTE_STATUSES: Final = {
 """`disputeStatus`, where it says more than the event."""
 
 
+@dataclass(frozen=True, slots=True)
 class AdyenNotifications:
-    """Implements NotificationSource."""
+    """Implements the NotificationSource port."""
 
-    @property
-    def connector(self) -> str:
-        """The connector's name."""
-        return NAME
-
-    @property
-    def acknowledgement(self) -> bytes:
-        """What Adyen expects with status 200."""
-        return b"[accepted]"
+    connector: str = field(default=NAME, init=False)
+    acknowledgement: bytes = field(default=b"[accepted]", init=False)
 
     def secrets(self, credentials: Mapping[str, str]) -> Sequence[str]:
         """See the port: HMAC keys as Adyen shows them, in hexadecimal digits."""

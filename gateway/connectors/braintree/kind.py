@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final
 
 from gateway.application.connector_accounts import ConnectorAccount
-from gateway.application.ports import Capabilities
+from gateway.application.ports import AmountRule, Capabilities
 from gateway.connectors.braintree.amounts import RULES
 from gateway.connectors.braintree.connector import (
     ANSWER_TIMEOUT_S,
@@ -15,7 +15,7 @@ from gateway.connectors.braintree.connector import (
     widest,
 )
 from gateway.connectors.http import HttpClient
-from gateway.connectors.kinds import AccountRefused, narrowed
+from gateway.connectors.kinds import AccountRefused, PooledKind, check_names
 from gateway.connectors.notifications import WEBHOOK_SECRETS, webhook_secrets
 from gateway.domain.model import CaptureMethod, Mode
 
@@ -26,10 +26,9 @@ SANDBOX_URL: Final = "https://payments.sandbox.braintree-api.com"
 _KEY: Final = re.compile(r"[A-Za-z0-9]{8,128}")
 _PAIR: Final = re.compile(r"[A-Za-z0-9]{8,120}\|[A-Za-z0-9]{8,120}")
 _MERCHANT_ACCOUNT: Final = re.compile(r"([A-Z]{3})=([A-Za-z0-9_-]{1,64})")
-_NEEDED: Final = frozenset({"public_key", "private_key", "merchant_accounts"})
 
 
-class BraintreeKind:
+class BraintreeKind(PooledKind):
     """Implements the ConnectorKind port.
 
     The keys of Braintree do not tell their environment: each mode has an address of its own, where
@@ -46,18 +45,9 @@ class BraintreeKind:
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         """`connect` gives the pool to an address; each is closed with the kind."""
-        self._http = {Mode.LIVE: connect(BRAINTREE_URL), Mode.TEST: connect(sandbox_url)}
-        self._answer_timeout_s = answer_timeout_s
-
-    @property
-    def name(self) -> str:
-        """The connector's name."""
-        return NAME
-
-    @property
-    def widest(self) -> Capabilities:
-        """The most that an account can do."""
-        return widest(Mode.TEST, self._answer_timeout_s)
+        super().__init__(NAME, widest, usual, answer_timeout_s)
+        self._urls = {Mode.LIVE: BRAINTREE_URL, Mode.TEST: sandbox_url}
+        self._pools = {url: connect(url) for url in set(self._urls.values())}
 
     def check(
         self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
@@ -65,11 +55,9 @@ class BraintreeKind:
         """See the port. `public_key`, `private_key` and `merchant_accounts` are needed, the last as
         `EUR=shop_eur USD=shop_usd`; `webhook_secrets` may be given.
         """
-        if not _NEEDED <= credentials.keys() <= _NEEDED | {WEBHOOK_SECRETS}:
-            raise AccountRefused(
-                "the credentials must be `public_key`, `private_key` and `merchant_accounts`, and"
-                f" may be `{WEBHOOK_SECRETS}`"
-            )
+        check_names(
+            credentials, ("public_key", "private_key", "merchant_accounts"), (WEBHOOK_SECRETS,)
+        )
         for name in ("public_key", "private_key"):
             if _KEY.fullmatch(credentials[name]) is None:
                 raise AccountRefused(f"`{name}` is no API key of Braintree")
@@ -77,7 +65,7 @@ class BraintreeKind:
             raise AccountRefused(
                 f"each of `{WEBHOOK_SECRETS}` is a pair of API keys, `public_key|private_key`"
             )
-        self._capabilities(mode, _merchant_accounts(credentials), capabilities)
+        self._capabilities(mode, capabilities, _amounts(_merchant_accounts(credentials)))
 
     def connect(
         self, account: ConnectorAccount, credentials: Mapping[str, str]
@@ -86,29 +74,21 @@ class BraintreeKind:
         self.check(account.mode, credentials, account.capabilities)
         merchant_accounts = _merchant_accounts(credentials)
         return BraintreeConnector(
-            self._http[account.mode],
+            self._pools[self._urls[account.mode]],
             credentials["public_key"],
             credentials["private_key"],
             merchant_accounts,
-            self._capabilities(account.mode, merchant_accounts, account.capabilities),
+            self._capabilities(account.mode, account.capabilities, _amounts(merchant_accounts)),
         )
-
-    async def close(self) -> None:
-        """Close the connections."""
-        for http in self._http.values():
-            await http.close()
-
-    def _capabilities(
-        self, mode: Mode, merchant_accounts: Mapping[str, str], told: Mapping[str, object]
-    ) -> Capabilities:
-        most = widest(mode, self._answer_timeout_s)
-        most = replace(most, amounts={code: RULES[code] for code in merchant_accounts})
-        return narrowed(usual(most), most, told)
 
 
 def usual(most: Capabilities) -> Capabilities:
     """What an account can do of which nothing else is known."""
     return replace(most, capture_methods=most.capture_methods - {CaptureMethod.MANUAL_MULTIPLE})
+
+
+def _amounts(merchant_accounts: Mapping[str, str]) -> dict[str, AmountRule]:
+    return {code: RULES[code] for code in merchant_accounts}
 
 
 def _merchant_accounts(credentials: Mapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from gateway.connectors import values
 from gateway.connectors.braintree import amounts
 from gateway.connectors.braintree.connector import NAME, REFUND_SUFFIX
 from gateway.connectors.notifications import (
+    OUR_REFERENCE,
     BadSignature,
     Dispute,
     DisputeStage,
@@ -39,7 +40,6 @@ DEPTH_MAX: Final = 32
 
 _PAYLOAD: Final = re.compile(r"[A-Za-z0-9+/=\n]+")
 _HEX: Final = re.compile(r"[0-9a-f]{40}")
-_OURS: Final = re.compile(r"op_[0-9a-f]{32}-[0-9]{1,9}")
 
 _STAGES: Final = {
     "retrieval": DisputeStage.PRE_DISPUTE,
@@ -193,7 +193,7 @@ def _told(root: _Element) -> Notification:
         connector=NAME,
         event_id=event_type,
         event_type=event_type,
-        occurred_at=_instant(notification.at("timestamp").text),
+        occurred_at=values.instant_of_text(_word(notification, "timestamp")),
     )
     if event_type in _VERDICTS and "transaction" in subject.within:
         return _of_transaction(bare, subject.at("transaction"))
@@ -217,7 +217,7 @@ def _of_transaction(bare: Notification, told: _Element) -> Notification:
     is_refund = bare.event_type == "refund_failed" or _word(told, "type") == "credit"
     of_refund = order_id.endswith(REFUND_SUFFIX)
     reference = order_id.removesuffix(REFUND_SUFFIX) if is_refund else order_id
-    if _OURS.fullmatch(reference) is None:
+    if OUR_REFERENCE.fullmatch(reference) is None:
         reference = ""
     currency = values.text(_word(told, "currency-iso-code"), 3)
     amount_minor = amounts.from_braintree(_word(told, "amount"), currency)
@@ -270,7 +270,7 @@ def _of_dispute(bare: Notification, told: _Element) -> Notification:
         bare,
         event_id=event_id,
         kind=NotificationKind.DISPUTE,
-        payment_reference=order_id if _OURS.fullmatch(order_id) else "",
+        payment_reference=order_id if OUR_REFERENCE.fullmatch(order_id) else "",
         payment_transaction_id=values.identifier(_word(transaction, "global-id")),
         amount_minor=amounts.from_braintree(amount, currency),
         currency=currency,
@@ -285,11 +285,3 @@ def _of_dispute(bare: Notification, told: _Element) -> Notification:
 
 def _word(told: _Element, name: str) -> str:
     return told.at(name).text.strip()
-
-
-def _instant(text: str) -> datetime | None:
-    try:
-        at = datetime.fromisoformat(text.strip())
-    except ValueError:
-        return None
-    return at if at.tzinfo is not None else None

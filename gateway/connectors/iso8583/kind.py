@@ -10,15 +10,13 @@ from gateway.application.ports import Capabilities
 from gateway.connectors.iso8583.connector import NAME, Iso8583Connector, capabilities_of
 from gateway.connectors.iso8583.host import AcquirerHost, HostAddress, HostLimits
 from gateway.connectors.iso8583.specification import load_specification
-from gateway.connectors.kinds import AccountRefused, narrowed
+from gateway.connectors.kinds import AccountRefused, check_names, narrowed
 from gateway.domain.model import Mode
 
 _HOST_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _TERMINAL: Final = re.compile(r"[0-9A-Za-z]{1,8}")
 _MERCHANT: Final = re.compile(r"[0-9A-Za-z]{1,15}")
 _ACQUIRER: Final = re.compile(r"[0-9]{1,11}")
-_NEEDED: Final = frozenset({"host", "terminal_id", "merchant_id"})
-_CREDENTIALS: Final = _NEEDED | {"acquirer_id"}
 
 
 def open_hosts(
@@ -72,11 +70,7 @@ class Iso8583Kind:
         """See the port. `host`, `terminal_id` (DE 41) and `merchant_id` (DE 42) are needed;
         `acquirer_id` (DE 32) may be given.
         """
-        if not credentials.keys() >= _NEEDED or not credentials.keys() <= _CREDENTIALS:
-            raise AccountRefused(
-                "the credentials must be `host`, `terminal_id` and `merchant_id`, and may be"
-                " `acquirer_id`"
-            )
+        check_names(credentials, ("host", "terminal_id", "merchant_id"), ("acquirer_id",))
         for key, pattern, told in (
             ("terminal_id", _TERMINAL, "1 to 8 letters and digits"),
             ("merchant_id", _MERCHANT, "1 to 15 letters and digits"),

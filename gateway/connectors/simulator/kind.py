@@ -8,13 +8,12 @@ import orjson
 from gateway.application.connector_accounts import ConnectorAccount
 from gateway.application.ports import Capabilities
 from gateway.connectors.http import Limits
-from gateway.connectors.kinds import AccountRefused
+from gateway.connectors.kinds import AccountRefused, check_names
 from gateway.connectors.simulator.connector import ANSWER_TIMEOUT_S, SimulatorConnector
 from gateway.connectors.simulator.profiles import UnknownProfile, find_profile
 from gateway.domain.model import Mode
 
 NAME: Final = "simulator"
-_CREDENTIALS: Final = frozenset({"url", "profile", "token"})
 
 
 class SimulatorKind:
@@ -48,8 +47,7 @@ class SimulatorKind:
         """See the port."""
         if mode is not Mode.TEST:
             raise AccountRefused("a simulator moves no money: its accounts are of the mode test")
-        if not {"url"} <= credentials.keys() <= _CREDENTIALS:
-            raise AccountRefused("the credentials must be `url`, and may be `profile` and `token`")
+        check_names(credentials, ("url",), ("profile", "token"))
         self._connected(credentials, capabilities)
 
     def connect(

@@ -8,7 +8,7 @@ from typing import Final
 from gateway.application.connector_accounts import ConnectorAccount
 from gateway.application.ports import CARD, Capabilities
 from gateway.connectors.http import HttpClient
-from gateway.connectors.kinds import AccountRefused, narrowed
+from gateway.connectors.kinds import AccountRefused, PooledKind, check_names
 from gateway.connectors.notifications import WEBHOOK_SECRETS, webhook_secrets
 from gateway.connectors.stripe.connector import ANSWER_TIMEOUT_S, NAME, StripeConnector, widest
 from gateway.domain.model import CaptureMethod, Mode, OperationKind
@@ -20,10 +20,9 @@ _SECRET_KEYS: Final = {
     Mode.LIVE: re.compile(r"(?:sk|rk)_live_[A-Za-z0-9_]{8,247}"),
 }
 _STRIPE_ACCOUNT: Final = re.compile(r"acct_[A-Za-z0-9]{1,64}")
-_CREDENTIALS: Final = frozenset({"secret_key", "stripe_account", WEBHOOK_SECRETS})
 
 
-class StripeKind:
+class StripeKind(PooledKind):
     """Implements the ConnectorKind port.
 
     An account's usual capabilities leave out what has to be enabled for it at Stripe: several
@@ -34,19 +33,9 @@ class StripeKind:
         self, http: HttpClient, *, url: str = STRIPE_URL, answer_timeout_s: float = ANSWER_TIMEOUT_S
     ) -> None:
         """`http` is closed with the kind; `url` is where it leads to."""
-        self._http = http
-        self._genuine = url.rstrip("/") == STRIPE_URL
-        self._answer_timeout_s = answer_timeout_s
-
-    @property
-    def name(self) -> str:
-        """The connector's name."""
-        return NAME
-
-    @property
-    def widest(self) -> Capabilities:
-        """The most that an account can do."""
-        return widest(Mode.TEST, self._answer_timeout_s)
+        super().__init__(NAME, widest, usual, answer_timeout_s)
+        self._url = url.rstrip("/")
+        self._pools[self._url] = http
 
     def check(
         self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
@@ -54,11 +43,7 @@ class StripeKind:
         """See the port. `secret_key` is needed, of the mode; `stripe_account` and the secrets that
         notifications are signed with may be given.
         """
-        if not {"secret_key"} <= credentials.keys() <= _CREDENTIALS:
-            raise AccountRefused(
-                "the credentials must be `secret_key`, and may be `stripe_account` and"
-                f" `{WEBHOOK_SECRETS}`"
-            )
+        check_names(credentials, ("secret_key",), ("stripe_account", WEBHOOK_SECRETS))
         if _SECRET_KEYS[mode].fullmatch(credentials["secret_key"]) is None:
             raise AccountRefused(
                 f"`secret_key` is no secret or restricted key of Stripe's {mode.name.lower()} mode"
@@ -67,7 +52,7 @@ class StripeKind:
         if stripe_account and _STRIPE_ACCOUNT.fullmatch(stripe_account) is None:
             raise AccountRefused("`stripe_account` is no id of a connected account, acct_…")
         webhook_secrets(credentials)
-        if mode is Mode.LIVE and not self._genuine:
+        if mode is Mode.LIVE and self._url != STRIPE_URL:
             raise AccountRefused(f"live credentials go to {STRIPE_URL} alone")
         self._capabilities(mode, capabilities)
 
@@ -75,19 +60,11 @@ class StripeKind:
         """See the port."""
         self.check(account.mode, credentials, account.capabilities)
         return StripeConnector(
-            self._http,
+            self._pools[self._url],
             credentials["secret_key"],
             self._capabilities(account.mode, account.capabilities),
             stripe_account=credentials.get("stripe_account", ""),
         )
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._http.close()
-
-    def _capabilities(self, mode: Mode, told: Mapping[str, object]) -> Capabilities:
-        most = widest(mode, self._answer_timeout_s)
-        return narrowed(usual(most), most, told)
 
 
 def usual(most: Capabilities) -> Capabilities:

@@ -15,6 +15,7 @@ import orjson
 from gateway.connectors import values
 from gateway.connectors.base import Unusable
 from gateway.connectors.notifications import (
+    OUR_REFERENCE,
     BadSignature,
     Dispute,
     DisputeStage,
@@ -35,8 +36,7 @@ SIGNATURES_MAX: Final = 8
 """Stripe signs with each of an endpoint's secrets, two while one is rolled."""
 
 _TIME: Final = re.compile("[0-9]{1,12}")
-_OURS: Final = re.compile("op_[0-9a-f]{32}-[0-9]{1,9}")
-_GIVEN_BACK: Final = re.compile(_OURS.pattern + "-refund")
+_GIVEN_BACK: Final = re.compile(OUR_REFERENCE.pattern + "-refund")
 """What a reversal of the gateway's own refunds (see the connector's `_give_back`)."""
 
 _S = DisputeStatus
@@ -121,7 +121,7 @@ def _told(bare: Notification, told: Mapping[str, Any]) -> Iterator[Notification]
             yield from _of_payment_intent(bare, told)
         case "setup_intent" if type_.startswith("setup_intent."):
             reference = _reference(told)
-            if _OURS.fullmatch(reference):
+            if OUR_REFERENCE.fullmatch(reference):
                 yield replace(
                     bare,
                     kind=NotificationKind.AUTHORIZATION,
@@ -149,7 +149,7 @@ def _reference(told: Mapping[str, Any]) -> str:
 
 def _of_payment_intent(bare: Notification, intent: Mapping[str, Any]) -> Iterator[Notification]:
     reference = _reference(intent)
-    if not _OURS.fullmatch(reference):
+    if not OUR_REFERENCE.fullmatch(reference):
         return
     intent_id = values.identifier(intent.get("id"))
     one = replace(bare, reference=reference, payment_transaction_id=intent_id)
@@ -221,7 +221,7 @@ def _of_refund(bare: Notification, told: Mapping[str, Any]) -> Iterator[Notifica
     yield replace(
         bare,
         kind=NotificationKind.REFUND,
-        reference=reference if _OURS.fullmatch(reference) else "",
+        reference=reference if OUR_REFERENCE.fullmatch(reference) else "",
         payment_transaction_id=intent_id,
         answer=answers.refund(told),
         amount_minor=answers.minor(answers.amount_of(told, "amount"), currency),
