@@ -2,11 +2,12 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from gateway.connectors.http import MaybeSent, NotSent, Response
 from gateway.domain.errors import Reason
 from gateway.domain.ids import created_s
+from gateway.domain.model import ConnectorAnswer, Verdict
 
 
 async def send_and_repeat(
@@ -60,3 +61,15 @@ def is_remembered(reference: str, key_validity_s: float) -> bool:
     """
     age = age_s(reference)
     return age is not None and age <= key_validity_s / 2
+
+
+def of_several(told: Sequence[ConnectorAnswer]) -> ConnectorAnswer | None:
+    """What one reference caused, of all objects that have it: more than one where its key had been
+    forgotten or was not heeded. What stands counts, and all of it. None for none.
+    """
+    standing = [answer for answer in told if answer.verdict is Verdict.APPROVED]
+    if len(standing) > 1 and standing[0].outcome is not None:
+        standing[0].outcome.amount_reported_minor = sum(
+            (answer.outcome and answer.outcome.amount_reported_minor) or 0 for answer in standing
+        )
+    return next(iter(standing or told), None)

@@ -1,9 +1,10 @@
 """The card schemes' codes, normalised: responses, advice, address and card verification results."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
-from gateway.domain.model import AdviceAction, AvsResult, CvvResult, ResponseCode
+from gateway.connectors import values
+from gateway.domain.model import AdviceAction, AvsResult, CvvResult, Outcome, ResponseCode
 
 ISO8583_CODES: Final[Mapping[str, ResponseCode]] = {
     "00": ResponseCode.APPROVED,
@@ -72,3 +73,31 @@ CVV: Final[Mapping[str, CvvResult]] = {
     "S": CvvResult.SHOULD_BE_PRESENT,
     "U": CvvResult.ISSUER_NOT_PARTICIPATING,
 }
+
+
+def advise(outcome: Outcome, scheme: str, advice_code: str) -> bool:
+    """Put a network's advice into an outcome; False where there is none that is known."""
+    known = ADVICE.get((scheme, advice_code))
+    if known is None:
+        return False
+    outcome.advice_action, outcome.advice_retry_after_s = known
+    outcome.advice_code, outcome.advice_scheme = advice_code, scheme
+    return True
+
+
+def outcome_of(raw: Callable[[str], object]) -> Outcome:
+    """What a network said, from its raw codes by their names in `Outcome`, and `message`."""
+    avs_code, cvv_code = values.text(raw("avs_code")), values.text(raw("cvv_code"))
+    outcome = Outcome(
+        connector_message=values.text(raw("message"), values.MESSAGE_LENGTH_MAX),
+        advice_code=values.text(raw("advice_code")),
+        advice_scheme=values.text(raw("advice_scheme")),
+        avs_result=AVS.get(avs_code, AvsResult.UNSPECIFIED),
+        avs_code=avs_code,
+        cvv_result=CVV.get(cvv_code, CvvResult.UNSPECIFIED),
+        cvv_code=cvv_code,
+        auth_code=values.text(raw("auth_code")),
+        network_transaction_id=values.text(raw("network_transaction_id")),
+    )
+    advise(outcome, outcome.advice_scheme, outcome.advice_code)
+    return outcome

@@ -14,7 +14,6 @@ from gateway.connectors.base import Unusable
 from gateway.connectors.http import Response
 from gateway.connectors.values import part
 from gateway.domain.model import (
-    AdviceAction,
     AvsResult,
     ConnectorAnswer,
     CvvResult,
@@ -181,12 +180,8 @@ def network_code(told: Mapping[str, Any]) -> tuple[str, str]:
 def _advise(outcome: Outcome, told: Mapping[str, Any], code: str) -> None:
     """The network's advice where it is known, otherwise Adyen's."""
     advice, scheme = _number(part(told, "additionalData"), "merchantAdviceCode"), _scheme(told)
-    known = schemes.ADVICE.get((scheme, advice))
-    if known is not None:
-        outcome.advice_action, outcome.advice_retry_after_s = known
-        outcome.advice_code, outcome.advice_scheme = advice, scheme
-    elif code in codes.ADVICE:
-        outcome.advice_action = codes.ADVICE.get(code, AdviceAction.UNSPECIFIED)
+    if not schemes.advise(outcome, scheme, advice) and code in codes.ADVICE:
+        outcome.advice_action = codes.ADVICE[code]
         outcome.advice_code, outcome.advice_scheme = code, "adyen"
 
 

@@ -362,11 +362,7 @@ def _declined(told: Mapping[str, Any]) -> ConnectorAnswer:
     brand = _trace(outcome, told, event)
     _refuse(outcome, event, event)
     advice = values.text(part(event, "merchantAdviceCodeResponse").get("code"))
-    known = schemes.ADVICE.get((brand, advice))
-    if known is not None:
-        outcome.advice_action, outcome.advice_retry_after_s = known
-        outcome.advice_code, outcome.advice_scheme = advice, brand
-    else:
+    if not schemes.advise(outcome, brand, advice):
         decline_type = values.text(event.get("declineType"))
         outcome.advice_action = codes.ADVICE.get(decline_type, AdviceAction.UNSPECIFIED)
         outcome.advice_code = decline_type

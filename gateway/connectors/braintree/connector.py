@@ -27,6 +27,7 @@ from gateway.connectors.braintree import answers, documents
 from gateway.connectors.braintree.amounts import RULES, to_braintree
 from gateway.connectors.braintree.answers import Answered
 from gateway.connectors.http import HttpClient, MaybeSent, NotSent, Response
+from gateway.connectors.repeats import of_several
 from gateway.connectors.values import part
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
@@ -344,18 +345,8 @@ class BraintreeConnector(HttpConnector):
         if request is not None and request.target_transaction_id:
             transaction = await self._transaction(target_of(request))
             return answers.authorization(transaction, captured=captured)
-        told = [
-            answers.authorization(transaction, captured=captured)
-            for transaction in await self._search(reference)
-        ]
-        # More than one: the key was not heeded. What stands counts, and all of it.
-        standing = [answer for answer in told if answer.verdict is Verdict.APPROVED]
-        if len(standing) > 1 and standing[0].outcome is not None:
-            standing[0].outcome.amount_reported_minor = sum(
-                (answer.outcome and answer.outcome.amount_reported_minor) or 0
-                for answer in standing
-            )
-        return next(iter(standing or told), None)
+        found = await self._search(reference)
+        return of_several([answers.authorization(each, captured=captured) for each in found])
 
     async def _search(
         self, reference: str, answer_before: float | None = None

@@ -22,14 +22,11 @@ from gateway.connectors.iso8583.specification import (
     is_advice,
     repeat_mti,
 )
-from gateway.connectors.schemes import ADVICE, AVS, CVV
+from gateway.connectors.schemes import outcome_of
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
-    AdviceAction,
-    AvsResult,
     CaptureMethod,
     ConnectorAnswer,
-    CvvResult,
     Delivery,
     Mode,
     OperationKind,
@@ -337,32 +334,14 @@ class Iso8583Connector(AccountConnector):
     def _outcome(
         self, told: Fields, code: str, response_code: ResponseCode, amount_minor: int | None
     ) -> Outcome:
-        def text(name: str, length_max: int = values.CODE_LENGTH_MAX) -> str:
-            return values.text(self._specification.read(told, name), length_max)
-
-        scheme, advice_code = text("advice_scheme"), text("advice_code")
-        action, retry_after_s = ADVICE.get((scheme, advice_code), (AdviceAction.UNSPECIFIED, None))
-        avs_code, cvv_code = text("avs_code"), text("cvv_code")
-        return Outcome(
-            response_code=response_code,
-            connector_code=code,
-            connector_message=text("message", values.MESSAGE_LENGTH_MAX),
-            network_code=code,
-            network_code_scheme=self._specification.code_scheme,
-            advice_action=action,
-            advice_retry_after_s=retry_after_s,
-            advice_code=advice_code,
-            advice_scheme=scheme,
-            avs_result=AVS.get(avs_code, AvsResult.UNSPECIFIED),
-            avs_code=avs_code,
-            cvv_result=CVV.get(cvv_code, CvvResult.UNSPECIFIED),
-            cvv_code=cvv_code,
-            auth_code=text("auth_code"),
-            network_transaction_id=text("network_transaction_id"),
-            retrieval_reference_number=values.text(told.get("37", "")),
-            system_trace_audit_number=values.text(told.get("11", "")),
-            amount_reported_minor=amount_minor,
-        )
+        outcome = outcome_of(lambda name: self._specification.read(told, name))
+        outcome.response_code = response_code
+        outcome.connector_code = outcome.network_code = code
+        outcome.network_code_scheme = self._specification.code_scheme
+        outcome.retrieval_reference_number = values.text(told.get("37", ""))
+        outcome.system_trace_audit_number = values.text(told.get("11", ""))
+        outcome.amount_reported_minor = amount_minor
+        return outcome
 
 
 _NAMED_BY_ID: Final = frozenset({K.AUTHORIZE, K.VERIFY})

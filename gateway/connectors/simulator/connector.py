@@ -21,15 +21,12 @@ from gateway.connectors import values
 from gateway.connectors.base import AccountConnector, Unusable, doubt, not_sent
 from gateway.connectors.http import HttpClient, Limits, MaybeSent, NotSent, Response
 from gateway.connectors.kinds import narrowed
-from gateway.connectors.schemes import ADVICE, AVS, CVV, ISO8583_CODES
+from gateway.connectors.schemes import ISO8583_CODES, outcome_of
 from gateway.connectors.simulator.profiles import FIELDS, Profile
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
-    AdviceAction,
-    AvsResult,
     CaptureMethod,
     ConnectorAnswer,
-    CvvResult,
     Delivery,
     Mode,
     NextAction,
@@ -378,30 +375,16 @@ def _next_action(told: dict[str, Any], url: str) -> NextAction | None:
 
 
 def _outcome(told: dict[str, Any]) -> Outcome:
-    scheme, advice_code = _text(told, "advice_scheme"), _text(told, "advice_code")
-    action, retry_after_s = ADVICE.get((scheme, advice_code), (AdviceAction.UNSPECIFIED, None))
-    avs_code, cvv_code = _text(told, "avs_code"), _text(told, "cvv_code")
-    return Outcome(
-        response_code=_response_code(told),
-        connector_code=_text(told, "code"),
-        connector_message=_text(told, "message", values.MESSAGE_LENGTH_MAX),
-        network_code=_text(told, "network_code"),
-        network_code_scheme=_text(told, "network_code_scheme"),
-        advice_action=action,
-        advice_retry_after_s=retry_after_s,
-        advice_code=advice_code,
-        advice_scheme=scheme,
-        avs_result=AVS.get(avs_code, AvsResult.UNSPECIFIED),
-        avs_code=avs_code,
-        cvv_result=CVV.get(cvv_code, CvvResult.UNSPECIFIED),
-        cvv_code=cvv_code,
-        auth_code=_text(told, "auth_code"),
-        network_transaction_id=_text(told, "network_transaction_id"),
-        retrieval_reference_number=_text(told, "rrn"),
-        system_trace_audit_number=_text(told, "stan"),
-        acquirer_reference_number=_text(told, "arn"),
-        amount_reported_minor=_amount(told),
-    )
+    outcome = outcome_of(told.get)
+    outcome.response_code = _response_code(told)
+    outcome.connector_code = _text(told, "code")
+    outcome.network_code = _text(told, "network_code")
+    outcome.network_code_scheme = _text(told, "network_code_scheme")
+    outcome.retrieval_reference_number = _text(told, "rrn")
+    outcome.system_trace_audit_number = _text(told, "stan")
+    outcome.acquirer_reference_number = _text(told, "arn")
+    outcome.amount_reported_minor = _amount(told)
+    return outcome
 
 
 def _response_code(told: dict[str, Any]) -> ResponseCode:

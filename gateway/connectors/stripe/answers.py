@@ -306,15 +306,9 @@ def declined(error: Mapping[str, Any], transaction_id: str) -> ConnectorAnswer:
 
 def _advise(outcome: Outcome, error: Mapping[str, Any], brand: str) -> None:
     """The network's own advice where it is known, otherwise what Stripe makes of it."""
-    network_advice, advice = (
-        values.text(error.get("network_advice_code")),
-        values.text(error.get("advice_code")),
-    )
-    known = schemes.ADVICE.get((brand, network_advice))
-    if known is not None:
-        outcome.advice_action, outcome.advice_retry_after_s = known
-        outcome.advice_code, outcome.advice_scheme = network_advice, brand
-    elif advice:
+    advice = values.text(error.get("advice_code"))
+    known = schemes.advise(outcome, brand, values.text(error.get("network_advice_code")))
+    if not known and advice:
         outcome.advice_action = codes.ADVICE.get(advice, AdviceAction.UNSPECIFIED)
         outcome.advice_code, outcome.advice_scheme = advice, "stripe"
 

@@ -29,7 +29,7 @@ from gateway.connectors.base import (
     target_of,
 )
 from gateway.connectors.http import FORM, HttpClient, MaybeSent, NotSent, Response
-from gateway.connectors.repeats import age_s, is_remembered
+from gateway.connectors.repeats import age_s, is_remembered, of_several
 from gateway.connectors.stripe import answers
 from gateway.connectors.stripe.amounts import RULES, to_stripe
 from gateway.connectors.stripe.answers import REFERENCE, TOMBSTONE, StripeError
@@ -357,19 +357,9 @@ class StripeConnector(HttpConnector):
             intent = await self._intent(_id(request))
             return answers.authorization(intent, captured=captured)
         found = await self._search(reference)
-        told = [answers.authorization(intent, captured=captured) for intent in found]
-        # More than one: the key had been forgotten. What stands counts, and all of it.
-        standing = [answer for answer in told if answer.verdict is Verdict.APPROVED]
-        if len(standing) > 1:
-            first = standing[0]
-            if first.outcome is not None:
-                first.outcome.amount_reported_minor = sum(
-                    (answer.outcome and answer.outcome.amount_reported_minor) or 0
-                    for answer in standing
-                )
-            return first
-        if told:
-            return standing[0] if standing else told[0]
+        told = of_several([answers.authorization(intent, captured=captured) for intent in found])
+        if told is not None:
+            return told
         age = age_s(reference)
         if age is not None and age < self._search_lag_s:
             return doubt(Reason.RECOVERED)
