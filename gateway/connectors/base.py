@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from gateway import __version__
@@ -143,6 +144,14 @@ class AccountConnector(ABC):
         return time.monotonic() + self._capabilities.answer_timeout_s
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is posted under an idempotency key."""
+
+    target: str
+    body: bytes
+
+
 class HttpConnector(AccountConnector):
     """One whose PSP speaks HTTP. A request may have an idempotency key, and is repeated once under
     it.
@@ -186,6 +195,23 @@ class HttpConnector(AccountConnector):
             answer_before=until if answer_before is None else answer_before,
             headers={**self._headers, "Idempotency-Key": key} if key else self._headers,
             content_type=self._content_type,
+        )
+
+    async def _post(
+        self,
+        call: Call,
+        key: str,
+        send_before: float | None = None,
+        answer_before: float | None = None,
+    ) -> Response:
+        """See `_request`."""
+        return await self._request(
+            "POST",
+            call.target,
+            call.body,
+            key=key,
+            send_before=send_before,
+            answer_before=answer_before,
         )
 
     async def _request_and_repeat(

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from gateway.application.ports import ConnectorRequest
-from gateway.connectors.adyen.connector import TOMBSTONE_SUFFIX, AdyenConnector, _Call, widest
+from gateway.connectors.adyen.connector import TOMBSTONE_SUFFIX, AdyenConnector, widest
+from gateway.connectors.base import Call
 from gateway.connectors.http import JSON, HttpClient
 from gateway.domain.model import SENT_KINDS, Mode, OperationKind
 from tests.adyen_double import ACTION_TOKEN, DECLINE_TOKEN, MERCHANT_ACCOUNT, adyen_psp
@@ -123,10 +124,10 @@ async def check_requests(url: str, specification: Specification) -> dict[str, st
         http, "AQEconformance12345", MERCHANT_ACCOUNT, widest(Mode.TEST), base_path=""
     )
 
-    async def post(call: _Call) -> str:
+    async def post(call: Call) -> str:
         until = time.monotonic() + START_S_MAX
         response = await connector._post(call, "op_1-1", until, until)
-        unknown = specification.complaint(call.path, json.loads(call.body))
+        unknown = specification.complaint(call.target, json.loads(call.body))
         return "; ".join(filter(None, (complaint_about(response), unknown)))
 
     found = {name: await post(connector._call(request)) for name, request in requests().items()}
@@ -135,13 +136,13 @@ async def check_requests(url: str, specification: Specification) -> dict[str, st
         "paymentReference": "op_1-1",
         "reference": f"op_1-1{TOMBSTONE_SUFFIX}",
     }
-    found["ask by the key"] = await post(_Call("/cancels", json.dumps(question).encode()))
+    found["ask by the key"] = await post(Call("/cancels", json.dumps(question).encode()))
     for name, wrong in (
         ("a missing parameter is found out", {"merchantAccount": "x"}),
         ("a wrong type is found out", question | {"paymentReference": 7}),
         ("an unknown parameter is found out", question | {"colour": "blue"}),
     ):
-        told = await post(_Call("/cancels", json.dumps(wrong).encode()))
+        told = await post(Call("/cancels", json.dumps(wrong).encode()))
         found[name] = "" if told else "it is not"
     until = time.monotonic() + START_S_MAX
     response = await http.request(

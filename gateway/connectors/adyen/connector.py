@@ -4,7 +4,6 @@ Source of the rules: Adyen's API reference and documentation pages, named where 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -16,13 +15,14 @@ from gateway.connectors.adyen.amounts import RULES, to_adyen
 from gateway.connectors.base import (
     MOTO_CHANNELS,
     REPEAT_PAUSE_S,
+    Call,
     HttpConnector,
     Unusable,
     doubt,
     not_sent,
     sendable,
 )
-from gateway.connectors.http import HttpClient, NotSent, Response
+from gateway.connectors.http import HttpClient, NotSent
 from gateway.connectors.repeats import is_remembered
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
@@ -106,12 +106,6 @@ def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabiliti
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    path: str
-    body: bytes
-
-
 class AdyenConnector(HttpConnector):
     """Payments and what follows them, of one merchant account.
 
@@ -164,10 +158,10 @@ class AdyenConnector(HttpConnector):
             raise Unusable
         return answers.rejected(response)
 
-    def _call(self, request: ConnectorRequest) -> _Call:
+    def _call(self, request: ConnectorRequest) -> Call:
         """Raises NotSent."""
         if request.kind in (K.AUTHORIZE, K.VERIFY):
-            return _Call("/payments", _encode(self._payment(request)))
+            return self._to("/payments", self._payment(request))
         payment_id = _payment_id(request)
         if not payment_id:
             raise NotSent(Reason.INVALID_REQUEST)
@@ -182,7 +176,10 @@ class AdyenConnector(HttpConnector):
             total_minor = request.authorized_minor + request.amount_minor
             body["amount"] = _amount(total_minor, request.currency)
         path = f"/payments/{quote(payment_id, safe='')}/{_ENDPOINTS[request.kind]}"
-        return _Call(path, _encode(body))
+        return self._to(path, body)
+
+    def _to(self, path: str, body: Mapping[str, Any]) -> Call:
+        return Call(self._base_path + path, orjson.dumps(body))
 
     def _payment(self, request: ConnectorRequest) -> dict[str, Any]:
         fields = request.fields
@@ -248,7 +245,7 @@ class AdyenConnector(HttpConnector):
             "paymentReference": reference,
             "reference": tombstone,
         }
-        response = await self._post(_Call("/cancels", _encode(body)), reference)
+        response = await self._post(self._to("/cancels", body), reference)
         told = answers.read(response)
         if not answers.is_done(response):
             raise Unusable
@@ -307,33 +304,11 @@ class AdyenConnector(HttpConnector):
         currency: str = "",
     ) -> ConnectorAnswer:
         body = {"merchantAccount": self._merchant_account, "reference": key, **more}
-        call = _Call(f"/payments/{quote(payment_id, safe='')}/{endpoint}", _encode(body))
+        call = self._to(f"/payments/{quote(payment_id, safe='')}/{endpoint}", body)
         response = await self._post(call, key)
         if not answers.is_done(response):
             raise Unusable
         return answers.modification(answers.read(response), key, payment_id, currency)
-
-    # --- HTTP -------------------------------------------------------------------------------------
-
-    async def _post(
-        self,
-        call: _Call,
-        key: str,
-        send_before: float | None = None,
-        answer_before: float | None = None,
-    ) -> Response:
-        return await self._request(
-            "POST",
-            self._base_path + call.path,
-            call.body,
-            key=key,
-            send_before=send_before,
-            answer_before=answer_before,
-        )
-
-
-def _encode(body: Mapping[str, Any]) -> bytes:
-    return orjson.dumps(body)
 
 
 def _amount(amount_minor: int, currency: str) -> dict[str, object]:

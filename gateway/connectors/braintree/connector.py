@@ -230,7 +230,7 @@ class BraintreeConnector(HttpConnector):
         seen: list[Answered] = []
 
         async def post(send_before: float, answer_before: float) -> Response:
-            response = await self._post(call, send_before, answer_before)
+            response = await self._mutate(call, send_before, answer_before)
             seen.append(answers.read(response, call.field))
             return response
 
@@ -409,7 +409,7 @@ class BraintreeConnector(HttpConnector):
                 key=f"{reference}-{left_minor}-{target_id}",
                 order_id=f"{reference}{REVERSAL_SUFFIX}",
             )
-        answered = answers.read(await self._post(call), call.field)
+        answered = answers.read(await self._mutate(call), call.field)
         made = part(answered.told, call.result)
         if voidable:
             _expect(made.get("id") == target_id and answers.status_of(made) == "VOIDED")
@@ -446,7 +446,7 @@ class BraintreeConnector(HttpConnector):
             raise Unusable
         return told
 
-    async def _post(
+    async def _mutate(
         self, call: _Call, send_before: float | None = None, answer_before: float | None = None
     ) -> Response:
         """Send a mutation. Raises NotSent and MaybeSent."""

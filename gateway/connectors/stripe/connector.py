@@ -19,6 +19,7 @@ from gateway.application.ports import (
 from gateway.connectors.base import (
     MOTO_CHANNELS,
     REPEAT_PAUSE_S,
+    Call,
     HttpConnector,
     Unusable,
     asking_first,
@@ -104,9 +105,7 @@ def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabiliti
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    target: str
-    body: bytes
+class _Call(Call):
     total: int | None = None
     """Of an increment: what the PaymentIntent is to have afterwards, in Stripe's unit."""
 
@@ -563,22 +562,6 @@ class StripeConnector(HttpConnector):
             until = min(until, answer_before)
         response = await self._request("GET", target, send_before=until, answer_before=until)
         return answers.read(response)
-
-    async def _post(
-        self,
-        call: _Call,
-        key: str,
-        send_before: float | None = None,
-        answer_before: float | None = None,
-    ) -> Response:
-        return await self._request(
-            "POST",
-            call.target,
-            call.body,
-            key=key,
-            send_before=send_before,
-            answer_before=answer_before,
-        )
 
     def _check(self, told: object, object_: str) -> None:
         """Raises Unusable for another object than was asked for, or one of the other mode."""
