@@ -1,0 +1,88 @@
+"""What a failure of a call proves, by the side of the write that it was on."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import pytest
+
+from gateway.connectors.base import AccountConnector, Unusable, asking_first, in_steps
+from gateway.connectors.http import MaybeSent, NotSent
+from gateway.domain.errors import Reason
+from gateway.domain.model import ConnectorAnswer, Delivery, OperationKind
+from tests.connector_conformance import request_of
+from tests.memory_store import CAPABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from gateway.application.ports import ConnectorRequest
+
+BUSY = NotSent(Reason.CONNECTOR_BUSY)
+LOST = MaybeSent(Reason.CONNECTION_LOST)
+SENT_MAYBE, SENT_NOT = Delivery.MAY_HAVE_BEEN_SENT, Delivery.NOT_SENT
+
+
+class Failing(AccountConnector):
+    def __init__(
+        self, error: Exception, within: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        super().__init__("failing", CAPABLE)
+        self._error = error
+        self._within = within
+
+    async def _send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        with self._within():
+            raise self._error
+        raise AssertionError
+
+    async def _query(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None
+    ) -> ConnectorAnswer | None:
+        raise self._error
+
+    async def _cancel(
+        self, kind: OperationKind, reference: str, request: ConnectorRequest | None
+    ) -> ConnectorAnswer:
+        raise self._error
+
+
+@pytest.mark.parametrize(
+    ("error", "within", "delivery", "reason"),
+    [
+        (BUSY, nullcontext, SENT_NOT, Reason.CONNECTOR_BUSY),
+        (LOST, nullcontext, SENT_MAYBE, Reason.CONNECTION_LOST),
+        (Unusable(), nullcontext, SENT_MAYBE, Reason.ANSWER_UNUSABLE),
+        # A question before it changes nothing.
+        (BUSY, asking_first, SENT_NOT, Reason.CONNECTOR_BUSY),
+        (LOST, asking_first, SENT_NOT, Reason.CONNECT_FAILED),
+        (Unusable(), asking_first, SENT_NOT, Reason.CONNECT_FAILED),
+        # Of several requests the first may have been sent.
+        (BUSY, in_steps, SENT_MAYBE, Reason.CONNECTOR_BUSY),
+        (LOST, in_steps, SENT_MAYBE, Reason.CONNECTION_LOST),
+    ],
+)
+async def test_a_request_was_not_sent_only_where_nothing_can_have_been_written(
+    error: Exception,
+    within: Callable[[], AbstractContextManager[None]],
+    delivery: Delivery,
+    reason: Reason,
+) -> None:
+    answer = await Failing(error, within).send(request_of(), 0.0)
+    assert (answer.delivery, answer.reason) == (delivery, reason)
+
+
+@pytest.mark.parametrize("error", [BUSY, LOST, Unusable()])
+async def test_a_question_or_cancellation_that_fails_leaves_the_doubt_that_it_is_about(
+    error: NotSent | MaybeSent,
+) -> None:
+    connector = Failing(error, nullcontext)
+    told = [
+        await connector.query(OperationKind.CAPTURE, "op_1-1"),
+        await connector.cancel(OperationKind.CAPTURE, "op_1-1"),
+    ]
+    for answer in told:
+        assert answer is not None
+        assert (answer.delivery, answer.reason) == (SENT_MAYBE, error.reason)
