@@ -1,9 +1,9 @@
 """Organisations, merchants, API keys and certificates' identities in PostgreSQL."""
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import asyncpg
 
@@ -18,9 +18,8 @@ from gateway.application.accounts import (
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.ids import new_merchant_id, new_organisation_id
 from gateway.domain.model import Mode
-from storage.postgres.lanes import DirectLane, LaneLimits
-from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections
-from storage.postgres.queries import query, run
+from storage.postgres.direct import DirectStore
+from storage.postgres.queries import query
 
 _CREATE_ORGANISATION = query("accounts", "create_organisation")
 _LIST_ORGANISATIONS = query("accounts", "list_organisations")
@@ -36,8 +35,6 @@ _LIST_IDENTITIES = query("accounts", "list_identities")
 _REMOVE_IDENTITY = query("accounts", "remove_identity")
 _LOAD_IDENTITY = query("accounts", "load_identity")
 _LOAD_MERCHANTS = query("accounts", "load_merchants")
-
-LIMITS = LaneLimits(connections=1, rows_max=1, queue_max=200, retry_s_max=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,93 +58,62 @@ class MerchantRow:
     rate_limit: RateLimit | None
 
 
-@dataclass(frozen=True, slots=True)
-class KeyRow:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CredentialRow:
+    """What every stored credential says of its principal."""
+
+    organisation_id: str
+    name: str
+    scopes: frozenset[str]
+    merchant_ids: tuple[str, ...] | None
+    """None: all merchants of the organisation."""
+    mode: Mode
+    created_at: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyRow(CredentialRow):
     """A stored API key, without its hash."""
 
     key_id: str
-    organisation_id: str
-    name: str
-    scopes: frozenset[str]
-    merchant_ids: tuple[str, ...] | None
-    """None: all merchants of the organisation."""
-    mode: Mode
     expires_at: datetime | None
     revoked_at: datetime | None
-    created_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class IdentityRow:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdentityRow(CredentialRow):
     """A stored identity of a certificate."""
 
     uri: str
-    organisation_id: str
-    name: str
-    scopes: frozenset[str]
-    merchant_ids: tuple[str, ...] | None
-    """None: all merchants of the organisation."""
-    mode: Mode
-    created_at: datetime
 
 
-class Accounts:
-    """Who may call. Every method raises StoreUnavailable where the database is away."""
+class Accounts(DirectStore):
+    """Who may call."""
 
-    def __init__(self, lane: DirectLane) -> None:
-        """`lane` is the caller's to close; `connect` brings its own."""
-        self._lane = lane
-
-    @classmethod
-    @asynccontextmanager
-    async def connect(
-        cls, dsn: str, *, connect_timeout_s: float = 5.0, statement_timeout_s: float = 10.0
-    ) -> AsyncIterator["Accounts"]:
-        """With a connection of its own."""
-        settings = ConnectionSettings(
-            dsn, connect_timeout_s=connect_timeout_s, statement_timeout_s=statement_timeout_s
-        )
-        lane = DirectLane("accounts", HeldConnections(settings, "accounts", 1), LIMITS)
-        try:
-            yield cls(lane)
-        finally:
-            await lane.close()
+    NAME = "accounts"
 
     async def create_organisation(self, name: str) -> str:
         """The new organisation's id."""
         organisation_id = new_organisation_id()
-
-        async def create(connection: Connection) -> None:
-            await run(connection, _CREATE_ORGANISATION, organisation_id=organisation_id, name=name)
-
-        await self._lane.run(create)
+        await self._run(_CREATE_ORGANISATION, organisation_id=organisation_id, name=name)
         return organisation_id
 
     async def list_organisations(self) -> Sequence[OrganisationRow]:
         """All of them, the oldest first."""
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, _LIST_ORGANISATIONS)
-
-        return [OrganisationRow(*record) for record in await self._lane.run(select)]
+        return [OrganisationRow(*record) for record in await self._run(_LIST_ORGANISATIONS)]
 
     async def create_merchant(
         self, organisation_id: str, name: str, *, pan_exempt_order_id: bool = False
     ) -> str:
         """The new merchant's id. Raises GatewayError(INVALID_REQUEST) without the organisation."""
         merchant_id = new_merchant_id()
-
-        async def create(connection: Connection) -> list[asyncpg.Record]:
-            return await run(
-                connection,
-                _CREATE_MERCHANT,
-                merchant_id=merchant_id,
-                organisation_id=organisation_id,
-                name=name,
-                pan_exempt_order_id=pan_exempt_order_id,
-            )
-
-        if not await self._lane.run(create):
+        if not await self._run(
+            _CREATE_MERCHANT,
+            merchant_id=merchant_id,
+            organisation_id=organisation_id,
+            name=name,
+            pan_exempt_order_id=pan_exempt_order_id,
+        ):
             raise GatewayError(
                 Reason.INVALID_REQUEST, f"There is no organisation {organisation_id}."
             )
@@ -155,10 +121,6 @@ class Accounts:
 
     async def list_merchants(self, organisation_id: str | None = None) -> Sequence[MerchantRow]:
         """Those of an organisation, or all; the oldest first."""
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, _LIST_MERCHANTS, organisation_id=organisation_id)
-
         return [
             MerchantRow(
                 merchant_id=record["merchant_id"],
@@ -168,7 +130,7 @@ class Accounts:
                 created_at=record["created_at"],
                 rate_limit=_limit(record["rate_limit_per_s"], record["rate_limit_burst"]),
             )
-            for record in await self._lane.run(select)
+            for record in await self._run(_LIST_MERCHANTS, organisation_id=organisation_id)
         ]
 
     async def limit_merchant(self, merchant_id: str, rate_limit: RateLimit | None) -> None:
@@ -178,13 +140,7 @@ class Accounts:
         GatewayError(INVALID_REQUEST) without the merchant, or for a limit that is none.
         """
         per_s, burst = (None, None) if rate_limit is None else rate_limit
-
-        async def limit(connection: Connection) -> list[asyncpg.Record]:
-            return await run(
-                connection, _LIMIT_MERCHANT, merchant_id=merchant_id, per_s=per_s, burst=burst
-            )
-
-        if not await self._lane.run(limit):
+        if not await self._run(_LIMIT_MERCHANT, merchant_id=merchant_id, per_s=per_s, burst=burst):
             raise GatewayError(Reason.INVALID_REQUEST, f"There is no merchant {merchant_id}.")
 
     async def create_key(
@@ -208,22 +164,17 @@ class Accounts:
         expires_at = (
             None if expires_in_days is None else datetime.now(UTC) + timedelta(days=expires_in_days)
         )
-
-        async def create(connection: Connection) -> list[asyncpg.Record]:
-            return await run(
-                connection,
-                _CREATE_KEY,
-                key_id=key.key_id,
-                organisation_id=organisation_id,
-                name=name,
-                secret_hash=key.secret_hash,
-                scopes=sorted(scopes),
-                merchant_ids=None if merchant_ids is None else sorted(merchant_ids),
-                mode=mode,
-                expires_at=expires_at,
-            )
-
-        if not await self._lane.run(create):
+        if not await self._run(
+            _CREATE_KEY,
+            key_id=key.key_id,
+            organisation_id=organisation_id,
+            name=name,
+            secret_hash=key.secret_hash,
+            scopes=sorted(scopes),
+            merchant_ids=None if merchant_ids is None else sorted(merchant_ids),
+            mode=mode,
+            expires_at=expires_at,
+        ):
             raise GatewayError(
                 Reason.INVALID_REQUEST,
                 f"There is no organisation {organisation_id} with all of these merchants.",
@@ -232,42 +183,16 @@ class Accounts:
 
     async def list_keys(self, organisation_id: str | None = None) -> Sequence[KeyRow]:
         """Those of an organisation, or all; the oldest first, revoked ones too."""
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, _LIST_KEYS, organisation_id=organisation_id)
-
-        return [
-            KeyRow(
-                key_id=record["key_id"],
-                organisation_id=record["organisation_id"],
-                name=record["name"],
-                scopes=frozenset(record["scopes"]),
-                merchant_ids=None
-                if record["merchant_ids"] is None
-                else tuple(record["merchant_ids"]),
-                mode=Mode(record["mode"]),
-                expires_at=record["expires_at"],
-                revoked_at=record["revoked_at"],
-                created_at=record["created_at"],
-            )
-            for record in await self._lane.run(select)
-        ]
+        records = await self._run(_LIST_KEYS, organisation_id=organisation_id)
+        return [KeyRow(**_credential(record)) for record in records]
 
     async def revoke_key(self, key_id: str) -> bool:
         """Whether there was such a key that was not revoked already."""
-
-        async def revoke(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, _REVOKE_KEY, key_id=key_id)
-
-        return bool(await self._lane.run(revoke))
+        return bool(await self._run(_REVOKE_KEY, key_id=key_id))
 
     async def load_key(self, key_id: str) -> KeyRecord | None:
         """A key with its merchants as they are now; revoked and expired ones too."""
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, _LOAD_KEY, key_id=key_id)
-
-        records = await self._lane.run(select)
+        records = await self._run(_LOAD_KEY, key_id=key_id)
         if not records:
             return None
         first = records[0]
@@ -298,20 +223,15 @@ class Accounts:
         one of its, or for an identity that is there already.
         """
         mode = mode if isinstance(mode, Mode) else Mode[mode.upper()]
-
-        async def add(connection: Connection) -> list[asyncpg.Record]:
-            return await run(
-                connection,
-                _ADD_IDENTITY,
-                uri=uri,
-                organisation_id=organisation_id,
-                name=name,
-                scopes=sorted(scopes),
-                merchant_ids=None if merchant_ids is None else sorted(merchant_ids),
-                mode=mode,
-            )
-
-        if not await self._lane.run(add):
+        if not await self._run(
+            _ADD_IDENTITY,
+            uri=uri,
+            organisation_id=organisation_id,
+            name=name,
+            scopes=sorted(scopes),
+            merchant_ids=None if merchant_ids is None else sorted(merchant_ids),
+            mode=mode,
+        ):
             raise GatewayError(
                 Reason.INVALID_REQUEST,
                 f"There is no organisation {organisation_id} with all of these merchants, or the "
@@ -320,40 +240,16 @@ class Accounts:
 
     async def list_identities(self, organisation_id: str | None = None) -> Sequence[IdentityRow]:
         """Those of an organisation, or all, by their URIs."""
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, _LIST_IDENTITIES, organisation_id=organisation_id)
-
-        return [
-            IdentityRow(
-                uri=record["uri"],
-                organisation_id=record["organisation_id"],
-                name=record["name"],
-                scopes=frozenset(record["scopes"]),
-                merchant_ids=None
-                if record["merchant_ids"] is None
-                else tuple(record["merchant_ids"]),
-                mode=Mode(record["mode"]),
-                created_at=record["created_at"],
-            )
-            for record in await self._lane.run(select)
-        ]
+        records = await self._run(_LIST_IDENTITIES, organisation_id=organisation_id)
+        return [IdentityRow(**_credential(record)) for record in records]
 
     async def remove_identity(self, uri: str) -> bool:
         """Whether there was such an identity."""
-
-        async def remove(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, _REMOVE_IDENTITY, uri=uri)
-
-        return bool(await self._lane.run(remove))
+        return bool(await self._run(_REMOVE_IDENTITY, uri=uri))
 
     async def load_identity(self, uri: str) -> Principal | None:
         """Whom certificates with this SPIFFE ID act for, with the merchants as they are now."""
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, _LOAD_IDENTITY, uri=uri)
-
-        records = await self._lane.run(select)
+        records = await self._run(_LOAD_IDENTITY, uri=uri)
         if not records:
             return None
         return Principal(
@@ -368,16 +264,24 @@ class Accounts:
         self, organisation_id: str, merchant_ids: Collection[str] | None
     ) -> Mapping[str, MerchantInfo]:
         """Those of the named merchants that the organisation has; without names, all of its."""
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(
-                connection,
+        return _merchants_of(
+            await self._run(
                 _LOAD_MERCHANTS,
                 organisation_id=organisation_id,
                 merchant_ids=None if merchant_ids is None else sorted(merchant_ids),
             )
+        )
 
-        return _merchants_of(await self._lane.run(select))
+
+def _credential(record: asyncpg.Record) -> dict[str, Any]:
+    """The columns of a credential by their names, as the fields of its row have them."""
+    merchant_ids = record["merchant_ids"]
+    return {
+        **record,
+        "scopes": frozenset(record["scopes"]),
+        "merchant_ids": None if merchant_ids is None else tuple(merchant_ids),
+        "mode": Mode(record["mode"]),
+    }
 
 
 def _merchants_of(records: Sequence[asyncpg.Record]) -> dict[str, MerchantInfo]:

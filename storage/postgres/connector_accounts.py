@@ -1,9 +1,7 @@
 """Merchants' accounts at PSPs in PostgreSQL; their credentials come and go encrypted."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Final
 
 import asyncpg
 import orjson
@@ -11,13 +9,8 @@ import orjson
 from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import Mode
-from storage.postgres.accounts import LIMITS
-from storage.postgres.lanes import DirectLane
-from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections
-from storage.postgres.queries import Query, query, run
-
-OVERLAP_S: Final = 600.0
-"""How far before the last change is looked again; longer than any statement may take."""
+from storage.postgres.direct import OVERLAP_S, DirectStore
+from storage.postgres.queries import Query, query
 
 _ADD = query("connector_accounts", "add")
 _LIST = query("connector_accounts", "list")
@@ -29,31 +22,10 @@ _REMOVE = query("connector_accounts", "remove")
 _REWRAP = query("connector_accounts", "rewrap")
 
 
-class ConnectorAccounts:
-    """Implements the AccountSource port, and what the command line does.
+class ConnectorAccounts(DirectStore):
+    """Implements the AccountSource port, and what the command line does."""
 
-    Every method raises StoreUnavailable where the database is away.
-    """
-
-    def __init__(self, lane: DirectLane) -> None:
-        """`lane` is the caller's to close; `connect` brings its own."""
-        self._lane = lane
-
-    @classmethod
-    @asynccontextmanager
-    async def connect(
-        cls, dsn: str, *, connect_timeout_s: float = 5.0, statement_timeout_s: float = 10.0
-    ) -> AsyncIterator["ConnectorAccounts"]:
-        """With a connection of its own."""
-        settings = ConnectionSettings(
-            dsn, connect_timeout_s=connect_timeout_s, statement_timeout_s=statement_timeout_s
-        )
-        name = "connector_accounts"
-        lane = DirectLane(name, HeldConnections(settings, name, 1), LIMITS)
-        try:
-            yield cls(lane)
-        finally:
-            await lane.close()
+    NAME = "connector_accounts"
 
     async def add(self, account: ConnectorAccount) -> None:
         """Raises GatewayError(INVALID_REQUEST) without the merchant."""
@@ -74,15 +46,15 @@ class ConnectorAccounts:
 
     async def list(self, merchant_id: str | None = None) -> Sequence[ConnectorAccount]:
         """Those of a merchant, or all; without removed ones."""
-        return await self._run(_LIST, merchant_id=merchant_id)
+        return await self._select(_LIST, merchant_id=merchant_id)
 
     async def find(self, merchant_id: str, account_id: str) -> ConnectorAccount | None:
         """The account, unless it was removed."""
-        return _only(await self._run(_FIND, merchant_id=merchant_id, account_id=account_id))
+        return _only(await self._select(_FIND, merchant_id=merchant_id, account_id=account_id))
 
     async def changed_since(self, since: datetime | None) -> Sequence[ConnectorAccount]:
         """See the port."""
-        return await self._run(_CHANGED_SINCE, since=since, overlap_s=OVERLAP_S)
+        return await self._select(_CHANGED_SINCE, since=since, overlap_s=OVERLAP_S)
 
     async def change(
         self,
@@ -93,7 +65,7 @@ class ConnectorAccounts:
         priority: int | None = None,
     ) -> ConnectorAccount | None:
         """Change what is given; None without the account."""
-        rows = await self._run(
+        rows = await self._select(
             _CHANGE,
             merchant_id=merchant_id,
             account_id=account_id,
@@ -106,7 +78,7 @@ class ConnectorAccounts:
         self, merchant_id: str, account_id: str, sealed: Sealed
     ) -> ConnectorAccount | None:
         """None without the account."""
-        rows = await self._run(
+        rows = await self._select(
             _REPLACE_CREDENTIALS,
             merchant_id=merchant_id,
             account_id=account_id,
@@ -116,7 +88,7 @@ class ConnectorAccounts:
 
     async def remove(self, merchant_id: str, account_id: str) -> ConnectorAccount | None:
         """Remove the account and delete its credentials; None without it."""
-        return _only(await self._run(_REMOVE, merchant_id=merchant_id, account_id=account_id))
+        return _only(await self._select(_REMOVE, merchant_id=merchant_id, account_id=account_id))
 
     async def rewrap(self, account: ConnectorAccount, sealed: Sealed) -> bool:
         """Whether the account still had the credentials that were unwrapped."""
@@ -130,11 +102,8 @@ class ConnectorAccounts:
         )
         return bool(rows)
 
-    async def _run(self, statement: Query, **values: object) -> Sequence[ConnectorAccount]:
-        async def call(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, statement, **values)
-
-        return [_account(record) for record in await self._lane.run(call)]
+    async def _select(self, statement: Query, **values: object) -> Sequence[ConnectorAccount]:
+        return [_account(record) for record in await self._run(statement, **values)]
 
 
 def _only(accounts: Sequence[ConnectorAccount]) -> ConnectorAccount | None:

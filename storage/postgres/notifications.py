@@ -1,8 +1,7 @@
 """PSPs' notifications in PostgreSQL: kept in batches on a lane of their own, applied by lease."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import IntEnum
@@ -27,10 +26,10 @@ from gateway.domain.decisions import event_of
 from gateway.domain.model import Mode
 from gateway.domain.states import Event
 from storage.batching import LaneMetrics
-from storage.postgres.accounts import LIMITS
+from storage.postgres.direct import DirectStore
 from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
-from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections
-from storage.postgres.queries import Query, query, run
+from storage.postgres.pool import Connection, HeldConnections
+from storage.postgres.queries import query, run
 from storage.postgres.row_security import Write, within_merchants
 from storage.postgres.rows import answer_json, answer_of, clean
 
@@ -72,33 +71,21 @@ class Kept:
     operation_id: str
 
 
-class Notifications:
+class Notifications(DirectStore):
     """Implements the NotificationStore port, and what the command line does.
 
     What arrives goes through a lane with connections and a queue of its own, so that a flood takes
-    nothing from the payments'; what applies it goes through `direct`, beside recovery.
+    nothing from the payments'; what applies it goes through `lane`, beside recovery.
     """
 
-    def __init__(self, direct: DirectLane, keeping: PostgresLane[Received, bool] | None) -> None:
-        """Both are the caller's to close. Without `keeping` nothing can be kept."""
-        self._direct = direct
-        self._keeping = keeping
+    NAME = "notifications"
 
-    @classmethod
-    @asynccontextmanager
-    async def connect(
-        cls, dsn: str, *, connect_timeout_s: float = 5.0, statement_timeout_s: float = 10.0
-    ) -> AsyncIterator["Notifications"]:
-        """With a connection of its own, which keeps nothing."""
-        settings = ConnectionSettings(
-            dsn, connect_timeout_s=connect_timeout_s, statement_timeout_s=statement_timeout_s
-        )
-        name = "notifications"
-        lane = DirectLane(name, HeldConnections(settings, name, 1), LIMITS)
-        try:
-            yield cls(lane, None)
-        finally:
-            await lane.close()
+    def __init__(
+        self, lane: DirectLane, keeping: PostgresLane[Received, bool] | None = None
+    ) -> None:
+        """Both are the caller's to close. Without `keeping` nothing can be kept."""
+        super().__init__(lane)
+        self._keeping = keeping
 
     async def keep(self, received: Sequence[Received]) -> int:
         """See the port."""
@@ -165,12 +152,6 @@ class Notifications:
         """Have it applied now, whatever became of it before; False without it."""
         records = await self._run(_APPLY_AGAIN, merchant_id=merchant_id, event_id=event_id)
         return bool(records)
-
-    async def _run(self, statement: Query, **values: object) -> Sequence[asyncpg.Record]:
-        async def call(connection: Connection) -> Sequence[asyncpg.Record]:
-            return await run(connection, statement, **values)
-
-        return await self._direct.run(call)
 
 
 async def _keep(connection: Connection, batch: Sequence[LaneRow[Received]]) -> Sequence[bool]:

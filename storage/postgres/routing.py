@@ -1,11 +1,8 @@
 """Routing rules of merchants in PostgreSQL, every version, and which was in force when."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
-
-import asyncpg
 
 from gateway.application.routing import ActiveRules
 from gateway.application.routing_administration import (
@@ -15,11 +12,8 @@ from gateway.application.routing_administration import (
 )
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import CaptureMethod, Mode
-from storage.postgres.accounts import LIMITS
-from storage.postgres.connector_accounts import OVERLAP_S
-from storage.postgres.lanes import DirectLane
-from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections
-from storage.postgres.queries import Query, query, run
+from storage.postgres.direct import OVERLAP_S, DirectStore
+from storage.postgres.queries import query
 
 PUT_TRIES_MAX: Final = 5
 """How often a version is tried anew because another call took its number."""
@@ -32,30 +26,11 @@ _ACTIVE_SINCE = query("routing", "active_since")
 _PAST_PAYMENTS = query("routing", "past_payments")
 
 
-class RoutingRules:
-    """Implements the RuleSource and RuleStore ports.
+class RoutingRules(DirectStore):
+    """Implements the RuleSource and RuleStore ports."""
 
-    Every method raises StoreUnavailable where the database is away.
-    """
-
-    def __init__(self, lane: DirectLane) -> None:
-        """`lane` is the caller's to close; `connect` brings its own."""
-        self._lane = lane
-
-    @classmethod
-    @asynccontextmanager
-    async def connect(
-        cls, dsn: str, *, connect_timeout_s: float = 5.0, statement_timeout_s: float = 30.0
-    ) -> AsyncIterator["RoutingRules"]:
-        """With a connection of its own."""
-        settings = ConnectionSettings(
-            dsn, connect_timeout_s=connect_timeout_s, statement_timeout_s=statement_timeout_s
-        )
-        lane = DirectLane("routing", HeldConnections(settings, "routing", 1), LIMITS)
-        try:
-            yield cls(lane)
-        finally:
-            await lane.close()
+    NAME = "routing"
+    STATEMENT_TIMEOUT_S = 30.0
 
     async def put(self, merchant_id: str, mode: Mode, text: str, author: Author) -> int:
         """See the port."""
@@ -180,9 +155,3 @@ class RoutingRules:
             )
             for row in rows
         ]
-
-    async def _run(self, statement: Query, **values: object) -> list[asyncpg.Record]:
-        async def call(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, statement, **values)
-
-        return await self._lane.run(call)

@@ -1,7 +1,6 @@
 """Suspensions of accounts and merchants' costs in PostgreSQL."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from datetime import datetime
 
 import asyncpg
@@ -10,11 +9,8 @@ from gateway.application.routing_controls import StoredCosts, StoredSuspension
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.ids import new_suspension_id
 from gateway.routing.availability import Suspension, SuspensionKind
-from storage.postgres.accounts import LIMITS
-from storage.postgres.connector_accounts import OVERLAP_S
-from storage.postgres.lanes import DirectLane
-from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections
-from storage.postgres.queries import Query, query, run
+from storage.postgres.direct import OVERLAP_S, DirectStore
+from storage.postgres.queries import query
 
 _SUSPEND = query("routing_controls", "suspend")
 _END_SUSPENSION = query("routing_controls", "end_suspension")
@@ -25,31 +21,10 @@ _COSTS_OF = query("routing_controls", "costs_of")
 _CHANGED_COSTS = query("routing_controls", "changed_costs")
 
 
-class RoutingControls:
-    """Implements the port `RoutingSource`, and what the command line does.
+class RoutingControls(DirectStore):
+    """Implements the port `RoutingSource`, and what the command line does."""
 
-    Every method raises StoreUnavailable where the database is away.
-    """
-
-    def __init__(self, lane: DirectLane) -> None:
-        """`lane` is the caller's to close; `connect` brings its own."""
-        self._lane = lane
-
-    @classmethod
-    @asynccontextmanager
-    async def connect(
-        cls, dsn: str, *, connect_timeout_s: float = 5.0, statement_timeout_s: float = 10.0
-    ) -> AsyncIterator["RoutingControls"]:
-        """With a connection of its own."""
-        settings = ConnectionSettings(
-            dsn, connect_timeout_s=connect_timeout_s, statement_timeout_s=statement_timeout_s
-        )
-        name = "routing_controls"
-        lane = DirectLane(name, HeldConnections(settings, name, 1), LIMITS)
-        try:
-            yield cls(lane)
-        finally:
-            await lane.close()
+    NAME = "routing_controls"
 
     async def suspend(
         self,
@@ -138,12 +113,6 @@ class RoutingControls:
         """See the port."""
         rows = await self._run(_CHANGED_COSTS, since=since, overlap_s=OVERLAP_S)
         return [_costs(row) for row in rows]
-
-    async def _run(self, statement: Query, **values: object) -> list[asyncpg.Record]:
-        async def call(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, statement, **values)
-
-        return await self._lane.run(call)
 
 
 def _suspension(row: asyncpg.Record) -> Suspension:

@@ -42,29 +42,25 @@ SELECT
 FROM organisations
 WHERE organisation_id = :organisation_id::text
     AND {{merchants_are_its}}
-RETURNING {{key_columns}};
+RETURNING key_id;
 
 -- :name list_keys
-SELECT {{key_columns}}
-FROM api_keys
+SELECT key_id, expires_at, revoked_at, {{its_columns}}
+FROM api_keys AS credential
 WHERE :organisation_id::text IS NULL OR organisation_id = :organisation_id::text
 ORDER BY created_at, key_id;
 
 -- :name revoke_key
 UPDATE api_keys SET revoked_at = now()
 WHERE key_id = :key_id::text AND revoked_at IS NULL
-RETURNING {{key_columns}};
+RETURNING key_id;
 
 -- :name load_key
 -- A row for each merchant that the key may act for; one with NULLs where there is none.
-SELECT
-    {{key_columns}},
-    {{its_merchant}}
-FROM api_keys
-LEFT JOIN merchants AS merchant
-    ON merchant.organisation_id = api_keys.organisation_id
-    AND (api_keys.merchant_ids IS NULL OR merchant.merchant_id = ANY (api_keys.merchant_ids))
-WHERE api_keys.key_id = :key_id::text
+SELECT key_id, secret_hash, expires_at, revoked_at, {{its_columns}}, {{its_merchant}}
+FROM api_keys AS credential
+{{and_its_merchants}}
+WHERE key_id = :key_id::text
 ORDER BY merchant.merchant_id;
 
 -- :name add_identity
@@ -76,30 +72,23 @@ FROM organisations
 WHERE organisation_id = :organisation_id::text
     AND {{merchants_are_its}}
 ON CONFLICT DO NOTHING
-RETURNING {{identity_columns}};
+RETURNING uri;
 
 -- :name list_identities
-SELECT {{identity_columns}}
-FROM client_identities
+SELECT uri, {{its_columns}}
+FROM client_identities AS credential
 WHERE :organisation_id::text IS NULL OR organisation_id = :organisation_id::text
 ORDER BY uri;
 
 -- :name remove_identity
-DELETE FROM client_identities WHERE uri = :uri::text RETURNING {{identity_columns}};
+DELETE FROM client_identities WHERE uri = :uri::text RETURNING uri;
 
 -- :name load_identity
 -- A row for each merchant that the identity may act for; one with NULLs where there is none.
-SELECT
-    {{identity_columns}},
-    {{its_merchant}}
-FROM client_identities
-LEFT JOIN merchants AS merchant
-    ON merchant.organisation_id = client_identities.organisation_id
-    AND (
-        client_identities.merchant_ids IS NULL
-        OR merchant.merchant_id = ANY (client_identities.merchant_ids)
-    )
-WHERE client_identities.uri = :uri::text
+SELECT uri, {{its_columns}}, {{its_merchant}}
+FROM client_identities AS credential
+{{and_its_merchants}}
+WHERE uri = :uri::text
 ORDER BY merchant.merchant_id;
 
 -- :name load_merchants
@@ -110,14 +99,14 @@ WHERE organisation_id = :organisation_id::text
     AND (:merchant_ids::text[] IS NULL OR merchant_id = ANY (:merchant_ids::text[]))
 ORDER BY merchant_id;
 
--- :fragment key_columns
-api_keys.key_id, api_keys.organisation_id, api_keys.name, api_keys.secret_hash, api_keys.scopes,
-api_keys.merchant_ids, api_keys.mode, api_keys.expires_at, api_keys.revoked_at, api_keys.created_at
+-- :fragment its_columns
+credential.organisation_id, credential.name, credential.scopes, credential.merchant_ids,
+credential.mode, credential.created_at
 
--- :fragment identity_columns
-client_identities.uri, client_identities.organisation_id, client_identities.name,
-client_identities.scopes, client_identities.merchant_ids, client_identities.mode,
-client_identities.created_at
+-- :fragment and_its_merchants
+LEFT JOIN merchants AS merchant
+    ON merchant.organisation_id = credential.organisation_id
+    AND (credential.merchant_ids IS NULL OR merchant.merchant_id = ANY (credential.merchant_ids))
 
 -- :fragment its_merchant
 merchant.merchant_id AS merchant_id, merchant.pan_exempt_order_id AS merchant_pan_exempt_order_id,
