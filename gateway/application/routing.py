@@ -4,9 +4,7 @@ A merchant without rules goes the way of `Router.route`. Everything that a decis
 process; what changes elsewhere is read in the background.
 """
 
-import asyncio
 import logging
-import random
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from typing import Final, NamedTuple, Protocol
 
 from gateway.application import suitability
 from gateway.application.commands import Authorize
-from gateway.application.ports import Connector, Router, Served, StoreUnavailable
+from gateway.application.ports import Connector, Router, Served
+from gateway.application.refreshing import refresh_forever
 from gateway.domain.errors import GatewayError, Reason, refuse
 from gateway.domain.model import ConnectorAnswer, Mode, Operation, ResponseCode
 from gateway.routing import record
@@ -93,18 +92,12 @@ class RuleBook:
 
     async def run(self, interval_s: float) -> None:
         """Read what has changed, again and again, until cancelled."""
-        while True:
-            await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))
-            try:
-                await self.refresh()
-            except StoreUnavailable as error:
-                _log.warning("the routing rules could not be read: %s", error)
+        await refresh_forever("the routing rules", self.refresh, interval_s)
 
     async def refresh(self) -> None:
         """Read what has changed. Raises StoreUnavailable."""
         for active in await self._source.active_since(self._latest):
-            if self._latest is None or active.activated_at > self._latest:
-                self._latest = active.activated_at
+            self._latest = max(active.activated_at, self._latest or active.activated_at)
             self._take(active)
 
     def _take(self, active: ActiveRules) -> None:

@@ -1,14 +1,12 @@
 """What persons say of accounts, read in the background: suspensions, and what accounts cost."""
 
-import asyncio
 import logging
-import random
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple, Protocol
 
-from gateway.application.ports import StoreUnavailable
+from gateway.application.refreshing import refresh_forever
 from gateway.routing.availability import AccountAvailability, Suspension
 from gateway.routing.costs import CostBook, CostsRefused, parse_costs
 
@@ -65,20 +63,14 @@ class RoutingControls:
 
     async def run(self, interval_s: float) -> None:
         """Read again and again, until cancelled."""
-        while True:
-            await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))
-            try:
-                await self.refresh()
-            except StoreUnavailable as error:
-                _log.warning("suspensions and costs could not be read: %s", error)
+        await refresh_forever("suspensions and costs", self.refresh, interval_s)
 
     async def refresh(self) -> None:
         """Read what has changed. Raises StoreUnavailable."""
         asked_at = time.monotonic()
         self._availability.suspend(await self._source.suspensions(), asked_at)
         for stored in await self._source.changed_costs(self._latest):
-            if self._latest is None or stored.created_at > self._latest:
-                self._latest = stored.created_at
+            self._latest = max(stored.created_at, self._latest or stored.created_at)
             if stored.version > self._known.get(stored.merchant_id, 0):
                 self._known[stored.merchant_id] = stored.version
                 self._take(stored)

@@ -1,8 +1,6 @@
 """The accounts of all merchants in memory, each with its connector; read anew in the background."""
 
-import asyncio
 import logging
-import random
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
@@ -14,7 +12,8 @@ from gateway.application.connector_accounts import (
     KeyServiceError,
 )
 from gateway.application.notifications import LookupUnavailable
-from gateway.application.ports import Connector, Route, Served, StoreUnavailable
+from gateway.application.ports import Connector, Route, Served
+from gateway.application.refreshing import refresh_forever
 from gateway.connectors.kinds import AccountRefused, ConnectorKind
 from gateway.connectors.notifications import NotificationSource, ReferenceTeller
 from gateway.connectors.sealing import SealBroken, unseal
@@ -133,20 +132,13 @@ class AccountBook:
 
     async def run(self, interval_s: float) -> None:
         """Read what has changed, again and again, until cancelled."""
-        while True:
-            await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))
-            try:
-                await self.refresh()
-            except StoreUnavailable as error:
-                _log.warning("the connector accounts could not be read: %s", error)
+        await refresh_forever("the connector accounts", self.refresh, interval_s)
 
     async def refresh(self) -> None:
         """Read what has changed. Raises StoreUnavailable."""
         for account in await self._source.changed_since(self._latest):
-            if account.updated_at is not None and (
-                self._latest is None or account.updated_at > self._latest
-            ):
-                self._latest = account.updated_at
+            if account.updated_at is not None:
+                self._latest = max(account.updated_at, self._latest or account.updated_at)
             await self._take(account)
         for account in list(self._unopened.values()):
             await self._take(account)

@@ -7,7 +7,6 @@ from uuid import UUID
 
 import grpc
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from payments.v1 import admin_service_pb2 as pb
 from payments.v1 import payment_pb2
 
@@ -28,7 +27,7 @@ from gateway.domain.invariants import Finding
 from gateway.domain.model import DoubtOutcome
 from gateway.rpc import conversion
 from gateway.rpc.auth import resolve_merchant
-from gateway.rpc.conversion import Caller, to_microseconds
+from gateway.rpc.conversion import Caller, to_timestamp
 from gateway.rpc.paging import decode_page_token, encode_page_token, filter_digest
 from gateway.rpc.service import Context, PaymentService
 from gateway.rpc.unary import Reply, Unary, checked
@@ -104,11 +103,9 @@ class AdminService:
         )
         answer = pb.ListInDoubtResponse(
             doubts=[_doubt(each) for each in page.doubts],
-            next_page_token=(
-                "" if page.next_after is None else encode_page_token(digest, page.next_after)
-            ),
+            next_page_token=encode_page_token(digest, page.next_after),
         )
-        return Reply(answer.SerializeToString())
+        return Reply.of(answer)
 
     async def _list_discrepancies(
         self, principal: Principal, caller: Caller, request: pb.ListDiscrepanciesRequest
@@ -120,11 +117,9 @@ class AdminService:
         )
         answer = pb.ListDiscrepanciesResponse(
             discrepancies=[_discrepancy(each) for each in page.discrepancies],
-            next_page_token=(
-                "" if page.next_after is None else encode_page_token(digest, page.next_after)
-            ),
+            next_page_token=encode_page_token(digest, page.next_after),
         )
-        return Reply(answer.SerializeToString())
+        return Reply.of(answer)
 
     async def _resolve(
         self, principal: Principal, caller: Caller, request: pb.ResolveInDoubtRequest
@@ -212,22 +207,14 @@ def _is_uuid(text: str) -> bool:
 # --- values to messages ---------------------------------------------------------------------------
 
 
-def _timestamp(at: datetime | None) -> Timestamp | None:
-    if at is None:
-        return None
-    told = Timestamp()
-    told.FromMicroseconds(to_microseconds(at))
-    return told
-
-
 def _doubt(entry: DoubtEntry) -> pb.Doubt:
     return pb.Doubt(
         operation=payment_pb2.Operation.FromString(conversion.encode_operation(entry.operation)),
         mode=payment_pb2.Mode.ValueType(entry.mode),
-        since=_timestamp(entry.since),
+        since=to_timestamp(entry.since),
         tries=entry.tries,
-        next_check_at=_timestamp(entry.next_check_at),
-        leased_until=_timestamp(entry.leased_until),
+        next_check_at=to_timestamp(entry.next_check_at),
+        leased_until=to_timestamp(entry.leased_until),
         cause=pb.DoubtCause.ValueType(entry.cause),
         needs_person=entry.needs_person,
         payment_state=payment_pb2.PaymentState.ValueType(entry.payment_state),
@@ -242,7 +229,7 @@ def _resolution(record: Resolution) -> pb.DoubtResolution:
         amount_reported_minor=record.amount_reported_minor,
         reason=record.reason,
         resolved_by=record.resolved_by,
-        resolved_at=_timestamp(record.resolved_at),
+        resolved_at=to_timestamp(record.resolved_at),
         state_before=payment_pb2.OperationState.ValueType(record.state_before),
         state_after=payment_pb2.OperationState.ValueType(record.state_after),
         payment_state_before=payment_pb2.PaymentState.ValueType(record.payment_state_before),
@@ -260,7 +247,7 @@ def _discrepancy(record: RecordedDiscrepancy) -> pb.Discrepancy:
         kind=record.kind,
         expected=record.expected,
         reported=record.reported,
-        created_at=_timestamp(record.created_at),
+        created_at=to_timestamp(record.created_at),
     )
 
 

@@ -363,7 +363,7 @@ def to_microseconds(at: datetime) -> int:
 
 
 @lru_cache(maxsize=TIMES_CACHED_MAX)
-def _timestamp(at: datetime | None) -> Timestamp | None:
+def to_timestamp(at: datetime | None) -> Timestamp | None:
     """For reading only: it is copied where it is assigned."""
     if at is None:
         return None
@@ -427,7 +427,7 @@ def _encode_attempt(operation_id: str, attempt: Attempt, outcome: bytes | None) 
 def _next_action(action: NextAction | None) -> payment_pb2.NextAction | None:
     if action is None:
         return None
-    message = payment_pb2.NextAction(expires_at=_timestamp(action.expires_at))
+    message = payment_pb2.NextAction(expires_at=to_timestamp(action.expires_at))
     if action.redirect_url:
         message.redirect_url = action.redirect_url
     elif action.qr_code is not None:
@@ -484,8 +484,8 @@ def encode_operation(operation: Operation) -> bytes:
                 next_action=_next_action(operation.next_action),
                 reason=operation.reason,
                 merchant_transaction_id=operation.merchant_transaction_id,
-                created_at=_timestamp(operation.created_at),
-                updated_at=_timestamp(operation.updated_at),
+                created_at=to_timestamp(operation.created_at),
+                updated_at=to_timestamp(operation.updated_at),
                 route=_route(operation),
             ).SerializeToString(),
         )
@@ -558,14 +558,14 @@ def _encode_own_fields(payment: Payment) -> bytes:
         capture_method=CaptureMethodPb.ValueType(payment.capture_method),
         capture_closed=payment.capture_closed,
         cancel_requested=payment.cancel_requested,
-        authorization_expires_at=_timestamp(payment.authorization_expires_at),
+        authorization_expires_at=to_timestamp(payment.authorization_expires_at),
         connector=payment.connector,
         connector_account_id=payment.connector_account_id,
         connector_transaction_id=payment.connector_transaction_id,
         auth_code=payment.auth_code,
         network_transaction_id=payment.network_transaction_id,
-        created_at=_timestamp(payment.created_at),
-        updated_at=_timestamp(payment.updated_at),
+        created_at=to_timestamp(payment.created_at),
+        updated_at=to_timestamp(payment.updated_at),
     ).SerializeToString(deterministic=True)
 
 

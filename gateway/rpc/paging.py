@@ -36,8 +36,10 @@ def filter_digest(request: ListRequest, caller: Caller) -> bytes:
     return sha256(encoding).digest()[:_FILTER_BYTES]
 
 
-def encode_page_token(digest: bytes, after: tuple[datetime, str]) -> str:
-    """The token of the page that begins after the given sort key (time, id)."""
+def encode_page_token(digest: bytes, after: tuple[datetime, str] | None) -> str:
+    """The token of the page that begins after the given sort key (time, id); empty without one."""
+    if after is None:
+        return ""
     at, row_id = after
     time = to_microseconds(at).to_bytes(_TIME_BYTES, signed=True)
     return (_VERSION + digest + time + row_id.encode()).hex()

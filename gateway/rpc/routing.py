@@ -1,13 +1,11 @@
 """The handlers of RoutingService: counted, admitted and logged as PaymentService's."""
 
 from collections.abc import Iterable
-from datetime import datetime
 from typing import Any, Final
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from payments.v1 import outcome_pb2, payment_pb2
 from payments.v1 import routing_service_pb2 as pb
 from payments.v1.payment_method_pb2 import CaptureMethod as CaptureMethodPb
@@ -25,7 +23,7 @@ from gateway.domain.ids import new_payment_id
 from gateway.routing.rule_file import Problem
 from gateway.rpc import conversion, validation
 from gateway.rpc.auth import resolve_merchant
-from gateway.rpc.conversion import Caller, to_microseconds
+from gateway.rpc.conversion import Caller, to_timestamp
 from gateway.rpc.service import PaymentService
 from gateway.rpc.unary import Reply, Unary
 
@@ -75,7 +73,7 @@ class RoutingService:
         merchant_id = _merchant(principal, caller, request.merchant_id)
         if request.validate_only:
             checked = self._administration.check(merchant_id, caller.mode, request.rules_toml)
-            return _reply(pb.PutRoutingRulesResponse(warnings=_warnings(checked.warnings)))
+            return Reply.of(pb.PutRoutingRulesResponse(warnings=_warnings(checked.warnings)))
         version, checked = await self._administration.put(
             merchant_id,
             caller.mode,
@@ -83,7 +81,7 @@ class RoutingService:
             _author(principal, caller, request.reason),
             activate=request.activate,
         )
-        return _reply(
+        return Reply.of(
             pb.PutRoutingRulesResponse(version=version, warnings=_warnings(checked.warnings))
         )
 
@@ -92,7 +90,7 @@ class RoutingService:
     ) -> Reply:
         merchant_id = _merchant(principal, caller, request.merchant_id)
         found = await self._administration.get(merchant_id, caller.mode, request.version)
-        return _reply(pb.GetRoutingRulesResponse(rules=_rules(found)))
+        return Reply.of(pb.GetRoutingRulesResponse(rules=_rules(found)))
 
     async def _list(
         self, principal: Principal, caller: Caller, request: pb.ListRoutingRuleVersionsRequest
@@ -103,7 +101,9 @@ class RoutingService:
             before_version=request.before_version or None,
             page_size=request.page_size or PAGE_SIZE_DEFAULT,
         )
-        return _reply(pb.ListRoutingRuleVersionsResponse(versions=[_rules(each) for each in found]))
+        return Reply.of(
+            pb.ListRoutingRuleVersionsResponse(versions=[_rules(each) for each in found])
+        )
 
     async def _activate(
         self, principal: Principal, caller: Caller, request: pb.ActivateRoutingRulesRequest
@@ -117,7 +117,7 @@ class RoutingService:
             if request.HasField("expected_active_version")
             else None,
         )
-        return _reply(pb.ActivateRoutingRulesResponse(previous_version=previous))
+        return Reply.of(pb.ActivateRoutingRulesResponse(previous_version=previous))
 
     async def _explain(
         self, principal: Principal, caller: Caller, request: pb.ExplainRouteRequest
@@ -132,7 +132,7 @@ class RoutingService:
             version=request.version,
         )
         plan, refusal = explained
-        return _reply(
+        return Reply.of(
             pb.ExplainRouteResponse(
                 route=conversion.route_message(plan.decision),
                 payment_id=payment_id,
@@ -147,7 +147,7 @@ class RoutingService:
     ) -> Reply:
         merchant_id = _merchant(principal, caller, request.merchant_id)
         accounts = self._administration.accounts(merchant_id, caller.mode)
-        return _reply(pb.ListConnectorsResponse(accounts=[_account(each) for each in accounts]))
+        return Reply.of(pb.ListConnectorsResponse(accounts=[_account(each) for each in accounts]))
 
 
 def _merchant(principal: Principal, caller: Caller, merchant_id: str) -> str:
@@ -159,10 +159,6 @@ def _author(principal: Principal, caller: Caller, reason: str) -> Author:
     return Author(principal.key_id, reason, caller.request_id)
 
 
-def _reply(message: Message) -> Reply:
-    return Reply(message.SerializeToString())
-
-
 # --- values to messages ---------------------------------------------------------------------------
 
 
@@ -170,23 +166,15 @@ def _warnings(problems: Iterable[Problem]) -> list[pb.RoutingWarning]:
     return [pb.RoutingWarning(path=each.path, text=each.text) for each in problems]
 
 
-def _timestamp(at: datetime | None) -> Timestamp | None:
-    if at is None:
-        return None
-    told = Timestamp()
-    told.FromMicroseconds(to_microseconds(at))
-    return told
-
-
 def _rules(found: RulesVersion) -> pb.RoutingRules:
     return pb.RoutingRules(
         version=found.version,
         rules_toml=found.text,
-        created_at=_timestamp(found.created_at),
+        created_at=to_timestamp(found.created_at),
         created_by=found.created_by,
         reason=found.reason,
         active=found.active,
-        activated_at=_timestamp(found.activated_at),
+        activated_at=to_timestamp(found.activated_at),
         activated_by=found.activated_by,
         activation_reason=found.activation_reason,
     )

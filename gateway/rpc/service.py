@@ -415,8 +415,7 @@ class PaymentService:
                     next_after = (last.created_at, last.payment_id)
                 break
             encoded.append(encoding)
-        token = "" if next_after is None else encode_page_token(digest, next_after)
-        return conversion.encode_page(encoded, token)
+        return conversion.encode_page(encoded, encode_page_token(digest, next_after))
 
     # --- items of batches and streams ---
 

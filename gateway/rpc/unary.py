@@ -24,6 +24,11 @@ class Reply:
     data: bytes
     payment_id: str = ""
 
+    @classmethod
+    def of(cls, message: Message) -> "Reply":
+        """An answer that is about no payment."""
+        return cls(message.SerializeToString())
+
 
 class Unary(Generic[_M]):
     """One unary method: what stands around its call."""
