@@ -6,7 +6,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import wraps
+from functools import reduce, wraps
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, ParamSpec, TypeVar, cast
 
@@ -39,6 +39,7 @@ RATE_BURST_MAX = 1_000_000
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def fail(message: str) -> NoReturn:
@@ -80,6 +81,42 @@ def _no_card_number(context: click.Context, option: click.Parameter, value: str)
     if contains_pan(value):
         raise click.BadParameter("holds what looks like a card number", context, option)
     return value
+
+
+def _long_enough(context: click.Context, option: click.Parameter, value: str) -> str:
+    """Refuse a reason that says nothing, or that would not be stored."""
+    if not REASON_CHARACTERS_MIN <= len(value) <= REASON_CHARACTERS_MAX:
+        raise click.BadParameter(
+            f"the reason has {REASON_CHARACTERS_MIN} to {REASON_CHARACTERS_MAX} characters",
+            context,
+            option,
+        )
+    return _no_card_number(context, option, value)
+
+
+def _login() -> str:
+    """Who runs the command, as the audit records have it."""
+    import getpass
+
+    return f"login:{getpass.getuser()}"
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help."""
+    return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
+
+
+_organisation = click.option("--organisation", required=True, help="The organisation's id, org_….")
+_of_organisation = click.option("--organisation", help="Only those of this organisation.")
+_name = click.option("--name", default="", callback=_no_card_number, help="A name for people.")
+_merchant = click.option("--merchant", required=True, help="The merchant's id, mer_….")
+_mode = click.option("--mode", type=click.Choice(["test", "live"]), required=True)
+_why = click.option(
+    "--reason",
+    required=True,
+    callback=_long_enough,
+    help="Why, for the audit record: 10 characters or more.",
+)
 
 
 def _async(command: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
@@ -286,7 +323,7 @@ def merchants() -> None:
 
 
 @merchants.command("create")
-@click.option("--organisation", required=True, help="The organisation's id, org_….")
+@_organisation
 @click.option("--name", required=True, callback=_no_card_number, help="A name for people.")
 @click.option(
     "--card-like-order-ids",
@@ -305,7 +342,7 @@ async def merchants_create(organisation: str, name: str, card_like_order_ids: bo
 
 
 @merchants.command("list")
-@click.option("--organisation", help="Only those of this organisation.")
+@_of_organisation
 @_async
 async def merchants_list(organisation: str | None) -> None:
     """List the merchants."""
@@ -355,55 +392,48 @@ async def merchants_limit(
     click.echo(f"limited {merchant_id}" if limit else f"{merchant_id} has no limit")
 
 
+_grant = _options(
+    _organisation,
+    click.option(
+        "--merchant",
+        "merchant_ids",
+        multiple=True,
+        callback=lambda _, __, value: value or None,
+        help="One that it may act for; repeat for several. Without it: all of the organisation.",
+    ),
+    click.option(
+        "--scope",
+        "scopes",
+        multiple=True,
+        required=True,
+        type=click.Choice(SCOPES),
+        help="What it may do; repeat for several.",
+    ),
+    _mode,
+    _name,
+)
+"""What every credential says of its principal, as the store takes it."""
+
+
 @main.group()
 def keys() -> None:
     """API keys: each names a principal, its scopes, its merchants and its mode."""
 
 
 @keys.command("create")
-@click.option("--organisation", required=True, help="The organisation's id, org_….")
-@click.option(
-    "--merchant",
-    "merchant_ids",
-    multiple=True,
-    help="A merchant of the key; repeat for several. Without it: all of the organisation.",
-)
-@click.option(
-    "--scope",
-    "scopes",
-    multiple=True,
-    required=True,
-    type=click.Choice(SCOPES),
-    help="What the key may do; repeat for several.",
-)
-@click.option("--mode", type=click.Choice(["test", "live"]), required=True)
-@click.option("--name", default="", callback=_no_card_number, help="A name for people.")
+@_grant
 @click.option("--expires-in-days", type=click.IntRange(1, 3650), help="Without it: never.")
 @_async
-async def keys_create(
-    organisation: str,
-    merchant_ids: tuple[str, ...],
-    scopes: tuple[str, ...],
-    mode: str,
-    name: str,
-    expires_in_days: int | None,
-) -> None:
+async def keys_create(organisation: str, expires_in_days: int | None, **grant: Any) -> None:
     """Create a key and print it. It is shown this once: only its hash is stored."""
     async with _accounts() as accounts:
-        created = await accounts.create_key(
-            organisation,
-            scopes=scopes,
-            mode=mode,
-            merchant_ids=merchant_ids or None,
-            name=name,
-            expires_in_days=expires_in_days,
-        )
+        created = await accounts.create_key(organisation, expires_in_days=expires_in_days, **grant)
     click.echo(created.text)
     click.echo(f"key id {created.key_id}; keep the key above, it is not shown again", err=True)
 
 
 @keys.command("list")
-@click.option("--organisation", help="Only those of this organisation.")
+@_of_organisation
 @_async
 async def keys_list(organisation: str | None) -> None:
     """List the keys, without their secrets."""
@@ -444,51 +474,21 @@ def identities() -> None:
 
 @identities.command("add")
 @click.argument("uri")
-@click.option("--organisation", required=True, help="The organisation's id, org_….")
-@click.option(
-    "--merchant",
-    "merchant_ids",
-    multiple=True,
-    help="A merchant of the identity; repeat for several. Without it: all of the organisation.",
-)
-@click.option(
-    "--scope",
-    "scopes",
-    multiple=True,
-    required=True,
-    type=click.Choice(SCOPES),
-    help="What the identity may do; repeat for several.",
-)
-@click.option("--mode", type=click.Choice(["test", "live"]), required=True)
-@click.option("--name", default="", callback=_no_card_number, help="A name for people.")
+@_grant
 @_async
-async def identities_add(
-    uri: str,
-    organisation: str,
-    merchant_ids: tuple[str, ...],
-    scopes: tuple[str, ...],
-    mode: str,
-    name: str,
-) -> None:
+async def identities_add(uri: str, organisation: str, **grant: Any) -> None:
     """Let certificates with the SPIFFE ID URI (spiffe://…) act as a key would."""
     from gateway.rpc.peers import is_spiffe_id
 
     if not is_spiffe_id(uri):
         fail("The identity has to be a SPIFFE ID with a path: spiffe://example.org/ns/shop/sa/till")
     async with _accounts() as accounts:
-        await accounts.add_identity(
-            uri,
-            organisation,
-            scopes=scopes,
-            mode=mode,
-            merchant_ids=merchant_ids or None,
-            name=name,
-        )
+        await accounts.add_identity(uri, organisation, **grant)
     click.echo(f"added {uri}")
 
 
 @identities.command("list")
-@click.option("--organisation", help="Only those of this organisation.")
+@_of_organisation
 @_async
 async def identities_list(organisation: str | None) -> None:
     """List the identities."""
@@ -535,7 +535,6 @@ def connectors() -> None:
     """
 
 
-_merchant = click.option("--merchant", required=True, help="The merchant's id, mer_….")
 _credentials = click.option(
     "--credentials",
     "credentials_file",
@@ -611,7 +610,7 @@ def connectors_new_key(key_id: str) -> None:
 @connectors.command("add")
 @_merchant
 @click.option("--connector", required=True, help="The PSP, as `stripe`.")
-@click.option("--mode", type=click.Choice(["test", "live"]), required=True)
+@_mode
 @click.option(
     "--priority",
     type=click.IntRange(0, 1_000_000),
@@ -801,26 +800,13 @@ def routing() -> None:
     """Routing rules: where a merchant's payments go (docs/routing.md)."""
 
 
-_mode = click.option("--mode", type=click.Choice(["test", "live"]), required=True)
 _rules_file = click.argument("file", type=click.File("r", encoding="utf-8"))
-_why = click.option(
-    "--reason",
-    required=True,
-    callback=_no_card_number,
-    help="Why, for the audit record: 10 characters or more.",
-)
 
 
 def _author(reason: str) -> Any:
-    import getpass
-
     from gateway.application.routing_administration import Author
 
-    if not REASON_CHARACTERS_MIN <= len(reason) <= REASON_CHARACTERS_MAX:
-        raise click.BadParameter(
-            f"the reason has {REASON_CHARACTERS_MIN} to {REASON_CHARACTERS_MAX} characters"
-        )
-    return Author(f"login:{getpass.getuser()}", reason)
+    return Author(_login(), reason)
 
 
 def _rules_text(file: Any) -> str:
@@ -1102,16 +1088,16 @@ async def routing_simulate(
 # --- what nothing is sent to ----------------------------------------------------------------------
 
 
-_suspended_connector = click.option(
-    "--connector", help="All accounts of a connector, of every merchant."
-)
-_suspended_merchant = click.option("--merchant", help="The merchant of `--account`.")
-_suspended_account = click.option("--account", "account_id", help="One account, acc_….")
-_suspended_method = click.option(
-    "--method",
-    default="",
-    metavar="METHOD",
-    help="Only new payments by this method, as `card`. Without it nothing is sent at all.",
+_suspended = _options(
+    click.option("--connector", help="All accounts of a connector, of every merchant."),
+    click.option("--merchant", help="The merchant of `--account`."),
+    click.option("--account", "account_id", help="One account, acc_…."),
+    click.option(
+        "--method",
+        default="",
+        metavar="METHOD",
+        help="Only new payments by this method, as `card`. Without it nothing is sent at all.",
+    ),
 )
 
 
@@ -1121,91 +1107,62 @@ def _controls(settings: Settings) -> Any:
     return RoutingControls.connect(_postgres_dsn(settings))
 
 
-async def _suspended(
-    connector: str | None, merchant: str | None, account_id: str | None
-) -> dict[str, str]:
-    """What a suspension is of, as the store takes it."""
-    if connector and not (merchant or account_id):
-        return {"connector": connector}
-    if connector or not (merchant and account_id):
+async def _suspend(
+    kind: str,
+    *,
+    connector: str | None,
+    merchant: str | None,
+    account_id: str | None,
+    reason: str,
+    **when: Any,
+) -> None:
+    """Store a suspension and print its id; the rest is as the store takes it."""
+    from gateway.routing.availability import SuspensionKind
+
+    if bool(connector) == bool(merchant or account_id) or bool(merchant) != bool(account_id):
         fail("Say either --connector, or --merchant and --account.")
-    async with _connector_accounts(_settings()) as accounts:
-        account = await accounts.find(merchant, account_id)
-    if account is None:
-        fail(_no_account(merchant, account_id))
-    return {
-        "connector": account.connector,
-        "merchant_id": merchant,
-        "account_id": account_id,
-    }
+    of: dict[str, Any] = {"connector": connector}
+    if account_id:
+        async with _connector_accounts(_settings()) as accounts:
+            account = await accounts.find(merchant, account_id)
+        if account is None:
+            fail(_no_account(str(merchant), account_id))
+        of = {"connector": account.connector, "merchant_id": merchant, "account_id": account_id}
+    async with _controls(_settings()) as controls:
+        suspension = await controls.suspend(
+            SuspensionKind[kind], **of, **when, reason=reason, created_by=_login()
+        )
+    click.echo(suspension.suspension_id)
 
 
 @connectors.command("kill")
-@_suspended_connector
-@_suspended_merchant
-@_suspended_account
-@_suspended_method
+@_suspended
 @_why
 @_async
-async def connectors_kill(
-    connector: str | None, merchant: str | None, account_id: str | None, method: str, reason: str
-) -> None:
+async def connectors_kill(**of: Any) -> None:
     """Send nothing to an account or a connector any more, until `revive`. Prints the switch's id.
 
     New payments, captures, voids and refunds are refused before anything is written; recovery goes
     on asking about what was sent. Gateways know it after GATEWAY_CONNECTOR_ACCOUNTS_INTERVAL_S.
     """
-    from gateway.routing.availability import SuspensionKind
-
-    author = _author(reason)
-    target = await _suspended(connector, merchant, account_id)
-    async with _controls(_settings()) as controls:
-        suspension = await controls.suspend(
-            SuspensionKind.KILL, **target, method=method, reason=reason, created_by=author.name
-        )
-    click.echo(suspension.suspension_id)
+    await _suspend("KILL", **of)
 
 
 @connectors.command("maintenance")
-@_suspended_connector
-@_suspended_merchant
-@_suspended_account
-@_suspended_method
+@_suspended
 @click.option("--from", "begins", metavar="TIME", help="ISO 8601 with an offset; now without it.")
 @click.option("--until", "ends", required=True, metavar="TIME", help="ISO 8601 with an offset.")
 @_why
 @_async
-async def connectors_maintenance(
-    connector: str | None,
-    merchant: str | None,
-    account_id: str | None,
-    method: str,
-    begins: str | None,
-    ends: str,
-    reason: str,
-) -> None:
+async def connectors_maintenance(begins: str | None, ends: str, **of: Any) -> None:
     """Send nothing to an account or a connector for a time. Prints the window's id."""
     from datetime import UTC, datetime
 
-    from gateway.routing.availability import SuspensionKind
-
-    author = _author(reason)
     begins_at = _time(begins) if begins else None
     ends_at = _time(ends)
     if ends_at <= (begins_at or datetime.now(UTC)):
         fail("The window ends before it begins.")
-    target = await _suspended(connector, merchant, account_id)
-    async with _controls(_settings()) as controls:
-        suspension = await controls.suspend(
-            SuspensionKind.MAINTENANCE,
-            **target,
-            method=method,
-            begins_at=begins_at,
-            ends_at=ends_at,
-            reason=reason,
-            created_by=author.name,
-        )
-    click.echo(suspension.suspension_id)
+    await _suspend("MAINTENANCE", **of, begins_at=begins_at, ends_at=ends_at)
 
 
 def _time(text: str) -> Any:
@@ -1226,9 +1183,8 @@ def _time(text: str) -> Any:
 @_async
 async def connectors_revive(suspension_id: str, reason: str) -> None:
     """End a kill switch or a maintenance window, which stays in the audit."""
-    author = _author(reason)
     async with _controls(_settings()) as controls:
-        ended = await controls.end_suspension(suspension_id, reason=reason, ended_by=author.name)
+        ended = await controls.end_suspension(suspension_id, reason=reason, ended_by=_login())
     if ended is None:
         fail(f"No suspension {suspension_id} that has not ended.")
     click.echo(f"revived {suspension_id}")
@@ -1315,7 +1271,6 @@ async def connector_costs_put(merchant: str, file: Path, reason: str) -> None:
     """
     from gateway.routing.costs import parse_costs
 
-    author = _author(reason)
     text = _read_costs(file)
     named = {account_id for account_id, _ in parse_costs(text).fees}
     settings = _settings()
@@ -1324,7 +1279,7 @@ async def connector_costs_put(merchant: str, file: Path, reason: str) -> None:
     if unknown:
         fail(_no_account(merchant, min(unknown)))
     async with _controls(settings) as controls:
-        stored = await controls.put_costs(merchant, text, reason=reason, created_by=author.name)
+        stored = await controls.put_costs(merchant, text, reason=reason, created_by=_login())
     click.echo(f"version {stored.version} of the costs of {merchant}")
 
 
@@ -1355,9 +1310,9 @@ def payments() -> None:
 
 @payments.command("show")
 @click.argument("payment_id")
-@click.option("--merchant", "merchant_id", required=True, help="The merchant's id, mer_….")
+@_merchant
 @_async
-async def payments_show(payment_id: str, merchant_id: str) -> None:
+async def payments_show(payment_id: str, merchant: str) -> None:
     """Print a payment, its operations and their attempts as JSON."""
     from google.protobuf.json_format import MessageToJson
     from payments.v1.payment_service_pb2 import GetPaymentResponse
@@ -1366,9 +1321,9 @@ async def payments_show(payment_id: str, merchant_id: str) -> None:
     from storage.postgres import open_reader
 
     async with open_reader(_postgres_dsn(_settings())) as store:
-        aggregate = await store.load(merchant_id, payment_id)
+        aggregate = await store.load(merchant, payment_id)
     if aggregate is None:
-        fail(f"The merchant {merchant_id} has no payment {payment_id}.")
+        fail(f"The merchant {merchant} has no payment {payment_id}.")
     shown = GetPaymentResponse.FromString(encode_aggregate(aggregate))
     click.echo(MessageToJson(shown, preserving_proto_field_name=True))
 
@@ -1379,6 +1334,19 @@ async def payments_show(payment_id: str, merchant_id: str) -> None:
 @main.group()
 def notifications() -> None:
     """What PSPs told of a merchant's payments (docs/notifications.md)."""
+
+
+_event = click.argument("event_id", metavar="EVENT_ID")
+
+
+def _notifications() -> Any:
+    from storage.postgres import Notifications
+
+    return Notifications.connect(_postgres_dsn(_settings()))
+
+
+def _no_notification(merchant: str, event_id: str) -> str:
+    return f"Merchant {merchant} has no notification {event_id}."
 
 
 @notifications.command("list")
@@ -1396,10 +1364,9 @@ def notifications() -> None:
 async def notifications_list(merchant: str, pending: bool, result: str | None, limit: int) -> None:
     """List them, the newest first."""
     from gateway.application.notifications import Result
-    from storage.postgres import Notifications
 
     wanted = None if result is None else Result[result.upper().replace("-", "_")]
-    async with Notifications.connect(_postgres_dsn(_settings())) as store:
+    async with _notifications() as store:
         for each in await store.list(merchant, limit=limit, pending_only=pending, result=wanted):
             told = each.received.notification
             click.echo(
@@ -1420,19 +1387,18 @@ async def notifications_list(merchant: str, pending: bool, result: str | None, l
 
 @notifications.command("show")
 @_merchant
-@click.argument("event_id", metavar="EVENT_ID")
+@_event
 @_async
 async def notifications_show(merchant: str, event_id: str) -> None:
     """Show what is stored of one, by the PSP's id, as JSON."""
     import orjson
 
-    from storage.postgres import Notifications
     from storage.postgres.notifications import notification_json
 
-    async with Notifications.connect(_postgres_dsn(_settings())) as store:
+    async with _notifications() as store:
         found = await store.find(merchant, event_id)
     if not found:
-        fail(f"Merchant {merchant} has no notification {event_id}.")
+        fail(_no_notification(merchant, event_id))
     for each in found:
         document = {
             "connector_account_id": each.received.connector_account_id,
@@ -1448,15 +1414,13 @@ async def notifications_show(merchant: str, event_id: str) -> None:
 
 @notifications.command("apply")
 @_merchant
-@click.argument("event_id", metavar="EVENT_ID")
+@_event
 @_async
 async def notifications_apply(merchant: str, event_id: str) -> None:
     """Have a running gateway apply one now, again if need be: twice has the effect of once."""
-    from storage.postgres import Notifications
-
-    async with Notifications.connect(_postgres_dsn(_settings())) as store:
+    async with _notifications() as store:
         if not await store.apply_again(merchant, event_id):
-            fail(f"Merchant {merchant} has no notification {event_id}.")
+            fail(_no_notification(merchant, event_id))
     click.echo(f"{event_id} is due")
 
 
@@ -1508,7 +1472,7 @@ async def doubts_list(merchant_id: str | None, needs_person: bool) -> None:
 
 @doubts.command("resolve")
 @click.argument("reference", metavar="REFERENCE")
-@click.option("--merchant", "merchant_id", required=True, help="The merchant's id, mer_….")
+@_merchant
 @click.option(
     "--outcome",
     required=True,
@@ -1526,13 +1490,13 @@ async def doubts_list(merchant_id: str | None, needs_person: bool) -> None:
 @click.option(
     "--reason",
     required=True,
-    callback=_no_card_number,
+    callback=_long_enough,
     help="How it was found out, for the audit record: 10 characters or more.",
 )
 @_async
 async def doubts_resolve(
     reference: str,
-    merchant_id: str,
+    merchant: str,
     outcome: str,
     connector_transaction_id: str,
     amount_reported_minor: int | None,
@@ -1542,8 +1506,6 @@ async def doubts_resolve(
 
     REFERENCE is the attempt's, as `doubts list` prints it: the operation's id, "-", the number.
     """
-    import getpass
-
     from gateway.application.administration import Administration
     from gateway.application.ports import Resolution
     from gateway.application.usecases import DatabaseClock, Outcomes
@@ -1554,15 +1516,11 @@ async def doubts_resolve(
     operation_id, _, number = reference.rpartition("-")
     if not (operation_id and number.isascii() and number.isdecimal() and len(number) < 10):
         raise click.BadParameter("an attempt's reference, op_…-1")
-    if not REASON_CHARACTERS_MIN <= len(reason) <= REASON_CHARACTERS_MAX:
-        raise click.BadParameter(
-            f"the reason has {REASON_CHARACTERS_MIN} to {REASON_CHARACTERS_MAX} characters"
-        )
     async with open_reader(_postgres_dsn(_settings())) as store:
         # A decided operation is definite: nothing is left to take over, and nothing to check.
         outcomes = Outcomes(store, None, ContractEncoder(), DatabaseClock(), 0.0, lambda _: 0.0)
         resolved = await Administration(store, outcomes).resolve(
-            merchant_id,
+            merchant,
             None,
             operation_id,
             Resolution(
@@ -1571,7 +1529,7 @@ async def doubts_resolve(
                 connector_transaction_id=connector_transaction_id,
                 amount_reported_minor=amount_reported_minor,
                 reason=reason,
-                resolved_by=f"login:{getpass.getuser()}",
+                resolved_by=_login(),
             ),
         )
     said = "decided before: " if resolved.replayed else ""
