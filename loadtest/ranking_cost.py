@@ -7,17 +7,12 @@ a decision may (22 to 30 µs where this was written): the gate is on their paire
 machines differ and the loop differs with them.
 """
 
-import json
 import logging
 import random
-import sys
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
-
-import click
 
 from gateway.domain.errors import Reason
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind, Verdict
@@ -26,12 +21,11 @@ from gateway.routing.breakers import BreakerKey, BreakerLimits, Breakers, Breake
 from gateway.routing.costs import CostBook, parse_costs
 from gateway.routing.learning import LearningLimits, SuccessRanking
 from gateway.routing.model import Candidate, Segment
-from loadtest.bench.ratios import PAIRS_MIN, measured, paired
+from loadtest.bench.costs import Gate, cost_command, cpu_side, take_turns
+from loadtest.bench.ratios import Measured, measured, paired
 
 RATIO_MAX: Final = 1.0
 """A decision costs at most so many loops of a thousand additions."""
-DECISIONS_PER_ROUND: Final = 2_000
-SUMMARY: Final = Path(".local/bench/ranking.json")
 
 SEGMENT: Final = Segment("mer_1", Mode.TEST, "card", "visa", "EUR", "DE", "ECOMMERCE")
 CANDIDATES: Final = [Candidate("psp", f"acc_{number}") for number in range(3)]
@@ -113,47 +107,33 @@ def _additions() -> int:
     return total
 
 
-def _us(work: Callable[[], object]) -> float:
-    """The CPU time of one, in microseconds."""
-    began = time.process_time()
-    for _ in range(DECISIONS_PER_ROUND):
-        work()
-    return 1e6 * (time.process_time() - began) / DECISIONS_PER_ROUND
-
-
-@click.command()
-@click.option("--rounds", default=25, show_default=True, type=click.IntRange(PAIRS_MIN))
-def main(rounds: int) -> None:
-    """Measure, print, write the summary; exit with 1 where the gate fails."""
+async def measure(rounds: int) -> dict[str, Measured]:
+    """The paired ratio, and each side in microseconds."""
     logging.getLogger("gateway.routing").setLevel(logging.ERROR)
     decisions = Decisions()
-    loops: list[float] = []
-    decided: list[float] = []
-    observed: list[float] = []
-    for number in range(rounds):
-        sides = [(loops, _additions), (decided, decisions.decide)]
-        for figures, work in sides if number % 2 else reversed(sides):
-            figures.append(_us(work))
-        observed.append(_us(lambda: decisions.observe(CANDIDATES[0])))
-    ratio = paired(decided, loops)
-    problem = ratio.problem()
-    if not problem and ratio.median > RATIO_MAX:
-        problem = f"ratio {ratio.median:.2f} above {RATIO_MAX}"
-    values = {
-        "ratio": ratio,
-        "decision_us": measured(decided),
-        "observation_us": measured(observed),
-        "loop_us": measured(loops),
+    sides = {
+        "decision_us": cpu_side(decisions.decide),
+        "loop_us": cpu_side(_additions),
+        "observation_us": cpu_side(lambda: decisions.observe(CANDIDATES[0])),
     }
-    for name, figure in values.items():
-        click.echo(f"{figure.median:8.2f} [{figure.q1:.2f}, {figure.q3:.2f}]  {name}")
-    SUMMARY.parent.mkdir(parents=True, exist_ok=True)
-    told = {name: [each.q1, each.median, each.q3] for name, each in values.items()}
-    summary = {"rounds": rounds, "figures": told, "gate": RATIO_MAX, "problem": problem}
-    SUMMARY.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if problem:
-        click.echo(f"FAILED: {problem}")
-        sys.exit(1)
+    spent = await take_turns(sides, rounds)
+    return {
+        "ratio": paired(spent["decision_us"], spent["loop_us"]),
+        **{name: measured(values) for name, values in spent.items()},
+    }
+
+
+main = cost_command(
+    measure,
+    Gate("ratio", most=RATIO_MAX),
+    {
+        "decision_us": "a decision among three accounts, microseconds",
+        "observation_us": "what came of a call, microseconds",
+        "loop_us": "a loop of a thousand additions, microseconds",
+        "ratio": "the decision, of the loop",
+    },
+    Path(".local/bench/ranking.json"),
+)
 
 
 if __name__ == "__main__":

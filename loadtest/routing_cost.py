@@ -3,37 +3,30 @@
 The decision on a request that two dozen rules look at, among three accounts by a weighted split,
 with the record that the operation keeps; without rules; and, as a measure that other work on the
 machine changes alike, what the contract's own work on the same request and its answer takes. The
-sides take turns, and the gate is on their paired ratio. All in CPU time of this process.
+gate is on their paired ratio.
 """
 
-import json
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import click
-import uvloop
 from payments.v1.money_pb2 import Money
 from payments.v1.payment_method_pb2 import CAPTURE_METHOD_MANUAL, CardHints, PaymentMethod
 from payments.v1.payment_service_pb2 import AuthorizePaymentRequest
 
-from gateway.application.commands import Authorize
 from gateway.application.ports import Capabilities, Route, Served
 from gateway.application.routing import ActiveRules, Routing, RuleBook
 from gateway.domain import decisions, ids
 from gateway.domain.decisions import Origin
 from gateway.domain.model import Mode
 from gateway.rpc.conversion import Caller, ContractEncoder, to_authorize
-from loadtest.bench.ratios import IQR_MAX, PAIRS_MIN, Measured, measured, paired
+from loadtest.bench.costs import Gate, cost_command, cpu_side, take_turns
+from loadtest.bench.ratios import Measured, measured, paired
 
 RATIO_MAX: Final = 1.0
 """The most that a decision may take, of the contract's work on the request and its answer."""
-CALLS_PER_ROUND: Final = 2_000
 RULES: Final = 24
-SUMMARY: Final = Path(".local/bench/routing.json")
 MERCHANT: Final = "mer_1"
 
 _ENCODER: Final = ContractEncoder()
@@ -93,7 +86,7 @@ def _request() -> AuthorizePaymentRequest:
     )
 
 
-def _convert(_: Authorize) -> None:
+def _convert() -> None:
     """The contract's work: the request's, the answer's."""
     command = to_authorize(_request(), Caller(merchant_id=MERCHANT))
     begun = decisions.begin_authorization(
@@ -113,63 +106,35 @@ def _convert(_: Authorize) -> None:
     _ENCODER.change("evt_1", "authorize.succeeded", begun.operation, begun.payment)
 
 
-def call_us(call: Callable[[Authorize], object]) -> float:
-    """A call's CPU time, in microseconds."""
-    command = to_authorize(_request(), Caller(merchant_id=MERCHANT))
-    began = time.process_time()
-    for _ in range(CALLS_PER_ROUND):
-        call(command)
-    return 1e6 * (time.process_time() - began) / CALLS_PER_ROUND
-
-
 async def measure(rounds: int) -> dict[str, Measured]:
     """The paired ratio, and each side in microseconds."""
     book = RuleBook(_Source())
     await book.refresh()
     ruled, bare = Routing(_Accounts(), rules=book), Routing(_Accounts())
-    sides: dict[str, Callable[[Authorize], object]] = {
-        "rules_us": lambda command: ruled.plan(command, ids.new_payment_id()),
-        "no_rules_us": lambda command: bare.plan(command, ids.new_payment_id()),
-        "contract_us": _convert,
+    command = to_authorize(_request(), Caller(merchant_id=MERCHANT))
+    sides = {
+        "rules_us": cpu_side(lambda: ruled.plan(command, ids.new_payment_id())),
+        "contract_us": cpu_side(_convert),
+        "no_rules_us": cpu_side(lambda: bare.plan(command, ids.new_payment_id())),
     }
-    spent: dict[str, list[float]] = {name: [] for name in sides}
-    for call in sides.values():
-        call_us(call)
-    for number in range(rounds):
-        for name in sorted(sides, reverse=bool(number % 2)):
-            spent[name].append(call_us(sides[name]))
+    spent = await take_turns(sides, rounds)
     return {
         "ratio": paired(spent["rules_us"], spent["contract_us"]),
         **{name: measured(values) for name, values in spent.items()},
     }
 
 
-@click.command()
-@click.option("--rounds", default=25, show_default=True, type=click.IntRange(PAIRS_MIN))
-def main(rounds: int) -> None:
-    """Measure, print, write the summary; exit with 1 where the gate fails."""
-    figures = uvloop.run(measure(rounds))
-    ratio = figures["ratio"]
-    problem = ratio.problem()
-    if not problem and ratio.median > RATIO_MAX:
-        problem = f"ratio {ratio.median:.3f} above {RATIO_MAX}"
-    click.echo(f"rounds {rounds}; median [quartiles]; a figure spread by more than {IQR_MAX:.0%}")
-    click.echo("of its median is worth nothing")
-    for name, text in (
-        ("rules_us", f"a decision by {RULES + 1} rules among three accounts, microseconds"),
-        ("no_rules_us", "without rules, microseconds"),
-        ("contract_us", "the contract's work on the request and its answer, microseconds"),
-        ("ratio", "the decision by rules, of the contract's work"),
-    ):
-        figure = figures[name]
-        click.echo(f"{figure.median:8.3f} [{figure.q1:.3f}, {figure.q3:.3f}]  {text}")
-    SUMMARY.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: [each.q1, each.median, each.q3] for name, each in figures.items()}
-    summary = {"rounds": rounds, "figures": values, "gate": RATIO_MAX, "problem": problem}
-    SUMMARY.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if problem:
-        click.echo(f"FAILED: {problem}")
-        sys.exit(1)
+main = cost_command(
+    measure,
+    Gate("ratio", most=RATIO_MAX),
+    {
+        "rules_us": f"a decision by {RULES + 1} rules among three accounts, microseconds",
+        "no_rules_us": "without rules, microseconds",
+        "contract_us": "the contract's work on the request and its answer, microseconds",
+        "ratio": "the decision by rules, of the contract's work",
+    },
+    Path(".local/bench/routing.json"),
+)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,30 @@
 """What tracing costs, off and on: `python -m loadtest.tracing_cost`, half a minute.
 
 Off: rows through a lane as it is, against the same module without a word of tracing, which is made
-from its own source. The two take turns, and the gate is on their paired ratio. Not traced, traced:
-what a call through the handler and four stages takes more than without tracing, in microseconds,
-with nothing but a turn of the event loop in each stage; the sending of the spans is among it. All
-in CPU time of this process, which other work on the machine changes little.
+from its own source; the gate is on their paired ratio. Not traced, traced: what a call through the
+handler and four stages takes more than without tracing, in microseconds, with nothing but a turn of
+the event loop in each stage; the sending of the spans is among it.
 """
 
 import ast
 import asyncio
-import json
 import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final
 
-import click
 import grpc
-import uvloop
 
 import storage.batching
 from gateway.application.ports import ClaimOutcome, ClaimResult
 from gateway.telemetry.tracing import Tracing, TracingOptions
-from loadtest.bench.ratios import IQR_MAX, PAIRS_MIN, Measured, measured, paired
+from loadtest.bench.costs import Gate, cost_command, take_turns
+from loadtest.bench.ratios import Measured, measured, paired
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +34,6 @@ RATIO_MIN: Final = 0.95
 ROWS_PER_ROUND: Final = 30_000
 ROWS_PER_BURST: Final = 100
 CALLS_PER_ROUND: Final = 3_000
-SUMMARY: Final = Path(".local/bench/tracing.json")
 
 _SINK = """
 import http.server, sys
@@ -184,55 +181,42 @@ def _tracing(endpoint: str, sample_ratio: float) -> Tracing:
 
 async def measure(rounds: int) -> dict[str, Measured]:
     """The paired ratio of lanes, and what a call takes more, in microseconds."""
-    without = lanes_without_tracing()
-    for module in (storage.batching, without):
-        await rows_per_s(module)
-    plain: list[float] = []
-    as_is: list[float] = []
-    costs: dict[str, list[float]] = {"not_traced_us": [], "traced_us": []}
     with _collector() as endpoint:
         never, always = _tracing(endpoint, 0.0), _tracing(endpoint, 1.0)
-        bare, not_traced, traced = _call(None), _call(never), _call(always)
-        for number in range(rounds):
-            sides = [(plain, without), (as_is, storage.batching)]
-            for rates, module in sides if number % 2 else reversed(sides):
-                rates.append(await rows_per_s(module))
-            base_s = await call_s(bare)
-            costs["not_traced_us"].append(1e6 * (await call_s(not_traced) - base_s))
-            costs["traced_us"].append(1e6 * (await call_s(traced) - base_s))
+        given = await take_turns(
+            {
+                "plain": partial(rows_per_s, lanes_without_tracing()),
+                "as_is": partial(rows_per_s, storage.batching),
+                "bare": partial(call_s, _call(None)),
+                "not_traced": partial(call_s, _call(never)),
+                "traced": partial(call_s, _call(always)),
+            },
+            rounds,
+        )
         await never.close()
         await always.close()
+    more_us = {
+        f"{name}_us": [
+            1e6 * (s - bare_s) for s, bare_s in zip(given[name], given["bare"], strict=True)
+        ]
+        for name in ("not_traced", "traced")
+    }
     return {
-        "off_ratio": paired(as_is, plain),
-        **{name: measured(values) for name, values in costs.items()},
+        "off_ratio": paired(given["as_is"], given["plain"]),
+        **{name: measured(values) for name, values in more_us.items()},
     }
 
 
-@click.command()
-@click.option("--rounds", default=25, show_default=True, type=click.IntRange(PAIRS_MIN))
-def main(rounds: int) -> None:
-    """Measure, print, write the summary; exit with 1 where the gate fails."""
-    figures = uvloop.run(measure(rounds))
-    ratio = figures["off_ratio"]
-    problem = ratio.problem()
-    if not problem and ratio.median < RATIO_MIN:
-        problem = f"ratio {ratio.median:.3f} below {RATIO_MIN}"
-    click.echo(f"rounds {rounds}; median [quartiles]; a figure spread by more than {IQR_MAX:.0%}")
-    click.echo("of its median is worth nothing")
-    for name, text in (
-        ("off_ratio", "off: rows a second through a lane, of those without a word of tracing"),
-        ("not_traced_us", "on, not traced: microseconds more a call"),
-        ("traced_us", "on, traced: microseconds more a call, five spans exported"),
-    ):
-        figure = figures[name]
-        click.echo(f"{figure.median:8.3f} [{figure.q1:.3f}, {figure.q3:.3f}]  {text}")
-    SUMMARY.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: [each.q1, each.median, each.q3] for name, each in figures.items()}
-    summary = {"rounds": rounds, "figures": values, "gate": RATIO_MIN, "problem": problem}
-    SUMMARY.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if problem:
-        click.echo(f"FAILED: {problem}")
-        sys.exit(1)
+main = cost_command(
+    measure,
+    Gate("off_ratio", least=RATIO_MIN),
+    {
+        "off_ratio": "off: rows a second through a lane, of those without a word of tracing",
+        "not_traced_us": "on, not traced: microseconds more a call",
+        "traced_us": "on, traced: microseconds more a call, five spans exported",
+    },
+    Path(".local/bench/tracing.json"),
+)
 
 
 if __name__ == "__main__":
