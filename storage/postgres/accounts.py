@@ -95,19 +95,19 @@ class Accounts(DirectStore):
     async def create_organisation(self, name: str) -> str:
         """The new organisation's id."""
         organisation_id = new_organisation_id()
-        await self._run(_CREATE_ORGANISATION, organisation_id=organisation_id, name=name)
+        await self._lane.fetch(_CREATE_ORGANISATION, organisation_id=organisation_id, name=name)
         return organisation_id
 
     async def list_organisations(self) -> Sequence[OrganisationRow]:
         """All of them, the oldest first."""
-        return [OrganisationRow(*record) for record in await self._run(_LIST_ORGANISATIONS)]
+        return [OrganisationRow(*record) for record in await self._lane.fetch(_LIST_ORGANISATIONS)]
 
     async def create_merchant(
         self, organisation_id: str, name: str, *, pan_exempt_order_id: bool = False
     ) -> str:
         """The new merchant's id. Raises GatewayError(INVALID_REQUEST) without the organisation."""
         merchant_id = new_merchant_id()
-        if not await self._run(
+        if not await self._lane.fetch(
             _CREATE_MERCHANT,
             merchant_id=merchant_id,
             organisation_id=organisation_id,
@@ -130,7 +130,7 @@ class Accounts(DirectStore):
                 created_at=record["created_at"],
                 rate_limit=_limit(record["rate_limit_per_s"], record["rate_limit_burst"]),
             )
-            for record in await self._run(_LIST_MERCHANTS, organisation_id=organisation_id)
+            for record in await self._lane.fetch(_LIST_MERCHANTS, organisation_id=organisation_id)
         ]
 
     async def limit_merchant(self, merchant_id: str, rate_limit: RateLimit | None) -> None:
@@ -140,7 +140,9 @@ class Accounts(DirectStore):
         GatewayError(INVALID_REQUEST) without the merchant, or for a limit that is none.
         """
         per_s, burst = (None, None) if rate_limit is None else rate_limit
-        if not await self._run(_LIMIT_MERCHANT, merchant_id=merchant_id, per_s=per_s, burst=burst):
+        if not await self._lane.fetch(
+            _LIMIT_MERCHANT, merchant_id=merchant_id, per_s=per_s, burst=burst
+        ):
             raise GatewayError(Reason.INVALID_REQUEST, f"There is no merchant {merchant_id}.")
 
     async def create_key(
@@ -164,7 +166,7 @@ class Accounts(DirectStore):
         expires_at = (
             None if expires_in_days is None else datetime.now(UTC) + timedelta(days=expires_in_days)
         )
-        if not await self._run(
+        if not await self._lane.fetch(
             _CREATE_KEY,
             key_id=key.key_id,
             organisation_id=organisation_id,
@@ -183,16 +185,16 @@ class Accounts(DirectStore):
 
     async def list_keys(self, organisation_id: str | None = None) -> Sequence[KeyRow]:
         """Those of an organisation, or all; the oldest first, revoked ones too."""
-        records = await self._run(_LIST_KEYS, organisation_id=organisation_id)
+        records = await self._lane.fetch(_LIST_KEYS, organisation_id=organisation_id)
         return [KeyRow(**_credential(record)) for record in records]
 
     async def revoke_key(self, key_id: str) -> bool:
         """Whether there was such a key that was not revoked already."""
-        return bool(await self._run(_REVOKE_KEY, key_id=key_id))
+        return bool(await self._lane.fetch(_REVOKE_KEY, key_id=key_id))
 
     async def load_key(self, key_id: str) -> KeyRecord | None:
         """A key with its merchants as they are now; revoked and expired ones too."""
-        records = await self._run(_LOAD_KEY, key_id=key_id)
+        records = await self._lane.fetch(_LOAD_KEY, key_id=key_id)
         if not records:
             return None
         first = records[0]
@@ -223,7 +225,7 @@ class Accounts(DirectStore):
         one of its, or for an identity that is there already.
         """
         mode = mode if isinstance(mode, Mode) else Mode[mode.upper()]
-        if not await self._run(
+        if not await self._lane.fetch(
             _ADD_IDENTITY,
             uri=uri,
             organisation_id=organisation_id,
@@ -240,16 +242,16 @@ class Accounts(DirectStore):
 
     async def list_identities(self, organisation_id: str | None = None) -> Sequence[IdentityRow]:
         """Those of an organisation, or all, by their URIs."""
-        records = await self._run(_LIST_IDENTITIES, organisation_id=organisation_id)
+        records = await self._lane.fetch(_LIST_IDENTITIES, organisation_id=organisation_id)
         return [IdentityRow(**_credential(record)) for record in records]
 
     async def remove_identity(self, uri: str) -> bool:
         """Whether there was such an identity."""
-        return bool(await self._run(_REMOVE_IDENTITY, uri=uri))
+        return bool(await self._lane.fetch(_REMOVE_IDENTITY, uri=uri))
 
     async def load_identity(self, uri: str) -> Principal | None:
         """Whom certificates with this SPIFFE ID act for, with the merchants as they are now."""
-        records = await self._run(_LOAD_IDENTITY, uri=uri)
+        records = await self._lane.fetch(_LOAD_IDENTITY, uri=uri)
         if not records:
             return None
         return Principal(
@@ -265,7 +267,7 @@ class Accounts(DirectStore):
     ) -> Mapping[str, MerchantInfo]:
         """Those of the named merchants that the organisation has; without names, all of its."""
         return _merchants_of(
-            await self._run(
+            await self._lane.fetch(
                 _LOAD_MERCHANTS,
                 organisation_id=organisation_id,
                 merchant_ids=None if merchant_ids is None else sorted(merchant_ids),

@@ -4,8 +4,6 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
-import asyncpg
-
 from gateway.application.verification import OrphanPage, PaymentRows, Position
 from gateway.domain.model import Aggregate, OperationState
 from gateway.domain.states import UNFINISHED
@@ -130,18 +128,13 @@ class PostgresAudit:
         self, table: str, merchant_id: str | None, after: Position, limit: int
     ) -> OrphanPage:
         """See AuditStore."""
-
-        async def read(connection: Connection) -> list[asyncpg.Record]:
-            return await run(
-                connection,
-                _ORPHANS[table],
-                after_merchant_id=after[0],
-                after_id=after[1],
-                until_merchant_id=merchant_id or _LAST_TEXT,
-                limit=limit,
-            )
-
-        records = await self._lane.run(read)
+        records = await self._lane.fetch(
+            _ORPHANS[table],
+            after_merchant_id=after[0],
+            after_id=after[1],
+            until_merchant_id=merchant_id or _LAST_TEXT,
+            limit=limit,
+        )
         orphans = [
             (record["merchant_id"], record["payment_id"], record["operation_id"])
             for record in records
@@ -153,8 +146,7 @@ class PostgresAudit:
 
     async def existing_payments(self, payment_ids: Sequence[str]) -> frozenset[str]:
         """See AuditStore."""
-
-        async def read(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, _EXISTING, payment_ids=list(payment_ids))
-
-        return frozenset(record["payment_id"] for record in await self._lane.run(read))
+        return frozenset(
+            record["payment_id"]
+            for record in await self._lane.fetch(_EXISTING, payment_ids=list(payment_ids))
+        )

@@ -29,7 +29,7 @@ class ConnectorAccounts(DirectStore):
 
     async def add(self, account: ConnectorAccount) -> None:
         """Raises GatewayError(INVALID_REQUEST) without the merchant."""
-        rows = await self._run(
+        rows = await self._lane.fetch(
             _ADD,
             merchant_id=account.merchant_id,
             account_id=account.account_id,
@@ -92,7 +92,7 @@ class ConnectorAccounts(DirectStore):
 
     async def rewrap(self, account: ConnectorAccount, sealed: Sealed) -> bool:
         """Whether the account still had the credentials that were unwrapped."""
-        rows = await self._run(
+        rows = await self._lane.fetch(
             _REWRAP,
             merchant_id=account.merchant_id,
             account_id=account.account_id,
@@ -103,7 +103,7 @@ class ConnectorAccounts(DirectStore):
         return bool(rows)
 
     async def _select(self, statement: Query, **values: object) -> Sequence[ConnectorAccount]:
-        return [_account(record) for record in await self._run(statement, **values)]
+        return [_account(record) for record in await self._lane.fetch(statement, **values)]
 
 
 def _only(accounts: Sequence[ConnectorAccount]) -> ConnectorAccount | None:

@@ -4,11 +4,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import ClassVar, Final, Self
 
-import asyncpg
-
 from storage.postgres.lanes import DirectLane, LaneLimits
-from storage.postgres.pool import Connection, ConnectionSettings, HeldConnections
-from storage.postgres.queries import Query, run
+from storage.postgres.pool import ConnectionSettings, HeldConnections
 
 OVERLAP_S: Final = 600.0
 """How far before the last change is looked again; longer than any statement may take."""
@@ -40,11 +37,3 @@ class DirectStore:
             yield cls(lane)
         finally:
             await lane.close()
-
-    async def _run(self, statement: Query, **values: object) -> list[asyncpg.Record]:
-        """The rows of a statement; it may be repeated."""
-
-        async def call(connection: Connection) -> list[asyncpg.Record]:
-            return await run(connection, statement, **values)
-
-        return await self._lane.run(call)

@@ -7,11 +7,14 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar, cast
 
+import asyncpg
+
 from gateway.application.ports import StoreUnavailable
 from gateway.domain.errors import GatewayError, Reason
 from storage.batching import Failure, Lane, LaneClosed, LaneMetrics, LaneTracer, QueueFull
 from storage.postgres.errors import NotDurable, SchemaError, classify, refusal
 from storage.postgres.pool import Connection, HeldConnections
+from storage.postgres.queries import Query, run
 
 Value = TypeVar("Value")
 Result = TypeVar("Result")
@@ -196,6 +199,10 @@ class DirectLane:
     ) -> T:
         """What `call` returns; it may be repeated. Raises as PostgresLane.put."""
         return cast(T, await self._lane.put(call, retry_s_max=retry_s_max))
+
+    async def fetch(self, statement: Query, /, **values: object) -> list[asyncpg.Record]:
+        """The rows of a statement, its parameters given by name. Otherwise as `run`."""
+        return await self.run(lambda connection: run(connection, statement, **values))
 
     async def close(self) -> None:
         """Finish what was begun, then close the connections."""

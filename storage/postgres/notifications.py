@@ -95,12 +95,12 @@ class Notifications(DirectStore):
 
     async def lease(self, limit: int, lease_s: float) -> Sequence[Pending]:
         """See the port."""
-        records = await self._run(_LEASE, limit=limit, lease_s=lease_s)
+        records = await self._lane.fetch(_LEASE, limit=limit, lease_s=lease_s)
         return [Pending(_received_of(record), record["tries"]) for record in records]
 
     async def finish(self, received: Received, applied: Applied) -> None:
         """See the port."""
-        await self._run(
+        await self._lane.fetch(
             _FINISH,
             **_key(received),
             result=applied.result,
@@ -110,12 +110,12 @@ class Notifications(DirectStore):
 
     async def put_off(self, received: Received, apply_after_s: float) -> None:
         """See the port."""
-        await self._run(_PUT_OFF, **_key(received), apply_after_s=apply_after_s)
+        await self._lane.fetch(_PUT_OFF, **_key(received), apply_after_s=apply_after_s)
 
     async def is_outdated(self, received: Received, event: Event) -> bool:
         """See the port."""
         notification = received.notification
-        [found] = await self._run(
+        [found] = await self._lane.fetch(
             _IS_OUTDATED,
             merchant_id=received.merchant_id,
             connector_account_id=received.connector_account_id,
@@ -131,26 +131,26 @@ class Notifications(DirectStore):
 
     async def count_pending(self) -> PendingCount:
         """What is yet to be applied, of all merchants."""
-        [counted] = await self._run(_COUNT_PENDING)
+        [counted] = await self._lane.fetch(_COUNT_PENDING)
         return PendingCount(counted["pending"], counted["oldest_age_s"] or 0.0)
 
     async def list(
         self, merchant_id: str, *, limit: int, pending_only: bool = False, result: int | None = None
     ) -> Sequence[Kept]:
         """A merchant's, the newest first."""
-        records = await self._run(
+        records = await self._lane.fetch(
             _LIST, merchant_id=merchant_id, limit=limit, pending_only=pending_only, result=result
         )
         return [_kept_of(record) for record in records]
 
     async def find(self, merchant_id: str, event_id: str) -> Sequence[Kept]:
         """By the PSP's id; one for each account that has it."""
-        records = await self._run(_FIND, merchant_id=merchant_id, event_id=event_id)
+        records = await self._lane.fetch(_FIND, merchant_id=merchant_id, event_id=event_id)
         return [_kept_of(record) for record in records]
 
     async def apply_again(self, merchant_id: str, event_id: str) -> bool:
         """Have it applied now, whatever became of it before; False without it."""
-        records = await self._run(_APPLY_AGAIN, merchant_id=merchant_id, event_id=event_id)
+        records = await self._lane.fetch(_APPLY_AGAIN, merchant_id=merchant_id, event_id=event_id)
         return bool(records)
 
 

@@ -35,7 +35,7 @@ class RoutingRules(DirectStore):
     async def put(self, merchant_id: str, mode: Mode, text: str, author: Author) -> int:
         """See the port."""
         for _ in range(PUT_TRIES_MAX):
-            rows = await self._run(
+            rows = await self._lane.fetch(
                 _PUT,
                 merchant_id=merchant_id,
                 mode=mode,
@@ -53,14 +53,14 @@ class RoutingRules(DirectStore):
 
     async def active(self, merchant_id: str, mode: Mode) -> int:
         """See the port."""
-        rows = await self._run(_ACTIVE, merchant_id=merchant_id, mode=mode)
+        rows = await self._lane.fetch(_ACTIVE, merchant_id=merchant_id, mode=mode)
         return int(rows[0]["version"]) if rows else 0
 
     async def activate(
         self, merchant_id: str, mode: Mode, version: int, expected: int, author: Author
     ) -> bool:
         """See the port."""
-        rows = await self._run(
+        rows = await self._lane.fetch(
             _ACTIVATE,
             merchant_id=merchant_id,
             mode=mode,
@@ -87,7 +87,7 @@ class RoutingRules(DirectStore):
 
     async def active_since(self, since: datetime | None) -> Sequence[ActiveRules]:
         """See the port."""
-        rows = await self._run(_ACTIVE_SINCE, since=since, overlap_s=OVERLAP_S)
+        rows = await self._lane.fetch(_ACTIVE_SINCE, since=since, overlap_s=OVERLAP_S)
         return [
             ActiveRules(
                 row["merchant_id"],
@@ -104,7 +104,7 @@ class RoutingRules(DirectStore):
         self, merchant_id: str, mode: Mode, *, days: int, payments_max: int
     ) -> Sequence[PastPayment]:
         """See the port."""
-        rows = await self._run(
+        rows = await self._lane.fetch(
             _PAST_PAYMENTS,
             merchant_id=merchant_id,
             mode=mode,
@@ -133,7 +133,7 @@ class RoutingRules(DirectStore):
         before: int | None,
         page_size: int,
     ) -> Sequence[RulesVersion]:
-        rows = await self._run(
+        rows = await self._lane.fetch(
             _LIST,
             merchant_id=merchant_id,
             mode=mode,

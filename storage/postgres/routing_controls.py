@@ -44,7 +44,7 @@ class RoutingControls(DirectStore):
         It begins now unless `begins_at` says when, and without `ends_at` does not end by itself.
         Raises GatewayError(INVALID_REQUEST) without the account.
         """
-        rows = await self._run(
+        rows = await self._lane.fetch(
             _SUSPEND,
             merchant_id=merchant_id,
             suspension_id=new_suspension_id(),
@@ -68,14 +68,14 @@ class RoutingControls(DirectStore):
         self, suspension_id: str, *, reason: str, ended_by: str
     ) -> Suspension | None:
         """None without one of this id that is or is to come."""
-        rows = await self._run(
+        rows = await self._lane.fetch(
             _END_SUSPENSION, suspension_id=suspension_id, reason=reason, ended_by=ended_by
         )
         return _suspension(rows[0]) if rows else None
 
     async def suspensions(self) -> Sequence[Suspension]:
         """See the port."""
-        return [_suspension(row) for row in await self._run(_CURRENT_SUSPENSIONS)]
+        return [_suspension(row) for row in await self._lane.fetch(_CURRENT_SUSPENSIONS)]
 
     async def all_suspensions(self, limit: int) -> Sequence[StoredSuspension]:
         """The latest first, those that are over too."""
@@ -87,7 +87,7 @@ class RoutingControls(DirectStore):
                 row["ended_by"],
                 row["ended_reason"],
             )
-            for row in await self._run(_ALL_SUSPENSIONS, limit=limit)
+            for row in await self._lane.fetch(_ALL_SUSPENSIONS, limit=limit)
         ]
 
     async def put_costs(
@@ -97,7 +97,7 @@ class RoutingControls(DirectStore):
 
         Raises GatewayError(INVALID_REQUEST) without the merchant.
         """
-        rows = await self._run(
+        rows = await self._lane.fetch(
             _PUT_COSTS, merchant_id=merchant_id, body=body, reason=reason, created_by=created_by
         )
         if not rows:
@@ -106,12 +106,12 @@ class RoutingControls(DirectStore):
 
     async def costs_of(self, merchant_id: str, limit: int) -> Sequence[StoredCosts]:
         """A merchant's versions, the latest first."""
-        rows = await self._run(_COSTS_OF, merchant_id=merchant_id, limit=limit)
+        rows = await self._lane.fetch(_COSTS_OF, merchant_id=merchant_id, limit=limit)
         return [_costs(row) for row in rows]
 
     async def changed_costs(self, since: datetime | None) -> Sequence[StoredCosts]:
         """See the port."""
-        rows = await self._run(_CHANGED_COSTS, since=since, overlap_s=OVERLAP_S)
+        rows = await self._lane.fetch(_CHANGED_COSTS, since=since, overlap_s=OVERLAP_S)
         return [_costs(row) for row in rows]
 
 

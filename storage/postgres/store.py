@@ -511,49 +511,32 @@ class PostgresStore:
         needs_person: bool = False,
     ) -> None:
         """See Store."""
-
-        async def update(connection: Connection) -> None:
-            await run(
-                connection,
-                _POSTPONE,
-                merchant_id=operation.merchant_id,
-                payment_id=operation.payment_id,
-                operation_id=operation.operation_id,
-                epoch=operation.epoch,
-                unfinished=_UNFINISHED,
-                check_after_s=check_after_s,
-                cause=cause,
-                needs_person=needs_person,
-            )
-
-        await self._direct.run(update)
+        await self._direct.fetch(
+            _POSTPONE,
+            merchant_id=operation.merchant_id,
+            payment_id=operation.payment_id,
+            operation_id=operation.operation_id,
+            epoch=operation.epoch,
+            unfinished=_UNFINISHED,
+            check_after_s=check_after_s,
+            cause=cause,
+            needs_person=needs_person,
+        )
 
     async def hasten(self, operation: Operation) -> None:
         """See Store."""
-
-        async def update(connection: Connection) -> None:
-            await run(
-                connection,
-                _HASTEN,
-                merchant_id=operation.merchant_id,
-                operation_id=operation.operation_id,
-            )
-
-        await self._direct.run(update)
+        await self._direct.fetch(
+            _HASTEN, merchant_id=operation.merchant_id, operation_id=operation.operation_id
+        )
 
     async def forget(self, operation: Operation) -> None:
         """See Store. Has no effect on an operation that is unfinished, or has new evidence."""
-
-        async def delete(connection: Connection) -> None:
-            await run(
-                connection,
-                _FORGET,
-                merchant_id=operation.merchant_id,
-                operation_id=operation.operation_id,
-                unfinished=_UNFINISHED,
-            )
-
-        await self._direct.run(delete)
+        await self._direct.fetch(
+            _FORGET,
+            merchant_id=operation.merchant_id,
+            operation_id=operation.operation_id,
+            unfinished=_UNFINISHED,
+        )
 
     async def count_doubts(self) -> DoubtCount:
         """How many operations' outcome is unknown, of all merchants, and for how long."""
@@ -579,22 +562,17 @@ class PostgresStore:
     async def list_doubts(self, filter_: AdminFilter, *, needs_person_only: bool) -> DoubtPage:
         """See AdminStore."""
         after_at, after_id = filter_.after or (None, "")
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(
-                connection,
-                _LIST_DOUBTS,
-                all_merchants=filter_.merchant_ids is None,
-                merchant_ids=sorted(filter_.merchant_ids or ()),
-                mode=filter_.mode,
-                states=_OF_UNKNOWN_OUTCOME,
-                needs_person_only=needs_person_only,
-                after_since=after_at,
-                after_operation_id=after_id,
-                page_size=filter_.page_size,
-            )
-
-        records = await self._direct.run(select)
+        records = await self._direct.fetch(
+            _LIST_DOUBTS,
+            all_merchants=filter_.merchant_ids is None,
+            merchant_ids=sorted(filter_.merchant_ids or ()),
+            mode=filter_.mode,
+            states=_OF_UNKNOWN_OUTCOME,
+            needs_person_only=needs_person_only,
+            after_since=after_at,
+            after_operation_id=after_id,
+            page_size=filter_.page_size,
+        )
         doubts = [rows.doubt_of(record) for record in records[: filter_.page_size]]
         if len(records) <= filter_.page_size:
             return DoubtPage(doubts, None)
@@ -603,20 +581,15 @@ class PostgresStore:
     async def list_discrepancies(self, filter_: AdminFilter) -> DiscrepancyPage:
         """See AdminStore."""
         after_at, after_id = filter_.after or (None, "")
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(
-                connection,
-                _LIST_DISCREPANCIES,
-                all_merchants=filter_.merchant_ids is None,
-                merchant_ids=sorted(filter_.merchant_ids or ()),
-                mode=filter_.mode,
-                after_created_at=after_at,
-                after_discrepancy_id=after_id,
-                page_size=filter_.page_size,
-            )
-
-        records = await self._direct.run(select)
+        records = await self._direct.fetch(
+            _LIST_DISCREPANCIES,
+            all_merchants=filter_.merchant_ids is None,
+            merchant_ids=sorted(filter_.merchant_ids or ()),
+            mode=filter_.mode,
+            after_created_at=after_at,
+            after_discrepancy_id=after_id,
+            page_size=filter_.page_size,
+        )
         found = [RecordedDiscrepancy(**record) for record in records[: filter_.page_size]]
         if len(records) <= filter_.page_size:
             return DiscrepancyPage(found, None)
@@ -626,17 +599,12 @@ class PostgresStore:
         self, merchant_id: str, operation_id: str, attempt_number: int
     ) -> Resolution | None:
         """See AdminStore."""
-
-        async def select(connection: Connection) -> list[asyncpg.Record]:
-            return await run(
-                connection,
-                _FIND_RESOLUTION,
-                merchant_id=merchant_id,
-                operation_id=operation_id,
-                attempt_number=attempt_number,
-            )
-
-        records = await self._direct.run(select)
+        records = await self._direct.fetch(
+            _FIND_RESOLUTION,
+            merchant_id=merchant_id,
+            operation_id=operation_id,
+            attempt_number=attempt_number,
+        )
         return rows.resolution_of(records[0]) if records else None
 
     async def estimate_outbox(self) -> int:
