@@ -6,24 +6,20 @@ does not know is an error), and queues the events that Adyen would tell of.
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from Adyen.util import generate_notification_sig
 from aiohttp import web
 
-from gateway.application.ports import Connector
 from gateway.connectors.adyen.amounts import EXPONENTS, from_adyen
 from gateway.connectors.adyen.codes import REFUSALS
 from gateway.connectors.adyen.connector import API_VERSION, AdyenConnector, widest
-from gateway.connectors.http import HttpClient, Limits
 from gateway.domain.model import Mode, OperationKind, ResponseCode
-from tests.connector_conformance import SHORT_S, WAIT_S, Way, way_to
+from tests.doubles import Answer, DoublePsp, KeyedDouble, running
 
 API_KEY = "AQEtestKEYtestKEYtestKEY"
 MERCHANT_ACCOUNT = "TestCompanyECOM"
@@ -60,7 +56,6 @@ _MODIFICATIONS: dict[str, frozenset[str]] = {
 _TECHNICAL_CANCEL = frozenset({"merchantAccount", "paymentReference", "reference"})
 
 Json = dict[str, Any]
-Answer = tuple[int, Json]
 
 
 class Refused(Exception):
@@ -100,16 +95,10 @@ class Held:
 
 
 @dataclass
-class AdyenDouble:
-    """The state behind the API."""
+class AdyenDouble(KeyedDouble[tuple[str, str, Json]]):
+    """The state behind the API. Of each request it notes path, idempotency key and body."""
 
     payments: dict[str, Held] = field(default_factory=dict)
-    keys: dict[str, tuple[str, Answer | None]] = field(default_factory=dict)
-    requests: list[tuple[str, str, Json]] = field(default_factory=list)
-    """Path, idempotency key and body of each request, in order."""
-    effects: list[str] = field(default_factory=list)
-    """The key of each request that moved money or verified, each time that it did."""
-    headers: list[dict[str, str]] = field(default_factory=list)
     events: list[Json] = field(default_factory=list)
     """The notification items that Adyen would send, unsigned, in order."""
     away: dict[str, tuple[int, str, str]] = field(default_factory=dict)
@@ -117,13 +106,8 @@ class AdyenDouble:
     strict_keys: bool = False
     """Whether a key that comes with another request is refused, instead of answered as at first:
     the documentation does not say."""
-    gate: asyncio.Event | None = None
-    """Where it is set, requests that have begun wait for it."""
-    revoked_after: int | None = None
-    """After how many requests the API key is no longer accepted."""
     failures: list[Refused] = field(default_factory=list)
     """What the next requests are answered, before anything is executed."""
-    _numbers: Callable[[], int] = field(default=itertools.count(1).__next__)
 
     # --- HTTP ---
 
@@ -131,12 +115,10 @@ class AdyenDouble:
         """Any request."""
         key = request.headers.get("Idempotency-Key", "")
         text = await request.text()
-        self.headers.append({name.lower(): value for name, value in request.headers.items()})
         try:
             body = _parsed(text)
-            self.requests.append((request.path, key, body))
-            revoked = self.revoked_after is not None and len(self.requests) > self.revoked_after
-            if revoked or request.headers.get("X-API-Key") != API_KEY:
+            self.note(request, (request.path, key, body))
+            if self.revoked or request.headers.get("X-API-Key") != API_KEY:
                 raise Refused(401, "000", "security")
             if request.content_type != "application/json" or request.method != "POST":
                 raise Refused(400, "702")
@@ -157,18 +139,11 @@ class AdyenDouble:
             if self.strict_keys and first != fingerprint:
                 raise Refused(422, "704")
             return answer
-        self.keys[key] = (fingerprint, None)
-        try:
-            if self.gate is not None:
-                await self.gate.wait()
-            answer = self._post(path, body, key)
-        except BaseException:
-            del self.keys[key]
-            raise
-        # A copy: the saved answer does not change.
-        answer = json.loads(json.dumps(answer))
-        self.keys[key] = (fingerprint, (answer[0], answer[1]))
-        return answer[0], answer[1]
+
+        async def make() -> Answer:
+            return self._post(path, body, key)
+
+        return await self.execute(key, fingerprint, make)
 
     def _post(self, path: str, body: Json, key: str) -> Answer:
         if body.get("merchantAccount") != MERCHANT_ACCOUNT:
@@ -344,7 +319,7 @@ class AdyenDouble:
 
     def _reference(self) -> str:
         """Adyen's references have 16 characters."""
-        return f"PSP{self._numbers():013d}"
+        return f"PSP{next(self._numbers):013d}"
 
     def _tell(
         self,
@@ -431,23 +406,7 @@ def _amount(body: Json) -> tuple[int, str]:
     return value, currency
 
 
-@asynccontextmanager
-async def adyen_double() -> AsyncIterator[tuple[str, AdyenDouble]]:
-    """A running double, and its address."""
-    double = AdyenDouble()
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", double.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}", double
-    finally:
-        await runner.cleanup()
-
-
-class AdyenPsp:
+class AdyenPsp(DoublePsp[AdyenDouble]):
     """Adyen's double."""
 
     declines: Mapping[str, ResponseCode] = {
@@ -458,28 +417,14 @@ class AdyenPsp:
     inexpressible: tuple[tuple[int, str], ...] = ((150, "IDR"), (150, "CVE"), (1000, "CLF"))
     currencies: tuple[str, ...] = ("JPY", "EUR", "KWD", "ISK", "CLP", "CVE", "IDR", "HUF", "TWD")
 
-    def __init__(self, double: AdyenDouble, way: Way, stack: AsyncExitStack) -> None:
-        self.way = way
-        self.double = double
-        self._stack = stack
-        self.connector: Connector = self.connect(WAIT_S)
-
     def connect(self, answer_timeout_s: float, **more: Any) -> AdyenConnector:
-        http = HttpClient(self.way.url, Limits())
-        self._stack.push_async_callback(http.close)
         values: dict[str, Any] = {"api_key": API_KEY, "repeat_pause_s": 0.0} | more
         return AdyenConnector(
-            http,
+            self.client(),
             merchant_account=MERCHANT_ACCOUNT,
             capabilities=widest(Mode.TEST, answer_timeout_s),
             **values,
         )
-
-    async def impatient(self) -> Connector:
-        return self.connect(SHORT_S)
-
-    async def effects(self, reference: str) -> int:
-        return self.double.effects.count(reference)
 
     async def held_minor(self, reference: str) -> int:
         return sum(
@@ -495,9 +440,6 @@ class AdyenPsp:
         told["amount"]["currency"] = "USD"
 
 
-@asynccontextmanager
-async def adyen_psp() -> AsyncIterator[AdyenPsp]:
+def adyen_psp() -> AbstractAsyncContextManager[AdyenPsp]:
     """Adyen's double, the way to it, and a connector."""
-    async with AsyncExitStack() as stack, adyen_double() as (url, double), way_to(url) as way:
-        yield AdyenPsp(double, way, stack)
-        await stack.aclose()
+    return running(AdyenPsp, AdyenDouble())

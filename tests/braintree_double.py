@@ -8,13 +8,11 @@ asks go to one address: `is_mutation` tells them apart.
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import json
 import re
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import lru_cache, partial
@@ -38,10 +36,10 @@ from gateway.application.ports import Connector
 from gateway.connectors.braintree.codes import GATEWAY_REJECTIONS, PROCESSOR_CODES
 from gateway.connectors.braintree.connector import API_VERSION, BraintreeConnector, widest
 from gateway.connectors.braintree.kind import usual
-from gateway.connectors.http import HttpClient, Limits
 from gateway.domain.model import Mode, OperationKind, ResponseCode
 from gateway.domain.money import CURRENCY_EXPONENTS
-from tests.connector_conformance import SHORT_S, WAIT_S, Way, way_to
+from tests.connector_conformance import SHORT_S
+from tests.doubles import Double, DoublePsp, running
 
 PUBLIC_KEY = "doublepublickey1"
 PRIVATE_KEY = "doubleprivatekey0123456789abcdef"
@@ -123,17 +121,14 @@ def _minor(text: str, currency: str) -> int:
 
 
 @dataclass
-class BraintreeDouble:
-    """The state behind the API."""
+class BraintreeDouble(Double[tuple[str, str]]):
+    """The state behind the API. Of each request it notes the operation's field and the key; a
+    reference of an effect is the request's `clientMutationId`.
+    """
 
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Transactions, Refunds and Verifications by id; `minor` and `made_by` are the double's."""
     keys: dict[str, tuple[str, dict[str, Any] | None]] = field(default_factory=dict)
-    requests: list[tuple[str, str]] = field(default_factory=list)
-    """The operation's field and the key of each request, in order."""
-    effects: list[str] = field(default_factory=list)
-    """The `clientMutationId` of each request that moved money or verified, each time it did."""
-    headers: list[dict[str, str]] = field(default_factory=list)
     searched: list[str] = field(default_factory=list)
     """The order ID of each search."""
     searchable: bool = True
@@ -142,13 +137,8 @@ class BraintreeDouble:
     """Whether keys are heeded; otherwise duplicates are checked for instead."""
     settles: bool = True
     """Whether what is submitted for settlement is settled before the next request."""
-    gate: asyncio.Event | None = None
-    """Where it is set, mutations that have begun wait for it."""
     error: GraphQLError | None = None
     """Where it is set, it is the answer to every mutation, which does nothing."""
-    revoked_after: int | None = None
-    """After how many requests the keys are no longer accepted."""
-    _numbers: Callable[[], int] = field(default=itertools.count(1).__next__)
 
     # --- HTTP ---
 
@@ -158,22 +148,21 @@ class BraintreeDouble:
             return web.json_response({}, status=404)
         body = await request.json()
         assert sorted(body) == ["query", "variables"]
-        self.headers.append({name.lower(): value for name, value in request.headers.items()})
         input_ = body["variables"].get("input", {})
         document, faults = _checked(body["query"])
         operation = next(
             each for each in document.definitions if isinstance(each, OperationDefinitionNode)
         )
-        self.requests.append((operation.selection_set.selections[0].name.value, _key_of(input_)))  # type: ignore[attr-defined]
+        asked: Any = operation.selection_set.selections[0]
+        self.note(request, (asked.name.value, _key_of(input_)))
         if not self._is_authenticated(request):
             return web.json_response({"data": None, "errors": [_json(refused("AUTHENTICATION"))]})
-        if operation.operation is OperationType.MUTATION and self.gate is not None:
-            await self.gate.wait()
+        changes = operation.operation is OperationType.MUTATION
+        if changes:
+            await self.pass_gate()
         if self.settles:
             self.settle()
-        root = (
-            self._mutations() if operation.operation is OperationType.MUTATION else self._queries()
-        )
+        root = self._mutations() if changes else self._queries()
         if faults:
             return web.json_response({"errors": [_json(error) for error in faults]})
         result = execute_sync(SCHEMA, document, root_value=root, variable_values=body["variables"])
@@ -185,10 +174,9 @@ class BraintreeDouble:
         return web.json_response(answer)
 
     def _is_authenticated(self, request: web.Request) -> bool:
-        revoked = self.revoked_after is not None and len(self.requests) > self.revoked_after
         token = b64encode(f"{PUBLIC_KEY}:{PRIVATE_KEY}".encode()).decode()
         return (
-            not revoked
+            not self.revoked
             and request.headers.get("Authorization") == f"Basic {token}"
             and request.headers.get("Braintree-Version") == API_VERSION
         )
@@ -262,7 +250,7 @@ class BraintreeDouble:
     # --- objects ---
 
     def _new(self, type_: str, minor: int, currency: str, told: dict[str, Any]) -> dict[str, Any]:
-        number = self._numbers()
+        number = next(self._numbers)
         node: dict[str, Any] = {
             "__typename": type_,
             "id": f"{type_.lower()}_{number}",
@@ -494,23 +482,7 @@ def _relation(node: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-@asynccontextmanager
-async def braintree_double() -> AsyncIterator[tuple[str, BraintreeDouble]]:
-    """A running double, and its address."""
-    double = BraintreeDouble()
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", double.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}", double
-    finally:
-        await runner.cleanup()
-
-
-class BraintreePsp:
+class BraintreePsp(DoublePsp[BraintreeDouble]):
     """Braintree's double."""
 
     declines: Mapping[str, ResponseCode] = {
@@ -523,15 +495,7 @@ class BraintreePsp:
     inexpressible: tuple[tuple[int, str], ...] = ((1000, "CLF"), (10**12 + 1, "EUR"), (100, "GBP"))
     currencies: tuple[str, ...] = ("JPY", "EUR", "KWD", "HUF")
 
-    def __init__(self, double: BraintreeDouble, way: Way, stack: AsyncExitStack) -> None:
-        self.way = way
-        self.double = double
-        self._stack = stack
-        self.connector: Connector = self.connect(WAIT_S)
-
     def connect(self, answer_timeout_s: float, **more: Any) -> BraintreeConnector:
-        http = HttpClient(self.way.url, Limits(body_bytes_max=2 * 1024 * 1024))
-        self._stack.push_async_callback(http.close)
         values: dict[str, Any] = {
             "public_key": PUBLIC_KEY,
             "private_key": PRIVATE_KEY,
@@ -539,14 +503,11 @@ class BraintreePsp:
             "capabilities": widest(Mode.TEST, answer_timeout_s),
             "repeat_pause_s": 0.0,
         } | more
-        return BraintreeConnector(http, **values)
+        return BraintreeConnector(self.client(), **values)
 
     async def impatient(self) -> Connector:
         # An account with one capture for each authorization: it asks for nothing before it sends.
         return self.connect(SHORT_S, capabilities=usual(widest(Mode.TEST, SHORT_S)))
-
-    async def effects(self, reference: str) -> int:
-        return self.double.effects.count(reference)
 
     async def held_minor(self, reference: str) -> int:
         return sum(
@@ -568,13 +529,6 @@ def is_mutation(body: bytes) -> bool:
     return body.startswith(b'{"query":"mutation')
 
 
-@asynccontextmanager
-async def braintree_psp() -> AsyncIterator[BraintreePsp]:
+def braintree_psp() -> AbstractAsyncContextManager[BraintreePsp]:
     """Braintree's double, the way to it, and a connector."""
-    async with (
-        AsyncExitStack() as stack,
-        braintree_double() as (url, double),
-        way_to(url, is_mutation) as way,
-    ):
-        yield BraintreePsp(double, way, stack)
-        await stack.aclose()
+    return running(BraintreePsp, BraintreeDouble(), is_mutation)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from enum import Enum
 from typing import Any, Protocol
+from uuid import UUID
 
 import aiohttp
 import pytest
@@ -26,9 +27,11 @@ from gateway.domain.model import (
     ConnectorAnswer,
     Delivery,
     OperationKind,
+    Outcome,
     ResponseCode,
     Verdict,
 )
+from tests.http_server import http_server
 
 K = OperationKind
 WAIT_S = 30.0
@@ -177,18 +180,11 @@ async def way_to(
     it changes something.
     """
     way = Way(upstream, is_change)
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", way.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        way.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        yield way
-    finally:
-        way._ended.set()
-        await runner.cleanup()
+    async with http_server(way.handle) as way.url:
+        try:
+            yield way
+        finally:
+            way._ended.set()
 
 
 class Disturbance(Protocol):
@@ -300,6 +296,27 @@ def is_doubt(answer: ConnectorAnswer | None) -> bool:
         and answer.verdict is Verdict.UNKNOWN
         and bool(answer.reason)
     )
+
+
+def outcome_of(answer: ConnectorAnswer | None) -> Outcome:
+    """What the PSP said of it; there has to be something."""
+    assert answer is not None
+    assert answer.outcome is not None
+    return answer.outcome
+
+
+async def found_of(psp: Psp, request: ConnectorRequest) -> ConnectorAnswer:
+    """The answer to a query, which has to find something."""
+    found = await psp.connector.query(request.kind, request.reference, request)
+    assert found is not None
+    return found
+
+
+def reference_made(seconds_ago: float) -> str:
+    """A reference of an operation that began so long ago (UUIDv7, RFC 9562, section 5.7)."""
+    milliseconds = int((time.time() - seconds_ago) * 1000)
+    value = (milliseconds << 80) | (7 << 76) | (2 << 62) | 12345
+    return f"op_{UUID(int=value).hex}-1"
 
 
 class Conformance:

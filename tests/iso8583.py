@@ -21,11 +21,9 @@ from gateway.connectors.iso8583.specification import (
     load_specification,
 )
 from gateway.connectors.simulator.launch import SimulatorProcess
-from gateway.domain.model import Mode, OperationKind, ResponseCode
+from gateway.domain.model import Mode, ResponseCode
 from tests.connector_conformance import SHORT_S, WAIT_S, Fault
-from tests.simulators import standings_of
-
-K = OperationKind
+from tests.simulators import SimulatorBooks
 
 
 class FrameWay:
@@ -176,7 +174,7 @@ async def frame_way_to(url: str) -> AsyncIterator[FrameWay]:
 QUICK = HostLimits(reconnect_s_min=0.01, reconnect_s_max=0.05)
 
 
-class Iso8583Psp:
+class Iso8583Psp(SimulatorBooks):
     """The simulator as an acquirer's host."""
 
     declines: Mapping[str, ResponseCode] = {
@@ -186,17 +184,13 @@ class Iso8583Psp:
         "tok_declined_authentication_required": ResponseCode.AUTHENTICATION_REQUIRED,
         "tok_declined_other": ResponseCode.DECLINED_OTHER,
     }
-    follow_up_decline: Mapping[K, str] = {
-        kind: f"tok_{kind.name.lower()}_declined"
-        for kind in (K.CAPTURE, K.VOID, K.REFUND, K.INCREMENT)
-    }
     inexpressible: tuple[tuple[int, str], ...] = ((10**12, "EUR"), (100, "XTS"))
     currencies: tuple[str, ...] = ("JPY", "EUR", "KWD", "CLF")
 
     def __init__(self, simulator: SimulatorProcess, way: FrameWay, stack: AsyncExitStack) -> None:
+        super().__init__(simulator)
         self.way = way
         self.specification = load_specification(way.address.specification)
-        self._simulator = simulator
         self._stack = stack
         self.host = self.new_host()
         self.connector: Connector = self.connect(self.host)
@@ -214,17 +208,6 @@ class Iso8583Psp:
 
     async def impatient(self) -> Connector:
         return self.connect(self.new_host(), SHORT_S)
-
-    async def effects(self, reference: str) -> int:
-        return sum(
-            record["type"] == "effect" and record.get("reference") == reference
-            for record in self._simulator.records()
-        )
-
-    async def held_minor(self, reference: str) -> int:
-        return sum(
-            each.open_minor + each.net_minor for each in standings_of(self._simulator, reference)
-        )
 
     def report_more(self, told: dict[str, Any]) -> None:
         told["4"] = f"{int(told['4']) + 1:012}"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from gateway.connectors.simulator.journal import Standing, standing_charges
 from gateway.connectors.simulator.launch import SimulatorProcess
+from gateway.domain.model import OperationKind
 
 _numbers = itertools.count(1)
 
@@ -43,3 +44,33 @@ def standings_of(simulator: SimulatorProcess, reference: str) -> list[Standing]:
     """What stands of every authorization made with a reference."""
     charges = standing_charges(simulator.records())
     return [standing for standing in charges if standing.reference == reference]
+
+
+class SimulatorBooks:
+    """What the conformance suite of connectors asks about a PSP, of a simulator's journal."""
+
+    follow_up_decline: Mapping[OperationKind, str] = {
+        kind: f"tok_{kind.name.lower()}_declined"
+        for kind in (
+            OperationKind.CAPTURE,
+            OperationKind.VOID,
+            OperationKind.REFUND,
+            OperationKind.INCREMENT,
+        )
+    }
+
+    def __init__(self, simulator: SimulatorProcess) -> None:
+        self._simulator = simulator
+
+    async def effects(self, reference: str) -> int:
+        """How often a reference took effect."""
+        return sum(
+            record["type"] == "effect" and record.get("reference") == reference
+            for record in self._simulator.records()
+        )
+
+    async def held_minor(self, reference: str) -> int:
+        """What stands of an authorization: held, or captured and not refunded."""
+        return sum(
+            each.open_minor + each.net_minor for each in standings_of(self._simulator, reference)
+        )

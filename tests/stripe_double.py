@@ -7,22 +7,17 @@ disturbs the way to it; independent mocks are used by `make conformance`.
 
 from __future__ import annotations
 
-import asyncio
-import itertools
-import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
 
-from gateway.application.ports import Connector
-from gateway.connectors.http import HttpClient, Limits
 from gateway.connectors.stripe.codes import DECLINE_CODES
 from gateway.connectors.stripe.connector import StripeConnector, widest
 from gateway.domain.model import Mode, OperationKind, ResponseCode
-from tests.connector_conformance import SHORT_S, WAIT_S, Way, way_to
+from tests.doubles import Answer, DoublePsp, KeyedDouble, running
 
 SECRET_KEY = "sk_test_doubledouble1234"
 DECLINE_TOKEN = "tok_chargeDeclined_"
@@ -89,7 +84,6 @@ _ALLOWED: dict[str, frozenset[str]] = {
 }
 
 Form = dict[str, str]
-Answer = tuple[int, dict[str, Any]]
 
 
 class Refused(Exception):
@@ -104,27 +98,16 @@ class Refused(Exception):
 
 
 @dataclass
-class StripeDouble:
-    """The state behind the API."""
+class StripeDouble(KeyedDouble[tuple[str, str, str]]):
+    """The state behind the API. Of each request it notes method, path and idempotency key."""
 
     intents: dict[str, dict[str, Any]] = field(default_factory=dict)
     setups: dict[str, dict[str, Any]] = field(default_factory=dict)
     refunds: dict[str, dict[str, Any]] = field(default_factory=dict)
-    keys: dict[str, tuple[str, Answer | None]] = field(default_factory=dict)
-    requests: list[tuple[str, str, str]] = field(default_factory=list)
-    """Method, path and idempotency key of each request, in order."""
     forms: list[Form] = field(default_factory=list)
     """The parameters of each request that was executed, in order."""
-    effects: list[str] = field(default_factory=list)
-    """The key of each request that moved money or verified, each time that it did."""
-    headers: list[dict[str, str]] = field(default_factory=list)
     searchable: bool = True
     """Whether searches find what was made; they lag."""
-    gate: asyncio.Event | None = None
-    """Where it is set, requests that have begun wait for it."""
-    revoked_after: int | None = None
-    """After how many requests the secret key is no longer accepted."""
-    _numbers: Callable[[], int] = field(default=itertools.count(1).__next__)
 
     # --- HTTP ---
 
@@ -132,11 +115,9 @@ class StripeDouble:
         """Any request."""
         key = request.headers.get("Idempotency-Key", "")
         body = await request.text()
-        self.requests.append((request.method, request.path, key))
-        self.headers.append({name.lower(): value for name, value in request.headers.items()})
+        self.note(request, (request.method, request.path, key))
         try:
-            revoked = self.revoked_after is not None and len(self.requests) > self.revoked_after
-            if revoked or request.headers.get("Authorization") != f"Bearer {SECRET_KEY}":
+            if self.revoked or request.headers.get("Authorization") != f"Bearer {SECRET_KEY}":
                 raise Refused(401, "invalid_request_error", saved=False)
             if request.method == "GET":
                 return _json(200, self._get(request))
@@ -155,25 +136,18 @@ class StripeDouble:
                     409, "invalid_request_error", code="idempotency_key_in_use", saved=False
                 )
             return _json(*answer, replayed=True)
-        self.keys[key] = (fingerprint, None)
-        try:
-            if self.gate is not None:
-                await self.gate.wait()
+
+        async def make() -> Answer:
             form: Form = dict((await request.post()).items())  # type: ignore[arg-type]
             self.forms.append(form)
-            answer = 200, self._post(request.path, form, key)
-        except Refused as refused:
-            if not refused.saved:
-                del self.keys[key]
-                raise
-            answer = refused.status, refused.body
-        except BaseException:
-            del self.keys[key]
-            raise
-        # A copy: the saved answer does not change with the object.
-        answer = json.loads(json.dumps(answer))
-        self.keys[key] = (fingerprint, (answer[0], answer[1]))
-        return _json(*answer)
+            try:
+                return 200, self._post(request.path, form, key)
+            except Refused as refused:
+                if not refused.saved:
+                    raise
+                return refused.status, refused.body
+
+        return _json(*await self.execute(key, fingerprint, make))
 
     def _post(self, path: str, form: Form, key: str) -> dict[str, Any]:
         match path.strip("/").split("/")[1:]:
@@ -238,7 +212,7 @@ class StripeDouble:
             raise _invalid("amount")
         token = form.get("payment_method_data[card][token]") or form.get("payment_method", "")
         intent: dict[str, Any] = {
-            "id": f"pi_{self._numbers()}",
+            "id": f"pi_{next(self._numbers)}",
             "object": "payment_intent",
             "livemode": False,
             "amount": amount,
@@ -326,7 +300,7 @@ class StripeDouble:
         amount = intent["amount"]
         self.effects.append(key)
         intent["latest_charge"] = {
-            "id": f"ch_{self._numbers()}",
+            "id": f"ch_{next(self._numbers)}",
             "object": "charge",
             "payment_method_details": {
                 "card": {
@@ -397,7 +371,7 @@ class StripeDouble:
             raise _invalid("amount")
         self.effects.append(key)
         refund = {
-            "id": f"re_{self._numbers()}",
+            "id": f"re_{next(self._numbers)}",
             "object": "refund",
             "status": "succeeded",
             "amount": amount,
@@ -411,7 +385,7 @@ class StripeDouble:
     def _setup(self, form: Form, key: str) -> dict[str, Any]:
         _check(form, "setup")
         setup: dict[str, Any] = {
-            "id": f"seti_{self._numbers()}",
+            "id": f"seti_{next(self._numbers)}",
             "object": "setup_intent",
             "livemode": False,
             "status": "requires_payment_method",
@@ -529,23 +503,7 @@ def _change_metadata(intent: dict[str, Any], form: Form) -> None:
     intent["metadata"] = merged
 
 
-@asynccontextmanager
-async def stripe_double() -> AsyncIterator[tuple[str, StripeDouble]]:
-    """A running double, and its address."""
-    double = StripeDouble()
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", double.handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}", double
-    finally:
-        await runner.cleanup()
-
-
-class StripePsp:
+class StripePsp(DoublePsp[StripeDouble]):
     """Stripe's double."""
 
     declines: Mapping[str, ResponseCode] = {
@@ -564,27 +522,14 @@ class StripePsp:
     )
     currencies: tuple[str, ...] = ("JPY", "EUR", "KWD", "ISK", "UGX", "MGA", "HUF", "TWD")
 
-    def __init__(self, double: StripeDouble, way: Way, stack: AsyncExitStack) -> None:
-        self.way = way
-        self.double = double
-        self._stack = stack
-        self.connector: Connector = self.connect(WAIT_S)
-
     def connect(self, answer_timeout_s: float, **more: Any) -> StripeConnector:
-        http = HttpClient(self.way.url, Limits(body_bytes_max=2 * 1024 * 1024))
-        self._stack.push_async_callback(http.close)
         values: dict[str, Any] = {
             "secret_key": SECRET_KEY,
             "search_lag_s": 0.0,
             "repeat_pause_s": 0.0,
         } | more
-        return StripeConnector(http, capabilities=widest(Mode.TEST, answer_timeout_s), **values)
-
-    async def impatient(self) -> Connector:
-        return self.connect(SHORT_S)
-
-    async def effects(self, reference: str) -> int:
-        return self.double.effects.count(reference)
+        capabilities = widest(Mode.TEST, answer_timeout_s)
+        return StripeConnector(self.client(), capabilities=capabilities, **values)
 
     async def held_minor(self, reference: str) -> int:
         return sum(
@@ -600,9 +545,6 @@ class StripePsp:
         told["currency"] = "usd"
 
 
-@asynccontextmanager
-async def stripe_psp() -> AsyncIterator[StripePsp]:
+def stripe_psp() -> AbstractAsyncContextManager[StripePsp]:
     """Stripe's double, the way to it, and a connector."""
-    async with AsyncExitStack() as stack, stripe_double() as (url, double), way_to(url) as way:
-        yield StripePsp(double, way, stack)
-        await stack.aclose()
+    return running(StripePsp, StripeDouble())

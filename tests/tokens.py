@@ -15,6 +15,8 @@ from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from jwt.algorithms import get_default_algorithms
 
+from tests.http_server import http_server
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -124,16 +126,7 @@ async def jwks_endpoint(body: bytes = b"") -> AsyncIterator[JwksEndpoint]:
         endpoint.requests += 1
         return await endpoint.answer(request)
 
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = runner.addresses[0][1]
-        endpoint = JwksEndpoint(f"http://127.0.0.1:{port}/jwks.json")
+    async with http_server(handle) as url:
+        endpoint = JwksEndpoint(f"{url}/jwks.json")
         endpoint.serve(body)
         yield endpoint
-    finally:
-        await runner.cleanup()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
-from uuid import UUID
 
 import pytest
 import pytest_asyncio
@@ -22,7 +20,6 @@ from gateway.domain.model import (
     Delivery,
     Mode,
     OperationKind,
-    Outcome,
     ResponseCode,
     Verdict,
 )
@@ -34,9 +31,16 @@ from tests.adyen_double import (
     Refused,
     adyen_psp,
 )
-from tests.connector_conformance import Fault, is_doubt, prepared, request_of, send
-
-pytestmark = pytest.mark.integration
+from tests.connector_conformance import (
+    Fault,
+    found_of,
+    is_doubt,
+    outcome_of,
+    prepared,
+    reference_made,
+    request_of,
+    send,
+)
 
 K = OperationKind
 
@@ -45,19 +49,6 @@ K = OperationKind
 async def psp() -> AsyncIterator[AdyenPsp]:
     async with adyen_psp() as opened:
         yield opened
-
-
-def outcome_of(answer: ConnectorAnswer | None) -> Outcome:
-    assert answer is not None
-    assert answer.outcome is not None
-    return answer.outcome
-
-
-def reference_made(seconds_ago: float) -> str:
-    """A reference of an operation that began so long ago (UUIDv7)."""
-    milliseconds = int((time.time() - seconds_ago) * 1000)
-    value = (milliseconds << 80) | (7 << 76) | (2 << 62) | 12345
-    return f"op_{UUID(int=value).hex}-1"
 
 
 def body_of(psp: AdyenPsp, index: int = -1) -> dict[str, Any]:
@@ -314,8 +305,7 @@ async def test_customer_of_a_bank_is_sent_there_and_asked_about_by_the_key(psp: 
     assert answer.next_action.redirect_url.startswith("https://checkoutshopper-test.adyen.com/")
     assert body_of(psp)["paymentMethod"] == {"type": "ideal", "issuer": "1121"}
     assert body_of(psp)["returnUrl"] == "https://shop.example/back"
-    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.REQUIRES_ACTION
     # Nothing at Adyen stops a customer who is at the bank: only Adyen tells the end.
     assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
@@ -494,8 +484,7 @@ async def test_what_cannot_be_taken_back_is_not_called_so(psp: AdyenPsp, kind: K
     request = await prepared(psp, kind)
     await send(psp.connector, request)
     assert is_doubt(await psp.connector.cancel(kind, request.reference, request))
-    found = await psp.connector.query(kind, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.PENDING
 
 

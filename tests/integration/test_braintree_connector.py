@@ -27,7 +27,6 @@ from gateway.domain.model import (
     Delivery,
     Mode,
     OperationKind,
-    Outcome,
     ResponseCode,
     Verdict,
 )
@@ -42,9 +41,15 @@ from tests.braintree_double import (
     braintree_psp,
     refused,
 )
-from tests.connector_conformance import Fault, is_doubt, prepared, request_of, send
-
-pytestmark = pytest.mark.integration
+from tests.connector_conformance import (
+    Fault,
+    found_of,
+    is_doubt,
+    outcome_of,
+    prepared,
+    request_of,
+    send,
+)
 
 K = OperationKind
 
@@ -53,12 +58,6 @@ K = OperationKind
 async def psp() -> AsyncIterator[BraintreePsp]:
     async with braintree_psp() as opened:
         yield opened
-
-
-def outcome_of(answer: ConnectorAnswer | None) -> Outcome:
-    assert answer is not None
-    assert answer.outcome is not None
-    return answer.outcome
 
 
 def single(psp: BraintreePsp) -> Any:
@@ -244,8 +243,7 @@ async def test_search_that_does_not_find_proves_nothing(psp: BraintreePsp) -> No
     told = await psp.connector.cancel(K.AUTHORIZE, request.reference, request)
     assert told == ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT, reason=Reason.RECOVERED)
     psp.double.searchable = True
-    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.APPROVED
 
 
@@ -261,8 +259,7 @@ async def test_account_that_heeds_no_keys_is_not_charged_twice(psp: BraintreePsp
     assert (first["status"], second["status"]) == ("AUTHORIZED", "GATEWAY_REJECTED")
     assert answer.connector_transaction_id == first["id"]
     psp.double.searchable = True
-    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.connector_transaction_id == first["id"]
 
 
@@ -417,8 +414,7 @@ async def test_authorization_that_expired_at_braintree_is_told_so(psp: Braintree
     await send(psp.connector, request)
     (transaction,) = psp.double.transactions()
     psp.double.change(transaction, "AUTHORIZATION_EXPIRED")
-    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.EXPIRED
 
 
@@ -452,8 +448,7 @@ async def test_capture_that_is_declined_when_it_is_settled_failed(psp: Braintree
         "SETTLEMENT_DECLINED",
         processorResponse={"legacyCode": "4001", "message": "Settlement Declined"},
     )
-    found = await psp.connector.query(K.CAPTURE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.FAILED
     assert outcome_of(found).connector_code == "4001"
 
@@ -525,8 +520,7 @@ async def test_reversal_of_a_charge_leaves_nothing(
     for _ in range(2):
         assert (await send(psp.connector, reversal)).verdict is Verdict.APPROVED
     assert await psp.held_minor(charge.reference) == 0
-    found = await psp.connector.query(K.REVERSAL, reversal.reference, reversal)
-    assert found is not None
+    found = await found_of(psp, reversal)
     assert found.verdict is Verdict.APPROVED
 
 

@@ -31,15 +31,13 @@ from tests.connector_conformance import (
     way_to,
 )
 from tests.iso8583 import Iso8583Psp, frame_way_to
-from tests.simulators import running_simulator, standings_of
+from tests.simulators import SimulatorBooks, running_simulator
 from tests.stripe_double import StripePsp, stripe_psp
-
-pytestmark = pytest.mark.integration
 
 K = OperationKind
 
 
-class SimulatorPsp:
+class SimulatorPsp(SimulatorBooks):
     """The PSP simulator, in its idempotent profile."""
 
     declines: Mapping[str, ResponseCode] = {
@@ -48,16 +46,12 @@ class SimulatorPsp:
         "tok_declined_lost_card": ResponseCode.LOST_CARD,
         "tok_declined_other": ResponseCode.DECLINED_OTHER,
     }
-    follow_up_decline: Mapping[K, str] = {
-        kind: f"tok_{kind.name.lower()}_declined"
-        for kind in (K.CAPTURE, K.VOID, K.REFUND, K.INCREMENT)
-    }
     inexpressible: tuple[tuple[int, str], ...] = ()
     currencies: tuple[str, ...] = ("JPY", "EUR", "KWD", "CLF")
 
     def __init__(self, simulator: SimulatorProcess, way: Way, stack: AsyncExitStack) -> None:
+        super().__init__(simulator)
         self.way = way
-        self._simulator = simulator
         self._stack = stack
         self.connector: Connector = self._connect(WAIT_S)
 
@@ -70,17 +64,6 @@ class SimulatorPsp:
 
     async def impatient(self) -> Connector:
         return self._connect(SHORT_S)
-
-    async def effects(self, reference: str) -> int:
-        return sum(
-            record["type"] == "effect" and record.get("reference") == reference
-            for record in self._simulator.records()
-        )
-
-    async def held_minor(self, reference: str) -> int:
-        return sum(
-            each.open_minor + each.net_minor for each in standings_of(self._simulator, reference)
-        )
 
     def report_more(self, told: dict[str, Any]) -> None:
         told["amount_minor"] += 1
@@ -107,9 +90,8 @@ class TestSimulator(Conformance):
 
     @pytest_asyncio.fixture
     async def psp(self, simulator: SimulatorProcess) -> AsyncIterator[SimulatorPsp]:
-        async with AsyncExitStack() as stack, way_to(simulator.url) as way:
+        async with way_to(simulator.url) as way, AsyncExitStack() as stack:
             yield SimulatorPsp(simulator, way, stack)
-            await stack.aclose()
 
 
 class TestIso8583(Conformance):
@@ -117,9 +99,8 @@ class TestIso8583(Conformance):
 
     @pytest_asyncio.fixture
     async def psp(self, acquirer: SimulatorProcess) -> AsyncIterator[Iso8583Psp]:
-        async with AsyncExitStack() as stack, frame_way_to(acquirer.iso8583_url) as way:
+        async with frame_way_to(acquirer.iso8583_url) as way, AsyncExitStack() as stack:
             yield Iso8583Psp(acquirer, way, stack)
-            await stack.aclose()
 
 
 class TestStripe(Conformance):

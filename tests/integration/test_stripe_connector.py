@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID
 
 import pytest
 import pytest_asyncio
@@ -22,12 +20,20 @@ from gateway.domain.model import (
     Delivery,
     NextAction,
     OperationKind,
-    Outcome,
     QrCode,
     ResponseCode,
     Verdict,
 )
-from tests.connector_conformance import Fault, is_doubt, prepared, request_of, send
+from tests.connector_conformance import (
+    Fault,
+    found_of,
+    is_doubt,
+    outcome_of,
+    prepared,
+    reference_made,
+    request_of,
+    send,
+)
 from tests.stripe_double import (
     ACTION_TOKEN,
     DECLINE_TOKEN,
@@ -37,8 +43,6 @@ from tests.stripe_double import (
     stripe_psp,
 )
 
-pytestmark = pytest.mark.integration
-
 K = OperationKind
 
 
@@ -46,19 +50,6 @@ K = OperationKind
 async def psp() -> AsyncIterator[StripePsp]:
     async with stripe_psp() as opened:
         yield opened
-
-
-def outcome_of(answer: ConnectorAnswer | None) -> Outcome:
-    assert answer is not None
-    assert answer.outcome is not None
-    return answer.outcome
-
-
-def reference_made(seconds_ago: float) -> str:
-    """A reference of an operation that began so long ago (UUIDv7)."""
-    milliseconds = int((time.time() - seconds_ago) * 1000)
-    value = (milliseconds << 80) | (7 << 76) | (2 << 62) | 12345
-    return f"op_{UUID(int=value).hex}-1"
 
 
 async def test_requests_carry_the_pinned_version_the_key_and_the_reference(psp: StripePsp) -> None:
@@ -159,12 +150,10 @@ async def test_customer_who_has_to_act_is_sent_on_and_asked_about_later(psp: Str
     assert answer.next_action == NextAction(redirect_url="https://hooks.stripe.com/redirect")
     (intent,) = psp.double.intents.values()
     request.target_transaction_id = answer.connector_transaction_id
-    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.REQUIRES_ACTION
     intent |= {"status": "requires_capture", "amount_capturable": 1000, "next_action": None}
-    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.APPROVED
 
 
@@ -179,8 +168,7 @@ async def test_authorization_that_expired_at_stripe_is_told_so(psp: StripePsp) -
     await send(psp.connector, request)
     (intent,) = psp.double.intents.values()
     intent |= {"status": "canceled", "amount_capturable": 0, "cancellation_reason": "automatic"}
-    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.EXPIRED
 
 
@@ -222,8 +210,7 @@ async def test_customer_is_sent_to_the_bank_and_asked_about_until_it_paid(
     psp.double.customer_pays(intent)
     for target in ("", answer.connector_transaction_id):
         request.target_transaction_id = target
-        found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-        assert found is not None
+        found = await found_of(psp, request)
         assert found.verdict is Verdict.APPROVED
         assert outcome_of(found).amount_reported_minor == 1000
 
@@ -249,8 +236,7 @@ async def test_customer_who_does_not_go_through_with_it_is_a_decline(psp: Stripe
     (intent,) = psp.double.intents.values()
     psp.double.customer_fails(intent)
     request.target_transaction_id = answer.connector_transaction_id
-    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.DECLINED
     assert outcome_of(found).connector_code == "payment_method_provider_decline"
 
@@ -270,8 +256,7 @@ async def test_direct_debit_is_pending_until_the_bank_paid_or_refused(psp: Strip
         request.target_transaction_id = answer.connector_transaction_id
         assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
         finish(psp.double.intents[answer.connector_transaction_id])
-        found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-        assert found is not None
+        found = await found_of(psp, request)
         assert found.verdict is verdict
 
 
@@ -320,8 +305,7 @@ async def test_network_token_goes_with_its_cryptogram_and_is_not_told_again(
     assert not any(secret in repr(request) for secret in secrets.values())
     # Recovery has no secrets: it asks, and what it cannot repeat stays in doubt.
     request.secrets = {}
-    found = await psp.connector.query(K.AUTHORIZE, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.APPROVED
     assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
     assert await psp.effects(request.reference) == 1
@@ -405,8 +389,7 @@ async def test_what_cannot_be_taken_back_is_left_for_a_query(psp: StripePsp, kin
     request = await prepared(psp, kind)
     await send(psp.connector, request)
     assert is_doubt(await psp.connector.cancel(kind, request.reference, request))
-    found = await psp.connector.query(kind, request.reference, request)
-    assert found is not None
+    found = await found_of(psp, request)
     assert found.verdict is Verdict.APPROVED
 
 
