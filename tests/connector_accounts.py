@@ -1,7 +1,8 @@
-"""Merchants' accounts at PSPs, for tests."""
+"""Merchants' accounts at PSPs, and where a gateway takes what PSPs tell, for tests."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -15,9 +16,12 @@ from gateway.connectors.sealing import LocalKeys, new_wrapping_key, seal
 from gateway.domain.ids import new_connector_account_id
 from gateway.domain.model import Mode
 from storage.postgres import ConnectorAccounts
+from tests.harness import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tests.harness import GatewayProcess
 
 KEY: Final = new_wrapping_key("k1")
 """What all credentials are sealed under: a gateway's `connector_keys`."""
@@ -46,3 +50,14 @@ async def add_account(
     async with ConnectorAccounts.connect(dsn) as accounts:
         await accounts.add(replace(account, sealed=sealed))
     return account.account_id
+
+
+async def notifications_url(gateway: GatewayProcess, connector: str, account_id: str) -> str:
+    """Where a PSP tells of an account's payments, once the gateway listens."""
+
+    def taken() -> list[str]:
+        marked = '"message":"notifications are taken"'
+        return [line for line in list(gateway.lines) if marked in line]
+
+    line, *_ = await eventually(taken, "notifications are taken")
+    return f"http://127.0.0.1:{json.loads(line)['port']}/v1/notifications/{connector}/{account_id}"

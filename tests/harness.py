@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import signal
 import subprocess
@@ -387,6 +388,15 @@ class Caller:
     async def operation(self, **target: str) -> Any:
         return await self.call("GetOperation", payment_service_pb2.GetOperationRequest(**target))
 
+    async def until_state(self, *states: int, **target: str) -> Any:
+        """The answer about an operation, once it is in one of the states."""
+
+        async def look() -> Any:
+            told = await self.operation(**target)
+            return told if told.operation.state in states else None
+
+        return await eventually(look, f"{target} in one of the states {states}")
+
     async def payment(self, payment_id: str) -> Any:
         return await self.call(
             "GetPayment", payment_service_pb2.GetPaymentRequest(payment_id=payment_id)
@@ -505,12 +515,15 @@ async def eventually(
 ) -> Any:
     """Wait for a condition (its value is returned); for what no event announces.
 
-    Looks again after a tenth of the time that it has waited, since looking is work for others too.
+    It is looked at in a thread, a coroutine function's in the loop, and again after a tenth of the
+    time that was waited, since looking is work for others too.
     """
     loop = asyncio.get_running_loop()
     begun = loop.time()
     while True:
         value = await asyncio.to_thread(condition)
+        if inspect.isawaitable(value):
+            value = await value
         if value:
             return value
         waited_s = loop.time() - begun

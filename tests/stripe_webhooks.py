@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -11,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from tests.connector_accounts import KEY, add_account
+from tests.connector_accounts import KEY, add_account, notifications_url
 from tests.harness import (
     START_TIMEOUT_S,
     Caller,
     GatewayProcess,
     System,
     calling,
-    eventually,
     running_system,
 )
 from tests.stripe_double import SECRET_KEY, StripePsp, stripe_psp
@@ -32,20 +30,7 @@ if TYPE_CHECKING:
 
 SECRET = "whsec_0123456789abcdef"
 OLD_SECRET = "whsec_fedcba9876543210"
-
-
 CREDENTIALS = {"secret_key": SECRET_KEY, "webhook_secrets": f"{SECRET} {OLD_SECRET}"}
-
-
-async def notifications_port(gateway: GatewayProcess) -> int:
-    def told() -> list[str]:
-        return [
-            line for line in list(gateway.lines) if '"message":"notifications are taken"' in line
-        ]
-
-    await eventually(lambda: bool(told()), "notifications are taken")
-    port: int = json.loads(told()[0])["port"]
-    return port
 
 
 @dataclass
@@ -55,7 +40,8 @@ class Stripe:
     psp: StripePsp
     system: System
     account_id: str
-    port: int
+    url: str
+    """Where the gateway takes what Stripe tells."""
     http: aiohttp.ClientSession
 
     async def tell(
@@ -67,8 +53,7 @@ class Stripe:
             "Stripe-Signature": sign(body, secret, int(time.time())),
             "Content-Type": "application/json; charset=utf-8",
         }
-        url = f"http://127.0.0.1:{self.port}/v1/notifications/stripe/{self.account_id}"
-        async with self.http.post(url, data=body, headers=headers) as answer:
+        async with self.http.post(self.url, data=body, headers=headers) as answer:
             return answer.status
 
     def applied(self, event_id: str) -> list[Any]:
@@ -100,10 +85,10 @@ async def stripe(
                 system.dsn, system.shop.merchant_id, "stripe", CREDENTIALS
             )
             gateway = await asyncio.to_thread(system.start_gateway)
-            port = await notifications_port(gateway)
+            url = await notifications_url(gateway, "stripe", account_id)
             timeout = aiohttp.ClientTimeout(total=START_TIMEOUT_S)
             async with (
                 aiohttp.ClientSession(timeout=timeout) as http,
                 calling(gateway, system.shop.api_key) as caller,
             ):
-                yield Stripe(psp, system, account_id, port, http), caller, gateway
+                yield Stripe(psp, system, account_id, url, http), caller, gateway

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,11 @@ from tests.adyen_double import (
     adyen_psp,
     webhook_of,
 )
-from tests.connector_accounts import KEY, add_account
+from tests.connector_accounts import KEY, add_account, notifications_url
 from tests.connector_conformance import Fault
 from tests.harness import (
     START_TIMEOUT_S,
     Caller,
-    GatewayProcess,
     authorize_request,
     calling,
     eventually,
@@ -35,17 +33,16 @@ if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
     from tests.servers import PostgresForTests
 
-IN_DOUBT = payment_pb2.OPERATION_STATE_IN_DOUBT
-PENDING = payment_pb2.OPERATION_STATE_PENDING
-SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
-NOT_SENT = payment_pb2.OPERATION_STATE_NOT_SENT
-
-
 CREDENTIALS = {
     "api_key": API_KEY,
     "merchant_account": MERCHANT_ACCOUNT,
     "webhook_secrets": HMAC_KEY,
 }
+METHODS = {"methods": ["card", "ideal"]}
+IN_DOUBT = payment_pb2.OPERATION_STATE_IN_DOUBT
+PENDING = payment_pb2.OPERATION_STATE_PENDING
+SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
+NOT_SENT = payment_pb2.OPERATION_STATE_NOT_SENT
 
 
 @dataclass
@@ -75,23 +72,7 @@ class Shop:
         """An answer's operation, in the end; after everything was told, or without that."""
         if tell:
             await self.tell()
-        async with asyncio.timeout(START_TIMEOUT_S):
-            while True:
-                told = await self.caller.operation(operation_id=answer.operation.operation_id)
-                if told.operation.state == state:
-                    return
-                await asyncio.sleep(0.05)
-
-
-async def notifications_port(gateway: GatewayProcess) -> int:
-    def told() -> list[str]:
-        return [
-            line for line in list(gateway.lines) if '"message":"notifications are taken"' in line
-        ]
-
-    await eventually(lambda: bool(told()), "notifications are taken")
-    port: int = json.loads(told()[0])["port"]
-    return port
+        await self.caller.until_state(state, operation_id=answer.operation.operation_id)
 
 
 async def test_merchants_payments_at_adyen_end_by_what_it_tells_and_doubts_by_the_key(
@@ -107,20 +88,15 @@ async def test_merchants_payments_at_adyen_end_by_what_it_tells_and_doubts_by_th
             notifications_address="127.0.0.1:0",
         ) as system:
             account_id = await add_account(
-                system.dsn,
-                system.shop.merchant_id,
-                "adyen",
-                CREDENTIALS,
-                capabilities={"methods": ["card", "ideal"]},
+                system.dsn, system.shop.merchant_id, "adyen", CREDENTIALS, capabilities=METHODS
             )
             gateway = await asyncio.to_thread(system.start_gateway)
-            port = await notifications_port(gateway)
+            url = await notifications_url(gateway, "adyen", account_id)
             timeout = aiohttp.ClientTimeout(total=START_TIMEOUT_S)
             async with (
                 calling(gateway, system.shop.api_key) as caller,
                 aiohttp.ClientSession(timeout=timeout) as http,
             ):
-                url = f"http://127.0.0.1:{port}/v1/notifications/adyen/{account_id}"
                 shop = Shop(psp, caller, url, http)
                 await what_adyen_receives_ends_by_its_notification(shop)
                 await customer_pays_at_the_bank(shop)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from payments.v1 import payment_pb2
 
-from tests.braintree_double import PRIVATE_KEY, PUBLIC_KEY, braintree_psp
+from tests.braintree_double import PRIVATE_KEY, PUBLIC_KEY, BraintreePsp, braintree_psp
 from tests.braintree_events import about, form, signed, transaction
-from tests.connector_accounts import KEY, add_account
+from tests.connector_accounts import KEY, add_account, notifications_url
 from tests.connector_conformance import Fault
-from tests.harness import START_TIMEOUT_S, Caller, GatewayProcess, calling, running_system
+from tests.harness import Caller, calling, eventually, running_system
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
@@ -26,11 +26,8 @@ CREDENTIALS = {
 }
 
 
-async def tell(gateway: GatewayProcess, account_id: str, xml: str) -> int:
+async def tell(url: str, xml: str) -> int:
     """Send a notification, as Braintree does; the status."""
-    told = [line for line in list(gateway.lines) if '"message":"notifications are taken"' in line]
-    port = json.loads(told[0])["port"]
-    url = f"http://127.0.0.1:{port}/v1/notifications/braintree/{account_id}"
     headers = {"Content-Type": "application/x-www-form-urlencoded"}
     async with (
         aiohttp.ClientSession() as http,
@@ -39,14 +36,12 @@ async def tell(gateway: GatewayProcess, account_id: str, xml: str) -> int:
         return answer.status
 
 
-async def becomes(caller: Caller, before: Any, state: int) -> None:
-    """Wait until an operation has a state."""
-    async with asyncio.timeout(START_TIMEOUT_S):
-        while True:
-            told = await caller.operation(operation_id=before.operation.operation_id)
-            if told.operation.state == state:
-                return
-            await asyncio.sleep(0.05)
+async def state_when_asked_twice(caller: Caller, psp: BraintreePsp, lost: Any) -> int | None:
+    """The state of an operation that was lost, once it has another one, or recovery asked twice."""
+    asked = psp.double.searched.count(f"{lost.operation_id}-1")
+    told = await caller.operation(operation_id=lost.operation_id)
+    state: int = told.operation.state
+    return state if state != lost.state or asked > 1 else None
 
 
 async def test_merchants_payments_go_to_braintree_and_what_is_not_found_stays_in_doubt(
@@ -65,6 +60,7 @@ async def test_merchants_payments_go_to_braintree_and_what_is_not_found_stays_in
                 system.dsn, system.shop.merchant_id, "braintree", CREDENTIALS
             )
             gateway = await asyncio.to_thread(system.start_gateway)
+            url = await notifications_url(gateway, "braintree", account_id)
             async with calling(gateway, system.shop.api_key) as caller:
                 answer = await caller.authorize(capture_method="MANUAL")
                 assert answer.payment.connector == "braintree"
@@ -82,25 +78,21 @@ async def test_merchants_payments_go_to_braintree_and_what_is_not_found_stays_in
                     amount="2.00",
                     order_id=f"{reference}-refund",
                 )
-                assert await tell(gateway, account_id, about("refund_failed", bounced)) == 200
-                await becomes(caller, refunded, payment_pb2.OPERATION_STATE_FAILED)
+                assert await tell(url, about("refund_failed", bounced)) == 200
+                await caller.until_state(
+                    payment_pb2.OPERATION_STATE_FAILED, operation_id=refunded.operation.operation_id
+                )
 
                 states = {}
                 for fault in (Fault.SILENT, Fault.SWALLOWED):
                     psp.way.disturb(fault)
                     lost = await caller.authorize(capture_method="AUTOMATIC")
                     assert lost.operation.state == payment_pb2.OPERATION_STATE_IN_DOUBT
-                    operation_id = lost.operation.operation_id
                     psp.way.clear()
-                    async with asyncio.timeout(START_TIMEOUT_S):
-                        while True:
-                            asked = psp.double.searched.count(f"{operation_id}-1")
-                            told = await caller.operation(operation_id=operation_id)
-                            settled = told.operation.state != lost.operation.state
-                            if settled or asked > 1:
-                                break
-                            await asyncio.sleep(0.05)
-                    states[fault] = told.operation.state
+                    states[fault] = await eventually(
+                        partial(state_when_asked_twice, caller, psp, lost.operation),
+                        "it is over, or was asked about twice",
+                    )
                 assert states == {
                     Fault.SILENT: payment_pb2.OPERATION_STATE_SUCCEEDED,
                     Fault.SWALLOWED: payment_pb2.OPERATION_STATE_IN_DOUBT,

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import grpc
 import pytest
@@ -15,12 +15,11 @@ from payments.v1 import payment_pb2
 from gateway.connectors.iso8583.identity import identity_of
 from tests.connector_accounts import KEY, add_account
 from tests.connector_conformance import Fault
-from tests.harness import START_TIMEOUT_S, Caller, calling, new_key, running_system
+from tests.harness import Caller, calling, eventually, new_key, running_system
 from tests.iso8583 import FrameWay, frame_way_to
 from tests.simulators import running_simulator, standings_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
     from pathlib import Path
 
     from gateway.connectors.simulator.launch import SimulatorProcess
@@ -39,24 +38,6 @@ def specification_in(directory: Path) -> str:
     path = directory / "acme.toml"
     path.write_text(text.replace("answer_timeout_s = 20.0", "answer_timeout_s = 1.0"))
     return str(path)
-
-
-async def until(what: str, look: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-    """Look until there is something; the way to the host lives in this very loop."""
-    for _ in range(int(START_TIMEOUT_S / 0.05)):
-        found = await look()
-        if found:
-            return found
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"not in time: {what}")
-
-
-async def in_state(caller: Caller, state: int, **target: str) -> Any:
-    try:
-        told = await caller.operation(**target)
-    except grpc.aio.AioRpcError:
-        return None
-    return told if told.operation.state == state else None
 
 
 def of_reference(way: FrameWay, reference: str) -> list[str]:
@@ -91,10 +72,7 @@ async def check_payments(caller: Caller, host: SimulatorProcess) -> None:
     partly = await caller.authorize(token="tok_partial_approval", capture_method="MANUAL")
     assert partly.operation.state == STATE.OPERATION_STATE_DECLINED
     reference = f"{partly.operation.operation_id}-1"
-    await until(
-        "a partial approval is reversed",
-        lambda: _released(host, reference),
-    )
+    await eventually(lambda: _released(host, reference), "a partial approval is reversed")
 
 
 async def test_reversal_survives_a_killed_gateway_and_is_sent_until_the_host_answers(
@@ -123,7 +101,7 @@ async def test_reversal_survives_a_killed_gateway_and_is_sent_until_the_host_ans
                     call = asyncio.ensure_future(
                         caller.authorize(idempotency_key=key, capture_method="AUTOMATIC")
                     )
-                    await until("the sale is at the host", lambda: _charged(host, way, before))
+                    await eventually(lambda: _charged(host, way, before), "the sale is at the host")
                     gateway.kill()
                     with pytest.raises(grpc.aio.AioRpcError):
                         await call
@@ -131,11 +109,8 @@ async def test_reversal_survives_a_killed_gateway_and_is_sent_until_the_host_ans
                 way.disturb(Fault.SWALLOWED, times=2)
                 other = await asyncio.to_thread(system.start_gateway)
                 async with calling(other, system.shop.api_key) as caller:
-                    canceled = await until(
-                        "the sale is reversed",
-                        lambda: in_state(
-                            caller, STATE.OPERATION_STATE_CANCELED, idempotency_key=key
-                        ),
+                    canceled = await caller.until_state(
+                        STATE.OPERATION_STATE_CANCELED, idempotency_key=key
                     )
                 reference = f"{canceled.operation.operation_id}-1"
                 assert of_reference(way, reference) == ["0200", "0420", "0420", "0420"]
@@ -156,11 +131,11 @@ def _sales(way: FrameWay) -> list[str]:
     return [message["48"] for message in way.seen if message["t"] == "0200" and "47" in message]
 
 
-async def _charged(host: SimulatorProcess, way: FrameWay, before: int) -> bool:
+def _charged(host: SimulatorProcess, way: FrameWay, before: int) -> bool:
     sales = _sales(way)[before:]
-    return bool(sales) and bool(await asyncio.to_thread(standings_of, host, sales[0]))
+    return bool(sales) and bool(standings_of(host, sales[0]))
 
 
-async def _released(host: SimulatorProcess, reference: str) -> bool:
-    (standing,) = await asyncio.to_thread(standings_of, host, reference)
+def _released(host: SimulatorProcess, reference: str) -> bool:
+    (standing,) = standings_of(host, reference)
     return not standing.stands

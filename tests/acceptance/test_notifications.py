@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from click.testing import CliRunner
 from payments.v1 import payment_pb2
@@ -137,7 +138,7 @@ async def test_workers_share_the_port_for_notifications(
             lines = [json.loads(line) for line in list(gateway.lines) if marked in line]
             return {line["port"] for line in lines} if len(lines) == 2 else set()
 
-        await eventually(lambda: ports() == {psp.port}, "both take them on one port")
+        await eventually(lambda: ports() == {urlsplit(psp.url).port}, "both take them on one port")
         statuses = [await psp.tell("brand.new", {}, f"evt_{n % 5}") for n in range(30)]
         assert set(statuses) == {200}
         await eventually(

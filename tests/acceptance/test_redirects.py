@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -72,15 +71,6 @@ async def choose(page: str, outcome: str) -> int:
         return answer.status
 
 
-async def until(caller: Caller, operation_id: str, *states: int) -> Any:
-    """The operation, once it is in one of the states."""
-    while True:
-        found = await caller.operation(operation_id=operation_id)
-        if found.operation.state in states:
-            return found
-        await asyncio.sleep(0.05)
-
-
 def page_of(answer: Any) -> str:
     action = answer.operation.next_action
     assert action.HasField("expires_at")
@@ -97,7 +87,7 @@ async def test_a_customer_pays_at_the_bank_and_is_refunded(
     assert answer.payment.state == payment_pb2.PAYMENT_STATE_REQUIRES_ACTION
     assert answer.payment.payment_method.redirect.method_type == "ideal"
     assert await choose(page_of(answer), "approve") == 303
-    found = await until(caller, answer.operation.operation_id, SUCCEEDED)
+    found = await caller.until_state(SUCCEEDED, operation_id=answer.operation.operation_id)
     assert not found.operation.HasField("next_action")
     assert found.payment.state == payment_pb2.PAYMENT_STATE_CAPTURED
     # The first answer is the answer to the key; what is, GetOperation tells.
@@ -145,7 +135,7 @@ async def test_what_the_customer_does_is_noticed_without_a_notification(
     assert answer.operation.state == REQUIRES_ACTION
     assert answer.operation.next_action.HasField("qr_code") == (method == "pix")
     assert await choose(page_of(answer), outcome) == 303
-    found = await until(caller, answer.operation.operation_id, state)
+    found = await caller.until_state(state, operation_id=answer.operation.operation_id)
     captured = 1000 if state == SUCCEEDED else 0
     assert found.payment.amounts.captured_minor == captured
 
@@ -154,10 +144,10 @@ async def test_a_void_cancels_what_waits_for_its_customer(caller: Caller) -> Non
     answer = await caller.call("AuthorizePayment", redirecting())
     void = await caller.void(answer.payment.payment_id)
     assert void.operation.state == PENDING
-    found = await until(caller, answer.operation.operation_id, CANCELED)
+    found = await caller.until_state(CANCELED, operation_id=answer.operation.operation_id)
     assert found.payment.state == payment_pb2.PAYMENT_STATE_CANCELED
     assert await choose(page_of(answer), "approve") == 409
-    await until(caller, void.operation.operation_id, SUCCEEDED)
+    await caller.until_state(SUCCEEDED, operation_id=void.operation.operation_id)
 
 
 async def test_the_psps_end_of_a_customers_time_is_noticed(
@@ -167,7 +157,7 @@ async def test_the_psps_end_of_a_customers_time_is_noticed(
     control = shop[0].control
     await control.advance_clock(3600)
     await control.close()
-    found = await until(caller, answer.operation.operation_id, EXPIRED)
+    found = await caller.until_state(EXPIRED, operation_id=answer.operation.operation_id)
     assert found.payment.state == payment_pb2.PAYMENT_STATE_EXPIRED
     assert await choose(page_of(answer), "approve") == 409
 

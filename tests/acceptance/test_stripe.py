@@ -12,10 +12,10 @@ from payments.v1 import money_pb2, payment_method_pb2, payment_pb2
 from tests.connector_accounts import KEY, add_account
 from tests.connector_conformance import Fault
 from tests.harness import (
-    START_TIMEOUT_S,
     Caller,
     authorize_request,
     calling,
+    eventually,
     reason_of,
     running_system,
 )
@@ -25,23 +25,8 @@ if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
     from tests.servers import PostgresForTests
 
-
 CREDENTIALS = {"secret_key": SECRET_KEY}
-
-
-async def until(what: str, look: Any) -> Any:
-    """Look until there is something; the double lives in this very loop."""
-    for _ in range(int(START_TIMEOUT_S / 0.05)):
-        found = await look()
-        if found:
-            return found
-        await asyncio.sleep(0.05)
-    raise AssertionError(f"not in time: {what}")
-
-
-async def succeeded(caller: Caller, operation_id: str) -> Any:
-    told = await caller.operation(operation_id=operation_id)
-    return told if told.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED else None
+SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 
 
 async def test_merchants_payments_go_to_stripe_and_doubts_are_recovered(
@@ -68,13 +53,13 @@ async def test_merchants_payments_go_to_stripe_and_doubts_are_recovered(
                     answer = await caller.authorize(capture_method="MANUAL")
                     return answer if answer.payment.connector == "stripe" else None
 
-                answer = await until("the account is used without a restart", at_stripe)
-                assert answer.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+                answer = await eventually(at_stripe, "the account is used without a restart")
+                assert answer.operation.state == SUCCEEDED
                 payment_id = answer.payment.payment_id
                 captured = await caller.capture(payment_id, 600)
-                assert captured.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+                assert captured.operation.state == SUCCEEDED
                 refunded = await caller.refund(payment_id, 200)
-                assert refunded.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+                assert refunded.operation.state == SUCCEEDED
                 reference = f"{answer.operation.operation_id}-1"
                 assert await psp.held_minor(reference) == 400
                 # What was begun with the simulator ends there.
@@ -92,9 +77,8 @@ async def test_merchants_payments_go_to_stripe_and_doubts_are_recovered(
                 lost = await caller.authorize(capture_method="AUTOMATIC")
                 assert lost.operation.state == payment_pb2.OPERATION_STATE_IN_DOUBT
                 psp.way.clear()
-                found = await until(
-                    "a lost authorization is found",
-                    lambda: succeeded(caller, lost.operation.operation_id),
+                found = await caller.until_state(
+                    SUCCEEDED, operation_id=lost.operation.operation_id
                 )
                 assert found.payment.amounts.captured_minor == 1000
                 assert await psp.effects(f"{lost.operation.operation_id}-1") == 1
@@ -104,9 +88,8 @@ async def test_merchants_payments_go_to_stripe_and_doubts_are_recovered(
                 lost_capture = await caller.capture(manual.payment.payment_id)
                 assert lost_capture.operation.state == payment_pb2.OPERATION_STATE_IN_DOUBT
                 psp.way.clear()
-                await until(
-                    "a lost capture is found",
-                    lambda: succeeded(caller, lost_capture.operation.operation_id),
+                await caller.until_state(
+                    SUCCEEDED, operation_id=lost_capture.operation.operation_id
                 )
             rows = system.fetch("SELECT DISTINCT connector_account_id FROM payments")
             assert {row[0] for row in rows} == {account_id, system.shop.merchant_id}
@@ -125,13 +108,9 @@ async def test_customers_pay_elsewhere_through_stripe_or_are_waited_for_no_longe
             action_timeout_s=1,
             recovery_action_margin_s=0,
         ) as system:
-            methods = ["card", "ideal", "pix", "sepa_debit"]
+            methods = {"methods": ["card", "ideal", "pix", "sepa_debit"]}
             await add_account(
-                system.dsn,
-                system.shop.merchant_id,
-                "stripe",
-                CREDENTIALS,
-                capabilities={"methods": methods},
+                system.dsn, system.shop.merchant_id, "stripe", CREDENTIALS, capabilities=methods
             )
             gateway = await asyncio.to_thread(system.start_gateway)
             async with calling(gateway, system.shop.api_key) as caller:
@@ -139,9 +118,8 @@ async def test_customers_pay_elsewhere_through_stripe_or_are_waited_for_no_longe
                 ideal = await caller.call("AuthorizePayment", elsewhere("ideal", "EUR"))
                 assert ideal.operation.state == payment_pb2.OPERATION_STATE_REQUIRES_ACTION
                 assert ideal.operation.next_action.redirect_url.startswith("https://hooks.stripe")
-                found = await until(
-                    "nobody is waited for without an end",
-                    lambda: in_state(caller, ideal, payment_pb2.OPERATION_STATE_EXPIRED),
+                found = await caller.until_state(
+                    payment_pb2.OPERATION_STATE_EXPIRED, operation_id=ideal.operation.operation_id
                 )
                 assert found.payment.state == payment_pb2.PAYMENT_STATE_EXPIRED
                 intent = psp.double.intents[ideal.operation.attempts[0].connector_transaction_id]
@@ -153,10 +131,7 @@ async def test_customers_pay_elsewhere_through_stripe_or_are_waited_for_no_longe
                 psp.double.customer_pays(
                     psp.double.intents[pix.operation.attempts[0].connector_transaction_id]
                 )
-                found = await until(
-                    "a customer who paid is noticed",
-                    lambda: succeeded(caller, pix.operation.operation_id),
-                )
+                found = await caller.until_state(SUCCEEDED, operation_id=pix.operation.operation_id)
                 assert found.payment.state == payment_pb2.PAYMENT_STATE_CAPTURED
 
                 # A direct debit has no customer to wait for, and no end but the bank's.
@@ -168,10 +143,7 @@ async def test_customers_pay_elsewhere_through_stripe_or_are_waited_for_no_longe
                 psp.double.customer_pays(
                     psp.double.intents[debit.operation.attempts[0].connector_transaction_id]
                 )
-                await until(
-                    "a direct debit that the bank paid is noticed",
-                    lambda: succeeded(caller, debit.operation.operation_id),
-                )
+                await caller.until_state(SUCCEEDED, operation_id=debit.operation.operation_id)
 
                 # The account was not set up for it.
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -186,11 +158,6 @@ def elsewhere(method: str, currency: str) -> Any:
     request.amount.currency_code = currency
     request.payment_method.redirect.method_type = method
     return request
-
-
-async def in_state(caller: Caller, answer: Any, state: int) -> Any:
-    told = await caller.operation(operation_id=answer.operation.operation_id)
-    return told if told.operation.state == state else None
 
 
 async def refusals(caller: Caller) -> None:

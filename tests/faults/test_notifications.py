@@ -13,10 +13,11 @@ import pytest
 from payments.v1 import payment_pb2
 
 from gateway.application.notifications import Result
+from tests.connector_accounts import notifications_url
 from tests.harness import START_TIMEOUT_S, calling, eventually
 from tests.stripe_double import ACTION_TOKEN
 from tests.stripe_events import event_of, refund_of, sign
-from tests.stripe_webhooks import SECRET, notifications_port, stripe
+from tests.stripe_webhooks import SECRET, stripe
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
@@ -90,7 +91,7 @@ async def test_the_same_event_at_two_gateways_at_once_has_one_effect(
 ) -> None:
     async with stripe(postgres, redis) as (psp, caller, _):
         second = await asyncio.to_thread(psp.system.start_gateway)
-        other = replace(psp, port=await notifications_port(second))
+        other = replace(psp, url=await notifications_url(second, "stripe", psp.account_id))
         charged = await caller.authorize(capture_method="AUTOMATIC")
         [intent] = psp.psp.double.intents.values()
         refund = refund_of(payment_intent=intent["id"])
@@ -123,14 +124,13 @@ async def test_nothing_is_acknowledged_before_it_is_committed(
         [intent] = psp.psp.double.intents.values()
         body = event_of("refund.created", refund_of(payment_intent=intent["id"]), event_id="e")
         blocker = await asyncpg.connect(psp.system.dsn)
-        url = f"http://127.0.0.1:{psp.port}/v1/notifications/stripe/{psp.account_id}"
         headers = {
             "Stripe-Signature": sign(body, SECRET, int(time.time())),
             "Content-Type": "application/json",
         }
         async with blocker.transaction():
             await blocker.execute("LOCK TABLE notifications IN ACCESS EXCLUSIVE MODE")
-            call = asyncio.ensure_future(psp.http.post(url, data=body, headers=headers))
+            call = asyncio.ensure_future(psp.http.post(psp.url, data=body, headers=headers))
             waits = (
                 "SELECT 1 FROM pg_stat_activity"
                 " WHERE datname = current_database() AND wait_event_type = 'Lock'"
