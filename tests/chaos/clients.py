@@ -19,9 +19,10 @@ from payments.v1 import payment_service_pb2 as rpc
 from payments.v1.payment_pb2 import OperationState
 
 from gateway.domain.model import OperationKind
-from tests.chaos.history import OK, Answer, Call, History, digest_of
+from tests.chaos.history import OPEN, Answer, Call, History
+from tests.chaos.requests import AMOUNTS_MINOR, FINAL_SHARE, INCREMENT_MINOR, METHODS, follow_up
 from tests.faults.checker import REPEATABLE
-from tests.harness import Caller, authorize_request, eur, new_key, reason_of
+from tests.harness import Caller, authorize_request, new_key, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Sequence
@@ -58,10 +59,6 @@ REPEAT_SHARE: Final = 0.15
 ANSWER_TIMEOUT_S: Final = 60.0
 """Clients that get no answer for so long show that the service is gone."""
 
-AMOUNTS_MINOR: Final = range(1000, 8001, 50)
-"""Amounts that mean nothing to the simulator."""
-INCREMENT_MINOR: Final = 250
-
 TOKENS: Final = ("tok_visa",) * 8 + ("tok_declined_do_not_honor", "tok_declined_insufficient_funds")
 _WRONG_ANSWERS: Final = (
     *("timeout_before_charge", "timeout_after_charge", "success_late", "reset_before_charge"),
@@ -80,14 +77,6 @@ FAULTY_TOKENS: Final = (
 """Tokens of payments whose PSP answers wrongly, late or not at all."""
 
 SUCCEEDED: Final = OperationState.OPERATION_STATE_SUCCEEDED
-OPEN: Final = frozenset(
-    {
-        OperationState.OPERATION_STATE_PROCESSING,
-        OperationState.OPERATION_STATE_IN_DOUBT,
-        OperationState.OPERATION_STATE_NOT_SENT,
-    }
-)
-"""States after which the same call may be answered otherwise."""
 
 
 class Stalled(Exception):
@@ -129,7 +118,6 @@ class _Request:
     """A call as it is sent."""
 
     call: Call
-    method: str
     message: Any
 
 
@@ -209,17 +197,11 @@ class Clients:
 
     async def repeat_unanswered(self) -> None:
         """Repeat every call whose outcome a client does not know, until it does."""
-        last = {each.key: each for each in self._history.answers if each.ok or each.refused}
-        await self._all(
-            key
-            for key in self._requests
-            if key not in last or (last[key].ok and last[key].state in OPEN)
-        )
+        await self._all(self._history.unanswered())
 
     async def repeat_answered(self) -> None:
         """Repeat some of the calls that have their final answer."""
-        final = (each.key for each in self._history.answers if each.ok and each.state not in OPEN)
-        keys = list(dict.fromkeys(final))
+        keys = self._history.answered()
         await self._all(self._pace.sample(keys, min(len(keys), REPEATED_MAX)))
 
     async def _all(self, keys: Iterable[str]) -> None:
@@ -229,7 +211,7 @@ class Clients:
             async with room:
                 await self._tries(self._requests[key], FINAL_TRIES_MAX)
 
-        await asyncio.gather(*(one(key) for key in list(keys)))
+        await asyncio.gather(*(one(key) for key in keys))
 
     # --- a client ---------------------------------------------------------------------------------
 
@@ -246,15 +228,13 @@ class Clients:
             amount_minor=amount_minor, token=draw.choice(self._tokens), capture_method=method
         )
         call = Call(request.idempotency_key, K.AUTHORIZE, "", amount_minor)
-        authorizing = self._patiently(draw, _Request(call, "AuthorizePayment", request))
+        authorizing = self._patiently(draw, _Request(call, request))
         if draw.random() < CANCEL_SHARE:
             cancel = rpc.VoidPaymentRequest(
                 idempotency_key=new_key(), authorize_idempotency_key=call.key
             )
             void = Call(cancel.idempotency_key, K.VOID, "", None)
-            await asyncio.gather(
-                authorizing, self._patiently(draw, _Request(void, "VoidPayment", cancel))
-            )
+            await asyncio.gather(authorizing, self._patiently(draw, _Request(void, cancel)))
             return
         answer = await authorizing
         if answer is None or answer.state != SUCCEEDED:
@@ -332,26 +312,13 @@ class Clients:
         key, sent = request.call.key, next(self._order)
         begun_s = time.monotonic()
         try:
-            response = await caller.call(request.method, request.message, TRY_TIMEOUT_S)
+            response = await caller.call(METHODS[request.call.kind], request.message, TRY_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             reason = "" if error.code() in REPEATABLE else reason_of(error)
             answer = Answer(key, sent, next(self._order), error.code().name, reason)
         else:
             self.latencies_s.append(time.monotonic() - begun_s)
-            operation = response.operation
-            answer = Answer(
-                key,
-                sent,
-                next(self._order),
-                OK,
-                operation_id=operation.operation_id,
-                payment_id=operation.payment_id,
-                kind=operation.kind,
-                state=operation.state,
-                amount_minor=operation.amount.amount_minor,
-                replayed=response.replay.replayed,
-                digest=digest_of(response),
-            )
+            answer = Answer.of(response, key, sent, next(self._order))
         self._history.answers.append(answer)
         self.statuses[answer.status] += 1
         if answer.ok:
@@ -363,25 +330,7 @@ class Clients:
 
 
 def _follow_up(draw: random.Random, kind: K, payment_id: str, amount_minor: int | None) -> _Request:
-    key, amount = new_key(), eur(amount_minor)
-    call = Call(key, kind, payment_id, amount_minor)
-    match kind:
-        case K.CAPTURE:
-            final = draw.random() < 0.3
-            message: Any = rpc.CapturePaymentRequest(
-                idempotency_key=key, payment_id=payment_id, amount=amount, final=final
-            )
-            return _Request(call, "CapturePayment", message)
-        case K.REFUND:
-            message = rpc.RefundPaymentRequest(
-                idempotency_key=key, payment_id=payment_id, amount=amount
-            )
-            return _Request(call, "RefundPayment", message)
-        case K.INCREMENT:
-            message = rpc.IncrementAuthorizationRequest(
-                idempotency_key=key, payment_id=payment_id, additional_amount=amount
-            )
-            return _Request(call, "IncrementAuthorization", message)
-        case _:
-            message = rpc.VoidPaymentRequest(idempotency_key=key, payment_id=payment_id)
-            return _Request(call, "VoidPayment", message)
+    key = new_key()
+    final = kind is K.CAPTURE and draw.random() < FINAL_SHARE
+    message = follow_up(kind, key, payment_id, amount_minor, final=final)
+    return _Request(Call(key, kind, payment_id, amount_minor), message)

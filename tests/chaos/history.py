@@ -14,7 +14,7 @@ import grpc
 from payments.v1 import payment_pb2, payment_service_pb2
 
 from gateway.connectors.simulator.profiles import find_profile
-from gateway.domain.model import OperationKind
+from gateway.domain.model import OperationKind, OperationState
 from tests.faults.checker import REPEATABLE
 from tests.harness import System, bytes_without_replay
 
@@ -31,7 +31,12 @@ OK: Final = grpc.StatusCode.OK.name
 
 _CLIENTS, _PSP, _DATABASE = "clients.json", "psp.jsonl", "database.json"
 
-_RESPONSES: Final = {
+OPEN: Final = frozenset(
+    {OperationState.PROCESSING, OperationState.IN_DOUBT, OperationState.NOT_SENT}
+)
+"""States after which the same call may be answered otherwise."""
+
+RESPONSES: Final = {
     OperationKind.AUTHORIZE: payment_service_pb2.AuthorizePaymentResponse,
     OperationKind.VERIFY: payment_service_pb2.AuthorizePaymentResponse,
     OperationKind.CAPTURE: payment_service_pb2.CapturePaymentResponse,
@@ -96,6 +101,24 @@ class Answer:
     digest: str = ""
     """Of the answer without its `replay` field."""
 
+    @classmethod
+    def of(cls, response: Any, key: str, sent: int, answered: int) -> Answer:
+        """One that tells of an operation."""
+        operation = response.operation
+        return cls(
+            key,
+            sent,
+            answered,
+            OK,
+            operation_id=operation.operation_id,
+            payment_id=operation.payment_id,
+            kind=operation.kind,
+            state=operation.state,
+            amount_minor=operation.amount.amount_minor,
+            replayed=response.replay.replayed,
+            digest=digest_of(response),
+        )
+
     @property
     def ok(self) -> bool:
         """Whether it tells of an operation."""
@@ -105,6 +128,11 @@ class Answer:
     def refused(self) -> bool:
         """Whether it says that nothing was begun. Any other failure tells nothing."""
         return not self.ok and bool(self.reason) and self.status not in _UNKNOWN
+
+    @property
+    def final(self) -> bool:
+        """Whether it tells of an operation, and every repeat has to tell the same."""
+        return self.ok and self.state not in OPEN
 
 
 _UNKNOWN: Final = frozenset(code.name for code in REPEATABLE) | {"INTERNAL", "UNKNOWN"}
@@ -139,6 +167,16 @@ class History:
         """Whether the PSP helps to end every doubt."""
         profile = find_profile(self.profile)
         return profile.query_by_reference or profile.cancel_by_reference
+
+    def unanswered(self) -> list[str]:
+        """The keys of calls whose outcome the client does not know."""
+        last = {each.key: each for each in self.answers if each.ok or each.refused}
+        known = {key for key, answer in last.items() if answer.refused or answer.final}
+        return [call.key for call in self.calls if call.key not in known]
+
+    def answered(self) -> list[str]:
+        """The keys of calls that have their final answer."""
+        return list(dict.fromkeys(each.key for each in self.answers if each.final))
 
     def save(self, folder: Path) -> None:
         """Write the journals into a directory. Raises OSError."""
@@ -186,7 +224,7 @@ def _operation(record: Any) -> Row:
     stored = row.pop("response")
     row["digest"] = ""
     if stored is not None:
-        response = _RESPONSES[OperationKind(row["kind"])]()
+        response = RESPONSES[OperationKind(row["kind"])]()
         response.ParseFromString(stored)
         row["digest"] = digest_of(response)
     return row

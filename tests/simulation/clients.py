@@ -13,7 +13,8 @@ from payments.v1 import payment_service_pb2 as rpc
 
 from gateway.domain.model import OperationKind as K
 from gateway.domain.model import OperationState as S
-from tests.chaos.history import _RESPONSES, Answer, Call, History, digest_of
+from tests.chaos.history import OPEN, RESPONSES, Answer, Call, History
+from tests.chaos.requests import AMOUNTS_MINOR, FINAL_SHARE, INCREMENT_MINOR, follow_up
 from tests.faults.checker import REPEATABLE
 from tests.harness import eur
 from tests.simulation.gateway import OK
@@ -41,10 +42,6 @@ IMPATIENT_SHARE: Final = 0.1
 """Tries whose deadline is too short."""
 IMPATIENCE_S: Final = (0.01, 0.3)
 
-AMOUNTS_MINOR: Final = range(1000, 8001, 50)
-INCREMENT_MINOR: Final = 250
-
-OPEN: Final = frozenset({S.PROCESSING, S.IN_DOUBT, S.NOT_SENT})
 _REPEATABLE: Final = frozenset(code.name for code in REPEATABLE)
 
 
@@ -87,21 +84,15 @@ class Clients:
 
     async def repeat_unanswered(self) -> None:
         """Repeat every call whose outcome a client does not know, until it does."""
-        last = {each.key: each for each in self._history.answers if each.ok or each.refused}
-        await self._all(
-            key
-            for key in self._requests
-            if key not in last or (last[key].ok and last[key].state in OPEN)
-        )
+        await self._all(self._history.unanswered())
 
     async def repeat_answered(self) -> None:
         """Repeat some of the calls that have their final answer."""
-        final = (each.key for each in self._history.answers if each.ok and each.state not in OPEN)
-        keys = list(dict.fromkeys(final))
+        keys = self._history.answered()
         await self._all(self._draw.sample(keys, min(len(keys), REPEATED_MAX)))
 
     async def _all(self, keys: Iterable[str]) -> None:
-        for key in list(keys):
+        for key in keys:
             await self._call(self._requests[key], FINAL_TRIES_MAX)
 
     def _key(self) -> str:
@@ -173,24 +164,9 @@ class Clients:
         return self._draw.choice(plans)
 
     def _follow_up(self, kind: K, payment_id: str, amount_minor: int | None) -> _Request:
-        key, amount = self._key(), eur(amount_minor)
-        message: Any
-        match kind:
-            case K.CAPTURE:
-                final = self._draw.random() < 0.3
-                message = rpc.CapturePaymentRequest(
-                    idempotency_key=key, payment_id=payment_id, amount=amount, final=final
-                )
-            case K.REFUND:
-                message = rpc.RefundPaymentRequest(
-                    idempotency_key=key, payment_id=payment_id, amount=amount
-                )
-            case K.INCREMENT:
-                message = rpc.IncrementAuthorizationRequest(
-                    idempotency_key=key, payment_id=payment_id, additional_amount=amount
-                )
-            case _:
-                message = rpc.VoidPaymentRequest(idempotency_key=key, payment_id=payment_id)
+        key = self._key()
+        final = kind is K.CAPTURE and self._draw.random() < FINAL_SHARE
+        message = follow_up(kind, key, payment_id, amount_minor, final=final)
         return _Request(Call(key, kind, payment_id, amount_minor), message.SerializeToString())
 
     # --- a call -----------------------------------------------------------------------------------
@@ -249,19 +225,6 @@ class Clients:
         if status != OK:
             reason = "" if status in _REPEATABLE else reason
             return Answer(call.key, sent, next(self._order), status, reason.partition(" ")[0])
-        response: Any = _RESPONSES[call.kind].FromString(data)
-        operation = response.operation
-        self.told.add(operation.operation_id)
-        return Answer(
-            call.key,
-            sent,
-            next(self._order),
-            OK,
-            operation_id=operation.operation_id,
-            payment_id=operation.payment_id,
-            kind=operation.kind,
-            state=operation.state,
-            amount_minor=operation.amount.amount_minor,
-            replayed=response.replay.replayed,
-            digest=digest_of(response),
-        )
+        response: Any = RESPONSES[call.kind].FromString(data)
+        self.told.add(response.operation.operation_id)
+        return Answer.of(response, call.key, sent, next(self._order))

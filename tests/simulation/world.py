@@ -16,7 +16,7 @@ from gateway.application.ports import StoreUnavailable
 from gateway.connectors.simulator.profiles import find_profile
 from gateway.domain.states import UNFINISHED
 from tests.chaos.clients import FAULTY_TOKENS, TOKENS
-from tests.chaos.history import _RESPONSES, History, digest_of
+from tests.chaos.history import RESPONSES, History, digest_of
 from tests.chaos.oracle import Violation, judge
 from tests.simulation.clients import Clients
 from tests.simulation.clock import simulated_sources
@@ -397,7 +397,7 @@ def _cancel(running: list[asyncio.Task[Any]]) -> None:
 def _operation_row(operation: Operation) -> Row:
     digest = ""
     if operation.response is not None:
-        digest = digest_of(_RESPONSES[operation.kind].FromString(operation.response))
+        digest = digest_of(RESPONSES[operation.kind].FromString(operation.response))
     return {
         "operation_id": operation.operation_id,
         "payment_id": operation.payment_id,
