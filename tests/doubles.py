@@ -1,5 +1,5 @@
 """What the doubles of PSPs over HTTP have in common: their journals, keys, and place behind a
-disturbed way.
+disturbed way; and what every connector has to do that is tested with one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,19 @@ from aiohttp import web
 
 from gateway.application.ports import Connector
 from gateway.connectors.http import HttpClient, Limits
-from tests.connector_conformance import SHORT_S, WAIT_S, Way, way_to
+from gateway.domain.model import OperationKind as K
+from gateway.domain.model import Verdict
+from tests.connector_conformance import (
+    SHORT_S,
+    WAIT_S,
+    Conformance,
+    Fault,
+    Way,
+    is_doubt,
+    request_of,
+    send,
+    way_to,
+)
 from tests.http_server import http_server
 
 RequestT = TypeVar("RequestT")
@@ -130,3 +142,28 @@ async def running(
         AsyncExitStack() as stack,
     ):
         yield psp(double, way, stack)
+
+
+class DoubleConformance(Conformance):
+    """The suite, and what only a double shows."""
+
+    async def test_refusal_of_a_repeat_says_nothing_of_the_first_sending(self, psp: Any) -> None:
+        request = request_of()
+        psp.double.revoked_after = 1
+        psp.way.disturb(Fault.RESET, times=1)
+        assert is_doubt(await send(psp.connector, request))
+        assert len(psp.double.requests) == 2
+        assert await psp.effects(request.reference) == 1
+
+    async def test_request_under_way_is_not_taken_for_absent(self, psp: Any) -> None:
+        request = request_of()
+        psp.double.gate = asyncio.Event()
+        sending = asyncio.create_task(send(psp.connector, request))
+        while not psp.double.requests:  # noqa: ASYNC110 - it has to arrive
+            await asyncio.sleep(0.01)
+        if self.asking_uses_up:
+            assert is_doubt(await psp.connector.query(K.AUTHORIZE, request.reference, request))
+        assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
+        psp.double.gate.set()
+        assert (await sending).verdict is Verdict.APPROVED
+        assert await psp.effects(request.reference) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -32,7 +31,6 @@ from tests.adyen_double import (
     adyen_psp,
 )
 from tests.connector_conformance import (
-    Fault,
     found_of,
     is_doubt,
     outcome_of,
@@ -371,15 +369,6 @@ async def test_refused_credentials_fail_the_request(psp: AdyenPsp) -> None:
     assert API_KEY not in repr(answer)
 
 
-async def test_refusal_of_a_repeat_says_nothing_of_the_first_sending(psp: AdyenPsp) -> None:
-    request = request_of()
-    psp.double.revoked_after = 1
-    psp.way.disturb(Fault.RESET, times=1)
-    assert is_doubt(await send(psp.connector, request))
-    assert len(psp.double.requests) == 2
-    assert await psp.effects(request.reference) == 1
-
-
 @pytest.mark.parametrize(
     ("failure", "requests"),
     [
@@ -432,18 +421,6 @@ async def test_key_that_is_forgotten_all_the_same_takes_the_payment_back(psp: Ad
     told = await psp.connector.query(K.AUTHORIZE, request.reference, request)
     assert told == ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.REFERENCE_CANCELED)
     assert await psp.held_minor(request.reference) == 0
-
-
-async def test_request_under_way_is_not_taken_for_absent(psp: AdyenPsp) -> None:
-    request = request_of()
-    psp.double.gate = asyncio.Event()
-    sending = asyncio.create_task(send(psp.connector, request))
-    while request.reference not in psp.double.keys:  # noqa: ASYNC110 - it has to arrive
-        await asyncio.sleep(0.01)
-    assert is_doubt(await psp.connector.query(K.AUTHORIZE, request.reference, request))
-    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
-    psp.double.gate.set()
-    assert (await sending).verdict is Verdict.APPROVED
 
 
 async def test_key_that_adyen_refuses_instead_of_answering_leaves_the_doubt(psp: AdyenPsp) -> None:

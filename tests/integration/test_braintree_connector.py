@@ -297,15 +297,6 @@ async def test_request_under_way_is_not_taken_for_refused(psp: BraintreePsp) -> 
     assert is_doubt(await send(psp.connector, request))
 
 
-async def test_refusal_of_a_repeat_says_nothing_of_the_first_sending(psp: BraintreePsp) -> None:
-    request = request_of()
-    psp.double.revoked_after = 1
-    psp.way.disturb(Fault.RESET, times=1)
-    assert is_doubt(await send(psp.connector, request))
-    assert len(psp.double.requests) == 2
-    assert await psp.effects(request.reference) == 1
-
-
 async def test_verification_is_sent_once(psp: BraintreePsp) -> None:
     request = request_of(K.VERIFY)
     psp.way.disturb(Fault.RESET, times=1)

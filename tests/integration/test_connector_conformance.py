@@ -30,6 +30,7 @@ from tests.connector_conformance import (
     send,
     way_to,
 )
+from tests.doubles import DoubleConformance
 from tests.iso8583 import Iso8583Psp, frame_way_to
 from tests.simulators import SimulatorBooks, running_simulator
 from tests.stripe_double import StripePsp, stripe_psp
@@ -103,7 +104,7 @@ class TestIso8583(Conformance):
             yield Iso8583Psp(acquirer, way, stack)
 
 
-class TestStripe(Conformance):
+class TestStripe(DoubleConformance):
     """Stripe's connector."""
 
     @pytest_asyncio.fixture
@@ -112,7 +113,7 @@ class TestStripe(Conformance):
             yield psp
 
 
-class TestAdyen(Conformance):
+class TestAdyen(DoubleConformance):
     """Adyen's connector."""
 
     notified = frozenset({K.CAPTURE, K.VOID, K.REFUND, K.INCREMENT, K.REVERSAL})
@@ -124,7 +125,7 @@ class TestAdyen(Conformance):
             yield psp
 
 
-class TestBraintree(Conformance):
+class TestBraintree(DoubleConformance):
     """Braintree's connector: nothing proves an absence there, so that a doubt stays one until its
     effect is found.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -25,7 +24,6 @@ from gateway.domain.model import (
     Verdict,
 )
 from tests.connector_conformance import (
-    Fault,
     found_of,
     is_doubt,
     outcome_of,
@@ -350,17 +348,6 @@ async def test_occupied_key_moves_no_money_and_lets_no_late_request_through(
     assert psp.double.effects == []
 
 
-async def test_request_under_way_is_not_taken_for_absent(psp: StripePsp) -> None:
-    request = request_of()
-    psp.double.gate = asyncio.Event()
-    sending = asyncio.create_task(send(psp.connector, request))
-    while request.reference not in psp.double.keys:  # noqa: ASYNC110 - it has to arrive
-        await asyncio.sleep(0.01)
-    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
-    psp.double.gate.set()
-    assert (await sending).verdict is Verdict.APPROVED
-
-
 async def test_past_half_of_the_keys_validity_nothing_proves_an_absence(psp: StripePsp) -> None:
     for reference in (reference_made(KEY_VALIDITY_S / 2 + 60), "op_00000001-1"):
         request = request_of(reference=reference)
@@ -408,15 +395,6 @@ async def test_refused_credentials_fail_the_request(psp: StripePsp) -> None:
     answer = await send(psp.connect(5, secret_key="sk_test_another12345"), request_of())
     assert answer.verdict is Verdict.FAILED
     assert SECRET_KEY not in repr(answer)
-
-
-async def test_refusal_of_a_repeat_says_nothing_of_the_first_sending(psp: StripePsp) -> None:
-    request = request_of()
-    psp.double.revoked_after = 1
-    psp.way.disturb(Fault.RESET, times=1)
-    assert is_doubt(await send(psp.connector, request))
-    assert len(psp.double.requests) == 2
-    assert await psp.effects(request.reference) == 1
 
 
 async def test_object_of_the_other_mode_is_no_answer(psp: StripePsp) -> None:
