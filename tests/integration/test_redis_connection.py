@@ -14,28 +14,15 @@ from redis.asyncio import Redis
 
 from storage.embedded import free_port
 from storage.redis import RedisAway, RedisClient, RedisRefused
-from tests.servers import redis_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from storage.embedded import EmbeddedRedis
 
 LONG_MS = 20_000.0
 SHORT_MS = 200.0
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[EmbeddedRedis]:
-    with redis_server() as running:
-        yield running
-
-
-@pytest.fixture
-def mortal_server() -> Iterator[EmbeddedRedis]:
-    with redis_server() as running:
-        yield running
 
 
 @asynccontextmanager
@@ -47,23 +34,23 @@ async def client_of(url: str, timeout_ms: float = LONG_MS) -> AsyncIterator[Redi
         await client.close()
 
 
-async def connections(server: EmbeddedRedis) -> int:
+async def connections(own_redis: EmbeddedRedis) -> int:
     """How many connections Redis has, without the one that asks."""
-    async with Redis.from_url(server.url) as looking:
+    async with Redis.from_url(own_redis.url) as looking:
         return len(await looking.client_list()) - 1
 
 
 async def test_concurrent_commands_share_one_connection_and_get_their_own_answers(
-    server: EmbeddedRedis,
+    own_redis: EmbeddedRedis,
 ) -> None:
-    async with client_of(server.url) as client:
+    async with client_of(own_redis.url) as client:
         answers = await asyncio.gather(*(client.execute("ECHO", str(n)) for n in range(500)))
         assert answers == [str(number).encode() for number in range(500)]
-        assert await connections(server) == 1
+        assert await connections(own_redis) == 1
 
 
-async def test_error_is_the_answer_to_its_own_command_alone(server: EmbeddedRedis) -> None:
-    async with client_of(server.url) as client:
+async def test_error_is_the_answer_to_its_own_command_alone(own_redis: EmbeddedRedis) -> None:
+    async with client_of(own_redis.url) as client:
         commands: list[tuple[bytes | str | int, ...]] = [
             ("ECHO", b"before"),
             ("EVALSHA", "0" * 40, 0),
@@ -77,8 +64,8 @@ async def test_error_is_the_answer_to_its_own_command_alone(server: EmbeddedRedi
         assert wrong.code == "NOSCRIPT"
 
 
-async def test_answer_of_a_cancelled_command_is_nobody_elses(server: EmbeddedRedis) -> None:
-    async with client_of(server.url) as client:
+async def test_answer_of_a_cancelled_command_is_nobody_elses(own_redis: EmbeddedRedis) -> None:
+    async with client_of(own_redis.url) as client:
         await client.execute("PING")
         gone = asyncio.create_task(client.execute("ECHO", b"gone"))
         await asyncio.sleep(0)  # it is sent, and its answer is not here
@@ -87,41 +74,41 @@ async def test_answer_of_a_cancelled_command_is_nobody_elses(server: EmbeddedRed
         assert gone.cancelled()
 
 
-async def test_large_values_arrive_whole(server: EmbeddedRedis) -> None:
+async def test_large_values_arrive_whole(own_redis: EmbeddedRedis) -> None:
     value = bytes(range(256)) * 20_000
-    async with client_of(server.url) as client:
+    async with client_of(own_redis.url) as client:
         assert await client.execute("ECHO", value) == value
 
 
 async def test_silence_ends_the_connection_and_the_next_command_makes_another(
-    mortal_server: EmbeddedRedis,
+    mortal_redis: EmbeddedRedis,
 ) -> None:
-    async with client_of(mortal_server.url, SHORT_MS) as client:
+    async with client_of(mortal_redis.url, SHORT_MS) as client:
         await client.execute("PING")
-        mortal_server.pause()
+        mortal_redis.pause()
         try:
             answers = await asyncio.gather(
                 *(client.execute("ECHO", b"x") for _ in range(3)), return_exceptions=True
             )
         finally:
-            mortal_server.resume()
+            mortal_redis.resume()
         assert [type(answer) for answer in answers] == [RedisAway] * 3
         assert await client.execute("ECHO", b"y", until=asyncio.get_running_loop().time() + 20)
 
 
 async def test_killed_redis_ends_what_waits_and_is_found_again(
-    mortal_server: EmbeddedRedis,
+    mortal_redis: EmbeddedRedis,
 ) -> None:
-    async with client_of(mortal_server.url) as client:
+    async with client_of(mortal_redis.url) as client:
         blocked = asyncio.create_task(client.execute("BLPOP", "nothing", 0))
-        while await connections(mortal_server) < 1:
+        while await connections(mortal_redis) < 1:
             pass
-        mortal_server.kill()
+        mortal_redis.kill()
         with pytest.raises(RedisAway):
             await blocked
         with pytest.raises(RedisAway):
             await client.execute("PING")
-        mortal_server.start()
+        mortal_redis.start()
         assert await client.execute("PING") == b"PONG"
 
 
@@ -132,9 +119,9 @@ async def test_closed_port_is_away_at_once() -> None:
 
 
 async def test_closed_client_ends_what_waits_and_takes_nothing_more(
-    server: EmbeddedRedis,
+    own_redis: EmbeddedRedis,
 ) -> None:
-    async with client_of(server.url) as client:
+    async with client_of(own_redis.url) as client:
         await client.execute("PING")
         blocked = asyncio.create_task(client.execute("BLPOP", "nothing", 0))
         await asyncio.sleep(0)
@@ -145,8 +132,8 @@ async def test_closed_client_ends_what_waits_and_takes_nothing_more(
             await client.execute("PING")
 
 
-async def test_wrong_password_is_refused_and_not_shown(server: EmbeddedRedis) -> None:
-    port = urlsplit(server.url).port
+async def test_wrong_password_is_refused_and_not_shown(own_redis: EmbeddedRedis) -> None:
+    port = urlsplit(own_redis.url).port
     async with client_of(f"redis://:guess@127.0.0.1:{port}/0") as client:
         with pytest.raises(RedisRefused) as refused:
             await client.execute("PING")
@@ -154,17 +141,17 @@ async def test_wrong_password_is_refused_and_not_shown(server: EmbeddedRedis) ->
         assert "guess" not in str(refused.value)
 
 
-async def test_database_of_the_address_is_the_one_that_is_used(server: EmbeddedRedis) -> None:
-    other = server.url.rpartition("/")[0] + "/3"
+async def test_database_of_the_address_is_the_one_that_is_used(own_redis: EmbeddedRedis) -> None:
+    other = own_redis.url.rpartition("/")[0] + "/3"
     async with client_of(other) as client:
         await client.execute("SET", "mine", 1)
-    async with Redis.from_url(server.url) as first, Redis.from_url(other) as third:
+    async with Redis.from_url(own_redis.url) as first, Redis.from_url(other) as third:
         assert (await first.exists("mine"), await third.exists("mine")) == (0, 1)
 
 
 @asynccontextmanager
 async def front(
-    server: EmbeddedRedis, *, tls: ssl.SSLContext | None = None, path: Path | None = None
+    own_redis: EmbeddedRedis, *, tls: ssl.SSLContext | None = None, path: Path | None = None
 ) -> AsyncIterator[int]:
     """A way to a Redis: a port, which may speak TLS, or a Unix socket (then 0)."""
     tasks: set[asyncio.Task[None]] = set()
@@ -178,7 +165,7 @@ async def front(
             writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner = await asyncio.open_connection("127.0.0.1", urlsplit(server.url).port)
+        inner = await asyncio.open_connection("127.0.0.1", urlsplit(own_redis.url).port)
         tasks.add(asyncio.create_task(pump(reader, inner[1])))
         tasks.add(asyncio.create_task(pump(inner[0], writer)))
 
@@ -196,24 +183,24 @@ async def front(
         await listening.wait_closed()
 
 
-async def test_unix_socket_is_an_address(server: EmbeddedRedis, tmp_path: Path) -> None:
+async def test_unix_socket_is_an_address(own_redis: EmbeddedRedis, tmp_path: Path) -> None:
     path = tmp_path / "redis socket"
-    password = urlsplit(server.url).password
-    async with front(server, path=path), client_of(f"unix://:{password}@{path}?db=2") as client:
+    password = urlsplit(own_redis.url).password
+    async with front(own_redis, path=path), client_of(f"unix://:{password}@{path}?db=2") as client:
         assert await client.execute("PING") == b"PONG"
 
 
 @pytest.mark.parametrize(("name", "answers"), [("127.0.0.1", True), ("redis.example", False)])
 async def test_tls_address_verifies_the_servers_name(
-    server: EmbeddedRedis, tmp_path: Path, name: str, answers: bool
+    own_redis: EmbeddedRedis, tmp_path: Path, name: str, answers: bool
 ) -> None:
     ca = trustme.CA()
     ca_file = tmp_path / "ca of redis.pem"
     ca.cert_pem.write_to_path(str(ca_file))
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     ca.issue_cert(name).configure_cert(tls)
-    password = urlsplit(server.url).password
-    async with front(server, tls=tls) as port:
+    password = urlsplit(own_redis.url).password
+    async with front(own_redis, tls=tls) as port:
         url = f"rediss://:{password}@127.0.0.1:{port}/0?ssl_ca_certs={quote(str(ca_file))}"
         async with client_of(url) as client:
             if answers:
