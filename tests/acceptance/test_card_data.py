@@ -213,10 +213,21 @@ class Place:
         return places
 
     def _redis_entries(self) -> Iterator[bytes]:
-        for key in self.redis.scan_iter():
-            value: Any = self.redis.get(key)
+        client: Any = self.redis
+        for key in client.scan_iter():
             yield key
-            yield value or b""
+            match client.type(key):
+                case b"string":
+                    yield client.get(key) or b""
+                case b"hash":
+                    for name, value in client.hgetall(key).items():
+                        yield from (name, value)
+                case b"zset":
+                    yield from client.zrange(key, 0, -1)
+                case b"none":
+                    pass  # it has run out meanwhile
+                case other:
+                    raise AssertionError(f"nobody looks into a {other!r}")
 
     async def assert_clean(self) -> None:
         """No canary is anywhere, and no secret of a key."""

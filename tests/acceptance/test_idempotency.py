@@ -882,7 +882,7 @@ async def test_replays_come_from_redis_and_after_a_flush_from_postgresql(
                 operation_id = first.operation.operation_id.encode()
 
                 def is_cached(operation_id: bytes = operation_id) -> bool:
-                    entries = (client.get(key) for key in client.scan_iter())
+                    entries = (client.get(key) for key in client.scan_iter(match="*:idem:*"))
                     return any(operation_id in entry for entry in entries if entry is not None)
 
                 # The entry is written off the way of the answer.
