@@ -47,7 +47,7 @@ class BraintreeKind(PooledKind):
         """`connect` gives the pool to an address; each is closed with the kind."""
         super().__init__(NAME, widest, usual, answer_timeout_s)
         self._urls = {Mode.LIVE: BRAINTREE_URL, Mode.TEST: sandbox_url}
-        self._pools = {url: connect(url) for url in set(self._urls.values())}
+        self._pools = {url: connect(url) for url in dict.fromkeys(self._urls.values())}
 
     def check(
         self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
