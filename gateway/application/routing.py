@@ -299,11 +299,11 @@ class Routing:
 
     def take(self, plan: Plan) -> tuple[Candidate, Connector] | None:
         """The plan's next account that may be asked now, with its connector."""
-        candidate = plan.take(self._availability)
-        if candidate is None:
-            return None
-        connector = self._router.connector(candidate.connector, candidate.connector_account_id)
-        return None if connector is None else (candidate, connector)
+        while (candidate := plan.take(self._availability)) is not None:
+            connector = self._router.connector(candidate.connector, candidate.connector_account_id)
+            if connector is not None:
+                return candidate, connector
+        return None
 
     def first(self, plan: Plan) -> tuple[Candidate, Connector]:
         """The plan's first account. Raises GatewayError where none may be asked now."""

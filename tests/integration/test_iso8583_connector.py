@@ -45,6 +45,9 @@ pytestmark = pytest.mark.integration
 
 K = OperationKind
 ONE = replace(QUICK, connections=1)
+BINARY = (
+    files("gateway.connectors.iso8583") / "specifications" / "reference-binary.toml"
+).read_text()
 TEXT = (files("gateway.connectors.iso8583") / "specifications" / "reference-text.toml").read_text()
 
 
@@ -627,6 +630,19 @@ async def test_host_of_another_make_is_spoken_to_by_its_specification(
             request = request_of(kind, target_transaction_id=target)
             answer = await send(connector, request)
             assert answer.reason == Reason.OPERATION_NOT_SUPPORTED
+
+
+@pytest.mark.parametrize("currency", ["000", "999"])
+async def test_host_charges_nothing_in_no_currency(binary: SimulatorProcess, currency: str) -> None:
+    text = BINARY.replace('49 = "$currency"', f'49 = "{currency}"')
+    address = HostAddress.parse(str(binary.iso8583_url))
+    host = AcquirerHost(address, Specification("no-currency", text), ONE)
+    try:
+        order = request_of()
+        assert (await send(connector_to(host), order)).delivery is Delivery.MAY_HAVE_BEEN_SENT
+    finally:
+        await host.close()
+    assert _held(binary, order) == 0
 
 
 def _held(simulator: SimulatorProcess, order: ConnectorRequest) -> int:

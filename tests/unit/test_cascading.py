@@ -294,6 +294,14 @@ async def test_what_was_surely_not_sent_goes_to_the_next_account_and_counts_no_r
     assert gateway.budget.asked == []
 
 
+async def test_an_account_that_was_removed_meanwhile_is_passed_over() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+    gateway.seen.then = lambda: gateway.routes.by_name.pop("b", None) and None
+    operation = await gateway.pay()
+    assert (operation.state, gateway.sent()) == (S.SUCCEEDED, ["a", "c"])
+
+
 @pytest.mark.parametrize("step", [LOST, DROPPED])
 async def test_after_what_may_have_been_sent_nobody_else_is_asked(step: Step) -> None:
     gateway = Routed()

@@ -126,8 +126,11 @@ class Iso8583Front:
             reply = await self._simulator.cancel(line, kind, reference)
         else:
             reference = values.get("reference") or "-".join(own)
-            self._references[own] = reference
             send = self._send(name, request, values, reference, target)
+            if send is None:
+                line.send({**_echo(request), "39": _FORMAT_ERROR})
+                return
+            self._references[own] = reference
             reply = await self._simulator.send(line, send)
         if reply is not None:
             self._answer(line, request, reference, reply)
@@ -139,14 +142,20 @@ class Iso8583Front:
         values: dict[str, str],
         reference: str,
         target: tuple[str, ...],
-    ) -> Send:
+    ) -> Send | None:
+        """The order in a request; None where it names no currency that there is."""
         known = self._ledger.reference(self._references.get(target, ""))
         transactions = [] if known is None else known.transactions
+        currency = ALPHABETIC_CODES.get(request.get("49", ""))
+        if currency is None and "49" not in request and transactions:
+            currency = transactions[-1].currency
+        if currency is None:
+            return None
         return Send(
             kind=_KINDS[name],
             reference=reference,
             amount_minor=int(request.get("4") or "0"),
-            currency=ALPHABETIC_CODES.get(request.get("49", ""), "XXX"),
+            currency=currency,
             account=request.get("41", ""),
             payment_id=values.get("payment", ""),
             token=values.get("token", ""),
