@@ -297,7 +297,11 @@ async def test_what_was_surely_not_sent_goes_to_the_next_account_and_counts_no_r
 async def test_an_account_that_was_removed_meanwhile_is_passed_over() -> None:
     gateway = Routed()
     gateway.a.steps.append(SOFT)
-    gateway.seen.then = lambda: gateway.routes.by_name.pop("b", None) and None
+
+    def remove() -> None:
+        gateway.routes.by_name.pop("b", None)
+
+    gateway.seen.then = remove
     operation = await gateway.pay()
     assert (operation.state, gateway.sent()) == (S.SUCCEEDED, ["a", "c"])
 
