@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -529,3 +530,12 @@ async def eventually(
         waited_s = loop.time() - begun
         assert waited_s < timeout_s, f"not within {timeout_s} s: {what}"
         await asyncio.sleep(0.01 + waited_s / 10)
+
+
+async def passed(moment: float) -> None:
+    """Return once a moment of `time.monotonic` is over.
+
+    By a thread's sleep, which is never too short: uvloop's timers are whole milliseconds, from when
+    the present turn of the loop began.
+    """
+    await asyncio.to_thread(time.sleep, max(0.0, moment - time.monotonic()))

@@ -42,6 +42,7 @@ from gateway.domain.model import (
     Verdict,
 )
 from gateway.domain.states import UNFINISHED
+from tests.harness import passed
 from tests.memory_store import (
     APPROVED,
     CAPABLE,
@@ -507,7 +508,7 @@ async def test_intent_that_outlasts_the_deadline_is_not_sent() -> None:
 
     async def outlast(method: str) -> None:
         if method == "write_intent":
-            await asyncio.sleep(max(0.0, deadline - time.monotonic()))
+            await passed(deadline)
 
     gateway.store.after = outlast
     answer = await gateway.payments.authorize(gateway.authorize(deadline=deadline))
