@@ -21,6 +21,8 @@ HOST: Final = "127.0.0.1"
 CONCURRENCY: Final = 1
 """Envoy's worker threads: more take turns on the same two cores."""
 CONCURRENT_STREAMS_MAX: Final = 1000
+UNLIMITED: Final = 1_000_000
+"""Of Envoy's circuit breakers."""
 CERTIFICATE_LIFE: Final = dt.timedelta(days=1)
 
 
@@ -156,10 +158,22 @@ def _config(port: int, upstream: str, certificate: Path, key: Path) -> dict[str,
                     "typed_extension_protocol_options": {
                         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
                             "@type": f"{envoy_type}.upstreams.http.v3.HttpProtocolOptions",
+                            "common_http_protocol_options": {"idle_timeout": "30s"},
                             "explicit_http_config": {"http2_protocol_options": {}},
                         }
                     },
-                    "circuit_breakers": {"thresholds": [{"max_requests": 10_000}]},
+                    # As the chart's: no client's resets end another's calls, and the gateway alone
+                    # refuses.
+                    "connection_pool_per_downstream_connection": True,
+                    "circuit_breakers": {
+                        "thresholds": [
+                            {
+                                "max_requests": UNLIMITED,
+                                "max_pending_requests": UNLIMITED,
+                                "max_connections": UNLIMITED,
+                            }
+                        ]
+                    },
                     "load_assignment": {
                         "cluster_name": "gateway",
                         "endpoints": [

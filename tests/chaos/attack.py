@@ -92,7 +92,8 @@ class BadClients:
         grown = _resident_bytes(pid) / memory
         run.notes.append(
             f"{name}: {messages} fuzzed, {CONNECTIONS} idle connections; p99 of good clients"
-            f" {1000 * quiet:.0f} ms, attacked {1000 * attacked:.0f} ms; memory x {grown:.2f};"
+            f" {1000 * quiet:.0f} ms, attacked {1000 * attacked:.0f} ms;"
+            f" memory {memory / 1e6:.0f} MB x {grown:.2f};"
             f" {json.dumps(statuses)}"
         )
         problems = [

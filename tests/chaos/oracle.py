@@ -665,6 +665,7 @@ def _paths(books: _Books) -> Iterator[Violation]:
 
 
 _CHECKS: Final[tuple[Callable[[_Books], Iterator[Violation]], ...]] = (
+    _broken,  # first: it may be why the others find something
     _acknowledged,
     _told_states,
     _paths,
@@ -673,7 +674,6 @@ _CHECKS: Final[tuple[Callable[[_Books], Iterator[Violation]], ...]] = (
     _refusals,
     _unanswered,
     _failed,
-    _broken,
     _charges,
     _effects,
     _sends,

@@ -112,13 +112,17 @@ static_resources:
     - name: gateway
       type: STATIC
       connect_timeout: 1s
+      # One client's resets may end its own connection to the gateway, never another client's calls.
+      connection_pool_per_downstream_connection: true
       circuit_breakers:
         thresholds:
           # The gateway refuses overload itself, with a reason and a pause.
-          - {max_requests: 1000000, max_pending_requests: 1000000, max_connections: 1024}
+          - {max_requests: 1000000, max_pending_requests: 1000000, max_connections: 1000000}
       typed_extension_protocol_options:
         envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
           "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions
+          # Envoy keeps them when their client has gone, for an hour if this is not said.
+          common_http_protocol_options: {idle_timeout: 30s}
           explicit_http_config:
             http2_protocol_options:
               max_concurrent_streams: {{ $streams }}
