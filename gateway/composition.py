@@ -27,6 +27,7 @@ from gateway.application.recovery import Recovery, Schedule
 from gateway.application.routing import Routing, RuleBook
 from gateway.application.routing_administration import RoutingAdministration
 from gateway.application.routing_controls import RoutingControls
+from gateway.application.telling import Telling
 from gateway.application.usecases import Limits, Payments
 from gateway.application.verification import Audit
 from gateway.connectors.accounts import AccountBook
@@ -214,6 +215,7 @@ class Gateway:
             self._schedule(),
             self.metrics,
         )
+        self.applier = self._open_applier(encoder)
         wrap = None if tracing is None else tracing.handlers
         admin = AdminService(
             self.service,
@@ -234,24 +236,29 @@ class Gateway:
                 await self._serve_metrics()
             await self.server.start()
             if settings.notifications_address:
-                await self._take_notifications(encoder)
+                await self._take_notifications()
         except (OSError, RuntimeError) as error:
             raise StartError(f"The gateway cannot listen: {error}") from error
         self.ready = True
-        if settings.recovery_enabled:
-            self._background.append(asyncio.create_task(self.recovery.run(), name="recovery"))
-        self._background.append(asyncio.create_task(self._watch_readiness(), name="readiness"))
-        accounts = self.connector_accounts.run(settings.connector_accounts_interval_s)
-        self._background.append(asyncio.create_task(accounts, name="connector-accounts"))
-        for name, work in self._routing_work():
+        for name, work in (*self._background_work(), *self._routing_work()):
             self._background.append(asyncio.create_task(work, name=name))
-        lag = sample_lag(self.metrics.loop_lagged)
-        self._background.append(asyncio.create_task(lag, name="loop-lag"))
 
-    async def _take_notifications(self, encoder: ContractEncoder) -> None:
-        """Open the door for what PSPs tell, and apply it."""
+    def _background_work(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
+        """What goes on in the background, by its name."""
         settings = self.settings
-        applier = applying.Applier(
+        if settings.recovery_enabled:
+            yield "recovery", self.recovery.run()
+        if settings.applies_notifications:
+            yield "notifications", self.applier.run()
+            yield "telling", self.telling.run()
+        yield "readiness", self._watch_readiness()
+        accounts_interval_s = settings.connector_accounts_interval_s
+        yield "connector-accounts", self.connector_accounts.run(accounts_interval_s)
+        yield "loop-lag", sample_lag(self.metrics.loop_lagged)
+
+    def _open_applier(self, encoder: ContractEncoder) -> applying.Applier:
+        settings = self.settings
+        return applying.Applier(
             self.store.notifications,
             self.store,
             self.connectors,
@@ -269,16 +276,19 @@ class Gateway:
             self.metrics,
         )
 
-        async def keep(received: Sequence[Received]) -> int:
-            new = await self.store.notifications.keep(received)
-            if new:
-                applier.wake()
-            return new
+    async def _keep(self, received: Sequence[Received]) -> int:
+        new = await self.store.notifications.keep(received)
+        if new:
+            self.applier.wake()
+        return new
 
+    async def _take_notifications(self) -> None:
+        """Open the door for what PSPs tell."""
+        settings = self.settings
         receiver = Receiver(
             self.connector_accounts.notified,
             configured_sources(settings),
-            keep,
+            self._keep,
             ReceiverLimits(
                 body_bytes_max=settings.notifications_body_bytes_max,
                 timeout_s=settings.notifications_timeout_s,
@@ -294,7 +304,6 @@ class Gateway:
         self._stack.push_async_callback(receiver.stop)
         _log.info("notifications are taken", extra={"port": receiver.port})
         self._receiver = receiver
-        self._background.append(asyncio.create_task(applier.run(), name="notifications"))
 
     async def _open_routing(self, redis: RedisClient) -> Routing:
         """What new payments are routed by; all of it is kept up to date in the background."""
@@ -434,7 +443,7 @@ class Gateway:
             changes=lane(settings.outcome_connections, settings.outcome_retry_s_max),
             reads=lane(settings.read_connections),
             notifications=replace(NOTIFICATIONS, queue_max=settings.notifications_queue_max)
-            if settings.notifications_address
+            if settings.applies_notifications
             else None,
             connect_timeout_s=settings.postgres_connect_timeout_s,
             statement_timeout_s=settings.postgres_statement_timeout_s,
@@ -479,10 +488,12 @@ class Gateway:
             raise StartError(str(error)) from error
 
     async def _open_accounts(self, tracing: "Tracing | None") -> AccountBook:
+        self.telling = Telling(self._keep, self.settings.notifications_queue_max)
+        self._stack.push_async_callback(self.telling.flush)  # after the connectors are closed
         try:
             book = AccountBook(
                 self.store.connector_accounts,
-                configured_kinds(self.settings, self.metrics.acquirer_event),
+                configured_kinds(self.settings, self.metrics.acquirer_event, self.telling.tell),
                 configured_keys(self.settings),
                 None if tracing is None else tracing.connector,
                 configured_sources(self.settings),
@@ -581,7 +592,7 @@ class Gateway:
                 await self.store.check()
                 self.metrics.operations_in_doubt(*await self.store.count_doubts())
                 self.metrics.outbox_rows(await self.store.estimate_outbox())
-                if self.settings.notifications_address:
+                if self.settings.applies_notifications:
                     pending = await self.store.notifications.count_pending()
                     self.metrics.notifications_pending(*pending)
                 self.ready = True

@@ -95,7 +95,7 @@ async def _connections(connection: "asyncpg.Connection[Any]", settings: Settings
     """Whether PostgreSQL has room for the connections that each worker holds."""
     lanes = settings.intent_connections + settings.outcome_connections + settings.read_connections
     lanes += FOLLOW_UPS.connections + DIRECT.connections
-    if settings.notifications_address:
+    if settings.applies_notifications:
         lanes += NOTIFICATIONS.connections
     needed = settings.workers * lanes
     room: int = await connection.fetchval(

@@ -577,7 +577,7 @@ class Settings(BaseSettings):
     notifications_address: str = _field(
         "",
         "Where PSPs' notifications are taken over HTTP, as `host:port`; of several workers, they"
-        " share it. Empty: none are taken, and none are applied.",
+        " share it. Empty: none are taken, and those alone are applied that acquirers' hosts tell.",
     )
     notifications_body_bytes_max: int = _field(
         262_144, "The longest request that is read.", ge=1024, le=16_777_216
@@ -773,6 +773,11 @@ class Settings(BaseSettings):
     def _address(cls, value: str) -> str:
         split_address(value)
         return value
+
+    @property
+    def applies_notifications(self) -> bool:
+        """Whether anybody tells: PSPs over HTTP, or acquirers' hosts by late answers."""
+        return bool(self.notifications_address or self.iso8583_hosts)
 
     @field_validator("notifications_address")
     @classmethod

@@ -27,7 +27,15 @@ from gateway.application.notifications import (
     ReferenceLookup,
     Result,
 )
-from gateway.application.ports import Capabilities, Encoder, Found, Router, Store, StoreUnavailable
+from gateway.application.ports import (
+    Capabilities,
+    Connector,
+    Encoder,
+    Found,
+    Router,
+    Store,
+    StoreUnavailable,
+)
 from gateway.application.usecases import Outcomes, connector_request
 from gateway.domain import decisions, states
 from gateway.domain.ids import is_operation_id
@@ -292,9 +300,9 @@ class Applier:
             raise _NotYet("recovery weighs it")
         if operation.state is not S.SUCCEEDED:
             return await self._late(received, found, number, answer, event)
-        if event is Event.APPROVED:
-            return Applied(Result.APPLIED) if tries else _NO_NEWS
-        return await self._ended(found, answer, event)
+        if event is not Event.APPROVED:
+            return await self._ended(found, answer, event)
+        return await self._confirmed(received.notification, found, tries)
 
     async def _automatic_capture(self, received: Received, found: Found) -> Applied:
         """What is told of the capture that came with an authorization, under its reference."""
@@ -330,6 +338,19 @@ class Applier:
         await self._outcomes.contradict(operation, answer)
         return Applied(Result.RECORDED)
 
+    async def _confirmed(self, notification: Notification, found: Found, tries: int) -> Applied:
+        """What succeeded did succeed; another amount than was told before is shown to a person."""
+        operation = found.operation
+        expected = told = ""
+        if notification.currency not in ("", operation.currency):
+            expected, told = operation.currency, notification.currency
+        elif notification.kind is not N.VOID and notification.amount_minor is not None:
+            expected, told = str(decisions.told_of(operation)), str(notification.amount_minor)
+        if expected != told:
+            await self._report(found, "late_amount", expected, told)
+            return Applied(Result.RECORDED)
+        return Applied(Result.APPLIED) if tries else _NO_NEWS
+
     async def _report(self, found: Found, kind: str, expected: str, reported: str) -> None:
         operation = found.operation
         await self._outcomes.record(
@@ -362,6 +383,8 @@ class Applier:
         reference = received.notification.reference
         attempt = operation.attempt
         connector = self._router.connector(attempt.connector, attempt.connector_account_id)
+        if connector is not None and _was_taken_back(received, operation, number, connector):
+            return _NO_NEWS
         if connector is not None and _can_deny(connector.capabilities):
             aggregate = await self._store.load(operation.merchant_id, operation.payment_id)
             request = connector_request(self._encoder, operation, found.payment, aggregate)
@@ -514,6 +537,25 @@ class Applier:
 def _can_deny(capabilities: Capabilities) -> bool:
     """Whether the PSP's answer to a question is newer than what it told before."""
     return capabilities.query_by_reference and not capabilities.tells_by_notification
+
+
+def _was_taken_back(
+    received: Received, operation: Operation, number: int, connector: Connector
+) -> bool:
+    """Whether a success was told before the answer that it was taken back, by a PSP that answers
+    reversals with what they did and cannot be asked.
+    """
+    capabilities, told_at = connector.capabilities, received.notification.occurred_at
+    return (
+        capabilities.cancel_by_reference
+        and not (capabilities.query_by_reference or capabilities.tells_by_notification)
+        and operation.state is S.CANCELED
+        and operation.attempt.number == number
+        and operation.attempt.delivery is Delivery.ANSWERED
+        and told_at is not None
+        and operation.updated_at is not None
+        and told_at <= operation.updated_at
+    )
 
 
 def _line_of(notification: Notification) -> str:

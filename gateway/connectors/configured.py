@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from gateway.application.notifications import Received
 from gateway.connectors.adyen.kind import AdyenKind
 from gateway.connectors.adyen.notifications import AdyenNotifications
 from gateway.connectors.braintree.kind import BraintreeKind
@@ -29,11 +30,14 @@ class ConnectorsMisconfigured(ValueError):
 
 
 def configured_kinds(
-    settings: Settings, count_acquirer_event: Callable[[str, str], None] | None = None
+    settings: Settings,
+    count_acquirer_event: Callable[[str, str], None] | None = None,
+    tell: Callable[[Received], None] | None = None,
 ) -> list[ConnectorKind]:
     """Connects to nothing yet. Raises ConnectorsMisconfigured.
 
-    `count_acquirer_event` gets the name of a host and of what happened on a connection to it.
+    `count_acquirer_event` gets the name of a host and of what happened on a connection to it;
+    `tell` keeps what a connector finds out too late for an answer.
     """
     stripe_limits = Limits(
         connections_max=settings.stripe_connections_max,
@@ -72,11 +76,15 @@ def configured_kinds(
             sandbox_url=settings.braintree_sandbox_url,
             answer_timeout_s=settings.braintree_answer_timeout_s,
         ),
-        _iso8583(settings, count_acquirer_event),
+        _iso8583(settings, count_acquirer_event, tell),
     ]
 
 
-def _iso8583(settings: Settings, count_event: Callable[[str, str], None] | None) -> Iso8583Kind:
+def _iso8583(
+    settings: Settings,
+    count_event: Callable[[str, str], None] | None,
+    tell: Callable[[Received], None] | None,
+) -> Iso8583Kind:
     """Connects to nothing yet. Raises ConnectorsMisconfigured."""
     limits = HostLimits(
         connections=settings.iso8583_connections,
@@ -93,7 +101,8 @@ def _iso8583(settings: Settings, count_event: Callable[[str, str], None] | None)
                 limits,
                 ca_file=settings.connector_ca_file,
                 count_event=count_event,
-            )
+            ),
+            tell,
         )
     except (OSError, ValueError) as error:
         raise ConnectorsMisconfigured(f"An acquirer's host cannot be used: {error}") from error

@@ -978,7 +978,7 @@ def _settle_capture(settled: Settled, event: Event) -> None:
         return
     if event is Event.BOUNCED:
         refunds = payment.refunded_minor + payment.refund_pending_minor
-        returned = -_told_of(operation)
+        returned = -told_of(operation)
         if before - amount >= refunds:
             payment.captured_minor -= amount
         else:
@@ -994,7 +994,7 @@ def _settle_capture(settled: Settled, event: Event) -> None:
     if operation.state is S.SUCCEEDED:
         payment.captured_minor += amount
         payment.captured_reported_minor = _told(
-            payment.captured_reported_minor, before, _told_of(operation), payment.captured_minor
+            payment.captured_reported_minor, before, told_of(operation), payment.captured_minor
         )
         _compare_amount(settled, "captured_amount")
     elif operation.final:
@@ -1014,12 +1014,12 @@ def _settle_refund(settled: Settled, event: Event) -> None:
         told = -amount  # it was never in our own books
     elif event is Event.BOUNCED:
         payment.refunded_minor -= amount
-        told = -_told_of(operation)
+        told = -told_of(operation)
     else:
         payment.refund_pending_minor -= amount
         if operation.state is S.SUCCEEDED:
             payment.refunded_minor += amount
-            told = _told_of(operation)
+            told = told_of(operation)
             _compare_amount(settled, "refunded_amount")
     payment.refunded_reported_minor = _told(
         payment.refunded_reported_minor, before, told, payment.refunded_minor
@@ -1046,7 +1046,7 @@ def _settle_increment(settled: Settled) -> None:
         payment.authorized_reported_minor = _told(
             payment.authorized_reported_minor,
             before,
-            _told_of(operation),
+            told_of(operation),
             payment.authorized_minor,
         )
         _compare_amount(settled, "authorized_amount")
@@ -1065,7 +1065,7 @@ def _settle_increment(settled: Settled) -> None:
             payment.state = payment_state_of_money(payment)
 
 
-def _told_of(operation: Operation) -> int:
+def told_of(operation: Operation) -> int:
     """The amount that the PSP reported of an operation; where it reported none, ours."""
     outcome = operation.attempt.outcome
     reported = outcome.amount_reported_minor if outcome else None
@@ -1085,7 +1085,7 @@ def _told(
 
 
 def _compare_amount(settled: Settled, kind: str) -> None:
-    expected, reported = settled.operation.amount_minor, _told_of(settled.operation)
+    expected, reported = settled.operation.amount_minor, told_of(settled.operation)
     if reported != expected:
         settled.discrepancies.append(
             _discrepancy(settled.operation, kind, str(expected), str(reported))

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import asyncio
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 import grpc
 import pytest
@@ -15,8 +16,8 @@ from payments.v1 import payment_pb2
 from gateway.connectors.iso8583.identity import identity_of
 from tests.connector_accounts import KEY, add_account
 from tests.connector_conformance import Fault
-from tests.harness import Caller, calling, eventually, new_key, running_system
-from tests.iso8583 import FrameWay, frame_way_to
+from tests.harness import Caller, System, calling, eventually, new_key, running_system
+from tests.iso8583 import FrameWay, frame_way_to, scripted_host
 from tests.simulators import running_simulator, standings_of
 
 if TYPE_CHECKING:
@@ -30,13 +31,15 @@ CREDENTIALS = {"host": "acme", "terminal_id": "TERM0001", "merchant_id": "MERCHA
 STATE = payment_pb2
 
 
-def specification_in(directory: Path) -> str:
-    """The reference's, of a host that answers within a second, as a file of its own."""
+def specification_in(directory: Path, answer_timeout_s: float = 1.0) -> str:
+    """The reference's, of a host that answers in time or not at all, as a file of its own."""
     folder = files("gateway.connectors.iso8583") / "specifications"
     text = (folder / "reference-text.toml").read_text()
     assert "answer_timeout_s = 20.0" in text
     path = directory / "acme.toml"
-    path.write_text(text.replace("answer_timeout_s = 20.0", "answer_timeout_s = 1.0"))
+    path.write_text(
+        text.replace("answer_timeout_s = 20.0", f"answer_timeout_s = {answer_timeout_s}")
+    )
     return str(path)
 
 
@@ -124,6 +127,87 @@ async def test_reversal_survives_a_killed_gateway_and_is_sent_until_the_host_ans
                 (standing,) = await asyncio.to_thread(standings_of, host, reference)
                 assert not standing.stands
                 assert not await asyncio.to_thread(system.unfinished)
+
+
+async def test_what_a_host_answers_late_twice_or_with_another_amount_is_a_fact(
+    postgres: PostgresForTests, redis: EmbeddedRedis, tmp_path: Path
+) -> None:
+    name = specification_in(tmp_path, answer_timeout_s=0.3)
+    async with scripted_host(name) as (host, address):
+        query = urlencode({"specification": name, "mode": "test"})
+        with running_system(
+            postgres,
+            redis,
+            iso8583_hosts=f"acme=tcp://127.0.0.1:{address.port}?{query}",
+            connector_keys=KEY,
+            send_window_s=1,
+        ) as system:
+            await add_account(system.dsn, system.shop.merchant_id, "iso8583", CREDENTIALS)
+            gateway = await asyncio.to_thread(system.start_gateway)
+            async with calling(gateway, system.shop.api_key) as caller:
+                # Late, before its reversal has begun, and with another amount: it stands.
+                doubt = await caller.authorize(capture_method="MANUAL")
+                assert doubt.operation.state == STATE.OPERATION_STATE_IN_DOUBT
+                line, request = await host.request()
+                line.answer(request, de4=f"{1300:012}", de38="A00001")
+                late = await caller.until_state(
+                    STATE.OPERATION_STATE_SUCCEEDED, operation_id=doubt.operation.operation_id
+                )
+                assert late.payment.amounts.authorized_minor == 1000
+                assert await _discrepancies(system, late) == [("authorized_amount", "1000", "1300")]
+
+                # A second answer with another amount.
+                call = asyncio.ensure_future(caller.authorize(capture_method="MANUAL"))
+                line, request = await host.request()
+                line.answer(request)
+                line.answer(request, de4=f"{1400:012}")
+                twice = await call
+                assert twice.operation.state == STATE.OPERATION_STATE_SUCCEEDED
+                told = [("late_amount", "1000", "1400")]
+                await eventually(lambda: _told(system, twice) == told, "the second amount is shown")
+
+                # Late, when its reversal found nothing: it is taken back after all.
+                doubt = await caller.authorize(capture_method="MANUAL")
+                line, request = await host.request()
+                line, reversal = await host.request()
+                assert reversal["t"] == "0420"
+                line.answer(reversal, "25")
+                await caller.until_state(
+                    STATE.OPERATION_STATE_NOT_SENT, operation_id=doubt.operation.operation_id
+                )
+                line.answer(request, de38="A00003")
+                line, again = await host.request()
+                assert again == reversal
+                line.answer(again)
+                payment_id = doubt.payment.payment_id
+                found = await eventually(lambda: _reversed(caller, payment_id), "it is taken back")
+                assert [each.kind for each in found.operations] == [
+                    STATE.OPERATION_KIND_AUTHORIZE,
+                    STATE.OPERATION_KIND_REVERSAL,
+                ]
+                assert [kind for kind, *_ in await _discrepancies(system, doubt)] == [
+                    "late_success"
+                ]
+                assert not await asyncio.to_thread(system.unfinished)
+
+
+def _told(system: System, answer: Any) -> list[tuple[str, str, str]]:
+    rows = system.fetch(
+        "SELECT kind, expected, reported FROM discrepancies WHERE payment_id = $1",
+        answer.payment.payment_id,
+    )
+    return [tuple(row) for row in rows]
+
+
+async def _discrepancies(system: System, answer: Any) -> list[tuple[str, str, str]]:
+    return await asyncio.to_thread(_told, system, answer)
+
+
+async def _reversed(caller: Caller, payment_id: str) -> Any:
+    """The payment, once its reversal has succeeded."""
+    found = await caller.payment(payment_id)
+    ended = [each.state == STATE.OPERATION_STATE_SUCCEEDED for each in found.operations[1:]]
+    return found if ended and all(ended) else None
 
 
 def _sales(way: FrameWay) -> list[str]:

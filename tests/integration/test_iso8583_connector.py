@@ -7,7 +7,7 @@ import math
 import ssl
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -17,6 +17,7 @@ import pytest
 import trustme
 
 from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
+from gateway.application.notifications import Notification, NotificationKind
 from gateway.application.ports import ConnectorRequest
 from gateway.connectors.iso8583.connector import Iso8583Connector, capabilities_of
 from gateway.connectors.iso8583.host import AcquirerHost, Event, HostAddress, HostLimits
@@ -60,6 +61,8 @@ class Acquirer:
     connector: Iso8583Connector
     events: Counter[Event]
     changed: asyncio.Event
+    told: list[Notification]
+    """What the connector was answered too late."""
 
     def start(
         self, request: ConnectorRequest, wait_s: float = WAIT_S
@@ -76,9 +79,15 @@ class Acquirer:
                 await self.changed.wait()
 
 
-def connector_to(host: AcquirerHost, answer_timeout_s: float = WAIT_S) -> Iso8583Connector:
+def connector_to(
+    host: AcquirerHost,
+    answer_timeout_s: float = WAIT_S,
+    tell: Callable[[Notification], None] | None = None,
+) -> Iso8583Connector:
     capabilities = capabilities_of(host.specification, Mode.TEST, answer_timeout_s)
-    return Iso8583Connector(host, capabilities, terminal="TERM0001", merchant="MERCHANT1")
+    return Iso8583Connector(
+        host, capabilities, terminal="TERM0001", merchant="MERCHANT1", tell=tell
+    )
 
 
 @asynccontextmanager
@@ -97,9 +106,10 @@ async def acquirer(
             changed.set()
 
         host = AcquirerHost(address, specification, limits, count=count)
-        connector = connector_to(host, answer_timeout_s)
+        told: list[Notification] = []
+        connector = connector_to(host, answer_timeout_s, told.append)
         try:
-            yield Acquirer(scripted, host, connector, events, changed)
+            yield Acquirer(scripted, host, connector, events, changed, told)
         finally:
             await host.close()
 
@@ -190,22 +200,99 @@ async def test_answers_are_found_in_any_order() -> None:
         assert len(psp.scripted.lines) == 1
 
 
-async def test_late_answer_and_a_second_one_change_nothing_and_are_counted() -> None:
+@pytest.mark.parametrize(
+    ("code", "amount_minor", "verdict"),
+    [
+        ("00", 1000, Verdict.APPROVED),
+        ("00", 1300, Verdict.APPROVED),
+        ("05", 1000, Verdict.DECLINED),
+    ],
+)
+async def test_late_answer_is_told_as_a_fact_with_its_amount(
+    code: str, amount_minor: int, verdict: Verdict
+) -> None:
     async with acquirer(answer_timeout_s=SHORT_S) as psp:
-        sending = psp.start(request_of())
+        order = request_of()
+        sending = psp.start(order)
         line, late = await psp.scripted.request()
         answer = await sending
         assert is_doubt(answer)
         assert answer.reason == Reason.ANSWER_TIMED_OUT
-        line.answer(late)
+        line.answer(late, code, de4=f"{amount_minor:012}", de38="A00001")
         await psp.counted(Event.ANSWERED_LATE)
-        sending = psp.start(request_of())
+        line.answer(late, code, de4=f"{amount_minor:012}", de38="A00001")
+        await psp.counted(Event.ANSWERED_LATE, 2)
+        [told, again] = psp.told
+        assert told.event_id == again.event_id
+        assert (told.kind, told.event_type) == (NotificationKind.AUTHORIZATION, "0110")
+        assert (told.reference, told.amount_minor) == (order.reference, amount_minor)
+        assert told.answer is not None
+        assert told.answer.verdict is verdict
+        assert told.answer.connector_transaction_id.startswith(f"m0100s{late['11']}")
+        assert told.answer.outcome is not None
+        assert told.answer.outcome.amount_reported_minor == amount_minor
+
+
+async def test_second_answer_is_told_only_where_it_says_something_else() -> None:
+    async with acquirer() as psp:
+        order = request_of()
+        sending = psp.start(order)
         line, request = await psp.scripted.request()
         line.answer(request)
+        line.answer(request)
         line.answer(request, "05")
+        line.answer(request, de49="840")
         assert (await sending).verdict is Verdict.APPROVED
-        await psp.counted(Event.ANSWERED_TWICE)
+        await psp.counted(Event.ANSWERED_TWICE, 3)
         assert psp.events[Event.UNMATCHED] == 0
+        # An answer in another currency settles nothing, the first time or later.
+        [told] = psp.told
+        assert told.reference == order.reference
+        assert told.answer is not None
+        assert told.answer.verdict is Verdict.DECLINED
+
+
+async def test_late_and_repeated_answers_to_a_reversal_settle_nothing_by_themselves() -> None:
+    async with acquirer(answer_timeout_s=SHORT_S) as psp:
+        lost = request_of()
+        assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, lost.reference, lost))
+        line, first = await psp.scripted.request()
+        line.answer(first)
+        await psp.counted(Event.ANSWERED_LATE)
+        cancelling = asyncio.create_task(psp.connector.cancel(K.AUTHORIZE, lost.reference, lost))
+        line, second = await psp.scripted.request()
+        assert second == first
+        line.answer(second)
+        line.answer(second)
+        assert (await cancelling).verdict is Verdict.CANCELED
+        await psp.counted(Event.ANSWERED_TWICE)
+        assert psp.told == []
+
+
+async def test_answer_may_come_on_another_connection() -> None:
+    async with acquirer(limits=replace(ONE, connections=2)) as psp:
+        sending = psp.start(request_of())
+        line, request = await psp.scripted.request()
+        await psp.counted(Event.CONNECTED, 2)
+        [other] = [each for each in psp.scripted.lines if each is not line]
+        other.answer(request)
+        assert (await sending).verdict is Verdict.APPROVED
+        line.answer(request)
+        await psp.counted(Event.ANSWERED_TWICE)
+
+
+async def test_answer_to_what_a_lost_connection_left_in_doubt_is_told() -> None:
+    async with acquirer(without_repeats(), replace(ONE, connections=2)) as psp:
+        order = request_of()
+        sending = psp.start(order)
+        line, request = await psp.scripted.request()
+        await psp.counted(Event.CONNECTED, 2)
+        [other] = [each for each in psp.scripted.lines if each is not line]
+        line.transport.abort()
+        assert is_doubt(await sending)
+        other.answer(request)
+        await psp.counted(Event.ANSWERED_LATE)
+        assert [each.reference for each in psp.told] == [order.reference]
 
 
 @pytest.mark.parametrize("changed", [{"de11": "999999"}, {"de37": "0" * 12}, {"de41": "OTHER"}])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -281,6 +282,55 @@ async def test_what_contradicts_a_success_is_shown_to_a_person_and_changes_nothi
     assert applied.result is Result.RECORDED
     assert payment_of(gateway, payment_id).state is PaymentState.AUTHORIZED
     assert [each.kind for each in gateway.store.discrepancies] == ["late_refusal"]
+
+
+@pytest.mark.parametrize(
+    ("amount_minor", "currency", "shown"),
+    [
+        (100, "EUR", None),
+        (100, "", None),
+        (130, "EUR", ("100", "130")),
+        (70, "EUR", ("100", "70")),
+        (100, "USD", ("EUR", "USD")),
+    ],
+)
+async def test_another_amount_of_what_had_succeeded_is_shown_to_a_person(
+    amount_minor: int, currency: str, shown: tuple[str, str] | None
+) -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized(100)
+    before = payment_of(gateway, payment_id)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told: dict[str, Any] = {"amount_minor": amount_minor, "currency": currency}
+    [applied] = await gateway.tell(
+        gateway.told(N.AUTHORIZATION, APPROVED, reference=reference, **told)
+    )
+    assert applied is not None
+    assert applied.result is (Result.NO_NEWS if shown is None else Result.RECORDED)
+    found = [(each.kind, each.expected, each.reported) for each in gateway.store.discrepancies]
+    assert found == ([] if shown is None else [("late_amount", *shown)])
+    after = payment_of(gateway, payment_id)
+    assert (after.state, after.authorized_minor) == (before.state, before.authorized_minor)
+    assert findings(gateway, payment_id) == []
+
+
+@pytest.mark.parametrize("after_s", [-60, 60])
+async def test_a_success_told_before_it_was_taken_back_is_no_news_and_later_is_reversed(
+    after_s: float,
+) -> None:
+    reverses = replace(CAPABLE, query_by_reference=False)
+    gateway = bench(LOST, capabilities=reverses)
+    answer = await gateway.payments.authorize(gateway.authorize())
+    await gateway.recover()
+    operation = gateway.store.by_key("a")
+    assert operation.state is S.CANCELED
+    assert operation.updated_at is not None
+    told = gateway.told(N.AUTHORIZATION, APPROVED, reference=operation.reference)
+    at = operation.updated_at + timedelta(seconds=after_s)
+    told = replace(told, notification=replace(told.notification, occurred_at=at))
+    await gateway.tell(told, recover=False)
+    kinds = [each.kind for each in gateway.store.of_payment(answer.payment_id).operations]
+    assert kinds == [K.AUTHORIZE] + [K.REVERSAL] * (after_s > 0)
 
 
 async def test_notifications_of_nothing_of_ours_are_unmatched() -> None:

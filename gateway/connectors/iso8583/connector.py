@@ -4,15 +4,19 @@ The source of the rules is ISO 8583:1987 with what the host's specification says
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from hashlib import blake2b
 from typing import Final
 
+from gateway.application.notifications import Notification, NotificationKind
 from gateway.application.ports import AmountRule, Capabilities, ConnectorRequest
 from gateway.connectors import values
 from gateway.connectors.base import AccountConnector, Unusable, doubt, not_sent
 from gateway.connectors.http import MaybeSent, NotSent
 from gateway.connectors.iso8583.currencies import ALPHABETIC_CODES, NUMERIC_CODES
-from gateway.connectors.iso8583.host import AcquirerHost
+from gateway.connectors.iso8583.host import AcquirerHost, Later
 from gateway.connectors.iso8583.identity import Identity, Original, identity_of, parse_original
 from gateway.connectors.iso8583.specification import (
     AMOUNT_MINOR_MAX,
@@ -46,6 +50,14 @@ _KINDS: Final[Mapping[OperationKind, MessageName]] = {
     K.INCREMENT: "increment",
     K.VERIFY: "verify",
     K.REVERSAL: "reversal",
+}
+_TOLD: Final[Mapping[OperationKind, NotificationKind]] = {
+    K.AUTHORIZE: NotificationKind.AUTHORIZATION,
+    K.VERIFY: NotificationKind.AUTHORIZATION,
+    K.CAPTURE: NotificationKind.CAPTURE,
+    K.VOID: NotificationKind.VOID,
+    K.REFUND: NotificationKind.REFUND,
+    K.INCREMENT: NotificationKind.INCREMENT,
 }
 _REVERSAL: Final = "-reversal"
 """Ends what a reversal's own numbers are made of, so that they differ from the original's."""
@@ -81,8 +93,11 @@ class Iso8583Connector(AccountConnector):
 
     A request's numbers (STAN, RRN, transmission time) follow from its reference, so that whoever
     has the reference can reverse it. A reversal is a 0420, the same one every time, and recovery
-    sends it until the host answers; only its answer settles a doubt, since ISO 8583 has no question
-    about an earlier message. An answer that comes after its time settles nothing, and is counted.
+    sends it until the host answers: ISO 8583 has no question about an earlier message. An answer
+    that comes after its time, or says something else than the first, is told as a PSP's
+    notification is: a fact, which settles the doubt where no reversal has begun, and is reversed or
+    shown to a person where the operation has ended otherwise. A late answer to a reversal is only
+    counted, since the same reversal is sent until it is answered in time.
 
     Where the connection is lost and the host takes repeats, or the message is an advice, the sender
     repeats once (0101 for 0100) within its window.
@@ -96,12 +111,16 @@ class Iso8583Connector(AccountConnector):
         terminal: str,
         merchant: str,
         acquirer: str = "",
+        tell: Callable[[Notification], None] | None = None,
     ) -> None:
-        """`host` is the caller's to close; the rest are DE 41, 42 and 32."""
+        """`host` is the caller's to close; the next are DE 41, 42 and 32. `tell` keeps what is
+        answered too late to be an answer.
+        """
         super().__init__(NAME, capabilities)
         self._host = host
         self._specification = host.specification
         self._account = {"terminal": terminal, "merchant": merchant, "acquirer": acquirer}
+        self._tell = tell
 
     # --- send -------------------------------------------------------------------------------------
 
@@ -118,7 +137,8 @@ class Iso8583Connector(AccountConnector):
             raise NotSent(Reason.INVALID_REQUEST) from None
         except KeyError:
             raise NotSent(Reason.OPERATION_NOT_SUPPORTED) from None
-        return self._read(request, fields, await self._deliver(fields, send_before))
+        later = None if self._tell is None else partial(self._answered_later, request, fields)
+        return self._read(request, fields, await self._deliver(fields, send_before, later))
 
     async def _send_reversal(
         self, request: ConnectorRequest, send_before: float
@@ -200,7 +220,9 @@ class Iso8583Connector(AccountConnector):
             }
         return self._specification.build(self._specification.messages[name], told)
 
-    async def _deliver(self, fields: Fields, send_before: float) -> Fields:
+    async def _deliver(
+        self, fields: Fields, send_before: float, later: Later | None = None
+    ) -> Fields:
         """Send, and once more where the class says so. Raises NotSent and MaybeSent."""
         until = self._in_time()
         try:
@@ -208,15 +230,21 @@ class Iso8583Connector(AccountConnector):
                 fields,
                 send_before=send_before,
                 answer_timeout_s=self._capabilities.answer_timeout_s,
+                later=later,
             )
         except MaybeSent as lost:
             repeats = self._specification.repeats or is_advice(fields["t"])
             if lost.reason is not Reason.CONNECTION_LOST or not repeats:
                 raise
-            return await self._repeat(fields, min(send_before, until), until, lost)
+            return await self._repeat(fields, min(send_before, until), until, lost, later)
 
     async def _repeat(
-        self, fields: Fields, send_before: float, until: float, lost: MaybeSent
+        self,
+        fields: Fields,
+        send_before: float,
+        until: float,
+        lost: MaybeSent,
+        later: Later | None,
     ) -> Fields:
         """Raises MaybeSent."""
         again = {**fields, "t": repeat_mti(fields["t"])}
@@ -225,6 +253,7 @@ class Iso8583Connector(AccountConnector):
                 again,
                 send_before=send_before,
                 answer_timeout_s=max(0.0, until - time.monotonic()),
+                later=later,
             )
         except NotSent:
             raise lost from None  # not the second time, but the first
@@ -296,6 +325,29 @@ class Iso8583Connector(AccountConnector):
         raise Unusable
 
     # --- answers ----------------------------------------------------------------------------------
+
+    def _answered_later(self, request: ConnectorRequest, sent: Fields, told: Fields) -> None:
+        """Tell of an answer that came after its time, or says something else than the first."""
+        try:
+            answer = self._read(request, sent, told)
+        except Unusable:
+            return
+        assert self._tell is not None, "asked for by who tells"
+        digest = blake2b(repr(sorted(told.items())).encode(), digest_size=8).hexdigest()
+        self._tell(
+            Notification(
+                connector=NAME,
+                # The same for the same answer, however often it comes.
+                event_id=f"{told['t']}:{request.reference}:{digest}",
+                event_type=told["t"],
+                kind=_TOLD[request.kind],
+                occurred_at=datetime.now(UTC),
+                reference=request.reference,
+                answer=answer,
+                amount_minor=answer.outcome.amount_reported_minor if answer.outcome else None,
+                currency=answer.currency,
+            )
+        )
 
     def _read(self, request: ConnectorRequest, sent: Fields, told: Fields) -> ConnectorAnswer:
         """What an answer says of a request. Raises Unusable."""

@@ -15,7 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 from urllib.parse import parse_qs, urlsplit
 
 from gateway.connectors.http import MaybeSent, NotSent
@@ -51,12 +51,35 @@ class Event(StrEnum):
     LOST = "lost"
     TIMED_OUT = "timed_out"
     ANSWERED_LATE = "answered_late"
-    """An answer came after its request was in doubt: recovery settles it, not the answer."""
+    """An answer came after its request was in doubt."""
     ANSWERED_TWICE = "answered_twice"
     UNMATCHED = "unmatched"
     """An answer to no request of ours, or one with other numbers."""
     UNDECODABLE = "undecodable"
     ECHOED = "echoed"
+
+
+Later = Callable[[Fields], None]
+"""Takes an answer that comes when its request waits for none any more. Raises nothing."""
+
+
+class _Waiting(NamedTuple):
+    """A request that waits for its answer."""
+
+    answer: asyncio.Future[Fields]
+    later: Later | None
+
+
+class _Past(NamedTuple):
+    """A request that waits no longer: what an answer is, should one come."""
+
+    event: Event
+    later: Later | None = None
+    first: Fields | None = None
+    """The answer that it had."""
+
+
+_UNKNOWN: Final = _Past(Event.UNMATCHED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +171,22 @@ class AcquirerHost:
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._numbers: dict[_Key, asyncio.Future[None]] = {}
         """The numbers in flight; each is done when they are free again."""
+        self._past: OrderedDict[_Key, _Past] = OrderedDict()
         self._closed = False
 
     async def exchange(
-        self, request: Fields, *, send_before: float, answer_timeout_s: float
+        self,
+        request: Fields,
+        *,
+        send_before: float,
+        answer_timeout_s: float,
+        later: Later | None = None,
     ) -> Fields:
         """Send a message and wait for its answer at most `answer_timeout_s` from then.
+
+        The answer may come on any connection. `later` is given one that comes after that, and a
+        second one that differs from the first, as long as the request is among the FORGOTTEN_MAX
+        latest ones.
 
         Two messages whose answers could be taken for each other's are never in flight together: the
         second waits, as one does for a connection with room, at most `wait_timeout_s`.
@@ -177,7 +210,7 @@ class AcquirerHost:
                 now = time.monotonic()
                 if now >= send_before:
                     raise NotSent(Reason.SEND_WINDOW_PASSED)
-                answer = link.write(key, frame)
+                answer = link.write(key, frame, later)
                 if answer is not None:
                     return await self._answer(link, key, answer, answer_timeout_s)
                 # The other side is gone and took no byte, so another connection may be tried.
@@ -195,6 +228,30 @@ class AcquirerHost:
             timer.cancel()
             link.forget(key)
             self.wake()
+
+    # --- answers ----------------------------------------------------------------------------------
+
+    def take(self, key: _Key) -> _Waiting | None:
+        """The request of any connection that an answer belongs to; it waits no longer."""
+        for link in self._links:
+            waiting = link.pending.pop(key, None)
+            if waiting is not None:
+                return waiting
+        return None
+
+    def remember(self, key: _Key, past: _Past) -> None:
+        """A request waits no longer."""
+        self._past[key] = past
+        self._past.move_to_end(key)
+        if len(self._past) > FORGOTTEN_MAX:
+            self._past.popitem(last=False)
+
+    def answered_afterwards(self, key: _Key, fields: Fields) -> None:
+        """An answer came that no request waits for."""
+        past = self._past.get(key, _UNKNOWN)
+        self.count(past.event)
+        if past.later is not None and fields != past.first:
+            past.later(fields)
 
     async def close(self) -> None:
         """Sign off and close; what waits was not sent, what is in flight is lost."""
@@ -329,9 +386,7 @@ class _Link(asyncio.Protocol):
         self._tls: ssl.SSLObject | None = None
         self._cipher_in = ssl.MemoryBIO()
         self._cipher_out = ssl.MemoryBIO()
-        self._pending: dict[_Key, asyncio.Future[Fields]] = {}
-        self._past: OrderedDict[_Key, Event] = OrderedDict()
-        """What an answer is, should one come for a request that waits no longer."""
+        self.pending: dict[_Key, _Waiting] = {}
         self._undecodable = 0
         self._stan = random.randrange(STAN_MAX)
         self._leaving = False
@@ -346,11 +401,11 @@ class _Link(asyncio.Protocol):
 
     @property
     def in_flight(self) -> int:
-        return len(self._pending)
+        return len(self.pending)
 
     @property
     def room(self) -> int:
-        return self._host.limits.in_flight_max - len(self._pending) if self._is_writable else 0
+        return self._host.limits.in_flight_max - len(self.pending) if self._is_writable else 0
 
     @property
     def has_room(self) -> bool:
@@ -401,7 +456,9 @@ class _Link(asyncio.Protocol):
         if name in self._specification.network:
             self._tell(self._network(name))
 
-    def write(self, key: _Key, frame: bytes) -> asyncio.Future[Fields] | None:
+    def write(
+        self, key: _Key, frame: bytes, later: Later | None = None
+    ) -> asyncio.Future[Fields] | None:
         """Write now, by the system call itself; None: not a byte was taken.
 
         Transports may keep a write for a later moment of the loop's turn (uvloop's do).
@@ -417,34 +474,37 @@ class _Link(asyncio.Protocol):
             return None
         if written < len(frame):
             transport.write(frame[written:])
-        answer = self._pending[key] = asyncio.get_running_loop().create_future()
-        return answer
+        waiting = _Waiting(asyncio.get_running_loop().create_future(), later)
+        self.pending[key] = waiting
+        return waiting.answer
 
     def give_up(self, key: _Key) -> None:
         """The answer's time is over."""
-        answer = self._pending.pop(key, None)
-        if answer is None or answer.done():
+        waiting = self.pending.pop(key, None)
+        if waiting is None or waiting.answer.done():
             return
         self._host.count(Event.TIMED_OUT)
-        self._remember(key, Event.ANSWERED_LATE)
-        answer.set_exception(MaybeSent(Reason.ANSWER_TIMED_OUT))
+        self._host.remember(key, _Past(Event.ANSWERED_LATE, waiting.later))
+        waiting.answer.set_exception(MaybeSent(Reason.ANSWER_TIMED_OUT))
         if not self._is_writable:
             # A part of it has not even left: it must not leave later.
             self.abort(Reason.CONNECTION_LOST)
 
     def forget(self, key: _Key) -> None:
         """Nobody waits for the answer any more, as where the caller was cancelled."""
-        if self._pending.pop(key, None) is not None:
-            self._remember(key, Event.ANSWERED_LATE)
-        if self._leaving and not self._pending:
+        waiting = self.pending.pop(key, None)
+        if waiting is not None:
+            self._host.remember(key, _Past(Event.ANSWERED_LATE, waiting.later))
+        if self._leaving and not self.pending:
             self.abort(Reason.CONNECTION_LOST)
 
     def abort(self, reason: Reason) -> None:
         """Close at once; what is in flight may have been sent."""
-        pending, self._pending = self._pending, {}
-        for answer in pending.values():
-            if not answer.done():
-                answer.set_exception(MaybeSent(reason))
+        pending, self.pending = self.pending, {}
+        for key, waiting in pending.items():
+            self._host.remember(key, _Past(Event.ANSWERED_LATE, waiting.later))
+            if not waiting.answer.done():
+                waiting.answer.set_exception(MaybeSent(reason))
         if self._transport is not None:
             self._transport.abort()
         if not self.ready.done():
@@ -498,13 +558,16 @@ class _Link(asyncio.Protocol):
         if mti[1] == "8" and mti[2] in "02":
             self._serve(fields)
             return
-        key = (mti, fields.get("11", "")) if mti[1] == "8" else self._specification.key(mti, fields)
-        answer = self._pending.pop(key, None)
-        if answer is None:
-            self._host.count(self._past.get(key, Event.UNMATCHED))
-        elif not answer.done():
-            self._remember(key, Event.ANSWERED_TWICE)
-            answer.set_result(fields)
+        is_network = mti[1] == "8"
+        key = (mti, fields.get("11", "")) if is_network else self._specification.key(mti, fields)
+        waiting = self.pending.pop(key, None)
+        if waiting is None and not is_network:
+            waiting = self._host.take(key)
+        if waiting is None:
+            self._host.answered_afterwards(key, fields)
+        elif not waiting.answer.done():
+            self._host.remember(key, _Past(Event.ANSWERED_TWICE, waiting.later, fields))
+            waiting.answer.set_result(fields)
 
     def _serve(self, request: Fields) -> None:
         """A network management request of the host."""
@@ -514,7 +577,7 @@ class _Link(asyncio.Protocol):
         if request.get("70") == SIGN_OFF_CODE:
             self._leaving = True
             self._host.leave(self)
-            if not self._pending:
+            if not self.pending:
                 self.abort(Reason.CONNECTION_LOST)
 
     def _tell(self, fields: Fields) -> None:
@@ -539,11 +602,6 @@ class _Link(asyncio.Protocol):
 
     def _pack(self, fields: Fields) -> bytes:
         return self._specification.framing.pack(self._specification.encode(fields))
-
-    def _remember(self, key: _Key, event: Event) -> None:
-        self._past[key] = event
-        if len(self._past) > FORGOTTEN_MAX:
-            self._past.popitem(last=False)
 
     # --- TLS --------------------------------------------------------------------------------------
 

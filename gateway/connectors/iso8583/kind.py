@@ -6,6 +6,7 @@ from functools import partial
 from typing import Final
 
 from gateway.application.connector_accounts import ConnectorAccount
+from gateway.application.notifications import Notification, Received
 from gateway.application.ports import Capabilities
 from gateway.connectors.iso8583.connector import NAME, Iso8583Connector, capabilities_of
 from gateway.connectors.iso8583.host import AcquirerHost, HostAddress, HostLimits
@@ -50,9 +51,14 @@ class Iso8583Kind:
     specification has messages for.
     """
 
-    def __init__(self, hosts: Mapping[str, AcquirerHost]) -> None:
-        """`hosts` by name; they are closed with the kind."""
+    def __init__(
+        self, hosts: Mapping[str, AcquirerHost], tell: Callable[[Received], None] | None = None
+    ) -> None:
+        """`hosts` by name; they are closed with the kind. `tell` keeps answers that come too
+        late.
+        """
         self._hosts = dict(hosts)
+        self._tell = tell
 
     @property
     def name(self) -> str:
@@ -91,13 +97,19 @@ class Iso8583Kind:
     ) -> Iso8583Connector:
         """See the port."""
         self.check(account.mode, credentials, account.capabilities)
-        host = self._hosts[credentials["host"]]
+        host, tell = self._hosts[credentials["host"]], self._tell
+
+        def told(notification: Notification) -> None:
+            if tell is not None:
+                tell(Received(account.merchant_id, account.account_id, notification))
+
         return Iso8583Connector(
             host,
             self._capabilities(host, account.mode, account.capabilities),
             terminal=credentials["terminal_id"],
             merchant=credentials["merchant_id"],
             acquirer=credentials.get("acquirer_id", ""),
+            tell=told,
         )
 
     async def close(self) -> None:
