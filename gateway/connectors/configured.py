@@ -15,6 +15,7 @@ from gateway.connectors.kinds import ConnectorKind
 from gateway.connectors.notifications import NotificationSource
 from gateway.connectors.sealing import LocalKeys
 from gateway.connectors.simulator.kind import SimulatorKind
+from gateway.connectors.simulator.notifications import SimulatorNotifications
 from gateway.connectors.stripe.kind import StripeKind
 from gateway.connectors.stripe.notifications import StripeNotifications
 from gateway.settings import Settings
@@ -139,4 +140,5 @@ def configured_sources(settings: Settings) -> list[NotificationSource]:
         StripeNotifications(settings.notifications_tolerance_s),
         AdyenNotifications(),
         BraintreeNotifications(),
+        SimulatorNotifications(settings.notifications_tolerance_s),
     ]

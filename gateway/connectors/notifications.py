@@ -27,6 +27,7 @@ __all__ = [
     "NotificationSource",
     "ReferenceTeller",
     "UnusableNotification",
+    "check_timed_signature",
     "signed_by_any",
     "webhook_secrets",
 ]
@@ -39,6 +40,11 @@ they are rotated there are two."""
 SECRETS_MAX: Final = 4
 SECRET_LENGTH_MIN: Final = 16
 SECRET_LENGTH_MAX: Final = 256
+SIGNATURES_MAX: Final = 8
+"""Signatures of one request that are compared: a PSP signs with each of an endpoint's secrets, two
+while one is rolled."""
+
+_TIME: Final = re.compile("[0-9]{1,12}")
 
 
 class BadSignature(Exception):
@@ -111,3 +117,27 @@ def signed_by_any(
         for signature in told:
             held |= hmac.compare_digest(expected, signature)
     return held
+
+
+def check_timed_signature(
+    header: str, body: bytes, secrets: Iterable[str], now: datetime, tolerance_s: float
+) -> None:
+    """Check `t=<seconds since 1970>,v1=<hex>[,v1=<hex>…]`: HMAC-SHA256 of the time, a point and the
+    body, as Stripe signs. Raises BadSignature.
+    """
+    parts = [part.strip().partition("=") for part in header.split(",")]
+    times = [value for name, _, value in parts if name == "t"]
+    if len(times) != 1 or _TIME.fullmatch(times[0]) is None:
+        raise BadSignature("it has no signature that can be read")
+    signatures: list[bytes] = []
+    for name, _, value in parts:
+        if name == "v1" and len(signatures) < SIGNATURES_MAX:
+            try:
+                signatures.append(bytes.fromhex(value))
+            except ValueError:
+                raise BadSignature("it has no signature that can be read") from None
+    message = times[0].encode("ascii") + b"." + body
+    if not signed_by_any(message, signatures, (each.encode("utf-8") for each in secrets)):
+        raise BadSignature("its signature does not hold")
+    if abs(now.timestamp() - int(times[0])) > tolerance_s:
+        raise BadSignature("its signature is of another time")

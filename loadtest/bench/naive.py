@@ -24,7 +24,7 @@ from gateway.application.ports import Connector, Encoder
 from gateway.application.usecases import connector_request
 from gateway.composition import run_loop, server_options
 from gateway.connectors.registry import ConnectorRegistry
-from gateway.connectors.simulator.server import Latency
+from gateway.connectors.simulator.latency import Latency
 from gateway.domain import decisions, ids
 from gateway.domain.decisions import Begun, Origin
 from gateway.domain.errors import GatewayError, Reason

@@ -8,7 +8,7 @@ from typing import Final
 
 from gateway.application.ports import Capabilities, ConnectorRequest
 from gateway.connectors.simulator.connector import SUPPORTED_FIELDS
-from gateway.connectors.simulator.server import Latency
+from gateway.connectors.simulator.latency import Latency
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
     ConnectorAnswer,

@@ -3,7 +3,7 @@
 import argparse
 
 from gateway.composition import run_server
-from gateway.connectors.simulator.server import Latency
+from gateway.connectors.simulator.latency import Latency
 from gateway.settings import load_settings
 from loadtest.bench.psp import InProcessPsp
 

@@ -143,8 +143,8 @@ async def test_what_a_host_answers_late_twice_or_with_another_amount_is_a_fact(
             send_window_s=1,
         ) as system:
             await add_account(system.dsn, system.shop.merchant_id, "iso8583", CREDENTIALS)
-            gateway = await asyncio.to_thread(system.start_gateway)
-            async with calling(gateway, system.shop.api_key) as caller:
+            patient = await asyncio.to_thread(system.start_gateway, recovery_first_check_s=60)
+            async with calling(patient, system.shop.api_key) as caller:
                 # Late, before its reversal has begun, and with another amount: it stands.
                 doubt = await caller.authorize(capture_method="MANUAL")
                 assert doubt.operation.state == STATE.OPERATION_STATE_IN_DOUBT
@@ -166,6 +166,8 @@ async def test_what_a_host_answers_late_twice_or_with_another_amount_is_a_fact(
                 told = [("late_amount", "1000", "1400")]
                 await eventually(lambda: _told(system, twice) == told, "the second amount is shown")
 
+            gateway = await asyncio.to_thread(system.start_gateway)
+            async with calling(gateway, system.shop.api_key) as caller:
                 # Late, when its reversal found nothing: it is taken back after all.
                 doubt = await caller.authorize(capture_method="MANUAL")
                 line, request = await host.request()

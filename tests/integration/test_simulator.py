@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 import pytest
 import pytest_asyncio
+from aiohttp import web
 
 from gateway.connectors.http import HttpClient, Limits, MaybeSent, NotSent
 from gateway.connectors.simulator.journal import read_journal, standing_charges
@@ -23,6 +24,7 @@ from gateway.connectors.simulator.launch import (
 )
 from gateway.connectors.simulator.profiles import KEY_VALIDITY_S
 from tests.harness import eventually
+from tests.http_server import http_server
 from tests.simulators import new_reference, running_simulator, standings_of
 
 pytestmark = pytest.mark.integration
@@ -416,3 +418,57 @@ async def test_cancelled_reference_stays_unusable_after_a_restart(
         assert (await after.authorize(reference))["code"] == "reference_canceled"
         assert again.effects() == []
         await after.http.close()
+
+
+async def test_what_is_told_is_told_until_it_is_taken_and_twice_where_that_is_asked(
+    client: Client, control: SimulatorControl
+) -> None:
+    account = "acc_" + 32 * "0"
+    told: list[tuple[str, bytes]] = []
+    taken = asyncio.Event()
+
+    async def take(request: web.Request) -> web.Response:
+        told.append((request.path, await request.read()))
+        if len(told) < 3:
+            return web.Response(status=503)
+        if len(told) == 4:
+            taken.set()
+        return web.Response()
+
+    async with http_server(take) as url:
+        await client.authorize(new_reference(), account=account)  # of which nobody wants to know
+        await control.notify(url, "secret", duplicate_percent=100)
+        await client.authorize(new_reference(), account="terminal")  # which is no account's
+        reference = new_reference()
+        await client.authorize(reference, account=account)
+        async with asyncio.timeout(WAIT_S):
+            await taken.wait()
+        await eventually(lambda: _nothing_waits(control), "both were taken")
+        assert {path for path, _ in told} == {f"/v1/notifications/simulator/{account}"}
+        [event] = {body for _, body in told}
+        assert orjson.loads(event)["operation"]["reference"] == reference
+        state = await control.state()
+        assert state["notifications"] == {"waiting": 0, "told": 2, "dropped": 0}
+        await control.notify("")
+        await client.authorize(new_reference(), account=account)
+        assert (await control.state())["notifications"]["waiting"] == 0
+
+
+async def _nothing_waits(control: SimulatorControl) -> bool:
+    return bool((await control.state())["notifications"]["waiting"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("action", "body"),
+    [
+        ("notify", {"url": "ftp://nowhere", "secret": "s"}),
+        ("notify", {"url": "http://127.0.0.1:1"}),
+        ("operate", {"kind": "authorize", "reference": "op_1-1", "amount_minor": 1}),
+        ("operate", {"kind": "refund", "reference": "op_of_nobody-1", "amount_minor": 1}),
+        ("dispute", {"reference": "op_of_nobody-1", "amount_minor": 1}),
+    ],
+)
+async def test_control_that_makes_no_sense_is_refused(
+    client: Client, action: str, body: dict[str, object]
+) -> None:
+    assert (await client.ask("POST", f"/control/{action}", body))["status"] == 400

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from gateway.connectors.http import MaybeSent, NotSent, Response
 from gateway.connectors.simulator.connector import SimulatorConnector
+from gateway.connectors.simulator.latency import Latency
 from gateway.connectors.simulator.ledger import Ledger
-from gateway.connectors.simulator.server import Latency, Simulator
+from gateway.connectors.simulator.server import Simulator
 from gateway.domain.errors import Reason
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from gateway.application.ports import ConnectorRequest
-from gateway.connectors.simulator.server import Latency
+from gateway.connectors.simulator.latency import Latency
 from gateway.domain.model import Delivery, OperationKind, Verdict
 from loadtest.bench.psp import InProcessPsp
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gateway.connectors.kinds import AccountRefused
 from gateway.connectors.notifications import (
+    SIGNATURES_MAX,
     BadSignature,
     DisputeStage,
     DisputeStatus,
@@ -20,7 +21,7 @@ from gateway.connectors.notifications import (
     NotificationKind,
     UnusableNotification,
 )
-from gateway.connectors.stripe.notifications import SIGNATURES_MAX, StripeNotifications
+from gateway.connectors.stripe.notifications import StripeNotifications
 from gateway.domain.ids import new_operation_id
 from gateway.domain.model import Mode, Verdict
 from tests.stripe_events import event_of, refund_of, sign

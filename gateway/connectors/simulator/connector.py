@@ -320,6 +320,14 @@ def _checked(told: object, kind: str, reference: str) -> dict[str, Any] | None:
     return told
 
 
+def operation_of(told: Mapping[str, Any]) -> ConnectorAnswer | None:
+    """What the simulator says of an operation of its own accord; None where it says nothing that
+    can be used.
+    """
+    checked = _checked(told, str(told.get("kind")), str(told.get("reference")))
+    return None if checked is None else _answered(checked)
+
+
 def _found(told: dict[str, Any], url: str = "") -> ConnectorAnswer:
     """What a query or a cancellation says; `url` is the simulator's."""
     if told["result"] == "canceled" and told.get("had") == "nothing":

@@ -9,6 +9,7 @@ from gateway.application.connector_accounts import ConnectorAccount
 from gateway.application.ports import Capabilities
 from gateway.connectors.http import Limits
 from gateway.connectors.kinds import AccountRefused, check_names
+from gateway.connectors.notifications import WEBHOOK_SECRETS, webhook_secrets
 from gateway.connectors.simulator.connector import ANSWER_TIMEOUT_S, SimulatorConnector
 from gateway.connectors.simulator.profiles import UnknownProfile, find_profile
 from gateway.domain.model import Mode
@@ -21,7 +22,8 @@ class SimulatorKind:
 
     Credentials: `url`, `http://host:port` of a simulator; `profile`, the one that it runs, by
     default `idempotent`; `token`, which is sent in the place of every payment's own, so that two
-    accounts can answer differently to the same payment.
+    accounts can answer differently to the same payment; `webhook_secrets`, which its notifications
+    are signed with.
     """
 
     def __init__(
@@ -47,7 +49,8 @@ class SimulatorKind:
         """See the port."""
         if mode is not Mode.TEST:
             raise AccountRefused("a simulator moves no money: its accounts are of the mode test")
-        check_names(credentials, ("url",), ("profile", "token"))
+        check_names(credentials, ("url",), ("profile", "token", WEBHOOK_SECRETS))
+        webhook_secrets(credentials)
         self._connected(credentials, capabilities)
 
     def connect(
@@ -66,7 +69,8 @@ class SimulatorKind:
         self, credentials: Mapping[str, str], told: Mapping[str, object]
     ) -> SimulatorConnector:
         """One for all accounts that are set up alike; it connects with its first use."""
-        key = (orjson.dumps(dict(credentials)), orjson.dumps(dict(told)))
+        own = {name: each for name, each in credentials.items() if name != WEBHOOK_SECRETS}
+        key = (orjson.dumps(own), orjson.dumps(dict(told)))
         connector = self._connectors.get(key)
         if connector is None:
             try:

@@ -148,6 +148,41 @@ class SimulatorControl:
         """Close every connection on which no request is under way."""
         await self._do("close_idle")
 
+    async def notify(
+        self,
+        url: str,
+        secret: str = "",
+        *,
+        p50_ms: float = 0,
+        p99_ms: float = 0,
+        duplicate_percent: int = 0,
+    ) -> None:
+        """Tell what comes of operations from now on; nothing with an empty `url`."""
+        await self._do(
+            "notify",
+            url=url,
+            secret=secret,
+            p50_ms=p50_ms,
+            p99_ms=p99_ms,
+            duplicate_percent=duplicate_percent,
+        )
+
+    async def operate(self, kind: str, reference: str, amount_minor: int = 0) -> dict[str, Any]:
+        """Refund, capture or void the authorization with a reference, as in the PSP's console; what
+        the PSP says of it.
+        """
+        told = await self._do("operate", kind=kind, reference=reference, amount_minor=amount_minor)
+        answer: dict[str, Any] = told["answer"]
+        return answer
+
+    async def dispute(
+        self, reference: str, amount_minor: int, status: str = "OPENED", stage: str = ""
+    ) -> None:
+        """Have a customer dispute an authorization, or a dispute go on."""
+        await self._do(
+            "dispute", reference=reference, amount_minor=amount_minor, status=status, stage=stage
+        )
+
     async def reset_lateness(self) -> None:
         """Begin to measure the answers' lateness anew."""
         await self._do("reset_lateness")

@@ -383,6 +383,25 @@ class Ledger:
             self.apply(record)
         return record
 
+    def settle(self, transaction_id: str, now: float) -> Record | None:
+        """What became of a transaction without anybody's looking at it; None where it stays as it
+        is.
+        """
+        transaction = self._transactions[transaction_id]
+        return self._settle(transaction, self._settles_as(transaction, now, by_itself=True), now)
+
+    def settles_by_itself(self, transaction_id: str) -> bool:
+        """Whether something will become of it that nobody has to do."""
+        transaction = self._transactions.get(transaction_id)
+        if transaction is None:
+            return False
+        return self._settles_as(transaction, transaction.received_at, by_itself=True) is not None
+
+    def payment_reference(self, record: Record) -> str:
+        """The reference of the authorization that a decision belongs to."""
+        authorization = self._transactions.get(record["authorization_id"])
+        return record["reference"] if authorization is None else authorization.reference
+
     # --- the state --------------------------------------------------------------------------------
 
     def apply(self, record: Record) -> None:
@@ -587,26 +606,32 @@ class Ledger:
     def _look(self, transaction: Transaction, request: int, now: float) -> Record | None:
         """Count a look at a transaction, and settle it when its time has come."""
         transaction.looks += 1
-        known = self._references[transaction.reference]
-        settles_as = self._settles_as(transaction, now)
-        if settles_as is None or transaction.taken_back or known.canceled is not None:
-            return None
-        record = self._settlement(transaction, settles_as, now)
+        record = self._settle(transaction, self._settles_as(transaction, now), now)
         if record is not None:
             record["request"] = request
+        return record
+
+    def _settle(self, transaction: Transaction, result: Result | None, now: float) -> Record | None:
+        known = self._references[transaction.reference]
+        if result is None or transaction.taken_back or known.canceled is not None:
+            return None
+        record = self._settlement(transaction, result, now)
+        if record is not None:
             self.apply(record)
         return record
 
-    def _settles_as(self, transaction: Transaction, now: float) -> Result | None:
-        """What this look makes of it; None where it stays as it is."""
+    def _settles_as(
+        self, transaction: Transaction, now: float, *, by_itself: bool = False
+    ) -> Result | None:
+        """What this look, or time, makes of it; None where it stays as it is."""
         if transaction.method:
             if transaction.result is Result.PENDING:
                 return Result.APPROVED
             waiting = transaction.result is Result.REQUIRES_ACTION
             return Result.EXPIRED if waiting and not transaction.awaits_customer(now) else None
         behaviour = choose(transaction.kind, transaction.token, transaction.requested_minor)
-        due = transaction.looks >= LOOKS_UNTIL_SETTLED and transaction.result is behaviour.result
-        return behaviour.settles_as if due else None
+        due = by_itself or transaction.looks >= LOOKS_UNTIL_SETTLED
+        return behaviour.settles_as if due and transaction.result is behaviour.result else None
 
     def _settlement(self, transaction: Transaction, result: Result, now: float) -> Record | None:
         """The later outcome of a transaction; None where what was done since forbids it."""

@@ -22,15 +22,16 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Final, Protocol, cast
 from urllib.parse import unquote, urlencode
 
 import orjson
 
 from gateway.connectors.simulator.journal import JOURNAL_VERSION, Journal, JournalError, Record
+from gateway.connectors.simulator.latency import Latency
 from gateway.connectors.simulator.ledger import KINDS, Ledger, Send, Transaction
-from gateway.connectors.simulator.outcomes import BEFORE_EFFECT, VISITS, Behaviour, Fault
+from gateway.connectors.simulator.notifying import Notifier, Notifying
+from gateway.connectors.simulator.outcomes import APPROVE, BEFORE_EFFECT, VISITS, Behaviour, Fault
 from gateway.connectors.simulator.profiles import FIELDS, PROFILES, Profile, find_profile
 
 HEAD_BYTES_MAX: Final = 16 * 1024
@@ -38,8 +39,6 @@ BODY_BYTES_MAX: Final = 256 * 1024
 CONNECTIONS_MAX: Final = 8_192
 BACKLOG: Final = 4_096
 AMOUNT_MINOR_MAX: Final = 10**12
-LATENCY_MS_MAX: Final = 60_000.0
-"""No drawn latency is longer."""
 HANG_S_MAX: Final = 300.0
 """A request that gets no answer is let go after this, in seconds."""
 CONTROL_WAIT_S_MAX: Final = 30.0
@@ -77,36 +76,7 @@ _CHOICES: Final = "".join(
 )
 LINGER_NOT: Final = struct.pack("ii", 1, 0)
 """SO_LINGER such that closing sends a reset."""
-_P99: Final = NormalDist().inv_cdf(0.99)
 _PR_SET_PDEATHSIG: Final = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """A log-normal distribution of the time that the PSP works, in milliseconds."""
-
-    p50_ms: float = 0.0
-    p99_ms: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.p50_ms <= self.p99_ms <= LATENCY_MS_MAX:
-            raise ValueError(f"latency must hold 0 <= p50 <= p99 <= {LATENCY_MS_MAX:g} ms")
-        if self.p50_ms == 0 and self.p99_ms > 0:
-            raise ValueError("a latency with a p99 needs a p50 above 0")
-
-    @classmethod
-    def parse(cls, text: str) -> "Latency":
-        """From "p50,p99" or one number for both; raises ValueError."""
-        p50, _, p99 = text.partition(",")
-        return cls(float(p50), float(p99 or p50))
-
-    def draw(self, source: random.Random) -> float:
-        """One duration in milliseconds."""
-        if self.p50_ms == 0:
-            return 0.0
-        sigma = math.log(self.p99_ms / self.p50_ms) / _P99
-        drawn = self.p50_ms if sigma == 0 else source.lognormvariate(math.log(self.p50_ms), sigma)
-        return min(drawn, LATENCY_MS_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +94,8 @@ class Options:
     iso8583: tuple[str, int] | None = None
     """Where to listen for ISO 8583 too; port 0 as above."""
     iso8583_specification: str = "reference-text"
+    notifying: Notifying | None = None
+    """Where to tell what came of operations."""
 
 
 class Lateness:
@@ -191,6 +163,17 @@ class Reply:
     """When it has to be written, by the monotonic clock; None where that is not measured."""
     content_type: str = "application/json"
     location: str = ""
+
+
+@dataclass(slots=True)
+class _Console:
+    """Somebody who uses the PSP's console. Implements Peer."""
+
+    connection_id: str
+    gone: asyncio.Future[None] = field(default_factory=asyncio.Future)
+
+    def abort(self) -> None:
+        """Nothing is reset."""
 
 
 @dataclass(slots=True)
@@ -327,6 +310,7 @@ class Simulator:
         self._clock_ahead_s = 0.0
         self._connection_count = 0
         self._lateness = Lateness()
+        self.notifier = Notifier(journal.durable, self._settle, source)
 
     @property
     def run(self) -> int:
@@ -361,6 +345,7 @@ class Simulator:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.notifier.close()
         await self._journal.close()
 
     async def _serve(self, connection: _Connection, method: str, target: str, body: bytes) -> None:
@@ -459,7 +444,7 @@ class Simulator:
         else:
             record, answer = self._ledger.execute(send, behaviour, request, received_at, now)
         if record is not None:
-            self._journal.append(record)
+            self._enter(record)
         # A repeat too waits: what it repeats may not be durable yet.
         await self._journal.durable()
         return answer
@@ -477,7 +462,7 @@ class Simulator:
             return _json(409, body)
         records, answer = self._ledger.query(kind, reference, request, self._now())
         for record in records:
-            self._journal.append(record)
+            self._enter(record)
         await self._journal.durable()
         await self._hold("before_answer", "query", kind, reference)
         return _json(404 if answer["result"] == "not_found" else 200, answer)
@@ -495,6 +480,22 @@ class Simulator:
         await self._journal.durable()
         await self._hold("before_answer", "cancel", kind, reference)
         return _json(200, answer)
+
+    def _enter(self, record: Record) -> None:
+        """A decision, or what became of one: into the journal, and told where that is wanted."""
+        self._journal.append(record)
+        if record["type"] != "refused" and self.notifier.tells:
+            self.notifier.entered(
+                record,
+                self._ledger.payment_reference(record),
+                settles=self._ledger.settles_by_itself(record["transaction_id"]),
+            )
+
+    async def _settle(self, transaction_id: str) -> None:
+        record = self._ledger.settle(transaction_id, self._now())
+        if record is not None:
+            self._enter(record)
+            await self._journal.durable()
 
     # --- the customer's page ----------------------------------------------------------------------
 
@@ -530,7 +531,7 @@ class Simulator:
             return await self._unavailable(connection)
         record = self._ledger.visit(transaction, outcome, request, self._now())
         if record is not None:
-            self._journal.append(record)
+            self._enter(record)
             await self._journal.durable()
         reply = self._page(transaction)
         if record is None:
@@ -646,11 +647,68 @@ class Simulator:
         }
         if action == "await_held":
             await self._await_held(_integer(body, "count"))
+        elif action == "notify":
+            await self.notifier.set(_notifying(body))
+        elif action == "operate":
+            return _json(200, {"answer": await self._operate(body)})
+        elif action == "dispute":
+            self._dispute(body)
         elif action in actions:
             actions[action](body)
         else:
             return _json(404, {"error": "no_such_control"})
         return _json(200, self._state())
+
+    async def _operate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """What somebody does in the PSP's console: a refund, capture or void that the gateway did
+        not ask for, of the authorization with a reference.
+        """
+        kind, payment = _text(body, "kind"), self._authorization(body)
+        if kind not in ("capture", "refund", "void"):
+            raise _BadRequest("kind must be capture, refund or void")
+        send = Send(
+            kind=kind,
+            reference=f"console-{self._ledger.request_count + 1}",
+            amount_minor=0 if kind == "void" else _integer(body, "amount_minor"),
+            currency=payment.currency,
+            account=payment.account,
+            payment_id=payment.payment_id,
+            target_transaction_id=payment.transaction_id,
+        )
+        request = await self._received(_Console("console"), "send", kind, send.reference, send)
+        return await self._decide(send, APPROVE, request, self._now())
+
+    def _dispute(self, body: dict[str, Any]) -> None:
+        """A customer disputes a payment, or the dispute goes on. It moves nothing in the books."""
+        payment = self._authorization(body)
+        dispute_id = _text(body, "id") or f"dispute_{payment.transaction_id}"
+        stage = _text(body, "stage") or "ACTIVE_DISPUTE"
+        status = _text(body, "status") or "OPENED"
+        self.notifier.tell(
+            payment.account,
+            {
+                "id": f"evt_{dispute_id}_{stage}_{status}",
+                "type": f"dispute.{status.lower()}",
+                "created_at": self._now(),
+                "payment_transaction_id": payment.authorization_id,
+                "payment_reference": payment.reference,
+                "amount_minor": _integer(body, "amount_minor"),
+                "currency": payment.currency,
+                "dispute": {
+                    "id": dispute_id,
+                    "stage": stage,
+                    "status": status,
+                    "reason": _text(body, "reason"),
+                },
+            },
+        )
+
+    def _authorization(self, body: dict[str, Any]) -> Transaction:
+        """The authorization that a reference names."""
+        known = self._ledger.reference(_text(body, "reference"))
+        if known is None or known.kind != "authorize" or not known.transactions:
+            raise _BadRequest("reference must be that of an authorization")
+        return known.transactions[-1]
 
     def _add_hold(self, body: dict[str, Any]) -> None:
         hold = _Hold(
@@ -711,6 +769,11 @@ class Simulator:
             "in_flight": sum(connection.busy for connection in self._connections),
             "connections": len(self._connections),
             "lateness": self._lateness.summary(),
+            "notifications": {
+                "waiting": self.notifier.waiting,
+                "told": self.notifier.told,
+                "dropped": self.notifier.dropped,
+            },
             "held": [
                 {"reference": held.reference, "kind": held.kind, "point": held.point}
                 for held in self._held
@@ -764,6 +827,21 @@ def _reference(text: str) -> str:
     if _REFERENCE.fullmatch(text) is None:
         raise _BadRequest("reference must be 1 to 128 letters, digits or _ . : -")
     return text
+
+
+def _notifying(body: dict[str, Any]) -> Notifying | None:
+    """None where no address is given."""
+    if not _text(body, "url"):
+        return None
+    try:
+        return Notifying(
+            url=_text(body, "url"),
+            secret=_text(body, "secret"),
+            delay=Latency(float(body.get("p50_ms", 0)), float(body.get("p99_ms", 0))),
+            duplicate_percent=_integer({"duplicate_percent": 0} | body, "duplicate_percent"),
+        )
+    except (TypeError, ValueError) as error:
+        raise _BadRequest(str(error)) from None
 
 
 def _parse_send(kind: str, data: bytes) -> Send:
@@ -876,6 +954,7 @@ async def serve(options: Options, announce: Callable[[str], object] | None = Non
         latency=options.latency,
         source=random.Random(options.seed),
     )
+    await simulator.notifier.set(options.notifying)
     stack = contextlib.AsyncExitStack()
     try:
         server = await loop.create_server(
@@ -989,9 +1068,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME|FILE.toml",
         help="what that host speaks",
     )
+    parser.add_argument(
+        "--notify", metavar="URL", help="tell what came of operations: the gateway's way in"
+    )
+    parser.add_argument(
+        "--notify-secret-file",
+        type=Path,
+        metavar="FILE",
+        help="holds one of the account's webhook_secrets, to sign with",
+    )
+    parser.add_argument(
+        "--notify-delay",
+        type=_latency,
+        default=Latency(),
+        metavar="P50_MS,P99_MS",
+        help="log-normal, each notification's own",
+    )
+    parser.add_argument(
+        "--notify-duplicates",
+        type=int,
+        default=0,
+        metavar="PERCENT",
+        help="of the notifications are sent twice",
+    )
     arguments = parser.parse_args(argv)
+    if (arguments.notify is None) != (arguments.notify_secret_file is None):
+        parser.error("--notify and --notify-secret-file go together")
+    try:
+        options = _options(arguments)
+        run(options)
+    except (JournalError, OSError, ValueError) as error:
+        sys.stderr.write(f"simulator: {error}\n")
+        return 1
+    return 0
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    """Raises OSError and ValueError."""
     host, port = arguments.listen
-    options = Options(
+    notifying = None
+    if arguments.notify is not None:
+        notifying = Notifying(
+            arguments.notify,
+            arguments.notify_secret_file.read_text("ascii").strip(),
+            arguments.notify_delay,
+            arguments.notify_duplicates,
+        )
+    return Options(
         journal=arguments.journal,
         profile=arguments.profile,
         host=host,
@@ -1001,13 +1124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_with_parent=arguments.exit_with_parent,
         iso8583=arguments.iso8583,
         iso8583_specification=arguments.iso8583_specification,
+        notifying=notifying,
     )
-    try:
-        run(options)
-    except (JournalError, OSError, ValueError) as error:
-        sys.stderr.write(f"simulator: {error}\n")
-        return 1
-    return 0
 
 
 def run(options: Options, announce: Callable[[str], object] | None = None) -> None:

@@ -16,14 +16,13 @@ from gateway.connectors import values
 from gateway.connectors.base import Unusable
 from gateway.connectors.notifications import (
     OUR_REFERENCE,
-    BadSignature,
     Dispute,
     DisputeStage,
     DisputeStatus,
     Notification,
     NotificationKind,
     UnusableNotification,
-    signed_by_any,
+    check_timed_signature,
     webhook_secrets,
 )
 from gateway.connectors.stripe import answers
@@ -32,10 +31,6 @@ from gateway.connectors.stripe.connector import NAME
 from gateway.connectors.values import part
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, Verdict
 
-SIGNATURES_MAX: Final = 8
-"""Stripe signs with each of an endpoint's secrets, two while one is rolled."""
-
-_TIME: Final = re.compile("[0-9]{1,12}")
 _GIVEN_BACK: Final = re.compile(OUR_REFERENCE.pattern + "-refund")
 """What a reversal of the gateway's own refunds (see the connector's `_give_back`)."""
 
@@ -69,7 +64,9 @@ class StripeNotifications:
         self, headers: Mapping[str, str], body: bytes, secrets: Sequence[str], now: datetime
     ) -> list[Notification]:
         """See the port."""
-        self._verify(headers.get("stripe-signature", ""), body, secrets, now)
+        check_timed_signature(
+            headers.get("stripe-signature", ""), body, secrets, now, self.tolerance_s
+        )
         try:
             event = orjson.loads(body)
         except orjson.JSONDecodeError:
@@ -92,25 +89,6 @@ class StripeNotifications:
         except Unusable:
             told = []
         return told or [bare]
-
-    def _verify(self, header: str, body: bytes, secrets: Sequence[str], now: datetime) -> None:
-        """`t=<seconds>,v1=<hex>[,v1=<hex>…]`: HMAC-SHA256 of the time, a point and the body."""
-        parts = [part.strip().partition("=") for part in header.split(",")]
-        times = [value for name, _, value in parts if name == "t"]
-        if len(times) != 1 or _TIME.fullmatch(times[0]) is None:
-            raise BadSignature("it has no signature that can be read")
-        signatures: list[bytes] = []
-        for name, _, value in parts:
-            if name == "v1" and len(signatures) < SIGNATURES_MAX:
-                try:
-                    signatures.append(bytes.fromhex(value))
-                except ValueError:
-                    raise BadSignature("it has no signature that can be read") from None
-        message = times[0].encode("ascii") + b"." + body
-        if not signed_by_any(message, signatures, (each.encode("utf-8") for each in secrets)):
-            raise BadSignature("its signature does not hold")
-        if abs(now.timestamp() - int(times[0])) > self.tolerance_s:
-            raise BadSignature("its signature is of another time")
 
 
 def _told(bare: Notification, told: Mapping[str, Any]) -> Iterator[Notification]:
