@@ -472,3 +472,8 @@ async def test_control_that_makes_no_sense_is_refused(
     client: Client, action: str, body: dict[str, object]
 ) -> None:
     assert (await client.ask("POST", f"/control/{action}", body))["status"] == 400
+
+
+def test_host_with_other_codes_than_the_simulator_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SimulatorFailed):
+        SimulatorProcess.start(tmp_path / "journal.jsonl", iso8583_specification="reference-1993")

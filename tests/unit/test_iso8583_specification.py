@@ -81,11 +81,12 @@ def test_reference_without_an_id_has_no_numbers() -> None:
     rrn=st.from_regex(r"[0-9]{12}", fullmatch=True),
     auth_code=st.from_regex(r"[0-9A-Za-z]{0,6}", fullmatch=True),
     amount_minor=st.integers(0, 10**12 - 1),
+    year=st.from_regex(r"([0-9]{2})?", fullmatch=True),
 )
 def test_transaction_id_is_read_back_and_never_taken_for_a_card_number(
-    stan: str, time: str, rrn: str, auth_code: str, amount_minor: int
+    stan: str, time: str, rrn: str, auth_code: str, amount_minor: int, year: str
 ) -> None:
-    original = Original("0100", stan, time, rrn, amount_minor, auth_code)
+    original = Original("0100", stan, time, rrn, amount_minor, auth_code, year)
     assert parse_original(str(original)) == original
     assert not contains_pan(str(original))
 
@@ -169,7 +170,7 @@ def test_element_that_only_the_host_uses_is_read_by_the_standards_format(name: s
         "t": "0110",
         "11": "000042",
         "15": "1122",
-        "39": "00",
+        "38": "A00001",
         "54": "0002978C0000",
         "102": "X",
     }
@@ -183,14 +184,38 @@ def test_value_that_does_not_fit_is_refused() -> None:
             specification.encode({**AUTHORIZATION, number: value})
 
 
+def test_element_may_have_an_encoding_of_its_own() -> None:
+    text = TEXT.replace("[fields]", '[fields]\n4 = "n 12 bcd"\n41 = "ans 8 cp500"')
+    wire = Specification("mixed", text).encode(dict(AUTHORIZATION))
+    assert wire == (
+        b"0100"
+        b"3220000008828000"
+        b"000000" b"\0\0\0\0\x10\0" b"1121163158" b"000042" b"ABCDEF012345"
+        b"\xe3\xc5\xd9\xd4\xf0\xf0\xf0\xf1" b"008tok_visa" b"978"
+    )  # fmt: skip
+
+
+def test_sign_off_of_a_host_is_known_by_what_the_specification_has_for_it() -> None:
+    newer, older = (load_specification(f"reference-{name}") for name in ("1993", "text"))
+    assert newer.is_sign_off({"t": "1804", "24": "802"})
+    assert not newer.is_sign_off({"t": "1804", "24": "831"})
+    assert older.is_sign_off({"t": "0800", "70": "002"})
+    assert not older.is_sign_off({"t": "0800"})
+    asked = {"t": "1804", "7": "1121163158", "11": "000009", "12": "251121163158", "24": "831"}
+    assert newer.network_answer(asked) == {**asked, "t": "1814", "39": "800"}
+
+
 def test_types_of_answers_and_repeats() -> None:
-    assert [answer_mti(mti) for mti in ("0100", "0101", "0120", "0200", "0400", "0421")] == [
+    assert [
+        answer_mti(mti) for mti in ("0100", "0101", "0120", "0200", "0400", "0421", "1804")
+    ] == [
         "0110",
         "0110",
         "0130",
         "0210",
         "0410",
         "0430",
+        "1814",
     ]
     assert repeat_mti("0420") == "0421"
 
@@ -233,6 +258,9 @@ def test_codes_mean_what_the_specification_says() -> None:
     ("found", "instead", "told"),
     [
         ("[fields]", '[fields]\n11 = "number"', "no format"),
+        ("[fields]", '[fields]\n11 = "n 6 morse"', "no format"),
+        ("[fields]", '[fields]\n41 = "ans 8 bcd"', "cannot be in bcd"),
+        ("repeats = true", "repeats = true\nnetwork_approved = []", "network_approved"),
         ('60 = "FINAL"', '60 = "FINAL", 39 = "too long"', "cannot be written"),
         ('70 = "301"', '70 = "3010"', "cannot be written"),
         ("repeats = true", "", "repeats"),
@@ -265,8 +293,8 @@ def test_specification_is_found_by_name_or_path(tmp_path: Path) -> None:
     path = tmp_path / "acquirer.toml"
     path.write_text(TEXT)
     assert load_specification(str(path)).name == "acquirer"
-    assert names() == ["reference-binary", "reference-text"]
-    with pytest.raises(SpecificationError, match="there are reference-binary, reference-text"):
+    assert names() == ["reference-1993", "reference-binary", "reference-text"]
+    with pytest.raises(SpecificationError, match="there are reference-1993, reference-binary"):
         load_specification("reference")
     with pytest.raises(SpecificationError, match="cannot be read"):
         load_specification("/nowhere/at/all.toml")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import blake2b
-from typing import Final
+from typing import Final, NamedTuple
 
 from gateway.application.notifications import Notification, NotificationKind
 from gateway.application.ports import AmountRule, Capabilities, ConnectorRequest
@@ -88,6 +88,14 @@ def capabilities_of(
     )
 
 
+class _Sent(NamedTuple):
+    """A request as it was sent."""
+
+    request: ConnectorRequest
+    fields: Fields
+    identity: Identity
+
+
 class Iso8583Connector(AccountConnector):
     """Messages of one terminal to its host.
 
@@ -137,8 +145,9 @@ class Iso8583Connector(AccountConnector):
             raise NotSent(Reason.INVALID_REQUEST) from None
         except KeyError:
             raise NotSent(Reason.OPERATION_NOT_SUPPORTED) from None
-        later = None if self._tell is None else partial(self._answered_later, request, fields)
-        return self._read(request, fields, await self._deliver(fields, send_before, later))
+        sent = _Sent(request, fields, identity)
+        later = None if self._tell is None else partial(self._answered_later, sent)
+        return self._read(sent, await self._deliver(fields, send_before, later))
 
     async def _send_reversal(
         self, request: ConnectorRequest, send_before: float
@@ -203,6 +212,7 @@ class Iso8583Connector(AccountConnector):
             "transmission_time": identity.time,
             "local_time": identity.local_time,
             "local_date": identity.local_date,
+            "year": identity.year,
             "channel": channels.get(channel, channels.get("default", "")),
             "reference": request.reference if reference is None else reference,
             "payment": request.payment_id,
@@ -213,6 +223,7 @@ class Iso8583Connector(AccountConnector):
                 "original_mti": original.mti,
                 "original_stan": original.stan,
                 "original_time": original.time,
+                "original_year": original.year or identity.year,
                 "original_rrn": original.rrn,
                 "original_auth_code": original.auth_code,
                 "original_amount": f"{original.amount_minor:012}",
@@ -294,7 +305,14 @@ class Iso8583Connector(AccountConnector):
         known = parse_original(request.target_transaction_id) if kind in _NAMED_BY_ID else None
         if known is not None and known.stan == identity.stan:
             return known  # with the host's RRN and authorization code
-        return Original(mti, identity.stan, identity.time, identity.rrn, request.amount_minor)
+        return Original(
+            mti,
+            identity.stan,
+            identity.time,
+            identity.rrn,
+            request.amount_minor,
+            year=identity.year,
+        )
 
     async def _reverse(
         self,
@@ -326,10 +344,11 @@ class Iso8583Connector(AccountConnector):
 
     # --- answers ----------------------------------------------------------------------------------
 
-    def _answered_later(self, request: ConnectorRequest, sent: Fields, told: Fields) -> None:
+    def _answered_later(self, sent: _Sent, told: Fields) -> None:
         """Tell of an answer that came after its time, or says something else than the first."""
+        request = sent.request
         try:
-            answer = self._read(request, sent, told)
+            answer = self._read(sent, told)
         except Unusable:
             return
         assert self._tell is not None, "asked for by who tells"
@@ -349,9 +368,9 @@ class Iso8583Connector(AccountConnector):
             )
         )
 
-    def _read(self, request: ConnectorRequest, sent: Fields, told: Fields) -> ConnectorAnswer:
+    def _read(self, sent: _Sent, told: Fields) -> ConnectorAnswer:
         """What an answer says of a request. Raises Unusable."""
-        specification = self._specification
+        specification, request = self._specification, sent.request
         code = values.text(told.get("39", ""))
         currency = ALPHABETIC_CODES.get(told.get("49", ""), "")
         if (
@@ -370,10 +389,16 @@ class Iso8583Connector(AccountConnector):
         amount_minor = _amount(specification.read(told, "amount"))
         if code in specification.partially_approved and amount_minor is None:
             raise Unusable  # approved, and nobody knows how much
-        rrn = told.get("37") or sent.get("37", "")
+        rrn = told.get("37") or sent.fields.get("37", "")
         auth_code = values.text(specification.read(told, "auth_code"))
         original = Original(
-            sent["t"], sent["11"], sent.get("7", "0" * 10), rrn, request.amount_minor, auth_code
+            sent.fields["t"],
+            sent.identity.stan,
+            sent.identity.time,
+            rrn,
+            request.amount_minor,
+            auth_code,
+            sent.identity.year,
         )
         return ConnectorAnswer(
             delivery=Delivery.ANSWERED,

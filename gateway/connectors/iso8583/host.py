@@ -30,8 +30,6 @@ from gateway.connectors.iso8583.specification import (
 from gateway.domain.errors import Reason
 from gateway.domain.model import Mode
 
-APPROVED: Final = "00"
-SIGN_OFF_CODE: Final = "002"
 FORGOTTEN_MAX: Final = 10_000
 """For how many of the latest requests a late or second answer is told from one to nothing."""
 UNDECODABLE_MAX: Final = 16
@@ -448,7 +446,7 @@ class _Link(asyncio.Protocol):
         finally:
             timer.cancel()
             self.forget(key)
-        if told.get("39") != APPROVED:
+        if told.get("39") not in self._specification.network_approved:
             raise MaybeSent(Reason.ANSWER_UNUSABLE)
 
     def tell(self, name: NetworkName) -> None:
@@ -571,10 +569,8 @@ class _Link(asyncio.Protocol):
 
     def _serve(self, request: Fields) -> None:
         """A network management request of the host."""
-        answer: Fields = {"t": answer_mti(request["t"]), "39": APPROVED}
-        answer |= {number: request[number] for number in ("7", "11", "70") if number in request}
-        self._tell(answer)
-        if request.get("70") == SIGN_OFF_CODE:
+        self._tell(self._specification.network_answer(request))
+        if self._specification.is_sign_off(request):
             self._leaving = True
             self._host.leave(self)
             if not self.pending:
@@ -594,9 +590,13 @@ class _Link(asyncio.Protocol):
 
     def _network(self, name: NetworkName) -> Fields:
         self._stan = self._stan % STAN_MAX + 1
+        now = time.strftime("%y%m%d%H%M%S", time.gmtime())
         values = {
             "stan": f"{self._stan:06}",
-            "transmission_time": time.strftime("%m%d%H%M%S", time.gmtime()),
+            "transmission_time": now[2:],
+            "local_time": now[6:],
+            "local_date": now[2:6],
+            "year": now[:2],
         }
         return self._specification.build(self._specification.network[name], values)
 

@@ -18,7 +18,7 @@ STAN_MAX: Final = 999_999
 """DE 11 is six digits; 000000 is left out, since hosts take it for none."""
 _BASE36: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TRANSACTION_ID: Final = re.compile(
-    r"m([0-9]{4})s([0-9]{6})t([0-9]{10})r([0-9A-Z]{0,12})n([0-9]{1,12})a([0-9A-Za-z]{0,6})"
+    r"(?:y([0-9]{2}))?m([0-9]{4})s([0-9]{6})t([0-9]{10})r([0-9A-Z]{0,12})n([0-9]{1,12})a([0-9A-Za-z]{0,6})"
 )
 _NOT_RRN: Final = re.compile(r"[^0-9A-Z]")
 _NOT_AUTH_CODE: Final = re.compile(r"[^0-9A-Za-z]")
@@ -34,6 +34,8 @@ class Identity:
     """DE 37."""
     time: str
     """DE 7, MMDDhhmmss in UTC: when the operation was made."""
+    year: str
+    """YY."""
 
     @property
     def local_time(self) -> str:
@@ -67,12 +69,12 @@ def identity_of(reference: str, rrn_style: RrnStyle) -> Identity:
             digest, letter = divmod(digest, 36)
             letters.append(_BASE36[letter])
         rrn = "".join(letters)
-    return Identity(f"{stan + 1:06}", rrn, f"{made_at:%m%d%H%M%S}")
+    return Identity(f"{stan + 1:06}", rrn, f"{made_at:%m%d%H%M%S}", f"{made_at:%y}")
 
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """What later messages say of an earlier one, DE 90 and others.
+    """What later messages say of an earlier one, DE 90, in the edition of 1993 DE 56, and others.
 
     Its text is the transaction id that the connector gives to the gateway. It holds letters, so
     that nothing takes its digits for a card number.
@@ -84,11 +86,14 @@ class Original:
     rrn: str
     amount_minor: int
     auth_code: str = ""
+    year: str = ""
+    """YY; empty in transaction ids of before it was kept."""
 
     def __str__(self) -> str:
         rrn = _NOT_RRN.sub("", self.rrn)[:12]
         auth_code = _NOT_AUTH_CODE.sub("", self.auth_code)[:6]
-        return f"m{self.mti}s{self.stan}t{self.time}r{rrn}n{self.amount_minor}a{auth_code}"
+        year = f"y{self.year}" if self.year else ""
+        return f"{year}m{self.mti}s{self.stan}t{self.time}r{rrn}n{self.amount_minor}a{auth_code}"
 
 
 def parse_original(transaction_id: str) -> Original | None:
@@ -96,5 +101,5 @@ def parse_original(transaction_id: str) -> Original | None:
     match = _TRANSACTION_ID.fullmatch(transaction_id)
     if match is None:
         return None
-    mti, stan, time, rrn, amount, auth_code = match.groups()
-    return Original(mti, stan, time, rrn, int(amount), auth_code)
+    year, mti, stan, time, rrn, amount, auth_code = match.groups()
+    return Original(mti, stan, time, rrn, int(amount), auth_code, year or "")

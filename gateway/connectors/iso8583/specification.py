@@ -72,6 +72,8 @@ STANDARD_FORMATS: Final[Mapping[str, str]] = {
 }
 """The elements of ISO 8583:1987; the sign of an amount counts as a letter."""
 
+SIGN_OFF_CODE: Final = "002"
+"""DE 70 of a sign-off."""
 CARD_DATA: Final = frozenset({"2", "34", "35", "36", "45", "52", "55"})
 """Elements that hold card numbers, tracks, PIN blocks and chip data: the gateway has none."""
 
@@ -87,7 +89,7 @@ MessageName = Literal[
     "reversal",
 ]
 NetworkName = Literal["sign_on", "sign_off", "echo"]
-Mti = Annotated[str, StringConstraints(pattern=r"^0[1-8][0246]0$")]
+Mti = Annotated[str, StringConstraints(pattern=r"^[01][1-8][0246][024]$")]
 Number = Annotated[str, StringConstraints(pattern=r"^[1-9][0-9]{0,2}$")]
 Code = Annotated[str, StringConstraints(pattern=r"^[0-9A-Z]{2,3}$")]
 
@@ -101,6 +103,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "transmission_time": "[0-9]{10}",
     "local_time": "[0-9]{6}",
     "local_date": "[0-9]{4}",
+    "year": "[0-9]{2}",
     "terminal": _ANY,
     "merchant": _ANY,
     "acquirer": _DIGITS,
@@ -111,6 +114,7 @@ VARIABLES: Final[Mapping[str, str]] = {
     "original_mti": "[0-9]{4}",
     "original_stan": "[0-9]{6}",
     "original_time": "[0-9]{10}",
+    "original_year": "[0-9]{2}",
     "original_rrn": "[0-9A-Z ]{0,12}",
     "original_auth_code": "[0-9A-Za-z]{0,6}",
     "original_amount": "[0-9]{12}",
@@ -124,6 +128,7 @@ _SAMPLE: Final = {
     **dict.fromkeys(("stan", "original_stan", "local_time"), "0" * 6),
     **dict.fromkeys(("rrn", "original_rrn"), "0" * 12),
     **dict.fromkeys(("local_date", "original_mti"), "0" * 4),
+    **dict.fromkeys(("year", "original_year"), "0" * 2),
     "currency": "0" * 3,
 }
 _OF_ORIGINALS: Final = frozenset(name for name in VARIABLES if "original" in name) | {
@@ -143,7 +148,9 @@ ANSWER_NAMES: Final = (
 )
 """What can be read from an answer beside DE 39, 37, 11 and 49."""
 
-_FORMAT: Final = re.compile(r"(n|an|ans|a|b) ?(\.{0,4})([1-9][0-9]{0,3})")
+_FORMAT: Final = re.compile(
+    r"(n|an|ans|a|b) ?(\.{0,4})([1-9][0-9]{0,3})(?: (ascii|cp500|cp1047|bcd))?"
+)
 _PLACE: Final = re.compile(r"([1-9][0-9]{0,2})(?::([1-9][0-9]{0,2})-([1-9][0-9]{0,2}))?")
 
 
@@ -201,27 +208,35 @@ class _File(_Model):
     partially_approved: list[Code] = []
     uncertain: list[Code] = []
     rejected: list[Code] = []
+    network_approved: list[Code] = Field(["00"], min_length=1)
     codes: dict[Code, str] = {}
     reversal: _Reversal
 
 
 class _Format:
-    """A data element's format in the standard's notation: `n 6`, `an 12`, `ans ..25`, `b 8`."""
+    """A data element's format in the standard's notation: `n 6`, `an 12`, `ans ..25`, `b 8`; where
+    its encoding is not that of its kind, with its own: `n 6 ascii`, `n 6 bcd`.
+    """
 
     def __init__(self, text: str) -> None:
         match = _FORMAT.fullmatch(text)
         if match is None:
             raise SpecificationError(f"{text!r} is no format, as `n 6`, `ans ...999` or `b 8`")
         self.kind, self.length_digits, self.size = match[1], len(match[2]), int(match[3])
+        self.encoding = match[4]
+        if self.encoding and (self.kind == "b" or (self.encoding == "bcd") > (self.kind == "n")):
+            raise SpecificationError(f"{text!r} cannot be in {self.encoding}")
 
     def codec(self, encoding: _Encoding) -> dict[str, Any]:
         """As pyiso8583 wants it."""
-        packed = self.kind == "b" or (self.kind == "n" and encoding.numeric == "bcd")
+        own = self.encoding
+        is_bcd = own == "bcd" if own else encoding.numeric == "bcd"
+        packed = self.kind == "b" or (self.kind == "n" and is_bcd)
         digits = self.length_digits
         compact = (digits + 1) // 2 if encoding.length == "bcd" else 1 + (self.size > 255)
         nibbles = packed and self.kind == "n"
         return {
-            "data_enc": "b" if packed else encoding.text,
+            "data_enc": "b" if packed else (own or encoding.text),
             "len_enc": {"text": encoding.text, "bcd": "bcd", "binary": "b"}[encoding.length],
             "len_type": digits if encoding.length == "text" or not digits else compact,
             "max_len": self.size,
@@ -298,6 +313,9 @@ class Specification:
         }
         """By name; `reversal` is always there."""
         self.network = told.network
+        self.network_approved = tuple(told.network_approved)
+        """The first one is what the gateway answers with."""
+        self._network_numbers = {"7", "11", "70"}.union(*(m.fields for m in told.network.values()))
         self.approved = frozenset(told.approved) | set(told.partially_approved)
         self.partially_approved = frozenset(told.partially_approved)
         self.uncertain = frozenset(told.uncertain)
@@ -375,7 +393,7 @@ class Specification:
             used = set(template.get_identifiers())
             allowed = set(VARIABLES) - ({"token"} if name not in _FIRST else _OF_ORIGINALS)
             if name in self.network:
-                allowed = {"stan", "transmission_time"}
+                allowed = {"stan", "transmission_time", "local_time", "local_date", "year"}
             if not template.is_valid() or used - allowed:
                 raise SpecificationError(f"{name} cannot have {text!r} in DE {number}")
             if "remaining_amount" in used and "increment" in self.messages:
@@ -423,6 +441,22 @@ class Specification:
     def _matched(self, number: str, fields: Fields) -> str:
         value = fields.get(number, "")
         return self._formats[number].get(value)
+
+    # --- network management -----------------------------------------------------------------------
+
+    def network_answer(self, request: Fields) -> Fields:
+        """The answer to a network management request of the other side."""
+        answer: Fields = {"t": answer_mti(request["t"]), "39": self.network_approved[0]}
+        numbers = self._network_numbers & request.keys()
+        return answer | {number: request[number] for number in numbers}
+
+    def is_sign_off(self, request: Fields) -> bool:
+        """Whether the other side signs off: by what the gateway's own sign-off has, or DE 70."""
+        message = self.network.get("sign_off")
+        told = {} if message is None else message.fields
+        fixed = {number: text for number, text in told.items() if "$" not in text}
+        fixed = fixed or {"70": SIGN_OFF_CODE}
+        return all(request.get(number) == text for number, text in fixed.items())
 
     # --- answers ----------------------------------------------------------------------------------
 
@@ -482,18 +516,18 @@ def _pattern(text: str) -> str:
 
 
 def answer_mti(mti: str) -> str:
-    """The type of the answer to a message: 0100 and its repeat 0101 have 0110."""
-    return f"{mti[:2]}{int(mti[2]) + 1}0"
+    """The type of the answer to a message: 0100 and its repeat 0101 have 0110, 1804 has 1814."""
+    return f"{mti[:2]}{int(mti[2]) + 1}{int(mti[3]) & ~1}"
 
 
 def repeat_mti(mti: str) -> str:
     """The type of a repeat: 0101 for 0100."""
-    return f"{mti[:3]}1"
+    return f"{mti[:3]}{int(mti[3]) | 1}"
 
 
 def original_mti(mti: str) -> str:
     """The reverse."""
-    return f"{mti[:3]}0"
+    return f"{mti[:3]}{int(mti[3]) & ~1}"
 
 
 def is_advice(mti: str) -> bool:

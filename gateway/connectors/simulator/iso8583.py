@@ -7,7 +7,6 @@ closing the connection, with all that is under way on it.
 import asyncio
 import contextlib
 import socket
-from collections.abc import Iterable
 from typing import Any, Final, cast
 
 import orjson
@@ -60,13 +59,15 @@ _CODES: Final = {
 _FORMAT_ERROR: Final = "30"
 _NOT_LOCATED: Final = "25"
 _NO_ACTION: Final = "21"
-_SIGN_OFF: Final = "002"
 
 
 class Iso8583Front:
     """Takes connections; hand `accept` to the loop's `create_server`."""
 
     def __init__(self, simulator: Simulator, ledger: Ledger, specification: Specification) -> None:
+        """Raises ValueError for a specification with other codes than the simulator has."""
+        if _CODES["approved"] not in specification.approved:
+            raise ValueError("the simulator answers with the codes of the edition of 1987")
         self.specification = specification
         self._simulator = simulator
         self._ledger = ledger
@@ -232,9 +233,10 @@ class _Line(asyncio.Protocol):
             self.abort()
 
     def _take(self, request: Fields) -> None:
+        specification = self._front.specification
         if request["t"] == "0800":
-            self._signed_on = request.get("70") != _SIGN_OFF
-            self.send({**_echo(request, ("7", "11", "70")), "39": "00"})
+            self._signed_on = not specification.is_sign_off(request)
+            self.send(specification.network_answer(request))
         elif request["t"][2] not in "02":
             pass  # an answer, to nothing that was asked
         elif self._signed_on:
@@ -271,9 +273,9 @@ def _numbers(terminal: str, stan: str | None, time: str | None) -> tuple[str, ..
     return (terminal, stan or "", time or "")
 
 
-def _echo(request: Fields, numbers: Iterable[str] = _ECHOED) -> Fields:
+def _echo(request: Fields) -> Fields:
     answer: Fields = {"t": answer_mti(request["t"])}
-    answer |= {number: request[number] for number in numbers if number in request}
+    answer |= {number: request[number] for number in _ECHOED if number in request}
     return answer
 
 
