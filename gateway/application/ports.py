@@ -55,6 +55,8 @@ class MethodRule:
     """The customers' countries, ISO 3166-1 alpha-2; None: all."""
     needs: AbstractSet[str] = frozenset()
     """The fields of the contract's message of the method that a request must have."""
+    needs_notifications: bool = False
+    """Its end is told by notification alone: an account that takes none cannot have it."""
 
 
 CARDS_ONLY: Final[Mapping[str, MethodRule]] = MappingProxyType({CARD: MethodRule()})

@@ -145,6 +145,15 @@ def narrowed(usual: Capabilities, widest: Capabilities, told: Mapping[str, objec
     return changed
 
 
+def check_notified(capabilities: Capabilities, *, is_notified: bool) -> None:
+    """Raises AccountRefused where the account has a method whose end it would never be told."""
+    for name, rule in capabilities.methods.items():
+        if rule.needs_notifications and not is_notified:
+            raise AccountRefused(
+                f"the end of {name} is told by notification alone: `webhook_secrets` are needed"
+            )
+
+
 def _names(key: str, told: Mapping[str, object]) -> Sequence[str]:
     value = told[key]
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):

@@ -134,7 +134,10 @@ def _methods() -> str:
                 " ".join(f"`{each.name}`" for each in sorted(rule.capture_methods)),
                 _listed(rule.currencies),
                 _listed(rule.countries),
-                " ".join(f"`{each}`" for each in sorted(rule.needs)),
+                " ".join(
+                    [f"`{each}`" for each in sorted(rule.needs)]
+                    + ["notifications"] * rule.needs_notifications
+                ),
             )
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -93,6 +93,15 @@ async def test_webhook_secrets_may_be_given_and_be_two() -> None:
     kind.check(Mode.LIVE, {**LIVE, "webhook_secrets": HMAC_KEY}, {})
 
 
+async def test_method_that_ends_by_notification_alone_is_for_accounts_that_take_them() -> None:
+    kind = AdyenKind(Pools())
+    told = {"methods": ["card", "ideal"]}
+    with pytest.raises(AccountRefused, match="ideal is told by notification alone"):
+        kind.check(Mode.TEST, TEST, told)
+    kind.check(Mode.TEST, {**TEST, "webhook_secrets": HMAC_KEY}, told)
+    kind.check(Mode.TEST, TEST, {"methods": ["card"]})
+
+
 async def test_increments_are_for_accounts_that_have_them_and_several_captures_for_none() -> None:
     kind = AdyenKind(Pools())
     usual = kind.connect(account(Mode.TEST), TEST).capabilities

@@ -68,7 +68,10 @@ SUPPORTED_FIELDS: Final = frozenset(
 METHODS: Final[Mapping[str, MethodRule]] = {
     CARD: MethodRule(),
     "ideal": MethodRule(
-        frozenset({CaptureMethod.AUTOMATIC}), frozenset({"EUR"}), frozenset({"NL"})
+        frozenset({CaptureMethod.AUTOMATIC}),
+        frozenset({"EUR"}),
+        frozenset({"NL"}),
+        needs_notifications=True,
     ),
 }
 """Of the methods with a redirect, one whose payment is complete when the customer has paid at the

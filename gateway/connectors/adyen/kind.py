@@ -15,7 +15,7 @@ from gateway.connectors.adyen.connector import (
     widest,
 )
 from gateway.connectors.http import HttpClient
-from gateway.connectors.kinds import AccountRefused, PooledKind, check_names
+from gateway.connectors.kinds import AccountRefused, PooledKind, check_names, check_notified
 from gateway.connectors.notifications import WEBHOOK_SECRETS, webhook_secrets
 from gateway.domain.model import Mode, OperationKind
 
@@ -68,9 +68,10 @@ class AdyenKind(PooledKind):
         ):
             if name in credentials and pattern.fullmatch(credentials[name]) is None:
                 raise AccountRefused(f"`{name}` is none of Adyen's")
-        if not all(map(_HMAC_KEY.fullmatch, webhook_secrets(credentials))):
+        secrets = webhook_secrets(credentials)
+        if not all(map(_HMAC_KEY.fullmatch, secrets)):
             raise AccountRefused(f"`{WEBHOOK_SECRETS}` are HMAC keys in hexadecimal digits")
-        self._capabilities(mode, capabilities)
+        check_notified(self._capabilities(mode, capabilities), is_notified=bool(secrets))
 
     def connect(self, account: ConnectorAccount, credentials: Mapping[str, str]) -> AdyenConnector:
         """See the port."""
