@@ -43,9 +43,13 @@ _PAYMENT = frozenset(
         "shopperStatement",
         "captureDelayHours",
         "additionalData",
+        "mpiData",
     }
 )
-_ADDITIONAL = frozenset({"manualCapture", "authorisationType", "networkTxReference"})
+_ADDITIONAL = frozenset(
+    {"manualCapture", "authorisationType", "networkTxReference", "scaExemption"}
+)
+_MPI_DATA = frozenset({"cavv", "dsTransID", "eci", "threeDSVersion", "directoryResponse"})
 _MODIFICATIONS: dict[str, frozenset[str]] = {
     "captures": frozenset({"merchantAccount", "reference", "amount"}),
     "cancels": frozenset({"merchantAccount", "reference"}),
@@ -171,6 +175,7 @@ class AdyenDouble(KeyedDouble[tuple[str, str, Json]]):
     def _pay(self, body: Json, key: str) -> Json:
         _check(body, _PAYMENT)
         _check(body.get("additionalData", {}), _ADDITIONAL)
+        _check(body.get("mpiData", {}), _MPI_DATA)
         value, currency = _amount(body)
         method = body.get("paymentMethod", {})
         if method.get("type") == "ideal":

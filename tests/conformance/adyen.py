@@ -55,6 +55,18 @@ def requests() -> dict[str, ConnectorRequest]:
         "authorize": request_of(),
         "authorize and capture": request_of(capture=True),
         "authorize with everything": request_of(fields=everything, payment_method_token=""),
+        "authorize with 3-D Secure": request_of(
+            fields={
+                "customer_id": "cus_1",
+                "three_ds": {
+                    "eci": "05",
+                    "cavv": "AAABBZEEBgAAAAAAAAAAAAAAAAA=",
+                    "directory_server_transaction_id": "c5b808e7-1de1-4069-a17b-f70d3b3b1645",
+                    "version": "2.2.0",
+                    "exemption": "SCA_EXEMPTION_LOW_VALUE",
+                },
+            }
+        ),
         "authorize with a redirect": request_of(
             capture=True, fields=redirect, payment_method_token=""
         ),

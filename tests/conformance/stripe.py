@@ -77,12 +77,22 @@ def requests() -> dict[str, ConnectorRequest]:
             ("pix", "BRL", {}),
         )
     }
+    authenticated = {
+        "eci": "05",
+        "cavv": "AAABBZEEBgAAAAAAAAAAAAAAAAA=",
+        "directory_server_transaction_id": "c5b808e7-1de1-4069-a17b-f70d3b3b1645",
+        "version": "2.2.0",
+        "exemption": "SCA_EXEMPTION_TRANSACTION_RISK_ANALYSIS",
+    }
     debit = {"stored_payment_method_id": "pm_1", "method_type": "sepa_debit"}
     token = {"expiry_month": 12, "expiry_year": 2030, "eci": "05"}
     return {
         **redirects,
         "authorize a direct debit": request_of(
             fields={"payment_method": {"stored": debit}}, payment_method_token="", capture=True
+        ),
+        "authorize with 3-D Secure": request_of(
+            fields={**stored, "three_ds": authenticated}, payment_method_token=""
         ),
         "authorize a network token": request_of(
             fields={"payment_method": {"network_token": token}},

@@ -399,6 +399,63 @@ async def test_card_number_in_a_message_is_masked(psp: AdyenPsp) -> None:
     assert "4242424242424242" not in repr(answer)
 
 
+# --- 3-D Secure -----------------------------------------------------------------------------------
+
+AUTHENTICATED = {
+    "eci": "05",
+    "cavv": "AAABBZEEBgAAAAAAAAAAAAAAAAA=",
+    "directory_server_transaction_id": "c5b808e7-1de1-4069-a17b-f70d3b3b1645",
+    "version": "2.2.0",
+}
+
+
+def authenticated(**more: str) -> dict[str, Any]:
+    return {"customer_id": "cus_1", "three_ds": {**AUTHENTICATED, **more}}
+
+
+async def test_authentication_done_elsewhere_goes_with_the_payment(psp: AdyenPsp) -> None:
+    for eci, status in (("05", "Y"), ("02", "Y"), ("06", "A"), ("01", "A")):
+        request = request_of(fields=authenticated(eci=eci))
+        assert (await send(psp.connector, request)).verdict is Verdict.APPROVED
+        assert body_of(psp)["mpiData"] == {
+            "cavv": AUTHENTICATED["cavv"],
+            "dsTransID": AUTHENTICATED["directory_server_transaction_id"],
+            "eci": eci,
+            "threeDSVersion": "2.2.0",
+            "directoryResponse": status,
+        }
+    exempt = {"customer_id": "cus_1", "three_ds": {"exemption": "SCA_EXEMPTION_LOW_VALUE"}}
+    assert (await send(psp.connector, request_of(fields=exempt))).verdict is Verdict.APPROVED
+    assert body_of(psp)["additionalData"]["scaExemption"] == "lowValue"
+    assert "mpiData" not in body_of(psp)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (authenticated(cavv=""), Reason.INVALID_REQUEST),
+        (authenticated(version=""), Reason.INVALID_REQUEST),
+        (authenticated(eci="07"), Reason.INVALID_REQUEST),
+        (authenticated(eci=""), Reason.INVALID_REQUEST),
+        ({"customer_id": "cus_1", "three_ds": {"eci": "05"}}, Reason.INVALID_REQUEST),
+        (
+            authenticated(exemption="SCA_EXEMPTION_DELEGATED_AUTHENTICATION"),
+            Reason.FIELD_NOT_SUPPORTED,
+        ),
+        (
+            {**authenticated(), "payment_method": {"redirect": {"method_type": "ideal"}}},
+            Reason.FIELD_NOT_SUPPORTED,
+        ),
+    ],
+)
+async def test_authentication_that_proves_nothing_is_not_sent(
+    psp: AdyenPsp, fields: dict[str, Any], reason: Reason
+) -> None:
+    answer = await send(psp.connector, request_of(fields=fields))
+    assert (answer.delivery, answer.reason) == (Delivery.NOT_SENT, reason)
+    assert psp.double.requests == []
+
+
 # --- the key as proof -----------------------------------------------------------------------------
 
 

@@ -309,6 +309,54 @@ async def test_network_token_goes_with_its_cryptogram_and_is_not_told_again(
     assert await psp.effects(request.reference) == 1
 
 
+# --- 3-D Secure -----------------------------------------------------------------------------------
+
+AUTHENTICATED = {
+    "eci": "05",
+    "cavv": "AAABBZEEBgAAAAAAAAAAAAAAAAA=",
+    "directory_server_transaction_id": "c5b808e7-1de1-4069-a17b-f70d3b3b1645",
+    "version": "2.2.0",
+}
+
+
+async def test_authentication_done_elsewhere_goes_with_the_payment(psp: StripePsp) -> None:
+    exempt = {**AUTHENTICATED, "exemption": "SCA_EXEMPTION_TRANSACTION_RISK_ANALYSIS"}
+    for three_ds in (AUTHENTICATED, exempt):
+        answer = await send(psp.connector, request_of(fields={"three_ds": three_ds}))
+        assert answer.verdict is Verdict.APPROVED
+    place = "payment_method_options[card][three_d_secure]"
+    sent = {name: value for name, value in psp.double.forms[-1].items() if name.startswith(place)}
+    assert sent == {
+        f"{place}[cryptogram]": AUTHENTICATED["cavv"],
+        f"{place}[transaction_id]": AUTHENTICATED["directory_server_transaction_id"],
+        f"{place}[version]": "2.2.0",
+        f"{place}[electronic_commerce_indicator]": "05",
+        f"{place}[exemption_indicator]": "low_risk",
+    }
+    assert f"{place}[exemption_indicator]" not in psp.double.forms[-2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "three_ds", "reason"),
+    [
+        (K.AUTHORIZE, {**AUTHENTICATED, "cavv": ""}, Reason.INVALID_REQUEST),
+        (K.AUTHORIZE, {"exemption": "SCA_EXEMPTION_LOW_VALUE"}, Reason.FIELD_NOT_SUPPORTED),
+        (
+            K.AUTHORIZE,
+            {**AUTHENTICATED, "exemption": "SCA_EXEMPTION_LOW_VALUE"},
+            Reason.FIELD_NOT_SUPPORTED,
+        ),
+        (K.VERIFY, AUTHENTICATED, Reason.FIELD_NOT_SUPPORTED),
+    ],
+)
+async def test_authentication_that_stripe_cannot_take_is_not_sent(
+    psp: StripePsp, kind: K, three_ds: dict[str, str], reason: Reason
+) -> None:
+    answer = await send(psp.connector, request_of(kind, fields={"three_ds": three_ds}))
+    assert (answer.delivery, answer.reason) == (Delivery.NOT_SENT, reason)
+    assert psp.double.forms == []
+
+
 # --- proof of absence -----------------------------------------------------------------------------
 
 

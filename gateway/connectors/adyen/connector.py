@@ -24,6 +24,7 @@ from gateway.connectors.base import (
 )
 from gateway.connectors.http import HttpClient, NotSent
 from gateway.connectors.repeats import is_remembered
+from gateway.connectors.three_ds import Authentication, authentication_of
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
     CaptureMethod,
@@ -61,6 +62,7 @@ SUPPORTED_FIELDS: Final = frozenset(
         "channel",
         "initiator",
         "stored_credential",
+        "three_ds",
         "return_url",
         "statement_descriptor",
     }
@@ -77,6 +79,14 @@ METHODS: Final[Mapping[str, MethodRule]] = {
 """Of the methods with a redirect, one whose payment is complete when the customer has paid at the
 bank: of others, as of cards with 3D Secure, Adyen has to be told what the customer came back with
 (`/payments/details`), which the contract does not carry."""
+_STATUS_OF_ECI: Final = {"05": "Y", "02": "Y", "06": "A", "01": "A"}
+"""The networks' indicators of an authentication that was done, and of one that was tried."""
+_EXEMPTIONS: Final = {
+    "LOW_VALUE": "lowValue",
+    "TRANSACTION_RISK_ANALYSIS": "transactionRiskAnalysis",
+    "TRUSTED_BENEFICIARY": "trustedBeneficiary",
+    "SECURE_CORPORATE_PAYMENT": "secureCorporate",
+}
 _TOKEN_PREFIX: Final = "tok_"  # noqa: S105 - the contract's, before Adyen's id
 _WITHOUT_EFFECT: Final = frozenset({Verdict.DECLINED, Verdict.CANCELED})
 _ENDPOINTS: Final[Mapping[OperationKind, str]] = {
@@ -207,6 +217,12 @@ class AdyenConnector(HttpConnector):
         network_id = stored.get("network_transaction_id") if isinstance(stored, dict) else None
         if network_id:
             more["networkTxReference"] = str(network_id)
+        authentication = authentication_of(request)
+        if authentication is not None:
+            if authentication.cavv:
+                body["mpiData"] = _mpi_data(authentication)
+            if authentication.exemption:
+                more["scaExemption"] = _exemption(authentication.exemption)
         if more:
             body["additionalData"] = more
         return body
@@ -318,6 +334,31 @@ def _amount(amount_minor: int, currency: str) -> dict[str, object]:
     """In Adyen's unit. Raises NotSent."""
     value = sendable(to_adyen(amount_minor, currency), currency, RULES)
     return {"currency": currency, "value": value}
+
+
+def _mpi_data(authentication: Authentication) -> dict[str, str]:
+    """The proof of an authentication done elsewhere ("Authenticate using a third-party provider").
+
+    Raises NotSent where the indicator does not say that one was done or tried.
+    """
+    status = _STATUS_OF_ECI.get(authentication.eci)
+    if status is None:
+        raise NotSent(Reason.INVALID_REQUEST)
+    return {
+        "cavv": authentication.cavv,
+        "dsTransID": authentication.transaction_id,
+        "eci": authentication.eci,
+        "threeDSVersion": authentication.version,
+        "directoryResponse": status,
+    }
+
+
+def _exemption(name: str) -> str:
+    """Raises NotSent for one that Adyen has not."""
+    try:
+        return _EXEMPTIONS[name]
+    except KeyError:
+        raise NotSent(Reason.FIELD_NOT_SUPPORTED) from None
 
 
 def _payment_id(request: ConnectorRequest) -> str:

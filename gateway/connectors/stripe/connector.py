@@ -34,6 +34,7 @@ from gateway.connectors.repeats import age_s, is_remembered, of_several
 from gateway.connectors.stripe import answers
 from gateway.connectors.stripe.amounts import RULES, to_stripe
 from gateway.connectors.stripe.answers import REFERENCE, TOMBSTONE, StripeError
+from gateway.connectors.three_ds import authentication_of
 from gateway.connectors.values import part
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
@@ -64,6 +65,7 @@ SUPPORTED_FIELDS: Final = frozenset(
         "payment_method.network_token",
         "payment_method.redirect",
         "channel",
+        "three_ds",
         "return_url",
         "statement_descriptor_suffix",
     }
@@ -226,6 +228,7 @@ class StripeConnector(HttpConnector):
             "confirm": "true",
             "capture_method": "automatic" if request.capture else "manual",
             **_payment_method(request),
+            **_authentication(request),
             f"metadata[{REFERENCE}]": request.reference,
             "metadata[gateway_payment_id]": request.payment_id,
             "expand[]": "latest_charge",
@@ -658,6 +661,26 @@ def _network_token(told: Mapping[str, object], secrets: Mapping[str, str]) -> di
     return form
 
 
+def _authentication(request: ConnectorRequest) -> dict[str, str]:
+    """The result of 3-D Secure done elsewhere. Raises NotSent, for an exemption by itself too: what
+    Stripe takes goes with a cryptogram, and is the one of risk analysis alone.
+    """
+    told = authentication_of(request)
+    if told is None:
+        return {}
+    if not told.cavv or told.exemption not in ("", "TRANSACTION_RISK_ANALYSIS"):
+        raise NotSent(Reason.FIELD_NOT_SUPPORTED)
+    form = {
+        "cryptogram": told.cavv,
+        "transaction_id": told.transaction_id,
+        "version": told.version,
+        "electronic_commerce_indicator": told.eci,
+        "exemption_indicator": "low_risk" if told.exemption else "",
+    }
+    place = "payment_method_options[card][three_d_secure]"
+    return {f"{place}[{name}]": value for name, value in form.items() if value}
+
+
 def _redirect(told: Mapping[str, object], _: Mapping[str, str]) -> dict[str, str]:
     """Raises NotSent."""
     type_ = str(told.get("method_type"))
@@ -673,6 +696,9 @@ def _redirect(told: Mapping[str, object], _: Mapping[str, str]) -> dict[str, str
 
 
 def _verification(request: ConnectorRequest) -> dict[str, str]:
+    """Raises NotSent."""
+    if request.fields.get("three_ds"):
+        raise NotSent(Reason.FIELD_NOT_SUPPORTED)
     form = {
         "confirm": "true",
         **_payment_method(request),
