@@ -574,6 +574,18 @@ def _kind(settings: Settings, name: str) -> Any:
     return kinds[name]
 
 
+def _warn_of_silence(kind: Any, credentials: dict[str, str]) -> None:
+    """Of an account whose operations would never end."""
+    from gateway.connectors.notifications import WEBHOOK_SECRETS
+
+    if kind.widest.tells_by_notification and not credentials.get(WEBHOOK_SECRETS):
+        click.echo(
+            f"Without `{WEBHOOK_SECRETS}` the gateway is never told what became of captures, voids"
+            " and refunds: they stay PENDING.",
+            err=True,
+        )
+
+
 def _wrapping_keys(settings: Settings) -> Any:
     from gateway.connectors.configured import ConnectorsMisconfigured, configured_keys
 
@@ -671,6 +683,7 @@ async def connectors_add(
     account = replace(account, sealed=await seal(credentials, account.context, keys))
     async with _connector_accounts(settings) as accounts:
         await accounts.add(account)
+    _warn_of_silence(kind, credentials)
     click.echo(account.account_id)
 
 
@@ -738,15 +751,15 @@ async def connectors_rotate(merchant: str, account_id: str, credentials_file: An
         account = await accounts.find(merchant, account_id)
         if account is None:
             fail(_no_account(merchant, account_id))
+        kind = _kind(settings, account.connector)
         try:
-            _kind(settings, account.connector).check(
-                account.mode, credentials, account.capabilities
-            )
+            kind.check(account.mode, credentials, account.capabilities)
         except AccountRefused as error:
             fail(f"The account cannot be used: {error}.")
         sealed = await seal(credentials, account.context, keys)
         if await accounts.replace_credentials(merchant, account_id, sealed) is None:
             fail(_no_account(merchant, account_id))
+    _warn_of_silence(kind, credentials)
     click.echo(f"rotated {account_id}")
 
 

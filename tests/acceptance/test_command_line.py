@@ -502,6 +502,7 @@ def test_connector_accounts_are_added_rotated_rewrapped_and_removed_without_show
     use("sk_live_othermode1234", *add, code=1)
     use("sk_test_second12345678", "rotate", account)
     use("sk_live_othermode1234", "rotate", account, code=1)
+    _check_silent_account(in_process, of_merchant, credentials)
     listed = in_process.printed("connectors", "list")
     said.append(listed)
     assert listed == f"{account}  {merchant}  stripe  test  priority 7  enabled  key k1"
@@ -519,6 +520,21 @@ def test_connector_accounts_are_added_rotated_rewrapped_and_removed_without_show
     everything = "".join(said)
     for secret in ("firstsecret", "second1234", "othermode", old, new):
         assert secret not in everything
+
+
+def _check_silent_account(
+    in_process: InProcess, of_merchant: tuple[str, ...], credentials: Path
+) -> None:
+    """An account that would never be told how its operations end is warned of."""
+    told = {"api_key": "AQEfirstsecret123456", "merchant_account": "Shop"}
+    for secrets in ("", "ABCD" * 16):
+        more = {"webhook_secrets": secrets} if secrets else {}
+        credentials.write_text(json.dumps(told | more))
+        given = (*of_merchant, "--connector", "adyen", "--mode", "test")
+        ran = in_process.run("connectors", "add", *given, "--credentials", str(credentials))
+        assert ran.returncode == 0
+        assert ("stay PENDING" in ran.stderr) == (not secrets)
+        in_process.printed("connectors", "remove", *of_merchant, ran.stdout.strip())
 
 
 def test_connector_accounts_need_a_wrapping_key_and_credentials_that_are_some(
