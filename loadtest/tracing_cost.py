@@ -140,7 +140,9 @@ def _call(tracing: Tracing | None) -> Callable[[bytes, Any], Awaitable[bytes]]:
 
     if tracing is None:
         return serve
-    handlers = tracing.handlers({"Cost": grpc.unary_unary_rpc_method_handler(serve)})
+    handlers = tracing.handlers(
+        "test.v1.CostService", {"Cost": grpc.unary_unary_rpc_method_handler(serve)}
+    )
     handler = handlers["Cost"].unary_unary
     assert handler is not None
     return handler

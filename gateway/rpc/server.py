@@ -100,15 +100,15 @@ class GrpcServer:
 
     `start`, then `drain`.
 
-    `wrap` may put something around PaymentService's handlers. Raises ServerConfigError where the
-    options contradict each other.
+    `wrap` may put something around a service's handlers, by its name. Raises ServerConfigError
+    where the options contradict each other.
     """
 
     def __init__(
         self,
         service: PaymentService,
         options: ServerOptions,
-        wrap: Callable[[Handlers], Handlers] | None = None,
+        wrap: Callable[[str, Handlers], Handlers] | None = None,
         admin: AdminService | None = None,
         routing: RoutingService | None = None,
     ) -> None:
@@ -162,17 +162,20 @@ class GrpcServer:
         return self.port
 
     def _services(self) -> Iterator[tuple[str, Handlers]]:
-        handlers = self._service.method_handlers()
-        yield SERVICE_NAME, handlers if self._wrap is None else self._wrap(handlers)
-        if self._admin is not None:
-            yield ADMIN_SERVICE_NAME, self._admin.method_handlers()
-        if self._routing is not None:
-            yield ROUTING_SERVICE_NAME, self._routing.method_handlers()
+        for name, handlers in self._own_services():
+            yield name, handlers if self._wrap is None else self._wrap(name, handlers)
         yield HEALTH_SERVICE, self._health.method_handlers()
         if self._options.reflection:
             reflection = Reflection(self._names).method_handlers()
             for name in REFLECTION_SERVICES:
                 yield name, reflection
+
+    def _own_services(self) -> Iterator[tuple[str, Handlers]]:
+        yield SERVICE_NAME, self._service.method_handlers()
+        if self._admin is not None:
+            yield ADMIN_SERVICE_NAME, self._admin.method_handlers()
+        if self._routing is not None:
+            yield ROUTING_SERVICE_NAME, self._routing.method_handlers()
 
     async def set_serving(self, serving: bool) -> None:
         """Report SERVING or NOT_SERVING by health; ignored once draining has begun."""

@@ -252,22 +252,25 @@ class Tracing:
 
     # --- calls ---
 
-    def handlers(self, handlers: Handlers) -> Handlers:
-        """PaymentService's handlers, each within a span of its call where that is traced."""
+    def handlers(self, service: str, handlers: Handlers) -> Handlers:
+        """A service's handlers, each within a span of its call where that is traced."""
         wrapped: Handlers = {}
         for name, handler in handlers.items():
             if handler.unary_unary is not None:
-                serve = self._serving(name, handler.unary_unary)
+                serve = self._serving(service, name, handler.unary_unary)
                 wrapped[name] = grpc.unary_unary_rpc_method_handler(serve)
+            elif handler.unary_stream is not None:
+                serve = self._serving(service, name, handler.unary_stream)
+                wrapped[name] = grpc.unary_stream_rpc_method_handler(serve)
             else:
                 assert handler.stream_stream is not None
-                serve = self._serving(name, handler.stream_stream)
+                serve = self._serving(service, name, handler.stream_stream)
                 wrapped[name] = grpc.stream_stream_rpc_method_handler(serve)
         return wrapped
 
-    def _serving(self, method: str, serve: Any) -> Any:
+    def _serving(self, service: str, method: str, serve: Any) -> Any:
         async def traced(request: Any, context: CallContext) -> Any:
-            trace = self._begin(method, context)
+            trace = self._begin(service, method, context)
             token = _current.set(trace)
             try:
                 return await serve(request, context)
@@ -278,7 +281,7 @@ class Tracing:
 
         return traced
 
-    def _begin(self, method: str, context: CallContext) -> Trace:
+    def _begin(self, service: str, method: str, context: CallContext) -> Trace:
         caller = caller_of(context.invocation_metadata() or ())
         if caller is None:
             wanted = random.random() < self._options.sample_ratio
@@ -295,10 +298,10 @@ class Tracing:
         if caller is not None:
             parent = set_span_in_context(NonRecordingSpan(caller), parent)
         span = self._tracer.start_span(
-            f"{SERVICE_NAME}/{method}",
+            f"{service}/{method}",
             parent,
             SpanKind.SERVER,
-            {"rpc.system.name": "grpc", "rpc.method": f"{SERVICE_NAME}/{method}"},
+            {"rpc.system.name": "grpc", "rpc.method": f"{service}/{method}"},
         )
         # OTEL_SDK_DISABLED
         return Trace(span, method) if span.is_recording() else _NOT_TRACED

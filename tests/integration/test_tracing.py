@@ -9,10 +9,18 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.request import Request, urlopen
 
+import grpc
 import pytest
+from payments.v1 import (
+    admin_service_pb2,
+    admin_service_pb2_grpc,
+    routing_service_pb2,
+    routing_service_pb2_grpc,
+)
 from payments.v1 import payment_service_pb2 as pb
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from storage.postgres.accounts import Accounts
 from tests.collectors import Collector, Listener, closed_port
 from tests.harness import authorize_request, calling, new_key, running_system
 from tests.servers import free_port
@@ -62,8 +70,14 @@ class Traced:
     """A gateway that is traced, its collector, and what stands between it and its PSP."""
 
     def __init__(
-        self, gateway: GatewayProcess, collector: Collector, psp: Listener, caller: Caller
+        self,
+        system: System,
+        gateway: GatewayProcess,
+        collector: Collector,
+        psp: Listener,
+        caller: Caller,
     ) -> None:
+        self.system = system
         self.gateway = gateway
         self.collector = collector
         self.psp = psp
@@ -120,7 +134,7 @@ async def tracing(
         address = await gateway.serving()
         caller = await stack.enter_async_context(calling(address, system.shop.api_key))
         try:
-            yield Traced(gateway, collector, psp, caller)
+            yield Traced(system, gateway, collector, psp, caller)
         finally:
             collector.released.set()
 
@@ -209,6 +223,51 @@ async def test_an_item_of_a_batch_or_stream_has_a_span_around_its_stages(
             for stage in STAGES:
                 parents = {each.parent_id for each in collector.named(stage)}
                 assert of_items <= parents, stage
+
+
+@pytest.mark.parametrize("transport", ["grpcio", "native"])
+async def test_calls_to_operate_it_are_traced_as_payments_are(
+    postgres: PostgresForTests, redis: EmbeddedRedis, transport: str
+) -> None:
+    async with tracing(postgres, redis, transport=transport, tracing_sample_ratio=0) as traced:
+        shop = traced.system.shop
+        async with Accounts.connect(traced.system.dsn) as accounts:
+            scopes = ("payments:admin", "routing:read")
+            key = await accounts.create_key(shop.organisation_id, scopes=scopes, mode="test")
+        header, trace_id, span_id = a_caller()
+        sent: dict[str, Any] = {
+            "metadata": (("authorization", f"Bearer {key.text}"), ("traceparent", header)),
+            "timeout": 30,
+        }
+        admin = admin_service_pb2_grpc.AdminServiceStub(traced.caller.channel)
+        routing = routing_service_pb2_grpc.RoutingServiceStub(traced.caller.channel)
+        await admin.ListInDoubt(admin_service_pb2.ListInDoubtRequest(), **sent)
+        request = admin_service_pb2.VerifyInvariantsRequest()
+        assert [each async for each in admin.VerifyInvariants(request, **sent)]
+        await routing.ListConnectors(
+            routing_service_pb2.ListConnectorsRequest(merchant_id=shop.merchant_id), **sent
+        )
+        with pytest.raises(grpc.aio.AioRpcError):
+            await routing.GetRoutingRules(
+                routing_service_pb2.GetRoutingRulesRequest(merchant_id=shop.merchant_id), **sent
+            )
+        assert await traced.stop() == 0
+        reasons = {
+            "AdminService/ListInDoubt": None,
+            "AdminService/VerifyInvariants": None,
+            "RoutingService/ListConnectors": None,
+            "RoutingService/GetRoutingRules": "ROUTING_RULES_NOT_FOUND",
+        }
+        for name, reason in reasons.items():
+            [server] = traced.collector.named(f"payments.v1.{name}")
+            assert (server.trace_id, server.parent_id) == (trace_id, span_id)
+            assert server.attributes["rpc.method"] == f"payments.v1.{name}"
+            code = "OK" if reason is None else "NOT_FOUND"
+            assert server.attributes["rpc.response.status_code"] == code
+            assert server.attributes["gateway.request_id"]
+            assert server.attributes.get("gateway.reason") == reason
+        lines = [line for line in traced.gateway.lines if '"call finished"' in line]
+        assert [json.loads(line).get("trace_id") for line in lines] == [trace_id] * len(reasons)
 
 
 async def test_how_a_call_ended_and_why_stands_in_its_span(
