@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.application.admission import RefusedBy, Work
+from gateway.application.notifications import Receipt
 from gateway.application.ports import ClaimOutcome
 from gateway.domain.errors import Reason
 from gateway.domain.model import Delivery, OperationKind, OperationState, Verdict
@@ -38,6 +39,7 @@ VALUES: dict[str, set[str]] = {
     "result": {each.name for each in (*Verdict, *ClaimOutcome)},
     "delivery": {delivery.name for delivery in Delivery},
     "kind": {kind.name for kind in OperationKind},
+    "receipt": {receipt.value for receipt in Receipt},
     "failure": {failure.name for failure in Failure},
 }
 """What labels may hold besides what is seen in a few calls."""
