@@ -1,10 +1,10 @@
 """Between the domain's values and the columns of the tables."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from datetime import datetime
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import asyncpg
 import orjson
@@ -36,6 +36,7 @@ from gateway.domain.model import (
     Voucher,
 )
 
+T = TypeVar("T")
 Row = tuple[Any, ...]
 """A composite value: what a statement takes an array of."""
 
@@ -73,6 +74,8 @@ def clean(text: str) -> str:
 
 
 # --- documents ------------------------------------------------------------------------------------
+# While a newer version of the gateway is rolled out, older processes read what it wrote: fields and
+# codes that they do not know are left out.
 
 
 def _json(document: object) -> str:
@@ -108,8 +111,19 @@ def outcome_of(text: str | None) -> Outcome | None:
 def _outcome_of_document(document: dict[str, Any]) -> Outcome:
     for name, enum in _OUTCOME_ENUMS.items():
         if name in document:
-            document[name] = enum(document[name])
-    return Outcome(**document)
+            try:
+                document[name] = enum(document[name])
+            except ValueError:
+                del document[name]
+    return _made(Outcome, document)
+
+
+def _made(kind: Callable[..., T], document: dict[str, Any]) -> T:
+    try:
+        return kind(**document)
+    except TypeError:
+        known = {field.name for field in fields(cast(Any, kind))}
+        return kind(**{name: value for name, value in document.items() if name in known})
 
 
 def _next_action_text(action: NextAction | None) -> str:
@@ -145,12 +159,12 @@ def _next_action_of(text: str) -> NextAction | None:
 
 def _next_action_of_document(document: dict[str, Any]) -> NextAction:
     if "qr_code" in document:
-        document["qr_code"] = QrCode(**document["qr_code"])
+        document["qr_code"] = _made(QrCode, document["qr_code"])
     if "voucher" in document:
-        document["voucher"] = Voucher(**document["voucher"])
+        document["voucher"] = _made(Voucher, document["voucher"])
     if "expires_at" in document:
         document["expires_at"] = datetime.fromisoformat(document["expires_at"])
-    return NextAction(**document)
+    return _made(NextAction, document)
 
 
 def answer_json(answer: ConnectorAnswer) -> str:
@@ -188,7 +202,7 @@ def answer_of(text: str | None) -> ConnectorAnswer | None:
         document["authorization_expires_at"] = datetime.fromisoformat(
             document["authorization_expires_at"]
         )
-    return ConnectorAnswer(**document)
+    return _made(ConnectorAnswer, document)
 
 
 # --- to rows --------------------------------------------------------------------------------------
