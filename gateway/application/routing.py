@@ -5,6 +5,7 @@ process; what changes elsewhere is read in the background.
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -34,9 +35,10 @@ from gateway.routing.rule_file import RulesInvalid, read_rules
 from gateway.routing.rules import Choice, Facts, Order, Rules, Target, stable_hash
 
 UNAVAILABLE_RETRY_S: Final = 5.0
-"""What a caller is told where every account is out of use for now, in seconds."""
-MAINTENANCE_RETRY_S_MAX: Final = 900.0
-"""And the most where a maintenance window's end is known: a person may end it sooner."""
+"""What a caller is told where every account is out of use and nobody knows for how long, in
+seconds: killed by a person, or half-open with as many probes under way as there may be."""
+PAUSE_S_MAX: Final = 900.0
+"""And the most where the end is known: a person may end a maintenance window sooner."""
 
 _FOR_NOW: Final = frozenset(
     {Exclusion.BREAKER_OPEN, Exclusion.PROBES_TAKEN, Exclusion.KILLED, Exclusion.MAINTENANCE}
@@ -309,8 +311,22 @@ class Routing:
         """The plan's first account. Raises GatewayError where none may be asked now."""
         taken = self.take(plan)
         if taken is None:
-            raise self._unavailable(plan.decision.candidates[0], "", Exclusion.PROBES_TAKEN)
+            raise self._taken_meanwhile(plan)
         return taken
+
+    def _taken_meanwhile(self, plan: Plan) -> GatewayError:
+        """Why none of a plan's accounts may be asked, though each could when it was made."""
+        method = "" if plan.segment is None else plan.segment.method
+        refusals = []
+        for candidate in plan.decision.candidates:
+            reason: Exclusion | None = None
+            if self._router.connector(candidate.connector, candidate.connector_account_id) is None:
+                reason = Exclusion.UNUSABLE
+            elif self._availability is not None:
+                reason = self._availability.refusal(candidate, method)
+            # What is free again by now was taken a moment ago.
+            refusals.append(self._unavailable(candidate, method, reason or Exclusion.PROBES_TAKEN))
+        return min(refusals, key=_retry_order)
 
     def check_follow_up(self, operation: Operation) -> None:
         """Raises GatewayError where a payment's account must not be asked now."""
@@ -338,21 +354,21 @@ class Routing:
             if reason in _FOR_NOW
         ]
         if passing:
-            return min(passing, key=lambda refusal: refusal.retry_after_s or 0.0)
+            return min(passing, key=_retry_order)
         for candidate, reason in excluded:
             return refusals.get(candidate) or self._unavailable(candidate, method, reason)
         return _nowhere(command)
 
-    def _unavailable(self, candidate: Candidate, method: str, reason: Exclusion) -> GatewayError:
+    def _unavailable(self, candidate: Candidate, method: str, reason: str) -> GatewayError:
         retry_after_s = UNAVAILABLE_RETRY_S if reason in _FOR_NOW else None
-        if reason is Exclusion.MAINTENANCE and self._availability is not None:
+        if retry_after_s is not None and self._availability is not None:
             pause_s = self._availability.pause_s(candidate, method)
             if pause_s is not None:
-                retry_after_s = min(pause_s, MAINTENANCE_RETRY_S_MAX)
+                retry_after_s = min(pause_s, PAUSE_S_MAX)
         return GatewayError(
             Reason.CONNECTOR_UNAVAILABLE,
             f"The connector {candidate.connector} takes no payments now; nothing was sent.",
-            metadata={"connector": candidate.connector, "exclusion": reason.value},
+            metadata={"connector": candidate.connector, "exclusion": str(reason)},
             retry_after_s=retry_after_s,
         )
 
@@ -374,6 +390,11 @@ class Routing:
             self._learner.observed(segment, candidate, operation.kind, answer, s)
 
 
+def _retry_order(refusal: GatewayError) -> float:
+    """What passes the soonest first, and last what does not pass by itself."""
+    return math.inf if refusal.retry_after_s is None else refusal.retry_after_s
+
+
 def _is_learned(choice: Choice | None) -> bool:
     return choice is not None and choice.rule.order is Order.LEARNED
 
@@ -387,6 +408,7 @@ def _segment(command: Authorize, facts: Facts) -> Segment:
         command.currency,
         facts.issuer_country,
         facts.channel,
+        facts.card_type,
     )
 
 

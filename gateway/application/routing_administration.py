@@ -1,6 +1,7 @@
 """Putting routing rules into force: checked against the accounts, kept in versions, explained."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, NamedTuple, Protocol
@@ -118,18 +119,9 @@ class RoutingAdministration:
 
     def check(self, merchant_id: str, mode: Mode, text: str) -> Checked:
         """Read a file and compare it with the merchant's accounts. Raises GatewayError."""
-        try:
+        with _refused():
             file = read_rules(text)
             warnings = check_accounts(file.rules, self._router.accounts(merchant_id, mode))
-        except RulesInvalid as error:
-            raise GatewayError(
-                Reason.INVALID_REQUEST,
-                "The routing rules cannot be used.",
-                violations=[
-                    Violation(f"rules_toml.{problem.path}", problem.text)
-                    for problem in error.problems[:PROBLEMS_MAX]
-                ],
-            ) from None
         return Checked(file, (*file.warnings, *warnings))
 
     async def put(
@@ -206,12 +198,30 @@ class RoutingAdministration:
             rules = compile_rules(())
             if number:
                 found = await self.get(command.merchant_id, command.mode, number)
-                rules = self.check(command.merchant_id, command.mode, found.text).file.rules
+                # An account that has gone since does not end the others: payments go on as well.
+                with _refused():
+                    rules = read_rules(found.text).rules
         return Explained(*self._routing.consider(number, rules, command, payment_id))
 
     def accounts(self, merchant_id: str, mode: Mode) -> Sequence[Served]:
         """What may serve the merchant, the lowest priority number first."""
         return list(self._router.accounts(merchant_id, mode).values())
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Raises GatewayError with what is wrong with rules."""
+    try:
+        yield
+    except RulesInvalid as error:
+        raise GatewayError(
+            Reason.INVALID_REQUEST,
+            "The routing rules cannot be used.",
+            violations=[
+                Violation(f"rules_toml.{problem.path}", problem.text)
+                for problem in error.problems[:PROBLEMS_MAX]
+            ],
+        ) from None
 
 
 def _not_found() -> GatewayError:
@@ -245,6 +255,7 @@ def check_accounts(rules: Rules, served: Mapping[str, Served]) -> list[Problem]:
                 warnings.append(
                     Problem(f"{path}.targets", f"{target.name} takes no new payments now")
                 )
+        warnings += _named_twice(f"{path}.targets", rule, served)
         reached = [
             each
             for target in _with_following(rule, by_name)
@@ -263,6 +274,21 @@ def _with_following(rule: Rule, by_name: Mapping[str, Rule]) -> Iterable[Target]
     while current is not None:
         yield from current.all_targets
         current = by_name.get(current.then)
+
+
+def _named_twice(path: str, rule: Rule, served: Mapping[str, Served]) -> Iterable[Problem]:
+    """Accounts that a rule names, and once more by their connector: their shares add up."""
+    arms = [rule.targets] if rule.experiment is None else [a.targets for a in rule.experiment.arms]
+    for targets in arms:
+        connectors = {target.connector for target in targets if target.connector}
+        for target in targets:
+            found = served.get(target.account)
+            if found is not None and found.connector_name in connectors:
+                yield Problem(
+                    path,
+                    f"{target.account} is named, and {found.connector_name} as well, where it is"
+                    " an account: it is asked once, and first in the shares of both",
+                )
 
 
 def _beyond_all(path: str, rule: Rule, reached: Sequence[Served]) -> Iterable[Problem]:

@@ -88,11 +88,17 @@ class AccountAvailability:
         return None if self._breakers is None else self._breakers.admit(candidate, method)
 
     def pause_s(self, candidate: Candidate, method: str) -> float | None:
-        """See the port. Of several windows the last end counts; a kill switch has none."""
+        """See the port. Of windows and the breaker the last end counts; a kill switch has none."""
         now = self._clock()
-        ends = [window.ends for window in self._held(candidate, method)]
-        known = [each - now for each in ends if each is not None]
-        return max(known) if known and len(known) == len(ends) else None
+        pauses = []
+        for window in self._held(candidate, method):
+            if window.ends is None:
+                return None
+            pauses.append(window.ends - now)
+        breaker_s = None if self._breakers is None else self._breakers.pause_s(candidate, method)
+        if breaker_s is not None:
+            pauses.append(breaker_s)
+        return max(pauses, default=None)
 
     def _held(self, candidate: Candidate, method: str) -> list[_Window]:
         """The windows that hold now, the account's own first."""

@@ -298,6 +298,15 @@ class Breakers:
             breaker.probes.append(now + self._limits.probe_life_s)
         return refusal
 
+    def pause_s(self, candidate: Candidate, method: str) -> float | None:
+        """See the port: until the next probe may be sent."""
+        key = BreakerKey(candidate.connector, candidate.connector_account_id, method)
+        breaker = self._breakers.get(key)
+        if breaker is None or not breaker.is_open:
+            return None
+        left_s = breaker.open_until - self._clock()
+        return left_s if left_s > 0 else None
+
     def _refusal(self, key: BreakerKey, breaker: _Breaker, now: float) -> Exclusion | None:
         if now < breaker.open_until:
             return Exclusion.BREAKER_OPEN

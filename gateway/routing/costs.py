@@ -12,6 +12,7 @@ nothing is rounded before the sum: fees are kept in millionths of a minor unit.
     valid_from = 2026-01-01       # UTC; may be left out, as valid_until, the first day without
     percentage = "0.25"           # of an approved payment
     fixed_minor = 5               # for an approved payment
+    minimum_minor = 8             # the least of both together
     attempt_minor = 2             # for each attempt, a declined one too
 
     [[fee.interchange]]           # the first one that fits
@@ -20,7 +21,8 @@ nothing is rounded before the sum: fees are kept in millionths of a minor unit.
     card_type = "debit"
     percentage = "0.2"
     fixed_minor = 0
-    cap_minor = 50
+    minimum_minor = 1             # the least that it comes to
+    cap_minor = 50                # and the most
 
 Where a payment does not say what an interchange row asks for, the dearest row that may fit counts.
 """
@@ -35,8 +37,8 @@ from decimal import Decimal
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-from gateway.domain.money import AMOUNT_MINOR_MAX
-from gateway.routing.model import Segment
+from gateway.domain.money import AMOUNT_MINOR_MAX, CURRENCY_EXPONENTS
+from gateway.routing.model import CARD_TYPES, Segment
 
 MICRO: Final = 1_000_000
 """Fees are counted in millionths of a minor unit."""
@@ -51,7 +53,6 @@ _PERCENTAGE: Final = re.compile(r"\d{1,3}(\.\d{1,4})?")
 _CURRENCY: Final = re.compile(r"[A-Z]{3}")
 _COUNTRY: Final = re.compile(r"[A-Z]{2}")
 _SCHEME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
-_CARD_TYPES: Final = frozenset({"credit", "debit", "prepaid", "commercial"})
 _DAY_S: Final = 86_400
 _NEVER: Final = dt.date.max.toordinal()
 _EPOCH: Final = dt.date(1970, 1, 1).toordinal()
@@ -71,11 +72,12 @@ class Interchange(NamedTuple):
     ppm: int
     """Of the amount, in millionths."""
     fixed_micro: int
+    minimum_micro: int
     cap_micro: int | None
 
     def micro(self, amount_minor: int) -> int:
         """The interchange of an amount."""
-        fee = amount_minor * self.ppm + self.fixed_micro
+        fee = max(amount_minor * self.ppm + self.fixed_micro, self.minimum_micro)
         return fee if self.cap_micro is None else min(fee, self.cap_micro)
 
     def contradicts(self, scheme: str, country: str, card_type: str) -> bool:
@@ -104,6 +106,7 @@ class Fee(NamedTuple):
     """The first day without."""
     ppm: int
     fixed_micro: int
+    minimum_micro: int
     attempt_micro: int
     interchange: tuple[Interchange, ...]
 
@@ -129,21 +132,20 @@ class Costs:
         default_factory=dict, repr=False, compare=False
     )
 
-    def of(
-        self, account_id: str, segment: Segment, amount_minor: int, day: int, card_type: str = ""
-    ) -> Cost | None:
+    def of(self, account_id: str, segment: Segment, amount_minor: int, day: int) -> Cost | None:
         """What a payment costs at an account on a day; None where the file does not say."""
-        key = account_id, segment.currency, segment.scheme, segment.issuer_country, card_type, day
+        known = segment.scheme, segment.issuer_country, segment.card_type
+        key = account_id, segment.currency, *known, day
         try:
             matched = self._matched[key]
         except KeyError:
             if len(self._matched) >= MATCHED_MAX:
                 self._matched.clear()
-            matched = self._matched[key] = self._match(account_id, segment, card_type, day)
+            matched = self._matched[key] = self._match(account_id, segment.currency, known, day)
         if matched is None:
             return None
         fee, rows = matched
-        approval = amount_minor * fee.ppm + fee.fixed_micro
+        approval = max(amount_minor * fee.ppm + fee.fixed_micro, fee.minimum_micro)
         if len(rows) == 1:
             approval += rows[0].micro(amount_minor)
         elif rows:
@@ -151,11 +153,10 @@ class Costs:
         return Cost(fee.attempt_micro, approval)
 
     def _match(
-        self, account_id: str, segment: Segment, card_type: str, day: int
+        self, account_id: str, currency: str, known: tuple[str, str, str], day: int
     ) -> tuple[Fee, list[Interchange]] | None:
         """The fee, and the rows of its interchange that may fit: one where the payment says all."""
-        known = segment.scheme, segment.issuer_country, card_type
-        for fee in self.fees.get((account_id, segment.currency), ()):
+        for fee in self.fees.get((account_id, currency), ()):
             if fee.valid_from <= day < fee.valid_until:
                 rows = []
                 for each in fee.interchange:
@@ -200,7 +201,7 @@ def parse_costs(text: str) -> Costs:
         raise CostsRefused(f"more than {TEXT_CHARACTERS_MAX} characters")
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
         raise CostsRefused(f"no TOML: {error}") from error
     _only(document, "the file", {"objective", "fee"})
     objective = _table(document.get("objective", {}), "[objective]")
@@ -230,7 +231,7 @@ def _fee(table: Mapping[str, object], place: str) -> tuple[str, str, Fee]:
         place,
         {
             *("account", "currency", "valid_from", "valid_until", "percentage", "fixed_minor"),
-            *("attempt_minor", "interchange"),
+            *("minimum_minor", "attempt_minor", "interchange"),
         },
     )
     account_id = table.get("account")
@@ -239,6 +240,8 @@ def _fee(table: Mapping[str, object], place: str) -> tuple[str, str, Fee]:
     currency = _text(table, "currency", place, _CURRENCY, "three capital letters (ISO 4217)")
     if not currency:
         raise CostsRefused(f"{place}: `currency` is missing")
+    if currency not in CURRENCY_EXPONENTS:
+        raise CostsRefused(f"{place}: `currency`: {currency} is none of ISO 4217")
     valid_from = _day(table, "valid_from", place, 1)
     valid_until = _day(table, "valid_until", place, _NEVER)
     if valid_from >= valid_until:
@@ -255,6 +258,7 @@ def _fee(table: Mapping[str, object], place: str) -> tuple[str, str, Fee]:
         valid_until,
         _ppm(table.get("percentage", "0"), f"percentage of {place}"),
         _micro(table, "fixed_minor", place),
+        _micro(table, "minimum_minor", place),
         _micro(table, "attempt_minor", place),
         interchange,
     )
@@ -265,7 +269,10 @@ def _interchange(table: Mapping[str, object], place: str) -> Interchange:
     _only(
         table,
         place,
-        {"scheme", "issuer_countries", "card_type", "percentage", "fixed_minor", "cap_minor"},
+        {
+            *("scheme", "issuer_countries", "card_type"),
+            *("percentage", "fixed_minor", "minimum_minor", "cap_minor"),
+        },
     )
     countries = table.get("issuer_countries", [])
     if not isinstance(countries, list) or not all(
@@ -273,15 +280,20 @@ def _interchange(table: Mapping[str, object], place: str) -> Interchange:
     ):
         raise CostsRefused(f"{place}: `issuer_countries` are two capital letters each (ISO 3166)")
     card_type = table.get("card_type", "")
-    if not isinstance(card_type, str) or (card_type and card_type not in _CARD_TYPES):
-        raise CostsRefused(f"{place}: `card_type` is one of {', '.join(sorted(_CARD_TYPES))}")
+    if not isinstance(card_type, str) or (card_type and card_type not in CARD_TYPES):
+        raise CostsRefused(f"{place}: `card_type` is one of {', '.join(CARD_TYPES)}")
+    minimum_micro = _micro(table, "minimum_minor", place)
+    cap_micro = _micro(table, "cap_minor", place) if "cap_minor" in table else None
+    if cap_micro is not None and cap_micro < minimum_micro:
+        raise CostsRefused(f"{place}: `cap_minor` is below `minimum_minor`")
     return Interchange(
         _text(table, "scheme", place, _SCHEME, "in lower case, as `visa`"),
         frozenset(countries),
         card_type,
         _ppm(table.get("percentage", "0"), f"percentage of {place}"),
         _micro(table, "fixed_minor", place),
-        _micro(table, "cap_minor", place) if "cap_minor" in table else None,
+        minimum_micro,
+        cap_micro,
     )
 
 

@@ -357,7 +357,7 @@ _MODES: Final = {mode: mode.name for mode in Mode}
 
 def _levels(segment: Segment) -> tuple[SegmentKey, SegmentKey, SegmentKey, SegmentKey]:
     """The segment and the wider ones, the widest first; all of them are the merchant's own."""
-    merchant_id, mode, method, scheme, currency, issuer_country, channel = segment
+    merchant_id, mode, method, scheme, currency, issuer_country, channel, _ = segment
     widest = merchant_id, _MODES[mode], method
     wider = (*widest, currency, scheme)
     return (

@@ -6,9 +6,12 @@ share (breakers' states, learned counts, rules) is exchanged in the background.
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from gateway.domain.model import ConnectorAnswer, Mode, OperationKind
+
+CARD_TYPES: Final = ("commercial", "credit", "debit", "prepaid")
+"""The contract's card types, in lower case."""
 
 
 class Segment(NamedTuple):
@@ -27,6 +30,8 @@ class Segment(NamedTuple):
     """ISO 3166-1 alpha-2."""
     channel: str = ""
     """As the contract names it, as `ECOMMERCE`."""
+    card_type: str = ""
+    """One of CARD_TYPES: interchange depends on it; success is not counted by it."""
 
 
 class Candidate(NamedTuple):
@@ -68,7 +73,9 @@ class Excluded(NamedTuple):
     """A candidate that is not asked, and why."""
 
     candidate: Candidate
-    reason: Exclusion
+    reason: str
+    """An Exclusion; in a record that another version of the gateway wrote, perhaps one that this
+    one does not know."""
 
 
 class Scored(NamedTuple):

@@ -4,7 +4,7 @@ from typing import Any
 
 import orjson
 
-from gateway.routing.model import Candidate, Excluded, Exclusion, RouteDecision, Scored
+from gateway.routing.model import Candidate, Excluded, RouteDecision, Scored
 
 
 def encode(decision: RouteDecision) -> str:
@@ -47,7 +47,7 @@ def _decision(document: dict[str, Any]) -> RouteDecision:
     return RouteDecision(
         tuple(Candidate(*each) for each in document["c"]),
         tuple(
-            Excluded(Candidate(connector, account_id), Exclusion(reason))
+            Excluded(Candidate(connector, account_id), str(reason))
             for connector, account_id, reason in document.get("x", ())
         ),
         document["v"],

@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 from gateway.domain.model import ResponseCode
 from gateway.domain.money import AMOUNT_MINOR_MAX, CURRENCY_EXPONENTS
 from gateway.routing.cascade import SOFT_DECLINES
+from gateway.routing.model import CARD_TYPES
 from gateway.routing.rules import (
     ATTEMPTS_DEFAULT,
     ATTEMPTS_MAX,
@@ -51,6 +52,7 @@ _COUNTRY: Final = re.compile(r"[A-Z]{2}")
 _CURRENCY: Final = re.compile(r"[A-Z]{3}")
 _METADATA_KEY: Final = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _BIN_RANGE: Final = re.compile(r"([0-9]{6,8})(?:\.\.([0-9]{6,8}))?")
+_CARD_TYPE: Final = re.compile("|".join(CARD_TYPES))
 _CHANNELS: Final = ("ECOMMERCE", "MAIL_ORDER", "TELEPHONE_ORDER")
 
 _E = TypeVar("_E", bound=StrEnum)
@@ -85,7 +87,7 @@ def read_rules(text: str) -> RuleFile:
         raise RulesInvalid([Problem("file", f"has more than {TEXT_BYTES_MAX} bytes")])
     try:
         document = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
         raise RulesInvalid([Problem("file", f"is not TOML: {error}")]) from None
     return _Reader().read(document)
 
@@ -109,6 +111,7 @@ _WHEN_KEYS: Final = (
     "scheme",
     "bin",
     "issuer_country",
+    "card_type",
     "channel",
     "metadata",
 )
@@ -123,7 +126,7 @@ class _Reader:
     def read(self, document: Mapping[str, Any]) -> RuleFile:
         """See `read_rules`."""
         self._known(document, _FILE_KEYS, "")
-        if document.get("format") != FORMAT:
+        if document.get("format") is not FORMAT:  # neither true nor 1.0
             self._wrong("format", f"must be {FORMAT}")
         tables = document.get("rule", [])
         if not isinstance(tables, list) or not tables:
@@ -273,7 +276,9 @@ class _Reader:
         if value is None:
             return SOFT_DECLINES
         names = {code.name: code for code in SOFT_DECLINES}
-        if not isinstance(value, list) or any(name not in names for name in value):
+        if not isinstance(value, list) or any(
+            not isinstance(name, str) or name not in names for name in value
+        ):
             self._wrong(path, f"must be a list of {', '.join(sorted(names))}")
             return SOFT_DECLINES
         return frozenset(names[name] for name in value)
@@ -299,6 +304,7 @@ class _Reader:
             scheme=texts("scheme", _SCHEME),
             bin=self._bins(value["bin"], f"{path}.bin") if "bin" in value else None,
             issuer_country=texts("issuer_country", _COUNTRY),
+            card_type=texts("card_type", _CARD_TYPE),
             channel=texts("channel", re.compile("|".join(_CHANNELS))),
             metadata=self._metadata(value["metadata"], f"{path}.metadata")
             if "metadata" in value

@@ -32,6 +32,8 @@ class Facts(NamedTuple):
     bin: str = ""
     """The card number's first 6 to 8 digits."""
     issuer_country: str = ""
+    card_type: str = ""
+    """One of CARD_TYPES."""
     channel: str = "ECOMMERCE"
     customer_id: str = ""
     metadata: Mapping[str, str] = MappingProxyType({})
@@ -102,6 +104,7 @@ class Conditions:
     bin: Ranges | None = None
     """Of BINs of eight digits."""
     issuer_country: frozenset[str] | None = None
+    card_type: frozenset[str] | None = None
     channel: frozenset[str] | None = None
     metadata: Mapping[str, frozenset[str]] | None = None
 
@@ -118,6 +121,7 @@ class Conditions:
             and (self.method is None or facts.method in self.method)
             and (self.scheme is None or facts.scheme in self.scheme)
             and (self.issuer_country is None or facts.issuer_country in self.issuer_country)
+            and (self.card_type is None or facts.card_type in self.card_type)
             and (self.channel is None or facts.channel in self.channel)
             and (self.bin is None or (bins is not None and _has_bins(self.bin, bins)))
             and (
@@ -175,6 +179,7 @@ class Conditions:
             (self.method, other.method),
             (self.scheme, other.scheme),
             (self.issuer_country, other.issuer_country),
+            (self.card_type, other.card_type),
             (self.channel, other.channel),
         )
 

@@ -19,6 +19,7 @@ from payments.v1 import money_pb2, outcome_pb2, payment_pb2
 from payments.v1.payment_method_pb2 import (
     CHANNEL_ECOMMERCE,
     INITIATOR_CUSTOMER,
+    CardType,
     Channel,
     NetworkToken,
     PaymentMethod,
@@ -207,6 +208,12 @@ def to_authorize(request: AuthorizePaymentRequest, caller: Caller) -> Authorize:
     )
 
 
+_CARD_TYPES: Final[Mapping[int, str]] = {
+    number: "" if not number else name.removeprefix("CARD_TYPE_").lower()
+    for name, number in CardType.items()
+}
+
+
 def _facts(request: AuthorizePaymentRequest, method_name: str) -> Facts:
     method = request.payment_method
     hints = method.card_hints
@@ -218,6 +225,7 @@ def _facts(request: AuthorizePaymentRequest, method_name: str) -> Facts:
         channel=Channel.Name(request.channel).removeprefix("CHANNEL_"),
         customer_id=request.customer_id,
         metadata=request.metadata,
+        card_type=_CARD_TYPES[hints.card_type],
         instrument=method.token
         or method.stored.stored_payment_method_id
         or method.network_token.token_reference,
@@ -506,7 +514,7 @@ def _decode_route(note: str) -> payment_pb2.Route | None:
 
 def route_message(decision: RouteDecision) -> payment_pb2.Route:
     """A decision as the contract's Route."""
-    scores = {each.candidate.connector_account_id: each.score for each in decision.scores}
+    scores = {each.candidate.connector_account_id: each for each in decision.scores}
     route = payment_pb2.Route(
         rules_version=decision.rules_version,
         rule=decision.rule,
@@ -514,16 +522,19 @@ def route_message(decision: RouteDecision) -> payment_pb2.Route:
         arm=decision.arm,
     )
     for candidate in decision.candidates:
+        scored = scores.get(candidate.connector_account_id)
+        parts = {} if scored is None else dict(scored.parts)
         route.candidates.add(
             connector=candidate.connector,
             connector_account_id=candidate.connector_account_id,
-            score=scores.get(candidate.connector_account_id),
+            score=None if scored is None else scored.score,
+            learned=payment_pb2.LearnedScore(**parts) if parts else None,
         )
     for candidate, reason in decision.excluded:
         route.candidates.add(
             connector=candidate.connector,
             connector_account_id=candidate.connector_account_id,
-            excluded_reason=reason.value,
+            excluded_reason=reason,
         )
     return route
 

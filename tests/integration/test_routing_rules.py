@@ -22,9 +22,11 @@ from gateway.domain.ids import new_merchant_id
 from gateway.domain.model import Mode
 from gateway.routing.cascade import ReattemptLimit
 from gateway.routing.rule_file import RulesInvalid, read_rules
+from gateway.rpc.conversion import Caller, to_authorize
 from storage.embedded import EmbeddedRedis
 from storage.postgres import PostgresStore, RoutingRules
 from storage.redis import Reattempts, RedisClient
+from tests.harness import authorize_request
 from tests.memory_store import CAPABLE, ManyRoutes, ScriptedConnector
 
 pytestmark = pytest.mark.integration
@@ -171,6 +173,20 @@ async def test_a_version_whose_account_has_gone_is_not_put_into_force(
     )
 
 
+async def test_rules_of_which_an_account_has_gone_are_explained_as_payments_go_by_them(
+    administration: RoutingAdministration, router: ManyRoutes, merchant_id: str
+) -> None:
+    text = RULES.replace('"acc_a" }', '"acc_a" }, { account = "acc_b" }')
+    await administration.put(merchant_id, Mode.TEST, text, WHY, activate=True)
+    del router.by_name["a"]
+    command = to_authorize(authorize_request(), Caller("req_1", merchant_id, Mode.TEST))
+    plan, _ = await administration.explain(command, "pay_1")
+    decision = plan.decision
+    considered = [*decision.candidates, *(each for each, _ in decision.excluded)]
+    assert decision.rules_version == 1
+    assert [each.connector_account_id for each in considered] == ["acc_b"]
+
+
 # --- rules and accounts ---------------------------------------------------------------------------
 
 
@@ -229,6 +245,17 @@ def test_a_target_that_takes_no_payments_now_is_warned_of() -> None:
     disabled = {name: each._replace(enabled=False) for name, each in served(a=["EUR"]).items()}
     [warning] = check_accounts(file.rules, disabled)
     assert "takes no new payments" in warning.text
+
+
+def test_an_account_that_is_named_by_its_connector_too_is_warned_of() -> None:
+    file = read_rules(
+        'format = 1\n[[rule]]\nname = "all"\n'
+        'targets = [{ account = "acc_a", weight = 1 }, { connector = "a", weight = 9 }]\n'
+    )
+    [warning] = check_accounts(file.rules, served(a=["EUR"], b=["EUR"]))
+    assert warning.text.startswith("acc_a is named, and a as well")
+    apart = read_rules(RULES.replace("}]", '}, { connector = "b" }]'))
+    assert check_accounts(apart.rules, served(a=["EUR"], b=["EUR"])) == []
 
 
 # --- reattempts -----------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 
 from gateway.domain.errors import Reason
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind, Verdict
+from gateway.routing.availability import AccountAvailability
 from gateway.routing.breakers import (
     PROBE_RIGHT_S,
     BreakerKey,
@@ -150,6 +151,21 @@ def test_an_account_that_has_always_been_slow_is_no_outlier() -> None:
         world.call(APPROVED, seconds=2.5)
     # Its first calls, before anything was known of it, are slow by the largest limit alone.
     assert world.seen.states == []
+
+
+def test_the_pause_that_is_told_lasts_until_the_next_probe() -> None:
+    world = _World()
+    available = AccountAvailability(world.breakers, lambda: world.now)
+    assert available.pause_s(PSP, "card") is None
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    assert available.pause_s(PSP, "card") == pytest.approx(LIMITS.pause_s_min)
+    assert available.pause_s(PSP, "ideal") is None
+    world.now += LIMITS.pause_s_min / 4
+    assert available.pause_s(PSP, "card") == pytest.approx(LIMITS.pause_s_min * 3 / 4)
+    assert available.refusal(PSP, "card") is Exclusion.BREAKER_OPEN
+    world.pass_pause()
+    assert available.pause_s(PSP, "card") is None
+    assert available.refusal(PSP, "card") is None
 
 
 def test_half_open_lets_a_limited_number_of_probes_through() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 
 from gateway.application.routing import (
-    MAINTENANCE_RETRY_S_MAX,
+    PAUSE_S_MAX,
     UNAVAILABLE_RETRY_S,
     ActiveRules,
     Routing,
@@ -559,18 +559,19 @@ async def test_where_every_account_is_out_of_use_nothing_is_written_and_a_pause_
     ("pause_s", "told_s"),
     [
         (120.0, 120.0),
-        (10 * MAINTENANCE_RETRY_S_MAX, MAINTENANCE_RETRY_S_MAX),
+        (10 * PAUSE_S_MAX, PAUSE_S_MAX),
         (None, UNAVAILABLE_RETRY_S),
     ],
 )
-async def test_the_pause_in_a_maintenance_window_is_until_its_end_where_that_is_known(
-    pause_s: float | None, told_s: float
+@pytest.mark.parametrize("exclusion", [Exclusion.MAINTENANCE, Exclusion.BREAKER_OPEN])
+async def test_the_pause_is_until_a_windows_end_or_a_breakers_next_probe_where_that_is_known(
+    exclusion: Exclusion, pause_s: float | None, told_s: float
 ) -> None:
     for rules in (RULES, None):
         gateway = Routed(rules)
         operation = await gateway.pay("before")
         for account_id in ("acc_a", "acc_b", "acc_c"):
-            gateway.closed.refused[account_id] = Exclusion.MAINTENANCE
+            gateway.closed.refused[account_id] = exclusion
             if pause_s is not None:
                 gateway.closed.pauses_s[account_id] = pause_s
         for call in (
@@ -578,7 +579,7 @@ async def test_the_pause_in_a_maintenance_window_is_until_its_end_where_that_is_
             gateway.payments.capture(gateway.capture(operation.payment_id)),
         ):
             error = await refused(call)
-            assert error.metadata["exclusion"] == "MAINTENANCE"
+            assert error.metadata["exclusion"] == exclusion
             assert error.retry_after_s == told_s
 
 
@@ -589,7 +590,8 @@ async def test_of_several_accounts_out_of_use_the_pause_is_that_of_the_first_to_
         gateway.closed.pauses_s[account_id] = pause_s
     error = await refused(gateway.pay())
     assert (error.metadata["connector"], error.retry_after_s) == ("b", 60.0)
-    gateway.closed.refused["acc_c"] = Exclusion.BREAKER_OPEN
+    gateway.closed.refused["acc_c"] = Exclusion.PROBES_TAKEN
+    del gateway.closed.pauses_s["acc_c"]
     error = await refused(gateway.pay())
     assert (error.metadata["connector"], error.retry_after_s) == ("c", UNAVAILABLE_RETRY_S)
 
@@ -625,6 +627,11 @@ async def test_an_account_whose_probes_are_taken_is_passed_over() -> None:
     gateway.closed.not_admitted |= {"acc_b", "acc_c"}
     error = await refused(gateway.pay("other"))
     assert error.reason is Reason.CONNECTOR_UNAVAILABLE
+    assert error.metadata["exclusion"] == "PROBES_TAKEN"
+    assert error.retry_after_s == UNAVAILABLE_RETRY_S
+    gateway.closed.pauses_s = {"acc_a": 60.0, "acc_b": 2.0, "acc_c": 30.0}  # breakers since opened
+    error = await refused(gateway.pay("another"))
+    assert (error.metadata["connector"], error.retry_after_s) == ("b", 2.0)
 
 
 async def test_a_rule_with_a_learned_order_asks_the_ranking_within_a_priority() -> None:

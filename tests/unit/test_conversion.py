@@ -40,7 +40,14 @@ from gateway.domain.model import (
     Voucher,
 )
 from gateway.routing import record
-from gateway.routing.model import Candidate, Excluded, Exclusion, RouteDecision, Scored
+from gateway.routing.model import (
+    CARD_TYPES,
+    Candidate,
+    Excluded,
+    Exclusion,
+    RouteDecision,
+    Scored,
+)
 from gateway.rpc import conversion
 from gateway.rpc.conversion import Caller, ContractEncoder
 
@@ -485,6 +492,38 @@ def test_an_authorization_tells_the_decision_of_the_rules_that_led_to_it() -> No
     assert told == ParseDict(wanted, payment_pb2.Route())
 
 
+def test_what_is_learnt_is_told_where_a_decision_has_it() -> None:
+    parts = {"success": 0.9, "calls": 120.5, "cost_minor": 21.25, "first_share": 0.95}
+    candidate = Candidate("first", "acc_1")
+    decision = RouteDecision((candidate,), scores=(Scored(candidate, 0.5, tuple(parts.items())),))
+    [told] = conversion.route_message(decision).candidates
+    assert told.learned == payment_pb2.LearnedScore(**parts)
+    # An operation keeps the score alone.
+    kept = record.decode(record.encode(decision))
+    assert kept is not None
+    [told] = conversion.route_message(kept).candidates
+    assert (told.score, told.HasField("learned")) == (0.5, False)
+
+
+def test_card_types_are_those_of_the_contract() -> None:
+    numbers = payment_method_pb2.CardType.values()
+    names = {conversion.facts_of(_card(number)).card_type for number in numbers}
+    assert names == {"", *CARD_TYPES}
+
+
+def _card(card_type: "payment_method_pb2.CardType.ValueType") -> bytes:
+    sent = request()
+    sent.payment_method.card_hints.card_type = card_type
+    return sent.SerializeToString()
+
+
+def test_a_reason_that_only_a_newer_version_knows_is_told_as_it_stands() -> None:
+    decision = RouteDecision((), (Excluded(Candidate("first", "acc_1"), "OF_TOMORROW"),))
+    routed = operation().copy_with(kind=OperationKind.AUTHORIZE, note=record.encode(decision))
+    told = payment_pb2.Operation.FromString(conversion.encode_operation(routed)).route
+    assert [each.excluded_reason for each in told.candidates] == ["OF_TOMORROW"]
+
+
 @pytest.mark.parametrize("note", ["", "no JSON", "[]", "{}", '{"c":[],"v":1}', "1"])
 def test_an_answer_does_not_fail_for_an_explanation_that_cannot_be_read(note: str) -> None:
     odd = operation().copy_with(kind=OperationKind.AUTHORIZE, note=note)
@@ -496,11 +535,13 @@ def test_routing_looks_at_what_the_request_tells_of_the_card() -> None:
     sent.payment_method.card_hints.scheme = "visa"
     sent.payment_method.card_hints.bin = "41111111"
     sent.payment_method.card_hints.issuer_country = "DE"
+    sent.payment_method.card_hints.card_type = payment_method_pb2.CARD_TYPE_PREPAID
     sent.metadata["tier"] = "gold"
     command = conversion.to_authorize(sent, Caller("req_1", "mer_1"))
     facts = command.facts()
     assert (facts.method, facts.scheme, facts.bin) == ("card", "visa", "41111111")
     assert (facts.issuer_country, facts.channel) == ("DE", "MAIL_ORDER")
+    assert facts.card_type == "prepaid"
     assert (facts.customer_id, facts.instrument) == ("cus", "tok_visa")
     assert facts.metadata["tier"] == "gold"
     assert conversion.facts_of(command.details) == facts

@@ -57,6 +57,40 @@ def test_interchange_is_capped() -> None:
     assert _micro(VISA_DE, 100_000) == 250 * MICRO + 5 * MICRO + 50 * MICRO
 
 
+def test_a_fee_and_its_interchange_have_a_least_amount() -> None:
+    costs = parse_costs(
+        '[[fee]]\naccount = "a"\ncurrency = "EUR"\npercentage = "1"\nfixed_minor = 2\n'
+        'minimum_minor = 10\n[[fee.interchange]]\npercentage = "0.5"\nminimum_minor = 3\n'
+        "cap_minor = 20\n"
+    )
+    told = {
+        amount_minor: cost.approval_micro
+        for amount_minor in (100, 700, 1000, 10_000)
+        if (cost := costs.of("a", VISA_DE, amount_minor, JUNE)) is not None
+    }
+    assert told == {
+        100: (10 + 3) * MICRO,
+        700: 10 * MICRO + 3_500_000,  # 7 and 2 are less than 10
+        1000: (12 + 5) * MICRO,
+        10_000: (102 + 20) * MICRO,
+    }
+
+
+def test_interchange_is_that_of_the_cards_type_and_the_dearest_where_it_is_not_known() -> None:
+    costs = parse_costs(
+        '[[fee]]\naccount = "a"\ncurrency = "EUR"\n'
+        '[[fee.interchange]]\ncard_type = "debit"\npercentage = "0.2"\n'
+        '[[fee.interchange]]\ncard_type = "credit"\npercentage = "0.3"\n'
+        '[[fee.interchange]]\npercentage = "1.5"\n'
+    )
+    percent: dict[str, float] = {}
+    for card_type in ("debit", "credit", "commercial", ""):
+        cost = costs.of("a", VISA_DE._replace(card_type=card_type), 1000, JUNE)
+        assert cost is not None
+        percent[card_type] = cost.approval_micro / (10 * MICRO)
+    assert percent == {"debit": 0.2, "credit": 0.3, "commercial": 1.5, "": 1.5}
+
+
 def test_what_a_payment_does_not_say_costs_the_dearest_that_may_fit() -> None:
     elsewhere = _micro(VISA_DE._replace(issuer_country="US"), 10_000)
     assert elsewhere == _micro(VISA_DE._replace(issuer_country=""), 10_000)
@@ -114,6 +148,16 @@ def test_other_accounts_and_currencies_have_no_fee() -> None:
         ),
         ("[objective]\nmargin_percentage = 30", "a text"),
         ("this is no TOML", "no TOML"),
+        ("fee = " + "1" * 5000, "no TOML"),
+        ("fee = " + "[" * 5000, "no TOML"),
+        ('[[fee]]\naccount = "a"\ncurrency = "XXQ"', "ISO 4217"),
+        (
+            (
+                '[[fee]]\naccount = "a"\ncurrency = "EUR"\n[[fee.interchange]]\n'
+                "minimum_minor = 2\ncap_minor = 1"
+            ),
+            "below",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_with_its_place(text: str, told: str) -> None:

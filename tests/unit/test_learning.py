@@ -67,6 +67,25 @@ def test_the_account_that_approves_more_comes_first() -> None:
     assert world.first() == GOOD
 
 
+def test_the_cards_type_changes_costs_and_not_what_is_learnt() -> None:
+    book = CostBook()
+    book.put(
+        "mer_1",
+        parse_costs(
+            '[[fee]]\naccount = "acc_1"\ncurrency = "EUR"\npercentage = "1"\n'
+            '[[fee]]\naccount = "acc_2"\ncurrency = "EUR"\n'
+            '[[fee.interchange]]\ncard_type = "debit"\npercentage = "0.2"\n'
+            '[[fee.interchange]]\npercentage = "1.8"\n'
+        ),
+    )
+    world = _World(costs=book)
+    world.count(GOOD, 50, 50)
+    world.count(BAD, 50, 50)
+    debit, credit = (SEGMENT._replace(card_type=each) for each in ("debit", "credit"))
+    assert world.success(BAD, debit) == world.success(BAD, credit) == world.success(BAD)
+    assert (world.first(segment=debit), world.first(segment=credit)) == (BAD, GOOD)
+
+
 def test_an_answer_that_is_still_to_come_counts_for_nothing() -> None:
     world = _World()
     before = world.success(GOOD)

@@ -257,7 +257,10 @@ TARGETS = 'targets = [{ account = "acc_1" }]\n'
         (ONE + 'targets = [{ account = "a" }, { account = "a" }]', "rule[0].targets"),
         (ONE + TARGETS + "attempts_max = 6", "rule[0].attempts_max"),
         (ONE + TARGETS + 'cascade_on = ["INSUFFICIENT_FUNDS"]', "rule[0].cascade_on"),
+        (ONE + TARGETS + "cascade_on = [{}, []]", "rule[0].cascade_on"),
+        (ONE + TARGETS + 'when = { card_type = "gold" }', "rule[0].when.card_type"),
         (ONE + TARGETS + 'split_by = "card"', "rule[0].split_by"),
+        (ONE + TARGETS + "split_by = []", "rule[0].split_by"),
         (ONE + TARGETS + 'then = "none"', "rule[0].then"),
         (ONE + TARGETS + 'then = "a"', "rule[0].then"),
         (ONE + TARGETS + ONE + TARGETS, "rule"),
@@ -276,7 +279,18 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["format = 2\n" + ONE + TARGETS, ONE + TARGETS, "format = 1", "format = ", "[[[["]
+    "text",
+    [
+        "format = 2\n" + ONE + TARGETS,
+        "format = true\n" + ONE + TARGETS,
+        "format = 1.0\n" + ONE + TARGETS,
+        ONE + TARGETS,
+        "format = 1",
+        "format = ",
+        "[[[[",
+        "format = " + "1" * 5000,
+        "format = " + "[" * 5000,
+    ],
 )
 def test_a_file_of_another_format_is_refused(text: str) -> None:
     problems_of(text, whole=True)
