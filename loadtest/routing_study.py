@@ -4,19 +4,21 @@ PSPs whose approval rates walk and jump, that go down, and that slow down until 
 too late. The same payments are routed by fixed weights, in the order that was best in the first
 hour, by the gateway's own ranking and breakers (the real ones, with a clock of the study's), and by
 an oracle that knows each PSP's true rates at every moment. Regret is what the oracle would have
-earned more, in expectation, so that luck is no part of it. Every drift is an argument.
+earned more, in expectation, so that luck is no part of it. Every drift is an argument, and
+`--scenarios` tries those of SCENARIOS.
 """
 
 import json
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from heapq import heappop, heappush
 from pathlib import Path
 from statistics import fmean
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import click
 
@@ -40,6 +42,22 @@ SCHEMES: Final = (("visa", 0.55), ("mastercard", 0.35), ("amex", 0.1))
 COUNTRIES: Final = (("DE", 0.4), ("FR", 0.3), ("US", 0.2), ("BR", 0.1))
 FEES: Final = (("1.40", 10), ("1.10", 15), ("0.90", 20), ("1.25", 12), ("1.00", 18), ("1.60", 5))
 """Percentage and fixed part of the PSPs, in turn."""
+SCENARIOS: Final[Mapping[str, str]] = {
+    "as the defaults": "",
+    "three PSPs": "--psps 3",
+    "rates that jump": "--shifts-per-day 12 --shift 1.2 --walk 0.4",
+    "nothing changes": "--shifts-per-day 0 --walk 0 --outages-per-day 0 --slowdowns-per-day 0",
+    "PSPs alike": "--spread 0 --shifts-per-day 0 --walk 0 --outages-per-day 0",
+    "short outages": "--outages-per-day 12 --outage-minutes 10 --shifts-per-day 0",
+    "the best decays": "--decay 0.3 --shifts-per-day 0",
+    "segments change places": "--swaps-per-day 6 --spread 1 --shifts-per-day 0",
+    "a new and better PSP": "--newcomer-hour 6 --newcomer-odds 1 --shifts-per-day 0",
+    "a new and worse PSP": "--newcomer-hour 6 --newcomer-odds -2 --shifts-per-day 0",
+    "sparse segments": "--countries 60 --rate 0.1 --hours 72",
+    "one payment in a minute": "--rate 0.0167 --hours 168",
+    "rates cost fees": "--fees-for-rates 2 --spread 1",
+}
+"""Drifts that differ in kind, each as arguments."""
 
 _APPROVED: Final = ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED)
 _DECLINED: Final = ConnectorAnswer(Delivery.ANSWERED, Verdict.DECLINED)
@@ -68,6 +86,19 @@ class Drift:
     """How far PSPs are apart in a segment at the beginning, in log-odds."""
     margin_percent: float
     """What an approved payment is worth, of its amount."""
+    decay: float = 0.0
+    """What the PSP that is best at first loses in an hour, in log-odds."""
+    swaps_per_day: float = 0.0
+    """How often two PSPs change places in a segment, in each."""
+    newcomer_hour: float = 0.0
+    """When the last PSP comes; 0: it is there from the beginning."""
+    newcomer_odds: float = 0.0
+    """What it is better by than it would be, in log-odds."""
+    countries: int = len(COUNTRIES)
+    """Issuers' countries: so many segments for each scheme."""
+    fees_for_rates: float = 0.0
+    """How much dearer a PSP is for what it is better by at first: percent of the amount for one of
+    log-odds."""
 
 
 class Trouble(NamedTuple):
@@ -103,21 +134,25 @@ class World:
         self.segments = [
             (Segment(MERCHANT, Mode.TEST, "card", scheme, "EUR", country, "ECOMMERCE"), one * two)
             for scheme, one in SCHEMES
-            for country, two in COUNTRIES
+            for country, two in _countries(drift.countries)
         ]
-        self.costs = parse_costs(self._fees())
         self.steps = math.ceil(3600 * drift.hours / STEP_S)
         self.troubles = self._troubles()
+        self._first_odds: list[float] = []
+        """Each PSP's mean over the segments."""
         self._rates = self._walk()
+        self.costs = parse_costs(self._fees())
         self._late = [self._lateness(psp) for psp in range(drift.psps)]
 
     def _fees(self) -> str:
         lines = [f'[objective]\nmargin_percentage = "{self.drift.margin_percent:g}"']
         for number, candidate in enumerate(self.candidates):
             percentage, fixed = FEES[number % len(FEES)]
+            better = self._first_odds[number] - min(self._first_odds)
+            dearer = float(percentage) + self.drift.fees_for_rates * better
             lines.append(
                 f'[[fee]]\naccount = "{candidate.connector_account_id}"\ncurrency = "EUR"\n'
-                f'percentage = "{percentage}"\nfixed_minor = {fixed}\nattempt_minor = 1'
+                f'percentage = "{min(dearer, 100):.4f}"\nfixed_minor = {fixed}\nattempt_minor = 1'
             )
         return "\n".join(lines)
 
@@ -142,10 +177,19 @@ class World:
         odds = [
             [2.0 + chance.gauss(0, drift.spread) for _ in self.segments] for _ in range(drift.psps)
         ]
+        odds[-1] = [each + drift.newcomer_odds for each in odds[-1]]
+        self._first_odds = [fmean(psp) for psp in odds]
+        best = max(range(drift.psps), key=self._first_odds.__getitem__)
+        swaps = drift.swaps_per_day * STEP_S / 86_400
         step = drift.walk * math.sqrt(STEP_S / 3600)
         shifts = drift.shifts_per_day * STEP_S / 86_400
         rates = []
         for _ in range(self.steps):
+            odds[best] = [each - drift.decay * STEP_S / 3600 for each in odds[best]]
+            for place in range(len(self.segments) if swaps else 0):
+                if chance.random() < swaps:
+                    one, two = chance.sample(odds, 2)
+                    one[place], two[place] = two[place], one[place]
             for psp in odds:
                 common = chance.gauss(0, step)
                 if chance.random() < shifts:
@@ -168,6 +212,10 @@ class World:
                 share = 0.6 * (step - first + 1) / (last - first + 1) if trouble.slow else 1.0
                 late[step] = max(late[step], share)
         return late
+
+    def there(self, at_s: float) -> int:
+        """How many PSPs there are: the first so many."""
+        return self.drift.psps - (at_s < 3600 * self.drift.newcomer_hour)
 
     def late(self, psp: int, at_s: float) -> float:
         """The share of answers that come too late; 1 where the PSP is down."""
@@ -209,6 +257,18 @@ class World:
             )
             at += chance.expovariate(self.drift.rate_per_s)
         return found
+
+
+def _countries(count: int) -> Sequence[tuple[str, float]]:
+    """Codes with their shares; of other numbers than COUNTRIES' by Zipf's law."""
+    if count == len(COUNTRIES):
+        return COUNTRIES
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    total = sum(1 / rank for rank in range(1, count + 1))
+    return [
+        (letters[n // len(letters)] + letters[n % len(letters)], 1 / (n + 1) / total)
+        for n in range(count)
+    ]
 
 
 # --- policies -------------------------------------------------------------------------------------
@@ -256,7 +316,9 @@ class _Adaptive:
         """The first in order, of those whose breaker lets it through."""
         self._now = payment.at_s
         there = [
-            each for each in self._world.candidates if self._breakers.refusal(each, "card") is None
+            each
+            for each in self._world.candidates[: self._world.there(payment.at_s)]
+            if self._breakers.refusal(each, "card") is None
         ]
         if self._order is None:
             ranked = self._ranking.rank(payment.segment, there, payment.amount_minor, payment.draw)
@@ -281,16 +343,17 @@ def policies(world: World, limits: LearningLimits, first: Sequence[Payment]) -> 
     """All that are compared; `first` are the payments that the fixed priority is tuned on."""
 
     def best(payment: Payment) -> int:
-        psps = range(world.drift.psps)
+        psps = range(world.there(payment.at_s))
         return max(psps, key=lambda psp: world.utility(psp, payment))
 
     earned = [
-        fmean(world.utility(psp, payment) for payment in first) for psp in range(world.drift.psps)
+        fmean(world.utility(psp, payment) for payment in first) for psp in range(world.there(0.0))
     ]
-    order = sorted(range(world.drift.psps), key=earned.__getitem__, reverse=True)
+    order = sorted(range(len(earned)), key=earned.__getitem__, reverse=True)
+    order += range(len(earned), world.drift.psps)  # who came later comes last
     return {
         "oracle": _Fixed(best),
-        "static weights": _Fixed(lambda payment: payment.draw % world.drift.psps),
+        "static weights": _Fixed(lambda payment: payment.draw % world.there(payment.at_s)),
         "fixed order": _Fixed(lambda _: order[0]),
         "fixed order, breakers": _Adaptive(world, limits, order),
         "learnt": _Adaptive(world, limits),
@@ -444,6 +507,31 @@ def table(results: dict[str, list[Result]]) -> str:
     return "\n".join(lines)
 
 
+def scenarios(seeds: int, first_seed: int) -> dict[str, dict[str, float]]:
+    """Print a table of all SCENARIOS' mean regrets, in Markdown; them by scenario and policy."""
+    shown = ("static weights", "fixed order, breakers", "learnt")
+    click.echo(f"| | arguments | {' | '.join(shown)} |\n|---|---|{'---|' * len(shown)}")
+    found: dict[str, dict[str, float]] = {}
+    for name, arguments in SCENARIOS.items():
+        given = main.make_context("routing_study", shlex.split(arguments)).params
+        drift, limits = _world_of(given)
+        results, _ = study(drift, seeds, first_seed, limits)
+        lost = {each: fmean(regrets(results, each)) for each in shown}
+        told = " | ".join(f"{100 * lost[each]:.2f} %" for each in shown)
+        click.echo(f"| {name} | {f'`{arguments}`' if arguments else ''} | {told} |")
+        found[name] = lost
+    return found
+
+
+def _world_of(given: Mapping[str, Any]) -> tuple[Drift, LearningLimits]:
+    names = {each.name for each in fields(Drift)}
+    drift = Drift(**{name: value for name, value in given.items() if name in names})
+    limits = LearningLimits(
+        half_life_s=given["half_life_s"], exploration_share=given["exploration"]
+    )
+    return drift, limits
+
+
 @click.command()
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(1, 1000))
 @click.option("--first-seed", default=1, show_default=True)
@@ -459,6 +547,20 @@ def table(results: dict[str, list[Result]]) -> str:
 @click.option("--slowdown-minutes", default=60.0, show_default=True)
 @click.option("--spread", default=0.5, show_default=True, help="Of PSPs at first, in log-odds.")
 @click.option("--margin-percent", default=20.0, show_default=True)
+@click.option("--decay", default=0.0, help="Log-odds that the best PSP loses in an hour.")
+@click.option("--swaps-per-day", default=0.0, help="Two PSPs change places in a segment.")
+@click.option("--newcomer-hour", default=0.0, help="When the last PSP comes; 0: it is there.")
+@click.option("--newcomer-odds", default=0.0, help="What it is better by, in log-odds.")
+@click.option(
+    "--countries",
+    default=len(COUNTRIES),
+    show_default=True,
+    type=click.IntRange(1, 600),
+    help="Of issuers: so many segments for each of three schemes.",
+)
+@click.option(
+    "--fees-for-rates", default=0.0, help="Percent of the amount for one of log-odds at first."
+)
 @click.option("--half-life-s", default=1800.0, show_default=True)
 @click.option("--exploration", default=0.05, show_default=True, help="The budget, as a share.")
 @click.option(
@@ -466,23 +568,30 @@ def table(results: dict[str, list[Result]]) -> str:
     type=click.Path(file_okay=False, path_type=Path),
     help="A directory for the plots; without it none are drawn.",
 )
+@click.option(
+    "--scenarios",
+    "all_scenarios",
+    is_flag=True,
+    help="Drifts of many kinds instead; fails where learning loses to fixed weights.",
+)
 def main(
-    seeds: int,
-    first_seed: int,
-    half_life_s: float,
-    exploration: float,
-    plots_to: Path | None,
-    **drift: float,
+    seeds: int, first_seed: int, plots_to: Path | None, all_scenarios: bool, **given: Any
 ) -> None:
     """Compare the policies, print the figures, write the summary and the plots."""
-    world = Drift(psps=int(drift.pop("psps")), **drift)
     logging.getLogger("gateway.routing").setLevel(logging.ERROR)  # each breaker, otherwise
-    limits = LearningLimits(half_life_s=half_life_s, exploration_share=exploration)
+    SUMMARY.parent.mkdir(parents=True, exist_ok=True)
+    if all_scenarios:
+        found = scenarios(seeds, first_seed)
+        SUMMARY.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        worse = [name for name, lost in found.items() if lost["learnt"] > lost["static weights"]]
+        if worse:
+            raise click.ClickException(f"learning lost to fixed weights: {', '.join(worse)}")
+        return
+    world, limits = _world_of(given)
     results, troubles = study(world, seeds, first_seed, limits)
     click.echo(table(results))
     payments = sum(each.payments for each in results["oracle"])
     click.echo(f"\n{payments:,} payments, {seeds} seeds, {world.psps} PSPs, {world.hours:g} hours")
-    SUMMARY.parent.mkdir(parents=True, exist_ok=True)
     summary = {name: {"regret": regrets(results, name)} for name in results}
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     if plots_to is not None:
