@@ -995,6 +995,15 @@ async def routing_activate(version: int, merchant: str, mode: str, reason: str) 
 @click.option("--bin", "bin_", default="", help="The card number's first 6 to 8 digits.")
 @click.option("--issuer-country", default="", help="ISO 3166-1 alpha-2, as DE.")
 @click.option(
+    "--card-type", type=click.Choice(["credit", "debit", "prepaid", "commercial"]), default=None
+)
+@click.option(
+    "--method",
+    default="card",
+    show_default=True,
+    help="As rules name it: card, network_token, or a redirect's method_type, as ideal.",
+)
+@click.option(
     "--channel",
     type=click.Choice(["ECOMMERCE", "MAIL_ORDER", "TELEPHONE_ORDER"]),
     default="ECOMMERCE",
@@ -1015,6 +1024,8 @@ async def routing_explain(
     scheme: str,
     bin_: str,
     issuer_country: str,
+    card_type: str | None,
+    method: str,
     channel: str,
     customer: str,
     metadata: tuple[str, ...],
@@ -1026,9 +1037,10 @@ async def routing_explain(
     Breakers and what was learned are a gateway's: RoutingService.ExplainRoute knows them.
     """
     from google.protobuf.json_format import MessageToJson
-    from payments.v1.payment_method_pb2 import CAPTURE_METHOD_MANUAL, Channel
+    from payments.v1.payment_method_pb2 import CAPTURE_METHOD_MANUAL, CardType, Channel
     from payments.v1.payment_service_pb2 import AuthorizePaymentRequest
 
+    from gateway.application.ports import CARD, NETWORK_TOKEN
     from gateway.domain.errors import GatewayError
     from gateway.domain.ids import new_payment_id
     from gateway.domain.model import Mode
@@ -1038,13 +1050,23 @@ async def routing_explain(
     request.amount.amount_minor = amount_minor
     request.amount.currency_code = currency
     request.capture_method = CAPTURE_METHOD_MANUAL  # possible for every amount
-    request.payment_method.token = "tok_explain"  # noqa: S105 - no token of anybody's
+    if method == CARD:
+        request.payment_method.token = "tok_explain"  # noqa: S105 - no token of anybody's
+    elif method == NETWORK_TOKEN:
+        request.payment_method.network_token.token_reference = "explain"  # noqa: S105 - likewise
+    else:
+        request.payment_method.redirect.method_type = method
+        request.return_url = "https://explain.invalid/"
     hints = request.payment_method.card_hints
     hints.scheme, hints.bin, hints.issuer_country = scheme, bin_, issuer_country
+    if card_type is not None:
+        hints.card_type = CardType.Value(f"CARD_TYPE_{card_type.upper()}")
     request.channel = Channel.Value(f"CHANNEL_{channel}")
     request.customer_id = customer
     for each in metadata:
-        key, _, value = each.partition("=")
+        key, sign, value = each.partition("=")
+        if not sign:
+            fail(f"--metadata {each} is not KEY=VALUE.")
         request.metadata[key] = value
     caller = conversion.Caller(merchant_id=merchant, mode=Mode[mode.upper()])
     async with _routing(merchant) as (_, _, administration):

@@ -7,6 +7,7 @@ directories are kept, so that the next start is quick.
 import asyncio
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ class StackOptions:
     psp_latency: str = PSP_LATENCY
     command: tuple[str, ...] = ("-m", "gateway", "serve")
     """The gateway's, for a build of one's own."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """Further GATEWAY_* variables of it."""
 
 
 @dataclass
@@ -118,6 +121,7 @@ class Stack:
             "GATEWAY_SIMULATOR_URL": self.simulator.url,
             "GATEWAY_SIMULATOR_PROFILE": "idempotent",
             "GATEWAY_TRANSPORT": self.options.transport,
+            **self.options.settings,
         }
         if self.options.transport == "native":
             settings["GATEWAY_TRUSTED_FRONT"] = "true"

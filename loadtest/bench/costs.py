@@ -76,25 +76,35 @@ def cost_command(
     @click.option("--rounds", default=25, show_default=True, type=click.IntRange(PAIRS_MIN))
     def main(rounds: int) -> None:
         """Measure, print, write the summary; exit with 1 where the gate fails."""
-        measured = uvloop.run(measure(rounds))
-        problem = gate.problem(measured[gate.figure])
-        click.echo(
-            f"rounds {rounds}; median [quartiles]; a figure spread by more than {IQR_MAX:.0%}\n"
-            "of its median is worth nothing"
-        )
-        for name, text in figures.items():
-            each = measured[name]
-            click.echo(f"{each.median:8.3f} [{each.q1:.3f}, {each.q3:.3f}]  {text}")
-        summary.parent.mkdir(parents=True, exist_ok=True)
-        document = {
-            "rounds": rounds,
-            "figures": {name: [each.q1, each.median, each.q3] for name, each in measured.items()},
-            "gate": gate.most if gate.least is None else gate.least,
-            "problem": problem,
-        }
-        summary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        if problem:
-            click.echo(f"FAILED: {problem}")
-            sys.exit(1)
+        tell(rounds, uvloop.run(measure(rounds)), gate, figures, summary)
 
     return main
+
+
+def tell(
+    rounds: int,
+    measured: Mapping[str, Measured],
+    gate: Gate,
+    figures: Mapping[str, str],
+    summary: Path,
+) -> None:
+    """Print `figures`, write the summary; exit with 1 where the gate fails."""
+    problem = gate.problem(measured[gate.figure])
+    click.echo(
+        f"rounds {rounds}; median [quartiles]; a figure spread by more than {IQR_MAX:.0%}\n"
+        "of its median is worth nothing"
+    )
+    for name, text in figures.items():
+        each = measured[name]
+        click.echo(f"{each.median:8.3f} [{each.q1:.3f}, {each.q3:.3f}]  {text}")
+    summary.parent.mkdir(parents=True, exist_ok=True)
+    document = {
+        "rounds": rounds,
+        "figures": {name: [each.q1, each.median, each.q3] for name, each in measured.items()},
+        "gate": gate.most if gate.least is None else gate.least,
+        "problem": problem,
+    }
+    summary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    if problem:
+        click.echo(f"FAILED: {problem}")
+        sys.exit(1)

@@ -325,6 +325,21 @@ def test_the_command_line_checks_puts_explains_and_simulates(shop: Shop) -> None
     assert "in force since" in listed
     explained = run("explain", *who, "--amount-minor", "100", "--currency", "EUR").stdout
     assert '"rule": "cli"' in explained
+    file.write_text(
+        shop.rules(shop.answers, name="debit").replace(
+            "attempts_max", 'when = { method = "card", card_type = "debit" }\nattempts_max'
+        ),
+        "utf-8",
+    )
+    amount = ("--amount-minor", "100", "--currency", "EUR", "--file", str(file))
+    debit = run("explain", *who, *amount, "--card-type", "debit").stdout
+    assert '"rule": "debit"' in debit
+    for method in ("network_token", "ideal"):
+        other = run("explain", *who, *amount, "--card-type", "debit", "--method", method)
+        assert other.stdout.startswith("{"), other.stderr
+        assert "debit" not in other.stdout
+    assert "KEY=VALUE" in run("explain", *who, *amount, "--metadata", "tier").stderr
+    file.write_text(shop.rules(shop.answers, name="cli"), "utf-8")
     simulated = run("simulate", str(file), *who).stdout
     assert "would go elsewhere" in simulated
     assert CliRunner().invoke(main, ["verify"], env=shop.system.settings).exit_code == 0
