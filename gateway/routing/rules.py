@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 from gateway.domain.model import ResponseCode
 from gateway.routing.cascade import SOFT_DECLINES
@@ -20,6 +20,8 @@ ATTEMPTS_MAX: Final = 5
 """How many accounts may be asked for one authorization."""
 ATTEMPTS_DEFAULT: Final = 2
 BIN_DIGITS_MAX: Final = 8
+KINDS_MAX: Final = 256
+"""Kinds of payments whose rules are remembered, of each merchant and mode."""
 _BIN_END: Final[int] = 10**BIN_DIGITS_MAX
 
 
@@ -88,6 +90,8 @@ class Experiment(NamedTuple):
     arms: tuple[Arm, ...]
 
 
+Kind: TypeAlias = tuple[str, str, str, str, str, str]
+"""Currency, method, scheme, issuer country, card type and channel of a payment."""
 Ranges = tuple[tuple[int, int], ...]
 """Inclusive, ascending, apart from each other."""
 
@@ -108,21 +112,23 @@ class Conditions:
     channel: frozenset[str] | None = None
     metadata: Mapping[str, frozenset[str]] | None = None
 
-    def hold(
-        self, facts: Facts, bins: tuple[int, int] | None, amount_minor: int, currency: str
-    ) -> bool:
-        """Whether all conditions hold; what is not known meets none. `bins` is `bins_of` the
-        facts' BIN.
-        """
+    def suit(self, kind: Kind) -> bool:
+        """Whether those hold that look at the payment's kind; what is not known meets none."""
+        sets = (
+            self.currency,
+            self.method,
+            self.scheme,
+            self.issuer_country,
+            self.card_type,
+            self.channel,
+        )
+        return all(each is None or its in each for each, its in zip(sets, kind, strict=True))
+
+    def hold(self, facts: Facts, bins: tuple[int, int] | None, amount_minor: int) -> bool:
+        """Whether the others hold, too. `bins` is `bins_of` the facts' BIN."""
         span = self.amount_minor
         return (
-            (self.currency is None or currency in self.currency)
-            and (span is None or span[0] <= amount_minor <= span[1])
-            and (self.method is None or facts.method in self.method)
-            and (self.scheme is None or facts.scheme in self.scheme)
-            and (self.issuer_country is None or facts.issuer_country in self.issuer_country)
-            and (self.card_type is None or facts.card_type in self.card_type)
-            and (self.channel is None or facts.channel in self.channel)
+            (span is None or span[0] <= amount_minor <= span[1])
             and (self.bin is None or (bins is not None and _has_bins(self.bin, bins)))
             and (
                 self.metadata is None
@@ -225,15 +231,29 @@ class Rules:
     """All rules of a merchant and a mode."""
 
     rules: tuple[Rule, ...]
-    _by_currency: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict, repr=False)
-    _of_any: tuple[Rule, ...] = ()
     _by_name: Mapping[str, Rule] = field(default_factory=dict, repr=False)
+    _suiting: dict[Kind, tuple[Rule, ...]] = field(default_factory=dict, repr=False, compare=False)
+    """The rules that payments of a kind may go by: most rules of a long file are for others."""
 
     def match(self, facts: Facts, amount_minor: int, currency: str) -> Rule | None:
         """The first rule whose conditions hold."""
+        kind = (
+            currency,
+            facts.method,
+            facts.scheme,
+            facts.issuer_country,
+            facts.card_type,
+            facts.channel,
+        )
+        rules = self._suiting.get(kind)
+        if rules is None:
+            if len(self._suiting) >= KINDS_MAX:
+                self._suiting.clear()
+            rules = tuple(rule for rule in self.rules if rule.when.suit(kind))
+            self._suiting[kind] = rules
         bins = bins_of(facts.bin)
-        for rule in self._by_currency.get(currency, self._of_any):
-            if rule.when.hold(facts, bins, amount_minor, currency):
+        for rule in rules:
+            if rule.when.hold(facts, bins, amount_minor):
                 return rule
         return None
 
@@ -262,18 +282,7 @@ class Rules:
 
 def compile_rules(rules: Sequence[Rule]) -> Rules:
     """Rules, ready to choose."""
-    currencies = {code for rule in rules for code in rule.when.currency or ()}
-    return Rules(
-        tuple(rules),
-        {
-            code: tuple(
-                rule for rule in rules if rule.when.currency is None or code in rule.when.currency
-            )
-            for code in currencies
-        },
-        tuple(rule for rule in rules if rule.when.currency is None),
-        {rule.name: rule for rule in rules},
-    )
+    return Rules(tuple(rules), {rule.name: rule for rule in rules})
 
 
 # --- splits ---------------------------------------------------------------------------------------
