@@ -211,7 +211,7 @@ def read_key_set(
     for entry in entries[:KEYS_MAX]:
         if not isinstance(entry, dict) or not _is_name(entry.get("kid")) or "d" in entry:
             continue
-        if entry.get("use", "sig") != "sig" or "verify" not in entry.get("key_ops", ("verify",)):
+        if entry.get("use", "sig") != "sig" or not _may_verify(entry):
             continue
         for algorithm in algorithms:
             kind, curve = ALGORITHMS[algorithm]
@@ -225,6 +225,11 @@ def read_key_set(
     if not found:
         raise ValueError("no usable key")
     return found
+
+
+def _may_verify(entry: dict[str, Any]) -> bool:
+    operations = entry.get("key_ops", ["verify"])
+    return isinstance(operations, list) and "verify" in operations
 
 
 def _public_key(entry: dict[str, Any], algorithm: str) -> AllowedPublicKeys | None:

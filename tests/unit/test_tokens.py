@@ -377,6 +377,8 @@ UNFIT: dict[str, object] = {
     "symmetric in disguise": {"kty": "oct", "k": "c2VjcmV0", "kid": "rsa-1", "alg": "RS256"},
     "for encryption": {**RSA.jwk, "use": "enc"},
     "for encryption by its operations": {**RSA.jwk, "key_ops": ["encrypt"]},
+    "with operations that are no list": {**RSA.jwk, "key_ops": None},
+    "with operations in one text": {**RSA.jwk, "key_ops": "verify"},
     "private": {**RSA.jwk, "d": "AQAB"},
     "without a name": {**RSA.jwk, "kid": None},
     "too short": {**RSA.jwk, "n": "AQAB"},
