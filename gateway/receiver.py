@@ -26,6 +26,7 @@ from gateway.connectors.notifications import (
     UnusableNotification,
 )
 from gateway.domain.errors import GatewayError
+from gateway.listening import listen
 from gateway.settings import split_address
 
 PATH: Final = "/v1/notifications"
@@ -198,13 +199,9 @@ class Receiver:
         server = _Server(self._serve, self._limits, self._refused_connection)
         self._runner = web.ServerRunner(server, shutdown_timeout=self._limits.timeout_s)
         await self._runner.setup()
-        await web.TCPSite(
-            self._runner,
-            self._host,
-            self._port,
-            backlog=BACKLOG,
-            reuse_port=self._share_port or None,
-        ).start()
+        await listen(
+            self._runner, self._host, self._port, backlog=BACKLOG, reuse_port=self._share_port
+        )
 
     @property
     def port(self) -> int:

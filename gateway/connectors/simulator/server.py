@@ -33,6 +33,7 @@ from gateway.connectors.simulator.ledger import KINDS, Ledger, Send, Transaction
 from gateway.connectors.simulator.notifying import Notifier, Notifying
 from gateway.connectors.simulator.outcomes import APPROVE, BEFORE_EFFECT, VISITS, Behaviour, Fault
 from gateway.connectors.simulator.profiles import FIELDS, PROFILES, Profile, find_profile
+from gateway.listening import every_address
 
 HEAD_BYTES_MAX: Final = 16 * 1024
 BODY_BYTES_MAX: Final = 256 * 1024
@@ -957,9 +958,7 @@ async def serve(options: Options, announce: Callable[[str], object] | None = Non
     await simulator.notifier.set(options.notifying)
     stack = contextlib.AsyncExitStack()
     try:
-        server = await loop.create_server(
-            lambda: _Connection(simulator), options.host, options.port, backlog=BACKLOG
-        )
+        server = await _listen(lambda: _Connection(simulator), options.host, options.port)
         line: dict[str, object] = {
             "url": f"http://{_authority(server)}",
             "profile": profile.name,
@@ -974,6 +973,16 @@ async def serve(options: Options, announce: Callable[[str], object] | None = Non
     finally:
         await stack.aclose()
         await simulator.close()
+
+
+async def _listen(
+    connection: Callable[[], asyncio.Protocol], host: str, port: int
+) -> asyncio.Server:
+    loop = asyncio.get_running_loop()
+    both = every_address(host, port, backlog=BACKLOG)
+    if both is not None:
+        return await loop.create_server(connection, sock=both, backlog=BACKLOG)
+    return await loop.create_server(connection, host, port, backlog=BACKLOG)
 
 
 def _authority(server: asyncio.Server) -> str:
