@@ -24,7 +24,7 @@ RECOVERER: Final = "gateway_recoverer"
 _CREATE_ROLES = query("row_security", "create_roles")
 _PROTECT = query("row_security", "protect")
 _UNPROTECT = query("row_security", "unprotect")
-_NAME_LOGIN = query("row_security", "name_login")
+_PREPARE = query("row_security", "prepare")
 _PROBLEMS = query("row_security", "problems")
 _WITHIN_MERCHANTS = query("row_security", "within_merchants")
 _WITHIN_MERCHANT = query("row_security", "within_merchant")
@@ -47,16 +47,18 @@ async def _connect(dsn: str) -> Connection:
     return connection
 
 
-async def enable(dsn: str, login: str | None = None) -> None:
+async def enable(dsn: str, login: str | None = None, *, new_tables_only: bool = False) -> None:
     """Create the roles and the policies; again after every migration that adds a table.
 
-    `dsn` is that of the tables' owner, who may create roles; `login` the user that gateways connect
-    as, where it is another. Gateways without the setting go on as before. Raises asyncpg's and
-    OSError's errors.
+    `dsn` is that of the tables' owner, who may create roles where there are none; `login` the user
+    that gateways connect as, by default the one of the last time, and the first time the owner.
+    With `new_tables_only` no table is locked that has its policies. Gateways without the setting go
+    on as before. Raises asyncpg's and OSError's errors.
     """
     connection = await _connect(dsn)
     try:
-        await run(connection, _NAME_LOGIN, login=login)
+        protect = "new" if new_tables_only else "all"
+        await run(connection, _PREPARE, login=login, protect=protect)
         async with connection.transaction():
             await connection.execute(_CREATE_ROLES.text)
             await connection.execute(_PROTECT.text)

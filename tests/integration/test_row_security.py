@@ -176,28 +176,83 @@ async def test_every_table_of_merchants_rows_is_protected_and_a_new_one_is_misse
     assert len(await row_security.problems(dsn)) > 1
 
 
-async def test_a_user_who_owns_nothing_serves_with_the_roles_alone(
-    postgres: PostgresForTests, dsn: str
-) -> None:
-    login = f"app_{ids.new_key_id()[-8:]}"
-    fetch(dsn, f"CREATE ROLE {login} LOGIN PASSWORD 'test'")
+async def test_a_user_who_owns_nothing_serves_with_the_roles_alone(dsn: str, login: str) -> None:
+    await row_security.enable(dsn, login)
+    own = re.sub(r"//[^@]+@", f"//{login}:test@", dsn)
+    assert await row_security.problems(own) == []
+    async with PostgresStore(own, row_security=True) as store:
+        await authorized(store, VICTIM)
+        assert await store.expired(10) == 0
+    other = await asyncpg.connect(own)
     try:
-        await row_security.enable(dsn, login)
-        own = re.sub(r"//[^@]+@", f"//{login}:test@", dsn)
-        assert await row_security.problems(own) == []
-        async with PostgresStore(own, row_security=True) as store:
-            await authorized(store, VICTIM)
-            assert await store.expired(10) == 0
-        other = await asyncpg.connect(own)
-        try:
-            with pytest.raises(asyncpg.InsufficientPrivilegeError):
-                await other.fetch("SELECT * FROM payments")
-        finally:
-            await other.close()
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await other.fetch("SELECT * FROM payments")
     finally:
-        await row_security.disable(dsn)
-        fetch(dsn, f"DROP OWNED BY {login}")
-        fetch(dsn, f"DROP ROLE {login}")
+        await other.close()
+
+
+@pytest.fixture
+def login(postgres: PostgresForTests, dsn: str) -> Iterator[str]:
+    """A user who owns nothing."""
+    name = f"app_{ids.new_key_id()[-8:]}"
+    fetch(dsn, f"CREATE ROLE {name} LOGIN PASSWORD 'test'")
+    yield name
+    fetch(dsn, f"DROP OWNED BY {name}")
+    fetch(dsn, f"DROP ROLE {name}")
+
+
+def logins_of(dsn: str, table: str) -> list[str]:
+    rows = fetch(
+        dsn,
+        "SELECT roles[1] AS role FROM pg_policies"
+        " WHERE tablename = $1 AND policyname = 'gateway_login'",
+        table,
+    )
+    return [row["role"] for row in rows]
+
+
+async def test_a_new_table_is_protected_for_the_same_user_and_the_others_are_not_locked(
+    dsn: str, login: str
+) -> None:
+    await row_security.enable(dsn, login)
+    fetch(dsn, "CREATE TABLE later (merchant_id text PRIMARY KEY)")
+    reader = await asyncpg.connect(dsn)
+    try:
+        async with reader.transaction():
+            await reader.fetch("SELECT FROM payments")  # as a gateway that is at work
+            await row_security.enable(dsn, new_tables_only=True)
+    finally:
+        await reader.close()
+    assert await row_security.problems(dsn) == []
+    assert logins_of(dsn, "later") == logins_of(dsn, "payments") == [login]
+
+
+async def test_for_another_user_every_table_is_protected_anew(dsn: str, login: str) -> None:
+    await row_security.enable(dsn)
+    assert logins_of(dsn, "payments") != [login]
+    await row_security.enable(dsn, login, new_tables_only=True)
+    assert logins_of(dsn, "payments") == [login]
+
+
+async def test_an_owner_who_may_create_no_roles_protects_what_it_adds(
+    postgres: PostgresForTests, dsn: str, login: str
+) -> None:
+    await row_security.enable(dsn, login)  # by somebody with more rights, once
+    owner = f"own_{login}"
+    fetch(dsn, f"CREATE ROLE {owner} LOGIN PASSWORD 'test'")
+    try:
+        [row] = fetch(dsn, "SELECT current_database() AS name")
+        fetch(dsn, f'ALTER DATABASE "{row["name"]}" OWNER TO {owner}')
+        for table in fetch(dsn, "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"):
+            fetch(dsn, f"ALTER TABLE {table['tablename']} OWNER TO {owner}")
+        own = re.sub(r"//[^@]+@", f"//{owner}:test@", dsn)
+        fetch(own, "CREATE TABLE later (merchant_id text PRIMARY KEY)")
+        await row_security.enable(own, new_tables_only=True)
+        assert await row_security.problems(dsn) == []
+        assert logins_of(dsn, "later") == [login]
+    finally:
+        fetch(dsn, f"REASSIGN OWNED BY {owner} TO CURRENT_USER")
+        fetch(dsn, f"DROP ROLE {owner}")
 
 
 # --- nothing else changes -------------------------------------------------------------------------

@@ -9,18 +9,27 @@ DECLARE
 BEGIN
     FOREACH role_name IN ARRAY ARRAY['gateway_reader', 'gateway_writer', 'gateway_recoverer'] LOOP
         BEGIN
-            EXECUTE format('CREATE ROLE %I NOLOGIN', role_name);
+            -- Looked for first: who may not create roles may use those that there are.
+            IF to_regrole(role_name) IS NULL THEN
+                EXECUTE format('CREATE ROLE %I NOLOGIN', role_name);
+            END IF;
         EXCEPTION WHEN duplicate_object OR unique_violation THEN
             NULL;
         END;
-        -- To become it, not to have its rights: whoever logs in sees no more than before.
-        EXECUTE format(
-            'GRANT %I TO %I' || CASE
-                WHEN current_setting('server_version_num')::int >= 160000
-                THEN ' WITH INHERIT FALSE, SET TRUE' ELSE ''
-            END,
-            role_name, current_setting('gateway.login')
-        );
+        BEGIN
+            -- To become it, not to have its rights: whoever logs in sees no more than before.
+            EXECUTE format(
+                'GRANT %I TO %I' || CASE
+                    WHEN current_setting('server_version_num')::int >= 160000
+                    THEN ' WITH INHERIT FALSE, SET TRUE' ELSE ''
+                END,
+                role_name, current_setting('gateway.login')
+            );
+        EXCEPTION WHEN insufficient_privilege THEN
+            IF NOT pg_has_role(current_setting('gateway.login'), role_name, 'MEMBER') THEN
+                RAISE;
+            END IF;
+        END;
         EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema(), role_name);
     END LOOP;
 END
@@ -30,13 +39,15 @@ $$;
 -- Every table whose rows are a merchant's, those of later migrations too when it runs again; but for
 -- merchants itself, which is read to find out who calls. The conditions name merchant_id by a
 -- collation that no index has, so that they are filters only and change no plan. In a subquery, a
--- setting is read once in a statement; without it there are no rows.
+-- setting is read once in a statement; without it there are no rows. With `gateway.protect` set to
+-- `new`, those that are protected already are not locked.
 DO $$
 DECLARE
     its record;
     statement text;
 BEGIN
     FOR its IN {{merchant_tables}} LOOP
+        CONTINUE WHEN its.protected AND current_setting('gateway.protect') = 'new';
         FOREACH statement IN ARRAY ARRAY[
             'GRANT SELECT ON %1$s TO gateway_reader',
             'GRANT SELECT, INSERT, UPDATE, DELETE ON %1$s TO gateway_writer',
@@ -81,8 +92,25 @@ BEGIN
 END
 $$;
 
--- :name name_login
-SELECT set_config('gateway.login', coalesce(:login::text, current_user), false);
+-- :name prepare
+-- For whom, without a login: for whom it was done before, and else for this user. For another one than
+-- before, every table is to be protected anew.
+WITH before AS (
+    SELECT max(role.rolname::text) AS login
+    FROM pg_policy AS policy
+    JOIN pg_class AS class ON class.oid = policy.polrelid
+    JOIN pg_roles AS role ON role.oid = ANY (policy.polroles)
+    WHERE policy.polname = 'gateway_login'
+        AND class.relnamespace = current_schema()::regnamespace
+)
+SELECT
+    set_config('gateway.login', coalesce(:login::text, before.login, current_user::text), false),
+    set_config(
+        'gateway.protect',
+        CASE WHEN :login::text <> before.login THEN 'all' ELSE :protect::text END,
+        false
+    )
+FROM before;
 
 -- :name problems
 -- What keeps the wall from standing; no row where nothing does.
@@ -100,12 +128,7 @@ WHERE role.oid IS NULL
 UNION ALL
 SELECT 'the table ' || its.name || ' is not protected'
 FROM ({{merchant_tables}}) AS its
-WHERE NOT its.relrowsecurity
-    OR (
-        SELECT count(*) FROM pg_policy
-        WHERE polrelid = its.oid
-            AND polname IN ('gateway_reader', 'gateway_writer', 'gateway_recoverer')
-    ) < 3
+WHERE NOT its.protected
 ORDER BY problem;
 
 -- :name within_merchants
@@ -120,7 +143,13 @@ SELECT set_config('gateway.merchant', :merchant::text, false);
 SELECT set_config('role', 'gateway_reader', true), set_config('gateway.merchant', :merchant::text, true);
 
 -- :fragment merchant_tables
-SELECT class.oid, class.oid::regclass::text AS name, class.relrowsecurity
+SELECT
+    class.oid::regclass::text AS name,
+    class.relrowsecurity AND (
+        SELECT count(*) FROM pg_policy
+        WHERE polrelid = class.oid
+            AND polname IN ('gateway_reader', 'gateway_writer', 'gateway_recoverer')
+    ) = 3 AS protected
 FROM pg_class AS class
 WHERE class.relnamespace = current_schema()::regnamespace
     AND class.relkind IN ('r', 'p')
