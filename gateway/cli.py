@@ -236,6 +236,12 @@ def simulator(arguments: tuple[str, ...]) -> None:
     sys.exit(server.main(list(arguments)))
 
 
+_login_option = click.option(
+    "--login",
+    help="The user that gateways connect as; without it that of the last time, then this one.",
+)
+
+
 @main.command()
 @click.option(
     "--phase",
@@ -244,21 +250,30 @@ def simulator(arguments: tuple[str, ...]) -> None:
     show_default=True,
     help="pre: before the new version is deployed; post: after the last old one has gone.",
 )
+@_login_option
 @_async
-async def migrate(phase: str) -> None:
-    """Bring the schema up to this version. Safe to repeat, and from several places at once."""
-    from storage.postgres import migrate as migrations
+async def migrate(phase: str, login: str | None) -> None:
+    """Bring the schema up to this version. Safe to repeat, and from several places at once.
 
+    With GATEWAY_POSTGRES_ROW_SECURITY the tables that it adds are protected as by `row-security
+    enable`; --login is then as there.
+    """
+    from storage.postgres import migrate as migrations
+    from storage.postgres import row_security as security
+
+    settings = _settings()
+    dsn = _postgres_dsn(settings)
     try:
-        applied = await migrations.migrate(
-            _postgres_dsn(_settings()), cast("Literal['pre', 'post', 'all']", phase)
-        )
+        applied = await migrations.migrate(dsn, cast("Literal['pre', 'post', 'all']", phase))
     except (migrations.MigrationChanged, migrations.MigrationBusy) as error:
         fail(str(error))
     for name in applied:
         click.echo(f"applied {name}")
     if not applied:
         click.echo("nothing to do")
+    if settings.postgres_row_security and phase != "post":
+        await security.enable(dsn, login, new_tables_only=True)
+        click.echo("row-level security is enabled")
 
 
 @main.group("row-security")
@@ -267,13 +282,14 @@ def row_security() -> None:
 
 
 @row_security.command("enable")
-@click.option("--login", help="The user that gateways connect as, where it is not this one.")
+@_login_option
 @_async
 async def row_security_enable(login: str | None) -> None:
     """Create the roles and policies for GATEWAY_POSTGRES_ROW_SECURITY.
 
-    As the tables' owner, who may create roles. Run it again after each `migrate`: a new table is
-    protected by it. Safe to repeat, and gateways that run without the setting go on.
+    As the tables' owner, who may create roles where there are none. Where `migrate` runs without
+    the setting, run it again after each: a new table is protected by it. Safe to repeat, and
+    gateways that run without the setting go on.
     """
     from storage.postgres import row_security as security
 
@@ -1648,7 +1664,10 @@ def health(live: bool) -> None:
 @main.command()
 @_async
 async def doctor() -> None:
-    """Check settings, servers, durability and clock, and say what to do about each finding."""
+    """Check settings, files, servers, durability and clock, and say what to do about each finding.
+
+    May be run beside a gateway that serves. Exit status 1 where a finding is BAD.
+    """
     from gateway.doctor import examine
 
     settings = _settings()

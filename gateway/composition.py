@@ -42,7 +42,7 @@ from gateway.connectors.registry import ConnectorRegistry
 from gateway.connectors.simulator.connector import ProfileMismatch, SimulatorConnector
 from gateway.connectors.simulator.launch import SimulatorFailed
 from gateway.connectors.simulator.profiles import PROFILES
-from gateway.jwks import fetch_jwks, read_jwks_file
+from gateway.jwks import read_jwks
 from gateway.local import LocalServers, LocalState, write_state
 from gateway.receiver import Receiver, ReceiverLimits
 from gateway.routing.availability import AccountAvailability
@@ -375,9 +375,9 @@ class Gateway:
             return None
 
         async def read() -> bytes:
-            if settings.jwt_jwks_file:
-                return await read_jwks_file(Path(settings.jwt_jwks_file))
-            return await fetch_jwks(settings.jwt_jwks_url, settings.jwt_jwks_timeout_s)
+            return await read_jwks(
+                settings.jwt_jwks_url, settings.jwt_jwks_file, settings.jwt_jwks_timeout_s
+            )
 
         rules = TokenRules(
             issuer=settings.jwt_issuer,

@@ -1,18 +1,31 @@
-"""What `gateway doctor` examines: servers, durability, schema, clock, listening addresses."""
+"""What `gateway doctor` examines: files, servers, durability, schema, clock, addresses."""
 
+import asyncio
+import errno
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
 
+from gateway.connectors.configured import (
+    ConnectorsMisconfigured,
+    configured_keys,
+    configured_kinds,
+)
+from gateway.jwks import JwksUnusable, read_jwks
 from gateway.local import LocalState
-from gateway.settings import Settings, split_address
-from storage.postgres import SchemaError, check_schema, durability_problems
+from gateway.probe import ask_health
+from gateway.rpc.tls import TlsFiles, TlsFilesUnusable
+from gateway.rpc.tokens import read_key_set
+from gateway.settings import Settings, algorithms_of, split_address
+from storage.postgres import SchemaError, check_schema, durability_problems, row_security
 from storage.postgres.store import DIRECT, FOLLOW_UPS, NOTIFICATIONS
 from storage.redis import RedisAway, RedisClient, RedisRefused
 
@@ -35,12 +48,63 @@ async def examine(settings: Settings, state: LocalState) -> list[Finding]:
     dsn = settings.postgres_dsn.get_secret_value() or state.postgres_dsn
     redis_url = settings.redis_url.get_secret_value() or state.redis_url
     simulator_url = settings.simulator_url or state.simulator_url
-    findings = await _postgres(dsn, settings)
+    findings = [*_tls(settings), *_connectors(settings)]
+    findings += await _postgres(dsn, settings)
     findings.append(await _redis(redis_url, settings))
+    findings += await _signing_keys(settings)
     findings.append(await _simulator(simulator_url))
-    findings += [_address("listen_address", settings.listen_address)]
-    findings += [_address("metrics_address", settings.metrics_address)]
+    # Within a pod it is asked beside the gateway that has the addresses.
+    runs, _ = await asyncio.to_thread(ask_health, settings.metrics_address, "livez")
+    for name in ("listen_address", "metrics_address", "notifications_address"):
+        if address := getattr(settings, name):
+            findings.append(_address(name, address, runs=runs))
     return findings
+
+
+def _tls(settings: Settings) -> Iterator[Finding]:
+    if not settings.tls_certificate_file:
+        return
+    client_ca = settings.tls_client_ca_file
+    files = TlsFiles(
+        Path(settings.tls_certificate_file),
+        Path(settings.tls_key_file),
+        Path(client_ca) if client_ca else None,
+    )
+    try:
+        files.credentials()
+    except TlsFilesUnusable as error:
+        yield Finding(False, f"TLS: {error}")
+    else:
+        yield Finding(True, "the TLS files can be served")
+
+
+def _connectors(settings: Settings) -> Iterator[Finding]:
+    try:
+        kinds = configured_kinds(settings)
+        keys = configured_keys(settings)
+    except ConnectorsMisconfigured as error:
+        yield Finding(False, f"connectors: {error}")
+        return
+    known = ", ".join(kind.name for kind in kinds)
+    yield Finding(True, f"connectors can be made: {known}")
+    if keys is None:
+        yield Finding(True, "no wrapping keys are set: merchants' own accounts cannot be used")
+    else:
+        yield Finding(True, f"the wrapping keys can be used; {keys.current_key_id} wraps")
+
+
+async def _signing_keys(settings: Settings) -> list[Finding]:
+    if not settings.jwt_issuer:
+        return []
+    try:
+        text = await read_jwks(
+            settings.jwt_jwks_url, settings.jwt_jwks_file, settings.jwt_jwks_timeout_s
+        )
+        keys = read_key_set(text, algorithms_of(settings.jwt_algorithms))
+    except (OSError, TimeoutError, ValueError, aiohttp.ClientError, JwksUnusable) as error:
+        return [Finding(False, f"the token issuer's keys: {type(error).__name__}: {error}")]
+    names = ", ".join(sorted({kid for kid, _ in keys}))
+    return [Finding(True, f"the token issuer's keys can be used: {names}")]
 
 
 async def _postgres(dsn: str, settings: Settings) -> list[Finding]:
@@ -75,6 +139,11 @@ async def _postgres(dsn: str, settings: Settings) -> list[Finding]:
             findings.append(Finding(True, "the schema is the one that this version needs"))
         except SchemaError as error:
             findings.append(Finding(False, f"schema: {error}"))
+        if settings.postgres_row_security:
+            problems = await row_security.problems(dsn)
+            findings += [Finding(False, f"row-level security: {problem}") for problem in problems]
+            if not problems:
+                findings.append(Finding(True, "row-level security holds"))
         findings.append(await _connections(connection, settings))
         started = time.monotonic()
         database_time: datetime = await connection.fetchval("SELECT clock_timestamp()")
@@ -149,7 +218,7 @@ async def _simulator(url: str) -> Finding:
         return Finding(False, f"PSP simulator: {type(error).__name__}: {error}")
 
 
-def _address(name: str, address: str) -> Finding:
+def _address(name: str, address: str, *, runs: bool) -> Finding:
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -157,6 +226,8 @@ def _address(name: str, address: str) -> Finding:
         try:
             probe.bind((host, port))
         except OSError as error:
+            if runs and error.errno == errno.EADDRINUSE:
+                return Finding(True, f"GATEWAY_{name.upper()} {address}: a gateway runs there")
             return Finding(
                 False,
                 f"GATEWAY_{name.upper()} {address}: {error.strerror}; does a gateway run already?",

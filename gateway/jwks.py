@@ -50,3 +50,13 @@ async def read_jwks_file(path: Path) -> bytes:
     if len(text) > JWKS_BYTES_MAX:
         raise JwksUnusable("too large")
     return text
+
+
+async def read_jwks(url: str, file: str, timeout_s: float) -> bytes:
+    """The key set in the file where one is named, else at the address.
+
+    Raises as those two do.
+    """
+    if file:
+        return await read_jwks_file(Path(file))
+    return await fetch_jwks(url, timeout_s)

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 from gateway.cli import main
 from gateway.domain.ids import new_merchant_id, new_payment_id
+from storage.postgres import row_security
 from storage.postgres.migrate import migrate
 from tests.harness import calling, eventually, reason_of, running_system
 from tests.servers import free_port
@@ -238,6 +239,19 @@ def test_row_security_is_enabled_and_disabled(
     assert (told.returncode, told.stdout) == (0, "row-level security is disabled\n")
 
 
+async def test_migrate_protects_the_tables_that_it_adds_where_the_gateways_rely_on_it(
+    postgres: PostgresForTests, alone: CommandLine
+) -> None:
+    dsn = postgres.create_database()
+    settings = {"postgres_dsn": dsn, "postgres_row_security": "true"}
+    for phase in ("pre", "all"):
+        told = alone.run("migrate", "--phase", phase, **settings)
+        assert told.returncode == 0, told.stderr
+        assert told.stdout.endswith("row-level security is enabled\n")
+        assert await row_security.problems(dsn) == []
+    assert "row-level" not in alone.run("migrate", "--phase", "post", **settings).stdout
+
+
 def test_a_listed_key_tells_mode_scopes_and_life_and_no_secret(command_line: CommandLine) -> None:
     organisation = command_line.printed("organisations", "create", "--name", "One")
     create = ("keys", "create", "--organisation", organisation, "--name", "till")
@@ -363,6 +377,15 @@ async def test_doctor_tells_good_from_bad(
         }
         good = alone.run("doctor", **settings)
         assert (good.returncode, "BAD" in good.stdout) == (0, False), good.stdout
+        # As within a pod: beside the gateway that has the addresses.
+        gateway = system.start_gateway(
+            listen_address=settings["listen_address"], metrics_address=settings["metrics_address"]
+        )
+        await gateway.serving()
+        beside = await asyncio.to_thread(alone.run, "doctor", **settings)
+        assert (beside.returncode, "BAD" in beside.stdout) == (0, False), beside.stdout
+        assert "a gateway runs there" in beside.stdout
+        await asyncio.to_thread(gateway.stop)
         settings["redis_url"] = f"redis://127.0.0.1:{free_port()}"
         settings["postgres_dsn"] = postgres.create_database()
         bad = alone.run("doctor", **settings)
