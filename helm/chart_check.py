@@ -3,10 +3,10 @@
 Renders every file of ci/ with Helm 4 (helm-python-sdk), validates each object strictly against
 Kubernetes' own schemas (kubernetes-validate) and, of custom resources, those of schemas/, compares
 with golden/, loads the rendered settings into the gateway, and looks at policies. Values that
-contradict each other must be refused, with a text that says so, and values at random be refused
-likewise or render to what passes the same checks (chart_fuzz.py). Where promtool is present, it
-reads the alerts and the dashboards' queries, and runs alerts_test.yaml. Then the chart's scripts
-run against a gateway.
+contradict each other must be refused, with a text that says so; each value taken away by `null`,
+and values at random (chart_fuzz.py), be refused likewise or render to what passes the same checks.
+Where promtool is present, it reads the alerts and the dashboards' queries, and runs
+alerts_test.yaml. Then the chart's scripts run against a gateway.
 
 `--write` writes golden/ anew; `--no-live` leaves the running gateway out; `--image` builds what the
 image holds (a minute) and runs that too.
@@ -314,17 +314,18 @@ def variables_of(objects: list[Object], container: Object) -> dict[str, str]:
 
 # --- refusals -------------------------------------------------------------------------------------
 
-_SERVERS: Final = {
+_SERVERS: Final[Object] = {
     "postgres": {"existingSecret": "servers"},
     "redis": {"existingSecret": "servers"},
 }
-_PLAIN: Final = _SERVERS | {"tls": {"enabled": False}}
+_PLAIN: Final[Object] = _SERVERS | {"tls": {"enabled": False}}
 
 REFUSED: Final[tuple[tuple[Object, str], ...]] = (
     ({}, "set postgres.existingSecret"),
     ({}, "set redis.existingSecret"),
     ({}, "set tls.existingSecret"),
     (_PLAIN | {"replicas": 3}, "replicas"),
+    (_PLAIN | {"networkPolicy": {"egress": {"postgresPorts": None}}}, "postgresPorts"),
     (_PLAIN | {"fullnameOverride": "1-pay"}, "begins with a letter"),
     (_PLAIN | {"replicaCount": "three"}, "replicaCount"),
     (_PLAIN | {"settings": {"worker": 2}}, "worker"),
@@ -361,6 +362,21 @@ REFUSED: Final[tuple[tuple[Object, str], ...]] = (
     (
         _PLAIN | {"keda": {"enabled": True, "targetCPUUtilizationPercentage": 0}},
         "nothing to scale on",
+    ),
+    (
+        _PLAIN
+        | {
+            "settings": {"postgres_row_security": True},
+            "migrations": {"postgres": {"existingSecret": "owner"}},
+        },
+        "migrations.login: with settings.postgres_row_security",
+    ),
+    (_PLAIN | {"migrations": {"login": "gateway"}}, "is for settings.postgres_row_security"),
+    (_PLAIN | {"commonLabels": {"team": "pay ments"}}, "team"),
+    (_PLAIN | {"podLabels": {"a/b/c": "1"}}, "a/b/c"),
+    (
+        _PLAIN | {"service": {"ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv4", "IPv6"]}},
+        "SingleStack has one",
     ),
     (_PLAIN | {"ingress": {"enabled": True}}, "ingress: needs hosts"),
     (_PLAIN | {"grpcRoute": {"enabled": True}}, "grpcRoute: needs parentRefs"),
@@ -400,6 +416,47 @@ def refusal_problems(chart: helm_python.Chart) -> Iterator[str]:
                 yield f"{values}: the refusal does not say {expected!r}: {error}"
         else:
             yield f"{values}: is not refused ({expected})"
+
+
+_ENABLED: Final = (
+    *("autoscaling", "dashboards", "grpcRoute", "ingress", "notifications", "prometheusRule"),
+    *("serviceMonitor", "simulator"),
+)
+
+
+def null_problems(chart: helm_python.Chart) -> Iterator[str]:
+    """Values that cannot be taken away by `null`, and fail in Helm's words, or in the cluster."""
+    text = (CHART / "values.yaml").read_text(encoding="utf-8")
+    documented = {path for path, _, _ in chart_files.documented_values(text) if path}
+    parents = {path.rpartition(".")[0] for path in documented} - {""}
+    given: Object = copy.deepcopy(_PLAIN) | {name: {"enabled": True} for name in _ENABLED}
+    given["grpcRoute"]["parentRefs"] = [{"name": "edge"}]
+    given["ingress"]["hosts"] = ["a.example.com"]
+    usual, _ = render(chart, given)
+    for path in sorted(documented | parents):
+        values = copy.deepcopy(given)
+        *above, last = path.split(".")
+        place = values
+        for name in above:
+            place = place.setdefault(name, {})
+        place[last] = None
+        try:
+            objects, notes = render(chart, values)
+        except helm_python.HelmError as error:
+            if not re.search(r"The values cannot be used|don't meet the specification", str(error)):
+                yield f"{path}: null fails in Helm's words: {error}"
+            continue
+        except yaml.YAMLError as error:
+            yield f"{path}: null renders to no YAML: {error}"
+            continue
+        found = [
+            *schema_problems([each for each in objects if each not in usual], (_LAST,)),
+            *policy_problems(objects),
+            *reference_problems(objects),
+            *settings_problems(objects),
+            *notes_problems(notes),
+        ]
+        yield from (f"{path}: null: {each}" for each in found)
 
 
 # --- values at random -----------------------------------------------------------------------------
@@ -508,7 +565,12 @@ def case_problems(
     titles = [title(each) for each in objects]
     for each in sorted({each for each in titles if titles.count(each) > 1}):
         yield f"{each} is rendered twice"
-    if f"{namespace} rollout status" not in notes or re.search(r"<no value>|%!", notes):
+    yield from notes_problems(notes, namespace)
+
+
+def notes_problems(notes: str, namespace: str = NAMESPACE) -> Iterator[str]:
+    """What a template left in the notes."""
+    if f"{namespace} rollout status" not in notes or re.search(r"<no value>|<nil>|%!", notes):
         yield "the notes are not what they should be"
 
 
@@ -568,6 +630,7 @@ def main() -> int:
             problems += [f"{case}: {each}" for each in found]
         print(f"== {len(REFUSED)} refusals")
         problems += refusal_problems(chart)
+        problems += null_problems(chart)
         problems += random_problems(chart)
     problems += rule_problems()
     if not {"embedded", "tls"} <= set(rendered):

@@ -80,7 +80,40 @@ def schema_text() -> str:
     }
     reference = {"$ref": "#/definitions/secretReference"}
     schema["properties"]["secretSettings"]["properties"] = dict.fromkeys(free, reference)
+    _require(schema)
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+_EMPTY: Final = ("null", '""', "{}", "[]")
+
+
+def _require(schema: dict[str, Any]) -> None:
+    """Have the schema refuse `null`, which takes a value away, where a template needs the value.
+
+    Lists and maps that nothing is written about may be taken away, and what is empty anyway.
+    """
+
+    def needed(place: dict[str, Any], default: str) -> bool:
+        if "$ref" in place:
+            place = schema["definitions"][place["$ref"].rpartition("/")[2]]
+        if place.get("type") == "object":
+            return "properties" in place
+        return default not in _EMPTY and (place.get("type") != "array" or "minItems" in place)
+
+    required: dict[str, set[str]] = {}
+    for path, default, _ in documented_values((CHART / "values.yaml").read_text(encoding="utf-8")):
+        *parents, name = path.split(".")
+        place, above = schema, ""
+        for parent in parents:
+            required.setdefault(above, set()).add(parent)
+            place, above = place["properties"][parent], f"{above}.{parent}"
+        if path and needed(place["properties"][name], default):
+            required.setdefault(above, set()).add(name)
+    for above, names in required.items():
+        place = schema
+        for parent in above.split(".")[1:]:
+            place = place["properties"][parent]
+        place["required"] = sorted(names)
 
 
 # --- README.md ------------------------------------------------------------------------------------

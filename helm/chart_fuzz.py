@@ -60,6 +60,8 @@ CHOICES: Final[dict[str, tuple[Any, ...]]] = {
     "settings.message_bytes_max": (65536, 16777216),
     "settings.metadata_bytes_max": (4096, 65536),
     "settings.log_level": ("DEBUG",),
+    "settings.postgres_row_security": (True, False),
+    "settings.tracing_endpoint": ("http://collector:4318/v1/traces",),
     "secretSettings": ({"simulator_url": {"name": "psp", "key": "url"}},),
     "transport": ("native", "grpcio"),
     "listenHost": ("[::]", "0.0.0.0"),  # noqa: S104 - inside a pod
@@ -85,6 +87,14 @@ CHOICES: Final[dict[str, tuple[Any, ...]]] = {
     "probes.startup": ({"periodSeconds": 1, "timeoutSeconds": 1, "failureThreshold": 600},),
     "topologySpreadConstraints": (
         [],
+        [
+            {
+                "maxSkew": 1,
+                "topologyKey": "zone",
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "matchLabelKeys": ["app.kubernetes.io/version"],
+            }
+        ],
         [
             {
                 "maxSkew": 2,
@@ -152,6 +162,8 @@ CHOICES: Final[dict[str, tuple[Any, ...]]] = {
         {"type": "LoadBalancer", "port": 443, "annotations": {"example.com/internal": "true"}},
         {"type": "NodePort", "labels": {"mesh": "1"}},
         {"appProtocol": "kubernetes.io/h2c"},
+        {"ipFamilyPolicy": "PreferDualStack"},
+        {"ipFamilyPolicy": "SingleStack", "ipFamilies": ["IPv6"]},
     ),
     "headlessService": ({"enabled": False}, {"annotations": {"a.example.com/b": "yes"}}),
     "networkPolicy": (
@@ -163,6 +175,8 @@ CHOICES: Final[dict[str, tuple[Any, ...]]] = {
                 "postgresPeers": [{"ipBlock": {"cidr": "2001:db8::/32"}}],
                 "postgresPorts": [5433],
                 "pspPorts": [443, 8443],
+                "dnsPorts": [53, 5353],
+                "kubernetesPorts": [8443],
                 "extra": [{"to": [{"namespaceSelector": {}}]}],
             }
         },
@@ -184,6 +198,7 @@ CHOICES: Final[dict[str, tuple[Any, ...]]] = {
         {"enabled": False},
         {"post": False, "backoffLimit": 0},
         {"postgres": {"existingSecret": "owner"}, "serviceAccount": {"create": False}},
+        {"post": True, "postgres": {"existingSecret": "owner", "existingSecretKey": "1"}},
         {"deadlineSeconds": 86400, "podAnnotations": {"sidecar.istio.io/inject": "false"}},
     ),
     "simulator": (

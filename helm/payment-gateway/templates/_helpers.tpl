@@ -32,7 +32,7 @@ A label stands once, whoever gives it, and selectors hang on the chart's own. */
 {{- with .component }}
 {{- $_ := set $own "app.kubernetes.io/component" . }}
 {{- end }}
-{{- merge $own (default dict .more) .root.Values.commonLabels | toYaml }}
+{{- merge $own (default dict .more) (default dict .root.Values.commonLabels) | toYaml }}
 {{- end }}
 
 {{- /* Of a component: (dict "root" $ "component" "gateway"). Never change them: a Deployment's
@@ -236,5 +236,25 @@ helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end }}
 {{- if include "gateway.mutualTLS" . }}
 - {name: client-ca, mountPath: /client-ca, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- /* The rule that lets a pod ask for names, in a NetworkPolicy. */}}
+{{- define "gateway.dnsEgress" -}}
+- ports: # DNS
+    {{- range .Values.networkPolicy.egress.dnsPorts }}
+    - {port: {{ . | int }}, protocol: UDP}
+    - {port: {{ . | int }}, protocol: TCP}
+    {{- end }}
+{{- end }}
+
+{{- /* The IP families of a Service. */}}
+{{- define "gateway.ipFamilies" -}}
+{{- with .Values.service.ipFamilyPolicy }}
+ipFamilyPolicy: {{ . }}
+{{- end }}
+{{- with .Values.service.ipFamilies }}
+ipFamilies:
+  {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end }}

@@ -97,6 +97,15 @@ problems are told at once. */}}
 {{- if and .Values.migrations.postgres.existingSecret .Values.embedded }}
 {{- $problems = append $problems "migrations.postgres: embedded migrates its own database" }}
 {{- end }}
+{{- if and .Values.settings.postgres_row_security .Values.migrations.enabled .Values.migrations.postgres.existingSecret (not .Values.migrations.login) }}
+{{- $problems = append $problems "migrations.login: with settings.postgres_row_security and an owner of its own in migrations.postgres, name the user of postgres.*, to whom the roles are granted" }}
+{{- end }}
+{{- if and .Values.migrations.login (not .Values.settings.postgres_row_security) }}
+{{- $problems = append $problems "migrations.login: is for settings.postgres_row_security" }}
+{{- end }}
+{{- if and (eq .Values.service.ipFamilyPolicy "SingleStack") (gt (len .Values.service.ipFamilies) 1) }}
+{{- $problems = append $problems "service: SingleStack has one of ipFamilies" }}
+{{- end }}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "gateway.fullname" .)) }}
 {{- $problems = append $problems (printf "%s: cannot be a Service's name, which begins with a letter and has no dots; set fullnameOverride" (include "gateway.fullname" .)) }}
 {{- end }}
