@@ -235,6 +235,7 @@ class Gateway:
             if settings.workers == 1:  # of several workers, the supervisor serves them
                 await self._serve_metrics()
             await self.server.start()
+            stack.push_async_callback(self.server.drain, 0.0)  # where the rest does not start
             if settings.notifications_address:
                 await self._take_notifications()
         except (OSError, RuntimeError) as error:
@@ -778,6 +779,11 @@ def run_local(settings: Settings) -> None:
             state = asyncio.run(_prepare_local(settings, state))
         except (MigrationBusy, MigrationChanged, StoreUnavailable) as error:
             raise StartError(str(error)) from error
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            raise StartError(
+                f"PostgreSQL cannot be used: {type(error).__name__}: {error}. See `python -m"
+                " gateway doctor`."
+            ) from error
         write_state(folder, state)
         _run_local(settings, lambda address: _welcome(settings, address, state))
     finally:

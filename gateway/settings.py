@@ -30,6 +30,20 @@ _JWT_ALGORITHMS: Final = frozenset(
     {"EdDSA", *(kind + bits for kind in ("RS", "PS", "ES") for bits in ("256", "384", "512"))}
 )
 
+# An address with a password, as the clients of PostgreSQL and Redis split it: what they cannot
+# split, they would quote in an error, and with it the password.
+_PORT = r"(?:[0-5]?[0-9]{1,4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+_HOST = rf"(?:\[[0-9A-Fa-f:.%\w]+\]|[^\s/?#@:,\[\]]*)(?::{_PORT})?"
+_LOGIN = r"(?:[^\s/?#@\[\]]*@)?"
+_OPTIONS = r"(?:\?(?:\w+=[^\s&#]*(?:&\w+=[^\s&#]*)*)?)?"
+_POSTGRES_DSN = re.compile(
+    rf"postgres(?:ql)?://{_LOGIN}{_HOST}(?:,{_HOST})*(?:/[^\s?#@]*)?{_OPTIONS}"
+)
+_REDIS_URL = re.compile(
+    rf"rediss?://{_LOGIN}{_HOST}(?:/[^\s?#@]*)?{_OPTIONS}|unix://{_LOGIN}/[^\s?#@]*{_OPTIONS}"
+)
+_ENCODED = "with what is not a letter or a digit of its password percent-encoded"
+
 _MASK = "********"
 _VALUE_CHARACTERS_MAX = 100
 
@@ -842,15 +856,17 @@ class Settings(BaseSettings):
     @field_validator("postgres_dsn")
     @classmethod
     def _postgres(cls, value: SecretStr) -> SecretStr:
-        if not re.fullmatch(r"(?:postgres(?:ql)?://\S+)?", value.get_secret_value()):
-            raise ValueError("a postgresql:// address, or empty")
+        text = value.get_secret_value()
+        if text and not _POSTGRES_DSN.fullmatch(text):
+            raise ValueError(f"a postgresql:// address {_ENCODED}, or empty")
         return value
 
     @field_validator("redis_url")
     @classmethod
     def _redis(cls, value: SecretStr) -> SecretStr:
-        if not re.fullmatch(r"(?:(?:rediss?|unix)://\S+)?", value.get_secret_value()):
-            raise ValueError("a redis://, rediss:// or unix:// address, or empty")
+        text = value.get_secret_value()
+        if text and not _REDIS_URL.fullmatch(text):
+            raise ValueError(f"a redis://, rediss:// or unix:// address {_ENCODED}, or empty")
         return value
 
     @model_validator(mode="after")

@@ -247,9 +247,10 @@ def _check(options: ServerOptions) -> None:
 
 def _bind(server: aio.Server, options: ServerOptions) -> int:
     address = options.listen_address
+    credentials = _credentials(options) if options.tls_certificate_file else None
     try:
-        if options.tls_certificate_file:
-            port = server.add_secure_port(address, _credentials(options))
+        if credentials is not None:
+            port = server.add_secure_port(address, credentials)
         else:
             port = server.add_insecure_port(address)
     except RuntimeError as error:

@@ -116,8 +116,9 @@ def test_a_database_that_is_away_ends_in_one_clear_line_without_its_password(
     alone: CommandLine,
 ) -> None:
     dsn = f"postgresql://gateway:secret-word@127.0.0.1:{free_port()}/gateway"
-    for command in (("migrate",), ("organisations", "list")):
-        ran = alone.run(*command, postgres_dsn=dsn)
+    elsewhere = {"redis_url": "redis://127.0.0.1", "simulator_url": "http://127.0.0.1"}
+    for command in (("migrate",), ("organisations", "list"), ("run",)):
+        ran = alone.run(*command, postgres_dsn=dsn, **elsewhere)
         assert (ran.returncode, ran.stdout) == (1, "")
         assert ran.stderr.splitlines()[-1].startswith("Error: ")
         assert "secret-word" not in ran.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -110,6 +111,7 @@ async def test_serve_refuses_a_database_without_the_schema_and_names_the_command
             "GATEWAY_TLS_CERTIFICATE_FILE",
         ),
         ({"listen_address": "nowhere"}, "GATEWAY_LISTEN_ADDRESS"),
+        ({"tls_certificate_file": "/no/tls.crt", "tls_key_file": "/no/tls.key"}, "/no/tls.crt"),
     ],
 )
 async def test_serve_names_the_setting_that_it_refuses(
@@ -119,3 +121,16 @@ async def test_serve_names_the_setting_that_it_refuses(
         gateway = system.start_gateway(**settings)
         assert gateway.wait() == 1
         await eventually(lambda: named in gateway.log, "the setting is named")
+
+
+async def test_serve_names_an_address_that_is_taken_and_ends_without_a_trace(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, running_system(postgres, redis) as system:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        # The last that it opens: what serves already has to be closed.
+        gateway = system.start_gateway(notifications_address=address)
+        assert gateway.wait() == 1
+        port = address.rpartition(":")[2]
+        await eventually(lambda: port in gateway.log, "the address is named")
+        assert "Traceback" not in gateway.log

@@ -361,3 +361,52 @@ def test_the_module_prints_the_table() -> None:
         env={**os.environ, "PYTHONIOENCODING": "utf-8"},
     )
     assert run.stdout.decode() == settings_table()
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        (name, f"{start}{login}{host}")
+        for name, start, hosts in (
+            (
+                "postgres_dsn",
+                "postgresql://",
+                (
+                    *("h/d", "h:5432/d?sslmode=verify-full&sslrootcert=/ca/a.pem", "[::1]:5432/d"),
+                    *("h1:5432,h2:65535/d", "/d?host=/tmp/socket", "%2Ftmp%2Fsocket/d", "h"),
+                ),
+            ),
+            (
+                "redis_url",
+                "rediss://",
+                ("h", "h:6379/0", "[fe80::1]:6379", "h?ssl_ca_certs=/a.pem"),
+            ),
+            ("redis_url", "unix://", ("/tmp/redis.sock?db=1",)),
+        )
+        for host in hosts
+        for login in ("", "user@", "user:p%40%2F@", ":word!*()'@")
+    ],
+)
+def test_an_address_that_its_client_can_split_is_taken(name: str, address: str) -> None:
+    settings = load_settings(**{name: address})
+    assert getattr(settings, name).get_secret_value() == address
+
+
+@pytest.mark.parametrize("name", ["postgres_dsn", "redis_url"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        *("user:secret/word@h/d", "user:secret@word@h/d", "user:secret#word@h/d"),
+        *("user:secret?word@h/d", "user:secret[word@h/d", "h:secret/d", "h:65536/d", "h:/d?x@y"),
+        *("user:secret word@h/d", "h/d?secret", "user:secret:5432/word@h"),
+    ],
+)
+def test_an_address_that_its_client_would_quote_in_an_error_is_refused_without_quoting(
+    name: str, rest: str
+) -> None:
+    start = "postgresql://" if name == "postgres_dsn" else "redis://"
+    with pytest.raises(SettingsError) as caught:
+        load_settings(**{name: start + rest})
+    assert "percent-encoded" in str(caught.value)
+    assert "secret" not in str(caught.value)
+    assert "word" not in str(caught.value).replace("password", "")
