@@ -5,8 +5,8 @@ Kubernetes' own schemas (kubernetes-validate) and, of custom resources, those of
 with golden/, loads the rendered settings into the gateway, and looks at policies. Values that
 contradict each other must be refused, with a text that says so; each value taken away by `null`,
 and values at random (chart_fuzz.py), be refused likewise or render to what passes the same checks.
-Where promtool is present, it reads the alerts and the dashboards' queries, and runs
-alerts_test.yaml. Then the chart's scripts run against a gateway.
+The dashboards' queries and the alerts must be PromQL; where promtool is present, it reads them too,
+and runs alerts_test.yaml. Then the chart's scripts run against a gateway.
 
 `--write` writes golden/ anew; `--no-live` leaves the running gateway out; `--image` builds what the
 image holds (a minute) and runs that too.
@@ -28,6 +28,7 @@ from unittest import mock
 import helm_python
 import jsonschema
 import kubernetes_validate
+import promql_parser
 import yaml
 
 import chart_files
@@ -581,11 +582,22 @@ def find_envoy() -> Path | None:
     return Path(found) if found else None
 
 
+def query_problems() -> Iterator[str]:
+    """Queries of dashboards and rules of alerts that PromQL's grammar or types forbid."""
+    queries = [*chart_queries.dashboard_queries(), *chart_queries.alert_queries()]
+    for query in queries:
+        try:
+            promql_parser.parse(query.expression)
+        except ValueError as error:
+            yield f"{query.where}: {error}"
+    print(f"== {len(queries)} queries of dashboards and alerts")
+
+
 def rule_problems() -> Iterator[str]:
     """What promtool says of the alerts, of their tests, and of the dashboards' queries."""
     promtool = shutil.which("promtool")
     if promtool is None:
-        print("  not run: the alerts' tests, and Prometheus' parser (promtool is not on PATH)")
+        print("  not run: the alerts' tests, and Prometheus' own parser (promtool is not on PATH)")
         return
     with tempfile.TemporaryDirectory() as directory:
         queries = Path(directory) / "dashboards.json"
@@ -632,6 +644,7 @@ def main() -> int:
         problems += refusal_problems(chart)
         problems += null_problems(chart)
         problems += random_problems(chart)
+    problems += query_problems()
     problems += rule_problems()
     if not {"embedded", "tls"} <= set(rendered):
         live = False  # what does not render cannot run
