@@ -87,7 +87,8 @@ class MergedMetrics:
     """The metrics of all workers, those that have gone included.
 
     A worker is named by its place. Whoever takes a place later continues the counters of the one
-    before, so that no counter ever goes backwards.
+    before, so that no sum ever goes backwards. What is kept apart is its process's own and ends
+    with it, as of any process that is started anew.
     """
 
     def __init__(self) -> None:
@@ -99,9 +100,10 @@ class MergedMetrics:
         self._last[worker] = snapshot
 
     def retire(self, worker: str) -> None:
-        """The worker has ended: what it counted stays, what it measured goes."""
+        """The worker has ended: what it counted stays in sums, what it measured goes."""
         snapshot = self._last.pop(worker, [])
-        _merge(self._gone, worker, (family for family in snapshot if family[2] in _GROWING))
+        counted = (each for each in snapshot if each[2] in _GROWING and each[3] != "apart")
+        _merge(self._gone, worker, counted)
 
     def render(self, encode: Encode = generate_latest) -> bytes:
         """All in Prometheus' text format, or another one."""

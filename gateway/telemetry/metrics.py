@@ -123,11 +123,13 @@ class Metrics:
         self._rpcs = self._counter("rpc_requests", "Calls ended.", "method", "code", "reason")
         self._rpc_s = self._latency("rpc_duration_seconds", "Time to answer.", _RPC_S, "method")
         self._in_flight = self._gauge("rpc_in_flight", "Calls being worked on.", "method")
+        # Apart: each worker elects its own, and one that forgets a merchant would lower a sum.
         self._merchant_rpcs = self._counter(
             "merchant_requests",
             "Calls and items ended, of the merchants with the most of them, where that is set.",
             "merchant",
             "code",
+            over_workers="apart",
         )
         self.stage_s = self._latency(
             "stage_duration_seconds", "Time of a call in a stage.", _STAGE_S, "stage"
@@ -302,8 +304,11 @@ class Metrics:
             "build_info", "What runs; always 1.", "version", "python", over_workers="max"
         ).set(1, (__version__, platform.python_version()))
 
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return self._add(Counter(f"{_NAMESPACE}_{name}", text, *labels))
+    def _counter(
+        self, name: str, text: str, *labels: str, over_workers: OverWorkers = "sum"
+    ) -> Counter:
+        counter = Counter(f"{_NAMESPACE}_{name}", text, *labels, over_workers=over_workers)
+        return self._add(counter)
 
     def _gauge(
         self, name: str, text: str, *labels: str, over_workers: OverWorkers = "sum"

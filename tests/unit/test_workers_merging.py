@@ -132,6 +132,28 @@ def test_the_gateways_own_gauges_say_what_several_workers_make_together() -> Non
     assert {'process_open_fds{worker="1"}', 'process_open_fds{worker="2"}'} <= read.keys()
 
 
+def test_a_worker_that_forgets_a_merchant_lowers_no_counter_of_the_others() -> None:
+    merged = MergedMetrics()
+    one, other = Metrics(), Metrics()
+    for metrics in (one, other):
+        metrics.merchant_finished("mer_1", "OK")
+        metrics.merchant_finished("mer_1", "OK")
+    merged.update("1", one.snapshot())
+    merged.update("2", other.snapshot())
+
+    def shown() -> dict[str, float]:
+        return {name: v for name, v in values(merged).items() if "mer_1" in name}
+
+    both = shown()
+    assert sorted(both.values()) == [2, 2]
+    one.forget_merchant("mer_1")
+    merged.update("1", one.snapshot())
+    [(name, calls)] = shown().items()
+    assert calls == both[name] == 2
+    merged.retire("2")
+    assert shown() == {}  # and the next one begins anew
+
+
 Step = tuple[str, int, int]
 
 
