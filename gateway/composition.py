@@ -24,6 +24,7 @@ from gateway.application.admission import AdmissionLimits, open_gates
 from gateway.application.notifications import Received
 from gateway.application.ports import Connector, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
+from gateway.application.refreshing import in_background
 from gateway.application.routing import Routing, RuleBook
 from gateway.application.routing_administration import RoutingAdministration
 from gateway.application.routing_controls import RoutingControls
@@ -242,7 +243,7 @@ class Gateway:
             raise StartError(f"The gateway cannot listen: {error}") from error
         self.ready = True
         for name, work in (*self._background_work(), *self._routing_work()):
-            self._background.append(asyncio.create_task(work, name=name))
+            self._background.append(in_background(name, work))
 
     def _background_work(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """What goes on in the background, by its name."""
@@ -599,6 +600,9 @@ class Gateway:
                 self.ready = True
             except (StoreUnavailable, NotDurable, SchemaError) as error:
                 _log.warning("not ready: %s", error)
+                self.ready = False
+            except Exception:  # noqa: BLE001 - or the last answer would stand, whatever becomes of the store
+                _log.exception("not ready")
                 self.ready = False
             await self.server.set_serving(self.ready)
             await asyncio.sleep(READINESS_INTERVAL_S)

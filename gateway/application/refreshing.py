@@ -1,9 +1,10 @@
-"""Reading anew, in the background, what is held in memory."""
+"""Work in the background: reading anew what is held in memory, and telling what has ended."""
 
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from gateway.application.ports import StoreUnavailable
 
@@ -20,3 +21,19 @@ async def refresh_forever(
             await refresh()
         except StoreUnavailable as error:
             _log.warning("%s could not be read: %s", what, error)
+        except Exception:  # noqa: BLE001 - what is known must not become old for ever, in silence
+            _log.exception("%s could not be read", what)
+
+
+def in_background(name: str, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    """Begin work that never ends by itself. Where it does, that is told: nobody awaits it."""
+    task = asyncio.get_running_loop().create_task(work, name=name)
+    task.add_done_callback(_tell_end)
+    return task
+
+
+def _tell_end(task: "asyncio.Task[None]") -> None:
+    if not task.cancelled():
+        _log.error(
+            "work in the background has ended: %s", task.get_name(), exc_info=task.exception()
+        )

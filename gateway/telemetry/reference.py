@@ -108,8 +108,8 @@ traced call of each bucket, for `gateway_rpc_duration_seconds`, `gateway_stage_d
 
 *Workers* says what several of them (GATEWAY_WORKERS) make together; those that are kept apart have
 the label `{WORKER_LABEL}`, which there is not with one worker. Counters of a worker that has ended
-stay in the sums; what is kept apart ends with its process. Counts and ages of what lies in the database are those of all gateways: take the
-`max` over pods, not the sum.
+stay in the sums; what is kept apart ends with its process. Counts and ages of what lies in the
+database are those of all gateways: take the `max` over pods, not the sum.
 
 `gateway_stage_duration_seconds` has the stages `claim` (Redis), `intent` (its commit), `psp` and
 `outcome` (its commit). `gateway_added_duration_seconds` is what the latency SLO is about: from the

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.harness import calling, eventually, running_system
-from tests.servers import free_port, postgres_server
+from tests.servers import fetch, free_port, postgres_server
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
@@ -76,6 +76,21 @@ async def test_health_follows_the_database(redis: EmbeddedRedis, transport: str)
         async with calling(gateway, system.shop.api_key) as caller:
             answer = await caller.authorize()
             assert answer.payment.amounts.authorized_minor == 1000
+
+
+async def test_health_follows_a_database_that_answers_and_cannot_be_served_from(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    with running_system(postgres, redis) as system:
+        gateway = system.start_gateway()
+        address = gateway.address
+        assert await _health(address) == SERVING
+        fetch(system.dsn, "ALTER TABLE doubts RENAME TO elsewhere")
+        while await _health(address) != NOT_SERVING:
+            pass
+        fetch(system.dsn, "ALTER TABLE elsewhere RENAME TO doubts")
+        while await _health(address) != SERVING:
+            pass
 
 
 async def test_serve_refuses_a_database_that_may_lose_commits(redis: EmbeddedRedis) -> None:

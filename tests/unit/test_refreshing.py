@@ -1,11 +1,11 @@
-"""gateway.application.refreshing: a store that is away ends no reading."""
+"""gateway.application.refreshing: nothing ends a reading, and no end is silent."""
 
 import asyncio
 
 import pytest
 
 from gateway.application.ports import StoreUnavailable
-from gateway.application.refreshing import refresh_forever
+from gateway.application.refreshing import in_background, refresh_forever
 
 
 async def test_what_could_not_be_read_is_told_and_read_again(
@@ -32,9 +32,48 @@ async def test_what_could_not_be_read_is_told_and_read_again(
     ]
 
 
-async def test_a_defect_is_not_taken_for_a_store_that_is_away() -> None:
+async def test_a_defect_is_told_as_one_and_ends_no_reading(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tries = 0
+    read = asyncio.Event()
+
     async def refresh() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise ValueError("a defect")
+        read.set()
+
+    reading = asyncio.create_task(refresh_forever("the accounts", refresh, 0.0))
+    async with asyncio.timeout(10):
+        await read.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    [record] = caplog.records
+    assert (record.levelname, record.getMessage()) == ("ERROR", "the accounts could not be read")
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "a defect"
+
+
+async def test_the_end_of_what_never_ends_is_told_and_its_cancellation_is_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def broken() -> None:
         raise ValueError("a defect")
 
+    async def going_on() -> None:
+        await asyncio.Event().wait()
+
     with pytest.raises(ValueError, match="a defect"):
-        await refresh_forever("the accounts", refresh, 0.0)
+        await in_background("breakers", broken())
+    cancelled = in_background("recovery", going_on())
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    [record] = caplog.records
+    assert (record.levelname, record.getMessage()) == (
+        "ERROR",
+        "work in the background has ended: breakers",
+    )
