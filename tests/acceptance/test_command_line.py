@@ -23,6 +23,10 @@ from tests.harness import calling, eventually, reason_of, running_system
 from tests.servers import free_port
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import click
+
     from storage.embedded import EmbeddedRedis
     from tests.nursery import Nursery
     from tests.servers import PostgresForTests
@@ -86,19 +90,17 @@ def command_line(postgres: PostgresForTests, nursery: Nursery, tmp_path: Path) -
 # --- help and refusals ----------------------------------------------------------------------------
 
 
-def _commands() -> list[tuple[str, ...]]:
-    found: list[tuple[str, ...]] = [()]
-    for name, command in main.commands.items():
-        found.append((name,))
-        found += [(name, sub) for sub in getattr(command, "commands", {})]
-    return found
+def _commands(group: click.Command = main, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, command in getattr(group, "commands", {}).items():
+        yield from _commands(command, (*path, name))
 
 
-@pytest.mark.parametrize("command", _commands(), ids=" ".join)
+@pytest.mark.parametrize("command", list(_commands()), ids=" ".join)
 def test_every_command_has_help_that_says_what_it_does(
-    alone: CommandLine, command: tuple[str, ...]
+    nursery: Nursery, tmp_path: Path, command: tuple[str, ...]
 ) -> None:
-    told = alone.printed(*command, "--help")
+    told = InProcess(nursery, tmp_path).printed(*command, "--help")
     assert "usage" in told.lower()
     assert len(told.splitlines()) > 3
 
