@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import uvloop
 
-from tests.harness import forked_gateways
-from tests.nursery import Nursery
+from tests.nursery import Nursery, forking
 from tests.servers import PostgresForTests, postgres_server, redis_server
 
 if TYPE_CHECKING:
@@ -132,17 +131,17 @@ def redis() -> Iterator[EmbeddedRedis]:
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    """Where gateways are forked."""
+    """Where gateways and simulators are forked."""
     with Nursery.open() as opened:
         yield opened
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _gateways_are_forked(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Those of `System.start_gateway`, but in modules marked `executed`, and for unit tests."""
+def _processes_are_forked(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Gateways and simulators, but in modules marked `executed`, and for unit tests."""
     module = request.node
     if module.get_closest_marker("executed") or "unit" in Path(module.path).parts:
         yield
         return
-    with forked_gateways(request.getfixturevalue("nursery")):
+    with forking(request.getfixturevalue("nursery")):
         yield

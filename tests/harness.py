@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
@@ -34,7 +33,7 @@ from gateway.connectors.simulator.launch import SimulatorControl, SimulatorProce
 from storage.embedded import EmbeddedRedis
 from storage.postgres.accounts import Accounts
 from storage.postgres.migrate import migrate
-from tests.nursery import SERVE, ForkedProcess, Nursery, inherited_environment
+from tests.nursery import SERVE, ForkedProcess, current, inherited_environment
 from tests.servers import PostgresForTests, fetch, temporary_directory
 from tests.simulators import running_simulator
 
@@ -60,20 +59,6 @@ _WITH_PARENT = (
 )
 """Ends with the thread that started it, and becomes the program. Not by preexec_fn: that forks for
 good, which a process with gRPC's threads may not survive."""
-
-
-_nursery: Nursery | None = None
-
-
-@contextmanager
-def forked_gateways(nursery: Nursery) -> Iterator[None]:
-    """For as long as the context lasts, gateways are forked, which takes a tenth of the time."""
-    global _nursery  # noqa: PLW0603 - every test of a directory starts its gateways so, or none
-    _nursery = nursery
-    try:
-        yield
-    finally:
-        _nursery = None
 
 
 class GatewayProcess:
@@ -196,17 +181,18 @@ class System:
 
     def start_gateway(self, **settings: object) -> GatewayProcess:
         """Start one more gateway; `settings` by field name, over the system's own."""
-        if _nursery is not None:
+        if current() is not None:
             return self.fork_gateway(SERVE, **settings)
         gateway = GatewayProcess(_execute(self.settings | _environment(settings)))
         self.gateways.append(gateway)
         return gateway
 
     def fork_gateway(self, target: str, *arguments: str, **settings: object) -> GatewayProcess:
-        """Start one more gateway by the function `target`; only within `forked_gateways`."""
-        assert _nursery is not None
+        """Start one more gateway by the function `target`; only within `forking`."""
+        nursery = current()
+        assert nursery is not None
         environment = self.settings | _environment(settings)
-        gateway = GatewayProcess(_nursery.fork(target, arguments, environment))
+        gateway = GatewayProcess(nursery.fork(target, arguments, environment))
         self.gateways.append(gateway)
         return gateway
 
@@ -530,12 +516,3 @@ async def eventually(
         waited_s = loop.time() - begun
         assert waited_s < timeout_s, f"not within {timeout_s} s: {what}"
         await asyncio.sleep(0.01 + waited_s / 10)
-
-
-async def passed(moment: float) -> None:
-    """Return once a moment of `time.monotonic` is over.
-
-    By a thread's sleep, which is never too short: uvloop's timers are whole milliseconds, from when
-    the present turn of the loop began.
-    """
-    await asyncio.to_thread(time.sleep, max(0.0, moment - time.monotonic()))

@@ -1,4 +1,5 @@
-"""Gateways forked from a process that has imported them once: a start is most of a short test.
+"""Gateways and simulators forked from a process that has imported them once: a start is most of a
+short test.
 
 Run as a process, it is the nursery: it forks a child for every request that comes over its socket.
 `Nursery` is the test's side.
@@ -24,12 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 SERVE: Final = "tests.nursery:serve"
 """`gateway serve`, as what a child is to run."""
 COMMAND: Final = "tests.nursery:command"
 """`gateway` with arguments, the same."""
+SIMULATE: Final = "tests.nursery:simulate"
+"""The PSP simulator with arguments, the same."""
 END_TIMEOUT_S: Final = 60.0
 REQUEST_BYTES_MAX: Final = 64 * 1024
 FDS_MAX: Final = 3
@@ -40,9 +43,9 @@ _PR_SET_PDEATHSIG: Final = 1
 class ForkedProcess:
     """A child of the nursery, with the part of subprocess.Popen's interface that tests use."""
 
-    def __init__(self, nursery: Nursery, pid: int, stderr: int, alive: int) -> None:
+    def __init__(self, nursery: Nursery, pid: int, stderr: int | None, alive: int) -> None:
         self.pid = pid
-        self.stderr = os.fdopen(stderr, "rb")
+        self.stderr = None if stderr is None else os.fdopen(stderr, "rb")
         self._nursery = nursery
         self._alive = os.fdopen(alive, "rb")
         self._lock = threading.Lock()
@@ -121,15 +124,17 @@ class Nursery:
     def fork(
         self,
         target: str,
-        arguments: tuple[str, ...],
+        arguments: Sequence[str],
         environment: Mapping[str, str],
         *,
         stdout: int | None = None,
+        stderr: int | None = None,
         directory: Path | None = None,
     ) -> ForkedProcess:
         """A child that runs the function `target`, as `module:name`, with these arguments.
 
-        Its standard output goes to the file descriptor `stdout`, or nowhere.
+        Its standard output goes to the file descriptor `stdout`, or nowhere; its standard error to
+        `stderr`, or into the pipe of that name that the process has here.
         """
         request = {
             "target": target,
@@ -137,7 +142,7 @@ class Nursery:
             "environment": dict(environment),
             "directory": None if directory is None else str(directory),
         }
-        stderr, stderr_of_child = os.pipe()
+        told, stderr_of_child = os.pipe() if stderr is None else (None, os.dup(stderr))
         alive, alive_of_child = os.pipe()
         fds = [stderr_of_child, alive_of_child] + ([] if stdout is None else [stdout])
         try:
@@ -145,7 +150,7 @@ class Nursery:
         finally:
             os.close(stderr_of_child)
             os.close(alive_of_child)
-        return ForkedProcess(self, pid, stderr, alive)
+        return ForkedProcess(self, pid, told, alive)
 
     def run(
         self, arguments: tuple[str, ...], environment: Mapping[str, str], directory: Path
@@ -155,6 +160,7 @@ class Nursery:
             process = self.fork(
                 COMMAND, arguments, environment, stdout=stdout.fileno(), directory=directory
             )
+            assert process.stderr is not None
             with process.stderr:
                 told = process.stderr.read().decode()
             status = process.wait(END_TIMEOUT_S)
@@ -171,6 +177,27 @@ class Nursery:
             answer = self._channel.recv(REQUEST_BYTES_MAX)
         assert answer, "the nursery is gone"
         return int(answer)
+
+
+_nursery: Nursery | None = None
+
+
+@contextmanager
+def forking(nursery: Nursery) -> Iterator[None]:
+    """For as long as the context lasts, gateways and simulators are forked, which takes a tenth of
+    the time.
+    """
+    global _nursery  # noqa: PLW0603 - every test of a directory starts its processes so, or none
+    outer, _nursery = _nursery, nursery
+    try:
+        yield
+    finally:
+        _nursery = outer
+
+
+def current() -> Nursery | None:
+    """That of `forking`; None outside of it."""
+    return _nursery
 
 
 def inherited_environment() -> dict[str, str]:
@@ -195,8 +222,16 @@ def command(*arguments: str) -> None:
     main(list(arguments), prog_name="gateway")
 
 
+def simulate(*arguments: str) -> None:
+    """The PSP simulator with these arguments."""
+    from gateway.connectors.simulator.server import main  # noqa: PLC0415 - as above
+
+    sys.exit(main(arguments))
+
+
 def _serve_nursery(channel: socket.socket) -> None:
-    import gateway.composition  # noqa: F401, PLC0415 - what the children need is imported once
+    import gateway.composition  # noqa: PLC0415 - what the children need is imported once
+    import gateway.connectors.simulator.server  # noqa: F401, PLC0415 - the same
     from gateway.rpc import validation  # noqa: PLC0415
 
     validation.warm()

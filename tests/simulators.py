@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from gateway.connectors.simulator.journal import Standing, standing_charges
-from gateway.connectors.simulator.launch import SimulatorProcess
+from gateway.connectors.simulator.launch import Process, SimulatorProcess, execute
 from gateway.domain.model import OperationKind
+from tests.nursery import SIMULATE, current
 
 _numbers = itertools.count(1)
 
@@ -33,11 +34,20 @@ def running_simulator(
         profile,
         latency=latency,
         iso8583_specification=iso8583_specification,
+        run=_run,
     )
     try:
         yield simulator
     finally:
         simulator.kill()
+
+
+def _run(arguments: Sequence[str], stdout: int) -> Process:
+    """Forked, where gateways are."""
+    nursery = current()
+    if nursery is None:
+        return execute(arguments, stdout)
+    return nursery.fork(SIMULATE, arguments, {}, stdout=stdout, stderr=2)
 
 
 def standings_of(simulator: SimulatorProcess, reference: str) -> list[Standing]:

@@ -26,15 +26,8 @@ from tests.chaos.history import History, read_database
 from tests.chaos.network import Fault, TcpProxy
 from tests.chaos.oracle import LOST_ACKS, Rule, Violation, judge, unresolved
 from tests.faults.transports import TRANSPORTS
-from tests.harness import (
-    Caller,
-    GatewayProcess,
-    System,
-    eventually,
-    forked_gateways,
-    running_system,
-)
-from tests.nursery import SERVE
+from tests.harness import Caller, GatewayProcess, System, eventually, running_system
+from tests.nursery import SERVE, forking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -417,7 +410,7 @@ def run_trials(
     history = History(profile, calls_may_fail=scenario.calls_may_fail)
     result = Result(scenario.name, seed, history)
     with (
-        forked_gateways(servers.nursery),
+        forking(servers.nursery),
         running_system(servers.postgres, servers.redis, profile=profile, **SETTINGS) as system,
     ):
         run = Run(

@@ -1,10 +1,12 @@
 """Starts a simulator as a child process, and steers one: for the demo and for tests."""
 
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self, TypeAlias
 
 import orjson
 
@@ -19,12 +21,42 @@ class SimulatorFailed(Exception):
     """The simulator did not start, or did not do what it was told."""
 
 
+class Process(Protocol):
+    """What is needed of a child process; the part of subprocess.Popen's interface."""
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+
+    def terminate(self) -> None:
+        """SIGTERM; harmless where it has ended."""
+
+    def kill(self) -> None:
+        """SIGKILL; harmless where it has ended."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit status. Raises subprocess.TimeoutExpired."""
+
+
+Run: TypeAlias = Callable[[Sequence[str], int], Process]
+"""Starts the simulator's command line with these arguments, its standard output a descriptor."""
+
+
+def execute(arguments: Sequence[str], stdout: int) -> Process:
+    """`python -m gateway.connectors.simulator`."""
+    # In a session of its own: Ctrl-C is for the launcher, which may need the PSP to drain.
+    return subprocess.Popen(
+        [sys.executable, "-m", "gateway.connectors.simulator", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        start_new_session=True,
+    )
+
+
 class SimulatorProcess:
     """A running simulator. It also ends when the thread that started it does."""
 
-    def __init__(
-        self, process: subprocess.Popen[bytes], url: str, journal: Path, iso8583_url: str = ""
-    ) -> None:
+    def __init__(self, process: Process, url: str, journal: Path, iso8583_url: str = "") -> None:
         self._process = process
         self.url = url
         self.journal = journal
@@ -41,25 +73,23 @@ class SimulatorProcess:
         latency: str = "0",
         seed: int = 1,
         iso8583_specification: str = "",
+        run: Run = execute,
     ) -> Self:
         """Start one and wait until it listens; blocks. Raises SimulatorFailed."""
-        command = [
-            *(sys.executable, "-m", "gateway.connectors.simulator", "--exit-with-parent"),
-            *("--listen", listen, "--journal", str(journal), "--profile", profile),
+        arguments = [
+            *("--exit-with-parent", "--listen", listen),
+            *("--journal", str(journal), "--profile", profile),
             *("--latency", latency, "--seed", str(seed)),
         ]
         if iso8583_specification:
-            command += ["--iso8583", "--iso8583-specification", iso8583_specification]
-        # In a session of its own: Ctrl-C is for the launcher, which may need the PSP to drain.
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        process.stdout.close()
+            arguments += ["--iso8583", "--iso8583-specification", iso8583_specification]
+        said, stdout = os.pipe()
+        with os.fdopen(said, "rb") as lines:
+            try:
+                process = run(arguments, stdout)
+            finally:
+                os.close(stdout)
+            line = lines.readline()
         if not line:
             process.kill()
             raise SimulatorFailed(f"the simulator ended with status {process.wait()}")
