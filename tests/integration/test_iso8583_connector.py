@@ -370,16 +370,24 @@ async def test_no_more_than_the_limit_is_in_flight_and_the_next_waits_its_turn()
         assert (await second).verdict is Verdict.APPROVED
 
 
-async def test_idle_connection_is_tested_and_a_silent_one_is_made_anew() -> None:
+async def test_idle_connection_is_tested_and_kept_while_it_answers() -> None:
+    async with acquirer(limits=replace(ONE, echo_interval_s=0.05)) as psp:
+        sending = psp.start(request_of())
+        line, request = await psp.scripted.request()
+        line.answer(request)
+        assert (await sending).verdict is Verdict.APPROVED
+        await psp.counted(Event.ECHOED, 2)
+        assert len(psp.scripted.lines) == 1
+
+
+async def test_silent_connection_is_made_anew() -> None:
     limits = replace(ONE, echo_interval_s=0.05, network_timeout_s=0.1)
     async with acquirer(limits=limits) as psp:
+        psp.scripted.answers_echoes = False
         sending = psp.start(request_of())
         line, request = await psp.scripted.request()
         line.answer(request)
         await sending
-        await psp.counted(Event.ECHOED, 2)
-        assert len(psp.scripted.lines) == 1
-        psp.scripted.answers_echoes = False
         await line.lost.wait()
         await psp.counted(Event.CONNECTED, 2)
 

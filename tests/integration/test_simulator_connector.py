@@ -16,6 +16,7 @@ import pytest_asyncio
 from gateway.application.ports import Connector, ConnectorRequest
 from gateway.connectors import http
 from gateway.connectors.http import Limits
+from gateway.connectors.simulator import connector as simulated
 from gateway.connectors.simulator.connector import ProfileMismatch, SimulatorConnector
 from gateway.connectors.simulator.journal import Record, standing_charges
 from gateway.connectors.simulator.launch import SimulatorControl, SimulatorProcess
@@ -32,7 +33,6 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
 )
-from tests.harness import passed
 from tests.servers import free_port
 from tests.simulators import new_reference, running_simulator, standings_of
 
@@ -534,13 +534,15 @@ async def test_idempotent_psp_gets_a_lost_request_once_more(
     assert len(psp.of(request.reference, "effect")) <= 1
 
 
-async def test_lost_request_is_not_sent_again_past_send_before(psp: Psp) -> None:
+async def test_lost_request_is_not_sent_again_past_send_before(
+    psp: Psp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     request = request_of(payment_method_token="tok_error_500_after_charge")
     await psp.control.hold("before_answer", reference_prefix=request.reference)
-    send_before = time.monotonic() + 1.0
+    send_before = time.monotonic() + WAIT_S / 2
     sending = asyncio.create_task(psp.connector.send(request, send_before))
     await psp.control.await_held()
-    await passed(send_before)
+    monkeypatch.setattr(simulated, "time", SimpleNamespace(monotonic=lambda: send_before))
     await psp.control.release()
     assert await sending == ConnectorAnswer(
         Delivery.MAY_HAVE_BEEN_SENT, reason=Reason.ANSWER_UNUSABLE

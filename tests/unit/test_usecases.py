@@ -42,7 +42,6 @@ from gateway.domain.model import (
     Verdict,
 )
 from gateway.domain.states import UNFINISHED
-from tests.harness import passed
 from tests.memory_store import (
     APPROVED,
     CAPABLE,
@@ -504,14 +503,14 @@ async def test_follow_up_whose_deadline_is_too_near_writes_nothing() -> None:
 
 async def test_intent_that_outlasts_the_deadline_is_not_sent() -> None:
     gateway = bench()
-    deadline = time.monotonic() + LIMITS.min_send_budget_s + 0.05
+    command = gateway.authorize(deadline=time.monotonic() + 60)
 
     async def outlast(method: str) -> None:
         if method == "write_intent":
-            await passed(deadline)
+            command.deadline = time.monotonic() + LIMITS.min_send_budget_s
 
     gateway.store.after = outlast
-    answer = await gateway.payments.authorize(gateway.authorize(deadline=deadline))
+    answer = await gateway.payments.authorize(command)
     assert b"NOT_SENT" in answer.response
     assert gateway.store.by_key("a").reason == Reason.DEADLINE_TOO_SHORT
     assert gateway.connector.sent == []
