@@ -232,9 +232,11 @@ def simulate(*arguments: str) -> None:
 def _serve_nursery(channel: socket.socket) -> None:
     import gateway.composition  # noqa: PLC0415 - what the children need is imported once
     import gateway.connectors.simulator.server  # noqa: F401, PLC0415 - the same
+    from gateway.connectors.http import public_tls_context  # noqa: PLC0415
     from gateway.rpc import validation  # noqa: PLC0415
 
     validation.warm()
+    public_tls_context()
     gc.collect()
     gc.freeze()  # or a child's first collection would copy every page
     while True:
