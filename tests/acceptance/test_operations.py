@@ -67,12 +67,17 @@ async def test_health_follows_the_database(redis: EmbeddedRedis, transport: str)
         gateway = system.start_gateway(transport=transport, trusted_front=True)
         address = gateway.address
         assert await _health(address) == SERVING
+
+        async def is_serving() -> bool:
+            return await _health(address) == SERVING
+
+        async def is_not_serving() -> bool:
+            return await _health(address) == NOT_SERVING
+
         postgres.server.kill()
-        while await _health(address) != NOT_SERVING:
-            pass
+        await eventually(is_not_serving, "the gateway says that it does not serve")
         postgres.server.start()
-        while await _health(address) != SERVING:
-            pass
+        await eventually(is_serving, "the gateway says that it serves")
         async with calling(gateway, system.shop.api_key) as caller:
             answer = await caller.authorize()
             assert answer.payment.amounts.authorized_minor == 1000
