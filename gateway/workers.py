@@ -21,7 +21,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -41,7 +41,6 @@ from gateway.telemetry.setup import start_logging
 
 if TYPE_CHECKING:
     from asyncio import StreamReader, StreamWriter
-    from asyncio.subprocess import Process
 
     from gateway.composition import Gateway
 
@@ -159,6 +158,31 @@ def _bound(family: int, target: tuple[Any, ...]) -> socket.socket:
 # --- the supervisor -------------------------------------------------------------------------------
 
 
+class Process(Protocol):
+    """What is needed of a worker's process; the part of asyncio.subprocess.Process."""
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+
+    def send_signal(self, signal: int) -> None:
+        """Raises ProcessLookupError where it has ended."""
+
+    async def wait(self) -> int:
+        """Wait for the exit status, negative for a signal."""
+
+
+async def execute(channel: int) -> Process:
+    """`python -m gateway worker`, which gets this descriptor. Raises OSError."""
+    # In a session of its own: Ctrl-C is for the supervisor, which drains all together.
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "worker", str(channel)),
+        stdin=asyncio.subprocess.DEVNULL,
+        pass_fds=[channel],
+        start_new_session=True,
+    )
+
+
 class _Place:
     """One of the N workers: the process that has the place now, and what is known of it."""
 
@@ -182,7 +206,7 @@ class _Place:
     def serving(self) -> bool:
         return self.serving_since > 0
 
-    def begin(self, process: "Process", writer: "StreamWriter") -> None:
+    def begin(self, process: Process, writer: "StreamWriter") -> None:
         """A process has taken the place."""
         self.process, self._writer = process, writer
         self.failure = ""
@@ -364,7 +388,7 @@ class Supervisor:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), place.pause_s)
 
-    async def _attend(self, place: _Place, process: "Process", reader: "StreamReader") -> int:
+    async def _attend(self, place: _Place, process: Process, reader: "StreamReader") -> int:
         """Hear the worker out; its exit status."""
         while (message := await _receive(reader)) is not None:
             self._heard(place, message)
@@ -375,16 +399,10 @@ class Supervisor:
             place.signal(signal.SIGKILL)
             return await process.wait()
 
-    async def _start(self, place: _Place) -> tuple["Process", "StreamReader"]:
+    async def _start(self, place: _Place) -> tuple[Process, "StreamReader"]:
         ours, theirs = socket.socketpair()
         try:
-            # In a session of its own: Ctrl-C is for the supervisor, which drains all together.
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "gateway", "worker", str(theirs.fileno())),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
-            )
+            process = await execute(theirs.fileno())
         except OSError:
             ours.close()
             raise

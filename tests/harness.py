@@ -116,8 +116,10 @@ class GatewayProcess:
         self._process.wait()
 
     def wait(self) -> int:
-        """Its exit status, once it has ended by itself."""
-        return self._process.wait(START_TIMEOUT_S)
+        """Its exit status, once it has ended by itself; then the log is whole."""
+        status = self._process.wait(START_TIMEOUT_S)
+        self._reader.join(START_TIMEOUT_S)
+        return status
 
     def stop(self) -> int:
         """SIGTERM, and wait for the drain; the exit status."""

@@ -1,5 +1,5 @@
-"""Gateways and simulators forked from a process that has imported them once: a start is most of a
-short test.
+"""Gateways, their workers and simulators forked from a process that has imported them once: a start
+is most of a short test.
 
 Run as a process, it is the nursery: it forks a child for every request that comes over its socket.
 `Nursery` is the test's side.
@@ -7,6 +7,8 @@ Run as a process, it is the nursery: it forks a child for every request that com
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -33,9 +35,11 @@ COMMAND: Final = "tests.nursery:command"
 """`gateway` with arguments, the same."""
 SIMULATE: Final = "tests.nursery:simulate"
 """The PSP simulator with arguments, the same."""
+WORK: Final = "tests.nursery:work"
+"""`gateway worker`, the same."""
 END_TIMEOUT_S: Final = 60.0
 REQUEST_BYTES_MAX: Final = 64 * 1024
-FDS_MAX: Final = 3
+FDS_MAX: Final = 4
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -129,22 +133,26 @@ class Nursery:
         *,
         stdout: int | None = None,
         stderr: int | None = None,
+        passed: int | None = None,
         directory: Path | None = None,
     ) -> ForkedProcess:
         """A child that runs the function `target`, as `module:name`, with these arguments.
 
         Its standard output goes to the file descriptor `stdout`, or nowhere; its standard error to
-        `stderr`, or into the pipe of that name that the process has here.
+        `stderr`, or into the pipe of that name that the process has here. It gets the descriptor
+        `passed`, whose number there is its last argument.
         """
         request = {
             "target": target,
             "arguments": arguments,
             "environment": dict(environment),
             "directory": None if directory is None else str(directory),
+            "stdout": stdout is not None,
         }
         told, stderr_of_child = os.pipe() if stderr is None else (None, os.dup(stderr))
         alive, alive_of_child = os.pipe()
-        fds = [stderr_of_child, alive_of_child] + ([] if stdout is None else [stdout])
+        fds = [stderr_of_child, alive_of_child]
+        fds += [each for each in (stdout, passed) if each is not None]
         try:
             pid = self._ask(request, fds)
         finally:
@@ -208,11 +216,45 @@ def inherited_environment() -> dict[str, str]:
 # --- the nursery's side ---------------------------------------------------------------------------
 
 
-def serve() -> None:
-    """`gateway serve`."""
-    from gateway.cli import main  # noqa: PLC0415 - the test's side needs none of it
+_siblings: Nursery | None = None
+"""What a child has forked beside it."""
 
+
+def serve() -> None:
+    """`gateway serve`, its workers forked like itself."""
+    from gateway import workers  # noqa: PLC0415 - the test's side needs none of it
+    from gateway.cli import main  # noqa: PLC0415 - as above
+
+    workers.execute = _fork_worker
     main(["serve"])
+
+
+class _ForkedWorker:
+    """A sibling as the supervisor's child."""
+
+    def __init__(self, process: ForkedProcess) -> None:
+        self._process = process
+        self.pid = process.pid
+
+    def send_signal(self, number: int) -> None:
+        """Harmless where it has ended."""
+        self._process.send_signal(number)
+
+    async def wait(self) -> int:
+        """Wait for the exit status."""
+        return await asyncio.to_thread(self._process.wait)
+
+
+async def _fork_worker(channel: int) -> _ForkedWorker:
+    assert _siblings is not None
+    return _ForkedWorker(_siblings.fork(WORK, (), {}, stderr=2, passed=channel))
+
+
+def work(channel: str) -> None:
+    """`gateway worker`."""
+    from gateway.cli import main  # noqa: PLC0415 - as above
+
+    main(["worker", channel])
 
 
 def command(*arguments: str) -> None:
@@ -239,32 +281,57 @@ def _serve_nursery(channel: socket.socket) -> None:
     public_tls_context()
     gc.collect()
     gc.freeze()  # or a child's first collection would copy every page
-    while True:
-        message, fds, _, _ = socket.recv_fds(channel, REQUEST_BYTES_MAX, FDS_MAX)
-        if not message:
-            return
-        request = json.loads(message)
-        if "reap" in request:
-            _, status = os.waitpid(request["reap"], 0)
-            channel.send(str(status).encode())
-            continue
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            channel.close()
-            _run(request, fds, parent)
-        for fd in fds:
-            os.close(fd)
-        channel.send(str(pid).encode())
+    channels = {channel.fileno(): channel}
+    poll = select.poll()
+    poll.register(channel, select.POLLIN)
+    while channel.fileno() in channels:
+        for number, _ in poll.poll():
+            asking = channels[number]
+            message, fds, _, _ = socket.recv_fds(asking, REQUEST_BYTES_MAX, FDS_MAX)
+            if not message:
+                poll.unregister(number)
+                del channels[number]
+                asking.close()
+                continue
+            request = json.loads(message)
+            if "reap" in request:
+                _, answer = os.waitpid(request["reap"], 0)
+            else:
+                answer, another = _fork(request, fds, list(channels.values()))
+                channels[another.fileno()] = another
+                poll.register(another, select.POLLIN)
+            with contextlib.suppress(BrokenPipeError):  # a child that has been killed meanwhile
+                asking.send(str(answer).encode())
 
 
-def _run(request: dict[str, Any], fds: list[int], parent: int) -> None:
+def _fork(
+    request: dict[str, Any], fds: list[int], channels: Sequence[socket.socket]
+) -> tuple[int, socket.socket]:
+    """A child's pid, and the channel over which it may ask as well."""
+    parent = os.getpid()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if pid == 0:
+        for each in (ours, *channels):
+            each.close()
+        _run(request, fds, parent, theirs)
+    theirs.close()
+    for fd in fds:
+        os.close(fd)
+    return pid, ours
+
+
+def _run(request: dict[str, Any], fds: list[int], parent: int, channel: socket.socket) -> None:
     """Be the child. Does not return."""
+    import tests.nursery  # noqa: PLC0415 - this module runs under another name here
+
+    tests.nursery._siblings = tests.nursery.Nursery(channel)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     status = 1
     try:
         if os.getppid() == parent:
-            stderr, _, *stdout = fds  # the second one tells by its end that we have ended
+            stderr, _, *others = fds  # the second one tells by its end that we have ended
+            stdout = [others.pop(0)] if request["stdout"] else []
             for fd, number in ((stderr, 2), *((each, 1) for each in stdout)):
                 os.dup2(fd, number)
                 os.close(fd)
@@ -272,7 +339,8 @@ def _run(request: dict[str, Any], fds: list[int], parent: int) -> None:
                 os.chdir(request["directory"])
             os.environ.update(request["environment"])
             module, _, name = request["target"].partition(":")
-            getattr(importlib.import_module(module), name)(*request["arguments"])
+            arguments = [*request["arguments"], *map(str, others)]
+            getattr(importlib.import_module(module), name)(*arguments)
             status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)

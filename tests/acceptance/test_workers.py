@@ -3,66 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import os
-import re
 import signal
 import subprocess
 import sys
-from contextlib import asynccontextmanager
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-import aiohttp
-import grpc
 import pytest
-from payments.v1 import payment_pb2
 
 from storage.embedded import free_port
 from tests.faults.checker import Client, check, settled
-from tests.harness import Caller, authorize_request, calling, eventually, running_system
+from tests.harness import authorize_request, calling, eventually, running_system
+from tests.workers import (
+    OK_CALLS,
+    SUCCEEDED,
+    TRANSPORTS,
+    Http,
+    call_two_workers,
+    connections,
+    events,
+    transport_settings,
+    until_logged,
+    worker_pids,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from storage.embedded import EmbeddedRedis
-    from tests.harness import GatewayProcess, System
     from tests.servers import PostgresForTests
 
-pytestmark = pytest.mark.executed
-
-SUCCEEDED: Final = payment_pb2.OPERATION_STATE_SUCCEEDED
-CHANNELS: Final = 12
-"""Connections; with so many, the chance that all of them get the same one of two workers is 1 in
-2,048, and then a test opens more."""
 CALLERS: Final = 24
 ANSWERS: Final = 100
 """So many calls are answered before and after what a test does."""
-
-TRANSPORTS: Final = ("grpcio", "native")
-
-
-def transport_settings(transport: str) -> dict[str, Any]:
-    return {"transport": transport, "trusted_front": transport == "native"}
-
-
-def events(gateway: GatewayProcess, message: str) -> list[dict[str, Any]]:
-    """What was logged under a message, in its order."""
-    marked = f'"message":"{message}"'
-    return [json.loads(line) for line in list(gateway.lines) if marked in line]
-
-
-async def until_logged(gateway: GatewayProcess, message: str, count: int = 1) -> dict[str, Any]:
-    """Wait until so many lines have the message; the last of them."""
-    await eventually(lambda: len(events(gateway, message)) >= count, f"{count} x {message!r}")
-    return events(gateway, message)[count - 1]
-
-
-def worker_pids(gateway: GatewayProcess) -> dict[str, int]:
-    """The latest process of each worker that served."""
-    return {line["worker"]: line["worker_pid"] for line in events(gateway, "worker serving")}
 
 
 def is_running(pid: int) -> bool:
@@ -71,106 +43,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def maps_grpc(pid: int) -> bool:
-    """Whether a process has loaded gRPC's core."""
-    return "cygrpc" in Path(f"/proc/{pid}/maps").read_text()
-
-
-def workers_of_calls(gateway: GatewayProcess) -> set[str]:
-    return {line["worker"] for line in events(gateway, "call finished")}
-
-
-@asynccontextmanager
-async def connections(gateway: GatewayProcess, api_key: str) -> AsyncIterator[list[Caller]]:
-    """Callers with a connection each, which retry as the published service config says."""
-    config = (files("payments.v1") / "service_config.json").read_text()
-    options = [
-        ("grpc.service_config", config),
-        ("grpc.use_local_subchannel_pool", 1),  # or all channels share one connection
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.max_reconnect_backoff_ms", 300),
-    ]
-    async with contextlib.AsyncExitStack() as stack:
-        callers = []
-        for _ in range(CHANNELS):
-            channel = grpc.aio.insecure_channel(await gateway.serving(), options=options)
-            callers.append(Caller(await stack.enter_async_context(channel), api_key))
-        yield callers
-
-
-async def call_two_workers(gateway: GatewayProcess, api_key: str) -> int:
-    """Call over new connections until more than one worker has answered; the number of calls."""
-    calls = 0
-    while True:
-        async with connections(gateway, api_key) as callers:
-            for answer in await asyncio.gather(*(caller.authorize() for caller in callers)):
-                assert answer.operation.state == SUCCEEDED
-        calls += CHANNELS
-        await until_logged(gateway, "call finished", calls)
-        if len(workers_of_calls(gateway)) > 1:
-            return calls
-
-
-class Http:
-    """The supervisor's side for operators."""
-
-    def __init__(self, port: int) -> None:
-        self._address = f"http://127.0.0.1:{port}"
-
-    async def get(self, path: str) -> tuple[int, str]:
-        async with aiohttp.ClientSession() as session, session.get(self._address + path) as answer:
-            return answer.status, await answer.text()
-
-    async def metric(self, name: str) -> float:
-        """The value of one sample."""
-        status, text = await self.get("/metrics")
-        assert status == 200
-        found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
-        assert found, f"{name} is not in\n{text}"
-        return float(found[1])
-
-
-OK_CALLS: Final = 'gateway_rpc_requests_total{code="OK",method="AuthorizePayment",reason=""}'
-OBSERVED: Final = 'gateway_rpc_duration_seconds_count{method="AuthorizePayment"}'
-
-
-@pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_workers_share_a_port_and_their_metrics_are_the_sums(
-    postgres: PostgresForTests, redis: EmbeddedRedis, transport: str
-) -> None:
-    http = Http(port := free_port())
-    with running_system(postgres, redis) as system:
-        gateway = system.start_gateway(
-            workers=2, metrics_address=f"127.0.0.1:{port}", **transport_settings(transport)
-        )
-        calls = await call_two_workers(gateway, system.shop.api_key)
-        assert await http.metric(OK_CALLS) == calls
-        assert await http.metric(OBSERVED) == calls
-        assert await http.metric("gateway_redis_up") == 1
-        assert not maps_grpc(gateway.pid)
-        assert all(maps_grpc(pid) for pid in worker_pids(gateway).values())
-
-        number, pid = worker_pids(gateway).popitem()
-        os.kill(pid, signal.SIGKILL)
-        ended = await until_logged(gateway, "worker ended")
-        assert (ended["worker"], ended["status"]) == (number, "SIGKILL")
-        assert await http.metric(OK_CALLS) == calls
-        assert await http.metric(OBSERVED) == calls
-        await until_logged(gateway, "worker serving", 3)
-        assert worker_pids(gateway)[number] != pid
-        calls += await _more_calls(gateway, system)
-        assert await http.metric(OK_CALLS) == calls
-        assert await http.metric(f'gateway_worker_restarts_total{{worker="{number}"}}') == 1
-        assert await http.metric(f'gateway_worker_up{{worker="{number}"}}') == 1
-        assert await asyncio.to_thread(gateway.stop) == 0
-
-
-async def _more_calls(gateway: GatewayProcess, system: System) -> int:
-    async with connections(gateway, system.shop.api_key) as callers:
-        await asyncio.gather(*(caller.authorize() for caller in callers))
-    return CHANNELS
 
 
 async def test_metrics_and_readiness_say_which_worker_is_paused(
@@ -386,46 +258,6 @@ async def test_a_supervisor_whose_workers_can_no_longer_start_ends_and_says_why(
         assert not any(is_running(line["worker_pid"]) for line in events(gateway, "worker started"))
 
 
-def serve(system: System, *arguments: str, **settings: object) -> subprocess.CompletedProcess[str]:
-    """`serve` with arguments, to its end."""
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("GATEWAY_")}
-    environment |= system.settings
-    environment |= {f"GATEWAY_{name.upper()}": str(value) for name, value in settings.items()}
-    return subprocess.run(
-        [sys.executable, "-m", "gateway", "serve", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-async def test_workers_that_cannot_start_end_the_supervisor_with_their_message_once(
-    postgres: PostgresForTests, redis: EmbeddedRedis
-) -> None:
-    with running_system(postgres, redis) as system:
-        empty = postgres.create_database()
-        ran = await asyncio.to_thread(serve, system, "--workers", "3", postgres_dsn=empty)
-        assert ran.returncode == 1
-        assert ran.stderr.count("gateway migrate") == 1
-        assert "Traceback" not in ran.stderr
-        postgres.drop_database(empty)
-
-
-async def test_settings_that_the_workers_refuse_are_named_once(
-    postgres: PostgresForTests, redis: EmbeddedRedis
-) -> None:
-    with running_system(postgres, redis) as system:
-        native = await asyncio.to_thread(serve, system, "--workers", "2", transport="native")
-        assert (native.returncode, native.stderr.count("GATEWAY_TRUSTED_FRONT")) == (1, 1)
-        for workers in ("0", "65"):
-            refused = await asyncio.to_thread(serve, system, "--workers", workers)
-            assert refused.returncode == 2
-            assert "--workers" in refused.stderr
-        refused = await asyncio.to_thread(serve, system, workers=65)
-        assert (refused.returncode, refused.stderr.count("GATEWAY_WORKERS")) == (1, 1)
-
-
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("first", [1, 2], ids=["after-one", "after-several"])
 async def test_a_used_port_is_refused_with_any_number_of_workers(
@@ -472,28 +304,3 @@ async def test_doctor_counts_the_connections_that_the_workers_hold(
         bad = await asyncio.to_thread(doctor, 64)
         assert bad.returncode == 1
         assert f"64 x {row['held'] // 2} connections" in bad.stdout
-
-
-async def test_run_serves_with_several_workers(tmp_path: Path) -> None:
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("GATEWAY_")}
-    environment["GATEWAY_LISTEN_ADDRESS"] = f"127.0.0.1:{free_port()}"
-    environment["GATEWAY_METRICS_ADDRESS"] = f"127.0.0.1:{free_port()}"
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway", "run", "--workers", "2"),
-        cwd=tmp_path,
-        env=environment,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    assert process.stdout is not None
-    try:
-        async for line in process.stdout:
-            if b"Stop with Ctrl-C" in line:
-                break
-        demo = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "gateway", "demo"), cwd=tmp_path, stdout=subprocess.DEVNULL
-        )
-        assert await demo.wait() == 0
-    finally:
-        process.terminate()
-        assert await process.wait() == 0
