@@ -8,6 +8,7 @@ Run as a process, it is the nursery: it forks a child for every request that com
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -326,6 +327,7 @@ def _run(request: dict[str, Any], fds: list[int], parent: int, channel: socket.s
     import tests.nursery  # noqa: PLC0415 - this module runs under another name here
 
     tests.nursery._siblings = tests.nursery.Nursery(channel)
+    atexit._clear()  # what the nursery itself does at its end
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     status = 1
     try:
@@ -347,6 +349,7 @@ def _run(request: dict[str, Any], fds: list[int], parent: int, channel: socket.s
     except BaseException:  # noqa: BLE001 - a fork must never go back into the nursery's loop
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()  # the log's last lines are written then
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
