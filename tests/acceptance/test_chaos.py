@@ -18,7 +18,7 @@ import pytest
 from redis.asyncio import Redis
 
 from tests.chaos import mutants
-from tests.chaos.cli import NO_RESULT, RATE, USAGE
+from tests.chaos.cli import NO_RESULT, RATE, USAGE, main
 from tests.chaos.clients import LoopThread
 from tests.chaos.history import History
 from tests.chaos.network import DELAY_S, READ_BYTES_MAX, THROTTLE_BYTES_PER_S, Fault, TcpProxy
@@ -32,7 +32,6 @@ from tests.chaos.shims import (
     shimmed_redis,
 )
 from tests.chaos.trial import PROFILES, Servers, keep, profile_of, run_trials
-from tests.nursery import Nursery
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
     from storage.embedded import EmbeddedRedis
     from tests.chaos.trial import Scenario
+    from tests.nursery import Nursery
     from tests.servers import PostgresForTests
 
 LOST_ANSWERS: Final = replace(
@@ -68,6 +68,18 @@ def chaos(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def chaos_here(
+    capsys: pytest.CaptureFixture[str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """The same in this process, for what starts nothing."""
+    capsys.readouterr()
+    try:
+        status = main(arguments)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+
 def test_a_trial_without_violation_prints_figures_writes_its_summary_and_exits_with_0(
     tmp_path: Path,
 ) -> None:
@@ -90,15 +102,17 @@ def test_a_trial_without_violation_prints_figures_writes_its_summary_and_exits_w
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_options_that_make_no_sense_end_with_2_and_a_reason() -> None:
-    ended = chaos("--scenario", "gateway-sigkil")
+def test_options_that_make_no_sense_end_with_2_and_a_reason(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended = chaos_here(capsys, "--scenario", "gateway-sigkil")
     assert ended.returncode == USAGE
     assert "no scenario gateway-sigkil; there are gateway-sigkill," in ended.stderr
     assert ended.stdout == ""
 
 
-def test_help_names_options_and_exit_status() -> None:
-    ended = chaos("--help")
+def test_help_names_options_and_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    ended = chaos_here(capsys, "--help")
     assert ended.returncode == 0
     for said in ("--scenario", "--trials", "--seed", "--rate", "--quick", "--list", "exit status"):
         assert said in ended.stdout
@@ -130,6 +144,8 @@ def test_help_names_options_and_exit_status() -> None:
 def test_a_gateway_with_a_deliberate_fault_is_found_out_and_its_journals_are_kept(
     postgres: PostgresForTests,
     redis: EmbeddedRedis,
+    nursery: Nursery,
+    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     mutant: Callable[[], None],
     scenario: Scenario,
@@ -141,19 +157,21 @@ def test_a_gateway_with_a_deliberate_fault_is_found_out_and_its_journals_are_kep
     seed = next(
         seed for seed in range(len(PROFILES)) if profile_of(scenario, seed) == "non_idempotent"
     )
-    with Nursery.open() as nursery, LoopThread() as loop:
+    with LoopThread() as loop:
         servers = Servers(postgres, redis, loop, nursery)
         result = run_trials(servers, scenario, seed, rate=RATE, trials=trials, target=target)
     assert rules <= {violation.rule for violation in result.violations}, result.violations
     keep(result, tmp_path)
     assert History.load(tmp_path) == result.history
-    again = chaos("--judge", str(tmp_path))
+    again = chaos_here(capsys, "--judge", str(tmp_path))
     assert again.returncode == 1
     assert again.stdout.splitlines()[:-1] == [str(each) for each in result.violations]
 
 
-def test_a_folder_without_journals_cannot_be_judged(tmp_path: Path) -> None:
-    ended = chaos("--judge", str(tmp_path))
+def test_a_folder_without_journals_cannot_be_judged(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    ended = chaos_here(capsys, "--judge", str(tmp_path))
     assert ended.returncode == NO_RESULT
     assert "holds no journals of a trial" in ended.stderr
 
