@@ -69,10 +69,10 @@ async def test_health_follows_the_database(redis: EmbeddedRedis, transport: str)
         assert await _health(address) == SERVING
 
         async def is_serving() -> bool:
-            return await _health(address) == SERVING
+            return bool(await _health(address) == SERVING)
 
         async def is_not_serving() -> bool:
-            return await _health(address) == NOT_SERVING
+            return bool(await _health(address) == NOT_SERVING)
 
         postgres.server.kill()
         await eventually(is_not_serving, "the gateway says that it does not serve")

@@ -177,6 +177,15 @@ async def test_long_requests_and_answers_pass_through_tls(
     assert heard.requests[0].endswith(body)
 
 
+async def test_who_trusts_the_systems_authorities_reads_them_once(
+    ca_file: str, clients: Clients
+) -> None:
+    one, other = clients("https://one.example"), clients("https://other.example")
+    assert one._way.tls is other._way.tls
+    own = clients("https://one.example", ca_file=ca_file)
+    assert own._way.tls not in (None, one._way.tls)
+
+
 @pytest.mark.parametrize("flaw", ["wrong name", "expired", "not yet", "self-signed", "unknown CA"])
 async def test_certificate_that_proves_nothing_gets_no_request(
     flaw: str, ca: trustme.CA, ca_file: str, clients: Clients, caplog: pytest.LogCaptureFixture
