@@ -20,7 +20,9 @@ from gateway import __version__
 from gateway.application import applying
 from gateway.application.accounts import parse_key
 from gateway.application.administration import Administration
-from gateway.application.admission import AdmissionLimits, open_gates
+from gateway.application.admission import Admission, AdmissionLimits, open_gates
+from gateway.application.events import Events
+from gateway.application.events import Schedule as EventSchedule
 from gateway.application.notifications import Received
 from gateway.application.ports import Connector, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
@@ -54,6 +56,7 @@ from gateway.rpc.admin import AdminService
 from gateway.rpc.auth import Authenticator, AuthLimits
 from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.decoding import ContractDecoder
+from gateway.rpc.events import EventService, StreamLimits
 from gateway.rpc.peers import PeerIdentities
 from gateway.rpc.routing import RoutingService
 from gateway.rpc.server import GrpcServer, ServerOptions
@@ -86,6 +89,10 @@ if TYPE_CHECKING:
 
 READINESS_INTERVAL_S: Final = 2.0
 """How often readiness is looked at, and what is in doubt and in the outbox is counted."""
+EVENT_LAG_INTERVAL_S: Final = 10.0
+"""How often the events' consumers are looked at."""
+EVENT_CONSUMERS_SHOWN_MAX: Final = 100
+"""So many consumers have metrics, those that have not acknowledged for longest."""
 LEARNING_INTERVALS: Final = 5
 """Counts of success are exchanged so many times as seldom as breakers' states."""
 ROUTING_REDIS_TIMEOUT_MS: Final = 1000.0
@@ -229,8 +236,9 @@ class Gateway:
             admission.lists,
             RoutingAdministration(self.store.routing_rules, self.connectors, routing, self.rules),
         )
+        events = self._open_events(admission)
         self.server = GrpcServer(
-            self.service, server_options(settings), wrap, admin, routing_service
+            self.service, server_options(settings), wrap, admin, routing_service, events
         )
         try:
             if settings.workers == 1:  # of several workers, the supervisor serves them
@@ -245,6 +253,29 @@ class Gateway:
         for name, work in (*self._background_work(), *self._routing_work()):
             self._background.append(in_background(name, work))
 
+    def _open_events(self, admission: Admission) -> EventService:
+        """Streams of events; the tail that they share is read in the background."""
+        settings = self.settings
+        self.events = Events(
+            self.store.events,
+            self.store.events,
+            ContractDecoder().mode_of_event,
+            EventSchedule(
+                poll_s_min=settings.events_poll_ms_min / 1000,
+                poll_s_max=settings.events_poll_ms_max / 1000,
+                heartbeat_s=settings.events_heartbeat_s,
+                kept_bytes_max=settings.events_kept_bytes_max,
+            ),
+            self.metrics,
+        )
+        limits = StreamLimits(
+            streams_max=settings.events_streams_max,
+            of_organisation_max=settings.events_organisation_streams_max,
+        )
+        service = EventService(self.service, admission.lists, self.events, limits)
+        self.metrics.watch_event_streams(lambda: service.streams)
+        return service
+
     def _background_work(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """What goes on in the background, by its name."""
         settings = self.settings
@@ -256,6 +287,8 @@ class Gateway:
         yield "readiness", self._watch_readiness()
         accounts_interval_s = settings.connector_accounts_interval_s
         yield "connector-accounts", self.connector_accounts.run(accounts_interval_s)
+        yield "events", self.events.run()
+        yield "event-lag", self._watch_events()
         yield "loop-lag", sample_lag(self.metrics.loop_lagged)
 
     def _open_applier(self, encoder: ContractEncoder) -> applying.Applier:
@@ -606,6 +639,19 @@ class Gateway:
                 self.ready = False
             await self.server.set_serving(self.ready)
             await asyncio.sleep(READINESS_INTERVAL_S)
+
+    async def _watch_events(self) -> None:
+        """Tell how far the events' consumers are behind."""
+        lag = self.store.event_lag
+        while True:
+            try:
+                consumers = await lag.consumers(None, None, EVENT_CONSUMERS_SHOWN_MAX)
+                self.metrics.event_lag(consumers, await lag.held_back_s())
+            except StoreUnavailable as error:
+                _log.warning("the events' consumers could not be looked at: %s", error)
+            except Exception:  # noqa: BLE001 - as without the roles' rights to a new table
+                _log.exception("the events' consumers could not be looked at")
+            await asyncio.sleep(EVENT_LAG_INTERVAL_S)
 
     async def stop(self) -> None:
         """Drain: refuse new calls, finish what has begun, flush, close. Safe to repeat."""

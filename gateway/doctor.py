@@ -26,7 +26,7 @@ from gateway.rpc.tls import TlsFiles, TlsFilesUnusable
 from gateway.rpc.tokens import read_key_set
 from gateway.settings import Settings, algorithms_of, split_address
 from storage.postgres import SchemaError, check_schema, durability_problems, row_security
-from storage.postgres.store import DIRECT, FOLLOW_UPS, NOTIFICATIONS
+from storage.postgres.store import DIRECT, EVENTS, FOLLOW_UPS, NOTIFICATIONS
 from storage.redis import RedisAway, RedisClient, RedisRefused
 
 CLOCK_DIFFERENCE_S_MAX = 2.0
@@ -163,7 +163,7 @@ async def _postgres(dsn: str, settings: Settings) -> list[Finding]:
 async def _connections(connection: "asyncpg.Connection[Any]", settings: Settings) -> Finding:
     """Whether PostgreSQL has room for the connections that each worker holds."""
     lanes = settings.intent_connections + settings.outcome_connections + settings.read_connections
-    lanes += FOLLOW_UPS.connections + DIRECT.connections
+    lanes += FOLLOW_UPS.connections + DIRECT.connections + EVENTS.connections
     if settings.applies_notifications:
         lanes += NOTIFICATIONS.connections
     needed = settings.workers * lanes

@@ -633,6 +633,39 @@ class Settings(BaseSettings):
         unit="notifications",
     )
 
+    # Streams of events.
+    events_streams_max: int = _field(
+        200,
+        "Streams of events (EventService) at once; one more is refused.",
+        ge=1,
+        le=10_000,
+        unit="streams",
+    )
+    events_organisation_streams_max: int = _field(
+        50, "Of these, those of one organisation.", ge=1, le=10_000, unit="streams"
+    )
+    events_poll_ms_min: float = _field(
+        25.0,
+        "The pause between two looks for new events, while a stream is open and events come.",
+        ge=1,
+        le=10_000,
+    )
+    events_poll_ms_max: float = _field(500.0, "The same while none come.", ge=1, le=60_000)
+    events_heartbeat_s: float = _field(
+        10.0,
+        "How often an idle stream gets a sign of life with its cursor, and a stream's credential is"
+        " looked at again.",
+        ge=0.05,
+        le=300,
+    )
+    events_kept_bytes_max: int = _field(
+        8 * 1024 * 1024,
+        "The latest events, kept in memory for all streams together; a stream that is behind them"
+        " reads the outbox itself.",
+        ge=1024,
+        le=1024**3,
+    )
+
     # Routing: breakers, and what is learnt.
     breaker_enabled: bool = _field(
         True, "Whether an account whose calls fail or are far too slow is left alone for a while."

@@ -37,6 +37,10 @@ class Scope(StrEnum):
     """RoutingService's reads: rules, their versions, explanations, connectors."""
     ROUTING_WRITE = "routing:write"
     """Putting routing rules and putting them into force."""
+    EVENTS_READ = "events:read"
+    """All of EventService: the merchants' events, and consumers' positions."""
+    EVENTS_READ_ALL = "events:read_all"
+    """Besides EVENTS_READ: the events of every merchant there is, for the operator's own."""
     ADMIN = "admin"
     """Reserved for the administration of accounts; opens no method."""
 

@@ -5,6 +5,7 @@ from payments.v1 import payment_pb2
 from payments.v1.payment_service_pb2 import AuthorizePaymentResponse
 
 from gateway.domain.invariants import Told
+from gateway.domain.model import Mode
 
 
 class ContractDecoder:
@@ -23,6 +24,16 @@ class ContractDecoder:
         if not _parsed(event, data) or not event.HasField("operation"):
             return None
         return _told(event.operation, event.payment)
+
+    def mode_of_event(self, data: bytes, merchant_id: str) -> Mode | None:
+        """The mode of an event's payment; None where that is not the merchant's.
+
+        Also a wall between tenants: what the row says must be what the payload says.
+        """
+        event = payment_pb2.PaymentEvent()
+        if not _parsed(event, data) or event.payment.merchant_id != merchant_id:
+            return None
+        return Mode(event.payment.mode) if event.payment.mode else None
 
 
 def _parsed(message: Message, data: bytes) -> bool:

@@ -94,6 +94,9 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
             _C.INVALID_ARGUMENT,
             "Use the next_page_token as it was given, with the same filters, or begin anew.",
         ),
+        Reason.EVENT_CURSOR_INVALID: Rule(
+            _C.INVALID_ARGUMENT, "Use the cursor of a message as it was given."
+        ),
         Reason.CREDENTIAL_MISSING: Rule(
             _C.UNAUTHENTICATED,
             "Send the metadata `authorization: Bearer <API key or access token>`.",
@@ -121,6 +124,9 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
         ),
         Reason.ROUTING_RULES_NOT_FOUND: Rule(
             _C.NOT_FOUND, "The merchant has no such version of routing rules in this mode."
+        ),
+        Reason.EVENT_CONSUMER_NOT_FOUND: Rule(
+            _C.NOT_FOUND, "The organisation has no consumer of this name in the key's mode."
         ),
         Reason.IDEMPOTENCY_KEY_REUSED: Rule(
             _C.ALREADY_EXISTS,
@@ -178,6 +184,18 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
             _C.FAILED_PRECONDITION,
             "No connector serves the merchant in this mode; have one configured.",
         ),
+        Reason.EVENT_CURSOR_UNKNOWN: Rule(
+            _C.FAILED_PRECONDITION,
+            "The database has lost the event that the position names (a restore, a standby that "
+            "was behind): reset the consumer to an earlier cursor, or to the beginning.",
+        ),
+        Reason.EVENT_CONSUMER_OUT_OF_REACH: Rule(
+            _C.FAILED_PRECONDITION,
+            "Use a credential that reaches all merchants of the consumer, or another consumer.",
+        ),
+        Reason.EVENT_CONSUMERS_TOO_MANY: Rule(
+            _C.FAILED_PRECONDITION, "Delete a consumer that nobody uses."
+        ),
         Reason.CONTENTION: Rule(
             _C.ABORTED,
             "Other calls changed the payment meanwhile; repeat with the same key.",
@@ -193,6 +211,12 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
             "The merchant's rate limit is used up; repeat with the same key after the pause, which "
             "says when there is room.",
             retry_after_s=1.0,
+        ),
+        Reason.EVENT_STREAMS_TOO_MANY: Rule(
+            _C.RESOURCE_EXHAUSTED,
+            "The server, or the organisation on it, has as many streams of events as it may; end "
+            "one, or begin again after the pause.",
+            retry_after_s=5.0,
         ),
         Reason.DEADLINE_TOO_SHORT: Rule(
             _C.DEADLINE_EXCEEDED,

@@ -23,6 +23,9 @@ from gateway.rpc import validation
 from gateway.rpc.admin import REQUEST_TYPES as ADMIN_REQUEST_TYPES
 from gateway.rpc.admin import SERVICE_NAME as ADMIN_SERVICE_NAME
 from gateway.rpc.admin import AdminService
+from gateway.rpc.events import REQUEST_TYPES as EVENT_REQUEST_TYPES
+from gateway.rpc.events import SERVICE_NAME as EVENT_SERVICE_NAME
+from gateway.rpc.events import EventService
 from gateway.rpc.routing import REQUEST_TYPES as ROUTING_REQUEST_TYPES
 from gateway.rpc.routing import SERVICE_NAME as ROUTING_SERVICE_NAME
 from gateway.rpc.routing import RoutingService
@@ -111,16 +114,19 @@ class GrpcServer:
         wrap: Callable[[str, Handlers], Handlers] | None = None,
         admin: AdminService | None = None,
         routing: RoutingService | None = None,
+        events: EventService | None = None,
     ) -> None:
         _check(options)
         self._wrap = wrap
         self._service = service
         self._admin = admin
         self._routing = routing
+        self._events = events
         self._names = (
             SERVICE_NAME,
             *(() if admin is None else (ADMIN_SERVICE_NAME,)),
             *(() if routing is None else (ROUTING_SERVICE_NAME,)),
+            *(() if events is None else (EVENT_SERVICE_NAME,)),
         )
         self._options = options
         # The native transport reserves the trailer's name: a call that ends with it never ends.
@@ -142,6 +148,7 @@ class GrpcServer:
             (
                 *(() if self._admin is None else ADMIN_REQUEST_TYPES),
                 *(() if self._routing is None else ROUTING_REQUEST_TYPES),
+                *(() if self._events is None else EVENT_REQUEST_TYPES),
             )
         )
         options = self._options
@@ -176,6 +183,8 @@ class GrpcServer:
             yield ADMIN_SERVICE_NAME, self._admin.method_handlers()
         if self._routing is not None:
             yield ROUTING_SERVICE_NAME, self._routing.method_handlers()
+        if self._events is not None:
+            yield EVENT_SERVICE_NAME, self._events.method_handlers()
 
     async def set_serving(self, serving: bool) -> None:
         """Report SERVING or NOT_SERVING by health; ignored once draining has begun."""
@@ -199,6 +208,8 @@ class GrpcServer:
         self._service.begin_drain()
         if self._admin is not None:
             self._admin.begin_drain()
+        if self._events is not None:
+            self._events.begin_drain()
         self._health.close()
         await self._wait_quiet()
         if self._options.transport == "native":

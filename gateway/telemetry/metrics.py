@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from gateway import __version__
 from gateway.application.admission import Admission, Gate, Stage
+from gateway.application.events import Consumer
 from gateway.application.notifications import NotificationKind, Receipt, Result
 from gateway.application.ports import ClaimOutcome
 from gateway.domain import decisions
@@ -192,6 +193,36 @@ class Metrics:
         self._outbox_rows = gauge(  # each worker asks for those of all, as for the doubts below
             "outbox_rows",
             "Events in the outbox, as PostgreSQL's statistics estimate them.",
+            over_workers="max",
+        )
+        self._add_events()
+
+    def _add_events(self) -> None:
+        counter, gauge = self._counter, self._gauge
+        self._event_streams = gauge("event_streams", "Streams of events that are open.")
+        self._events_read = counter(
+            "events_read",
+            "Events read from the outbox, by the `tail` that streams share, or by a `stream` that "
+            "is behind it.",
+            "reader",
+        )
+        of_consumer = "organisation", "mode", "consumer"
+        self._events_behind = gauge(
+            "event_consumer_behind_events",
+            "Events that a consumer has not acknowledged, counted up to 10,000; of the operator's "
+            "consumers the organisation is empty.",
+            *of_consumer,
+            over_workers="max",
+        )
+        self._event_lag_s = gauge(
+            "event_consumer_behind_seconds",
+            "Age of the oldest event that a consumer has not acknowledged; 0 where there is none.",
+            *of_consumer,
+            over_workers="max",
+        )
+        self._events_held_s = gauge(
+            "events_held_back_seconds",
+            "Age of the oldest event that waits for a transaction still running in PostgreSQL.",
             over_workers="max",
         )
 
@@ -518,6 +549,30 @@ class Metrics:
     def outbox_rows(self, rows: int) -> None:
         """The outbox holds about so many events now."""
         self._outbox_rows.set(rows)
+
+    def event_lag(self, consumers: Sequence[Consumer], held_back_s: float) -> None:
+        """How far the consumers are behind now, and for how long events are held back."""
+        self._events_held_s.set(held_back_s)
+        shown = set()
+        for consumer in consumers:
+            name = consumer.name
+            labels = name.organisation_id, name.mode, name.name
+            shown.add(labels)
+            self._events_behind.set(consumer.events_behind, labels)
+            self._event_lag_s.set(consumer.seconds_behind, labels)
+        for gauge in (self._events_behind, self._event_lag_s):
+            for gone in set(gauge.labels_shown()) - shown:
+                gauge.remove(gone)
+
+    def watch_event_streams(self, count: Callable[[], int]) -> None:
+        """Read the number of open streams when it is asked for."""
+        self._families.readers.append(lambda: self._event_streams.set(count()))
+
+    # gateway.application.events.EventMetrics
+
+    def events_read(self, events: int, reader: str) -> None:
+        """A page was read, by the `tail` or by a `stream` that is behind it."""
+        self._events_read.add((reader,), events)
 
     def loop_lagged(self, seconds: float) -> None:
         """The event loop woke a task so much later than it was to."""

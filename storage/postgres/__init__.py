@@ -6,6 +6,7 @@
 from storage.postgres.accounts import Accounts, KeyRow, MerchantRow, OrganisationRow
 from storage.postgres.connector_accounts import ConnectorAccounts
 from storage.postgres.errors import NotDurable, RowRefused, SchemaError
+from storage.postgres.events import OutboxEvents
 from storage.postgres.lanes import LaneLimits
 from storage.postgres.migrate import check_schema, required_version
 from storage.postgres.notifications import Notifications
@@ -23,6 +24,7 @@ __all__ = [
     "NotDurable",
     "Notifications",
     "OrganisationRow",
+    "OutboxEvents",
     "PostgresStore",
     "RoutingControls",
     "RoutingRules",

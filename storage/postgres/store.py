@@ -40,6 +40,7 @@ from storage.postgres.accounts import Accounts
 from storage.postgres.audit import PostgresAudit
 from storage.postgres.connector_accounts import ConnectorAccounts
 from storage.postgres.errors import NotDurable, SchemaError
+from storage.postgres.events import OutboxEvents
 from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
 from storage.postgres.migrate import check_schema
 from storage.postgres.notifications import Notifications, keeping_lane
@@ -90,6 +91,7 @@ FOLLOW_UPS: Final = LaneLimits(connections=1, rows_max=200, queue_max=5_000, ret
 CHANGES: Final = LaneLimits(connections=2, rows_max=500, queue_max=5_000, retry_s_max=30.0)
 READS: Final = LaneLimits(connections=1, rows_max=200, queue_max=5_000, retry_s_max=1.0)
 DIRECT: Final = LaneLimits(connections=2, rows_max=1, queue_max=200, retry_s_max=1.0)
+EVENTS: Final = LaneLimits(connections=2, rows_max=1, queue_max=500, retry_s_max=1.0)
 NOTIFICATIONS: Final = LaneLimits(connections=1, rows_max=200, queue_max=1_000, retry_s_max=1.0)
 
 _ROLES: Final = {
@@ -98,6 +100,7 @@ _ROLES: Final = {
     "changes": WRITER,
     "reads": READER,
     "direct": RECOVERER,
+    "events": RECOVERER,
     "notifications": WRITER,
 }
 
@@ -128,7 +131,8 @@ class PostgresStore:
     Args:
         dsn: a libpq URL of the primary; with several hosts, of those that may be it.
         intents, follow_ups, changes, reads, direct: what each lane may take and hold; `direct`
-            serves ListPayments and recovery. Without `notifications` none are kept.
+            serves ListPayments and recovery. Without `notifications` none are kept. Streams of
+            events have a lane of their own (EVENTS), which connects when there is one.
             `changes.retry_s_max` is for how long an outcome is
             repeated while the database is away; recovery settles what could not be written.
         connection: how to connect; `dsn` comes first.
@@ -183,6 +187,7 @@ class PostgresStore:
             "changes": changes,
             "reads": reads,
             "direct": direct,
+            "events": EVENTS,
         }
         if notifications is not None:
             self._limits["notifications"] = notifications
@@ -270,12 +275,21 @@ class PostgresStore:
             metrics=self._metrics,
             tracer=self._tracer,
         )
+        self._events_lane = DirectLane(
+            "events",
+            held["events"],
+            self._limits["events"],
+            retry_after_s=self._retry_after_s,
+            metrics=self._metrics,
+            tracer=self._tracer,
+        )
         self.queues: dict[str, PostgresLane[Any, Any] | DirectLane] = {
             "intents": self._intents,
             "follow_ups": self._follow_ups,
             "changes": self._changes,
             "reads": self._reads,
             "direct": self._direct,
+            "events": self._events_lane,
         }
         keeping = None
         if "notifications" in held:
@@ -292,8 +306,12 @@ class PostgresStore:
         self.connector_accounts = ConnectorAccounts(self._direct)
         self.routing_rules = RoutingRules(self._direct)
         self.routing_controls = RoutingControls(self._direct)
+        self.events = OutboxEvents(self._events_lane)
+        self.event_lag = OutboxEvents(self._direct)
+        """The same, for what is asked where nobody streams."""
         if connect:
-            await asyncio.gather(*(connections.open() for connections in held.values()))
+            opened = (connections for name, connections in held.items() if name != "events")
+            await asyncio.gather(*(connections.open() for connections in opened))
 
     async def close(self) -> None:
         """Write all that was taken, then close. Close after everybody who writes has finished."""
@@ -303,6 +321,7 @@ class PostgresStore:
         await self._reads.close()
         if "notifications" in self.queues:
             await self.queues["notifications"].close()
+        await self._events_lane.close()
         await self._direct.close()
 
     async def __aenter__(self) -> Self:

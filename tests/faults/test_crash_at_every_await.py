@@ -98,10 +98,11 @@ NO_CRASH: Final = (
     "_check:",
     "PostgresStore.count_doubts",
     "PostgresStore.estimate_outbox",
+    "OutboxEvents.",
     "Lane._linger:",
 )
-"""Sites of the driver's preparations, of the gateway's readiness, and where rows wait for company,
-which they do by chance."""
+"""Sites of the driver's preparations, of the gateway's readiness and lag, and where rows wait for
+company, which they do by chance."""
 
 Call = tuple[str, Any]
 """A method and its request."""

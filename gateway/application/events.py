@@ -1,0 +1,590 @@
+"""Payments' events as streams: one reader of the outbox's end for all of a process's streams.
+
+A stream is a position and nothing else. While what follows it is among the events that the tail
+keeps in memory, it takes them from there; a stream that begins far back, or whose client reads
+slowly, reads pages of its own until it has caught up. So a slow stream costs no memory, holds up
+nobody, and loses nothing.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from typing import Final, NamedTuple, Protocol, TypeVar
+
+from gateway.application.ports import StoreUnavailable
+from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.model import Mode
+
+CONSUMERS_MAX: Final = 50
+"""How many consumers an organisation may have in a mode."""
+LAG_EVENTS_MAX: Final = 10_000
+"""So many events behind a consumer's position are counted; more are so many."""
+PAGE_EVENTS_MAX: Final = 500
+"""Rows that a page of the outbox looks at."""
+SCAN_EVENTS_MAX: Final = 5_000
+"""The same for a stream of few merchants, most of whose pages are other merchants'."""
+
+CATCHING_UP_MAX: Final = 1
+"""Streams that read pages of their own at a time: fewer than there are connections, so that the
+tail and acknowledgements wait for none of them."""
+
+_CURSOR_VERSION: Final = b"\x01"
+_XACT_BYTES: Final = 8
+DIGEST_BYTES: Final = 16
+"""Of the SHA-256 of the event's id that a cursor names."""
+_NO_EVENT: Final = bytes(DIGEST_BYTES)
+"""The digest in the cursor that is before the first event."""
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Position(NamedTuple):
+    """A place in the order of events: behind one of them. Positions compare as the events do."""
+
+    xact_id: int = 0
+    merchant_id: str = ""
+    payment_id: str = ""
+    payment_version: int = 0
+    seq: int = 0
+    event_id: str = ""
+    """Only tells whether a database has the event; two events never differ in this alone."""
+
+
+ORIGIN: Final = Position()
+"""Before the first event."""
+
+
+class Cursor(NamedTuple):
+    """What callers hold of a position."""
+
+    xact_id: int
+    digest: bytes
+
+
+@dataclass(slots=True)
+class Event:
+    """A row of the outbox."""
+
+    position: Position
+    payload: bytes
+    """A PaymentEvent, encoded."""
+    mode: Mode | None = None
+    """Of its payment, once `readable` was asked for."""
+    is_read: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EventPage:
+    """Events that follow a position."""
+
+    events: Sequence[Event]
+    last: Position | None
+    """How far was looked; None where nothing follows."""
+    is_full: bool
+    """Whether more may follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audience:
+    """Whose events a stream is of."""
+
+    mode: Mode
+    merchant_ids: frozenset[str] | None
+    """None: every merchant there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The next events of a stream; none of them is a sign of life."""
+
+    events: Sequence[Event]
+    position: Position
+    """Behind all that was delivered or passed over."""
+
+
+class ConsumerName(NamedTuple):
+    """Which consumer."""
+
+    organisation_id: str
+    """Empty: the operator's own."""
+    mode: Mode
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """A named reader, and how far it has come."""
+
+    name: ConsumerName
+    merchant_ids: frozenset[str] | None
+    """What was reached by whoever moved it last; None: every merchant there is."""
+    position: Position
+    created_at: datetime
+    acknowledged_at: datetime
+    reset_at: datetime | None
+    reset_by: str
+    reset_reason: str
+    is_reached: bool
+    """Whether the caller reaches all of its merchants."""
+    events_behind: int = 0
+    seconds_behind: float = 0.0
+
+
+class Reset(NamedTuple):
+    """Why a position is set back or forward, and by whom."""
+
+    by: str
+    reason: str
+
+
+class EventSource(Protocol):
+    """The outbox. Every method raises StoreUnavailable where the database is away."""
+
+    async def read(
+        self, after: Position, merchant_ids: frozenset[str] | None, rows_max: int
+    ) -> EventPage:
+        """What follows a position among the events that nothing can come before any more."""
+
+    async def latest(self) -> Position:
+        """Behind the last of those."""
+
+    async def find(self, cursor: Cursor) -> Position | None:
+        """The position of a cursor; None where this database does not have its event."""
+
+
+class ConsumerStore(Protocol):
+    """Where consumers are kept. Every method raises StoreUnavailable."""
+
+    async def add_consumer(
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None, position: Position
+    ) -> bool:
+        """False where it exists, or where there are CONSUMERS_MAX already."""
+
+    async def find_consumer(
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None
+    ) -> Consumer | None:
+        """A consumer, without what it has not acknowledged."""
+
+    async def acknowledge(
+        self,
+        name: ConsumerName,
+        merchant_ids: frozenset[str] | None,
+        position: Position,
+        reset: Reset | None,
+    ) -> bool:
+        """Move a consumer forward, or wherever a reset says; False where nothing moved."""
+
+    async def delete_consumer(
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None
+    ) -> bool:
+        """False where there was none that the caller reaches."""
+
+    async def consumers(
+        self, of: tuple[str, Mode] | None, merchant_ids: frozenset[str] | None, consumers_max: int
+    ) -> Sequence[Consumer]:
+        """Those of an organisation and mode (None: all), with what they have not acknowledged."""
+
+
+class EventMetrics(Protocol):
+    """What is counted."""
+
+    def events_read(self, events: int, reader: str) -> None:
+        """A page was read, by the `tail` or by a `stream` that is behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The times and bounds of the tail, in seconds."""
+
+    poll_s_min: float = 0.025
+    """The pause between two looks while events come."""
+    poll_s_max: float = 0.5
+    """While none come."""
+    heartbeat_s: float = 10.0
+    """The pause after which an idle stream gets a sign of life."""
+    kept_bytes_max: int = 8 * 1024 * 1024
+    """Payloads that the tail keeps in memory."""
+    message_events_max: int = 100
+    message_bytes_max: int = 512 * 1024
+    """The size at which a batch ends; never within an event."""
+
+
+# --- cursors --------------------------------------------------------------------------------------
+
+
+def encode_cursor(position: Position) -> str:
+    """What callers hold of a position: opaque and versioned. Hexadecimal, as page tokens are.
+
+    It names an event by the hash of its id, since the last one that a stream has passed over may
+    be another merchant's.
+    """
+    digest = (
+        sha256(position.event_id.encode()).digest()[:DIGEST_BYTES]
+        if position.event_id
+        else _NO_EVENT
+    )
+    return (_CURSOR_VERSION + position.xact_id.to_bytes(_XACT_BYTES) + digest).hex()
+
+
+def decode_cursor(text: str) -> Cursor:
+    """Raises GatewayError(EVENT_CURSOR_INVALID) for what is no cursor."""
+    try:
+        data = bytes.fromhex(text)
+    except ValueError:
+        data = b""
+    head = len(_CURSOR_VERSION)
+    if (
+        len(data) != head + _XACT_BYTES + DIGEST_BYTES
+        or not data.startswith(_CURSOR_VERSION)
+        or data.hex() != text
+    ):
+        raise GatewayError(Reason.EVENT_CURSOR_INVALID, "The cursor is none that was given out.")
+    xact_id = int.from_bytes(data[head : head + _XACT_BYTES])
+    return Cursor(xact_id, data[head + _XACT_BYTES :])
+
+
+# --- the tail -------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """A page of the tail, its events by merchant, so that a stream looks at its own only."""
+
+    after: Position
+    last: Position
+    events: Sequence[Event]
+    size_bytes: int
+    by_merchant: dict[str, list[Event]] = field(default_factory=dict)
+
+    def of(self, merchant_ids: frozenset[str] | None, after: Position) -> list[Event]:
+        """The merchants' events behind a position, in order."""
+        if merchant_ids is None:
+            found = list(self.events)
+        else:
+            if not self.by_merchant:
+                for event in self.events:
+                    self.by_merchant.setdefault(event.position.merchant_id, []).append(event)
+            found = [
+                event
+                for merchant_id in self.by_merchant.keys() & merchant_ids
+                for event in self.by_merchant[merchant_id]
+            ]
+            found.sort(key=lambda event: event.position)
+        if found and found[0].position <= after:
+            return [event for event in found if event.position > after]
+        return found
+
+
+class Events:
+    """All streams of a process, and the consumers' positions."""
+
+    def __init__(
+        self,
+        source: EventSource,
+        consumers: ConsumerStore,
+        mode_of: Callable[[bytes, str], Mode | None],
+        schedule: Schedule,
+        metrics: EventMetrics | None = None,
+    ) -> None:
+        """`mode_of` reads a payload: the mode of its payment, which has to be the merchant's that
+        is given; None where it cannot be read or is another's.
+        """
+        self._source = source
+        self.consumer_store = consumers
+        self._mode_of = mode_of
+        self._schedule = schedule
+        self._metrics = metrics
+        self._chunks: deque[_Chunk] = deque()
+        self._kept_bytes = 0
+        self._begun: Position | None = None
+        self._end: Position | None = None
+        """How far the tail has read; None while it does not."""
+        self._changed = asyncio.Event()
+        self._wanted = asyncio.Event()
+        self._streams = 0
+        self._catching_up = asyncio.Semaphore(CATCHING_UP_MAX)
+        self._closed = False
+
+    def close(self) -> None:
+        """End every stream with DRAINING."""
+        self._closed = True
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def run(self) -> None:
+        """Read the outbox's end while there are streams, until cancelled."""
+        pause_s = self._schedule.poll_s_min
+        while True:
+            await self._wanted.wait()
+            is_full, found = False, False
+            try:
+                is_full, found = await self._look()
+            except StoreUnavailable as error:
+                _log.warning("the outbox could not be read: %s", error)
+            except Exception:  # noqa: BLE001 - without the tail all streams would stand still
+                _log.exception("the outbox could not be read")
+            if not self._streams:
+                self._forget()
+            if is_full:
+                continue
+            limits = self._schedule
+            pause_s = limits.poll_s_min if found else min(2 * pause_s, limits.poll_s_max)
+            await asyncio.sleep(pause_s)
+
+    async def _look(self) -> tuple[bool, bool]:
+        """Whether more may follow, and whether there was anything."""
+        if self._end is None:
+            self._begun = self._end = await self._source.latest()
+            self._wake()
+        page = await self._source.read(self._end, None, PAGE_EVENTS_MAX)
+        if page.last is None:
+            return False, False
+        size_bytes = sum(len(event.payload) for event in page.events)
+        self._chunks.append(_Chunk(self._end, page.last, page.events, size_bytes))
+        self._kept_bytes += size_bytes
+        self._end = page.last
+        while self._kept_bytes > self._schedule.kept_bytes_max and len(self._chunks) > 1:
+            dropped = self._chunks.popleft()
+            self._kept_bytes -= dropped.size_bytes
+            self._begun = dropped.last
+        if self._metrics is not None:
+            self._metrics.events_read(len(page.events), "tail")
+        self._wake()
+        return page.is_full, True
+
+    def _forget(self) -> None:
+        self._wanted.clear()
+        self._chunks.clear()
+        self._kept_bytes = 0
+        self._begun = self._end = None
+
+    # --- streams ---
+
+    async def stream(
+        self,
+        audience_of: Callable[[], Awaitable[Audience]],
+        after: Position,
+        *,
+        until_current: bool = False,
+    ) -> AsyncGenerator[Batch, None]:
+        """What follows a position, without end, or to what is there now.
+
+        `audience_of` is asked at the beginning and from time to time. Ends by raising GatewayError:
+        DRAINING after `close`, STORE_UNAVAILABLE, and whatever `audience_of` raises.
+        """
+        loop = asyncio.get_running_loop()
+        until = await told(self._source.latest()) if until_current else None
+        audience, asked_at_s = await audience_of(), loop.time()
+        self._streams += 1
+        self._wanted.set()
+        try:
+            told_at_s, told_position = loop.time(), None
+            while True:
+                if self._closed:
+                    raise GatewayError(Reason.DRAINING, "This server is shutting down.")
+                if loop.time() - asked_at_s >= self._schedule.heartbeat_s:
+                    audience, asked_at_s = await audience_of(), loop.time()
+                changed = self._changed
+                found, position = await self._next(audience, after)
+                moved = position > after
+                is_end = until is not None and position >= until
+                for batch in self._batches(found, position):
+                    idle_s = loop.time() - told_at_s
+                    is_due = is_end and batch.position == position != told_position
+                    if batch.events or is_due or idle_s >= self._schedule.heartbeat_s:
+                        yield batch
+                        told_at_s, told_position = loop.time(), batch.position
+                after = position
+                if is_end:
+                    return
+                if not moved:
+                    await _wait(changed, told_at_s + self._schedule.heartbeat_s - loop.time())
+        finally:
+            self._streams -= 1
+
+    async def _next(self, audience: Audience, after: Position) -> tuple[list[Event], Position]:
+        """Some of what follows a position, and how far that goes."""
+        if self._begun is not None and after >= self._begun:
+            for chunk in self._chunks:
+                if chunk.last > after:
+                    found = chunk.of(audience.merchant_ids, after)
+                    return self._readable(found, audience), chunk.last
+            return [], after
+        rows_max = PAGE_EVENTS_MAX if audience.merchant_ids is None else SCAN_EVENTS_MAX
+        async with self._catching_up:
+            page = await told(self._source.read(after, audience.merchant_ids, rows_max))
+        if self._metrics is not None:
+            self._metrics.events_read(len(page.events), "stream")
+        return self._readable(page.events, audience), page.last or after
+
+    def _readable(self, events: Sequence[Event], audience: Audience) -> list[Event]:
+        """Those for the audience, whatever the statement that found them was asked."""
+        found = []
+        reached = audience.merchant_ids
+        for event in events:
+            if reached is not None and event.position.merchant_id not in reached:
+                continue
+            if not event.is_read:
+                event.mode = self._mode_of(event.payload, event.position.merchant_id)
+                event.is_read = True
+                if event.mode is None:
+                    _log.error(
+                        "an event is not delivered: its payload is not that of its row",
+                        extra={"event_id": event.position.event_id},
+                    )
+            if event.mode is audience.mode:
+                found.append(event)
+        return found
+
+    def _batches(self, found: Sequence[Event], position: Position) -> Iterator[Batch]:
+        """What was found, in messages' sizes; the last one, perhaps empty, is at `position`."""
+        limits = self._schedule
+        batch: list[Event] = []
+        room_bytes = limits.message_bytes_max
+        for event in found:
+            size_bytes = len(event.payload)
+            if batch and (len(batch) == limits.message_events_max or size_bytes > room_bytes):
+                yield Batch(batch, batch[-1].position)
+                batch, room_bytes = [], limits.message_bytes_max
+            batch.append(event)
+            room_bytes -= size_bytes
+        yield Batch(batch, position)
+
+    # --- positions ---
+
+    async def position_of(self, cursor: str) -> Position:
+        """Raises GatewayError: EVENT_CURSOR_INVALID, EVENT_CURSOR_UNKNOWN."""
+        wanted = decode_cursor(cursor)
+        if wanted.digest == _NO_EVENT:
+            return ORIGIN
+        position = await told(self._source.find(wanted))
+        if position is None:
+            raise _unknown()
+        return position
+
+    async def latest(self) -> Position:
+        """Behind the last event. Raises GatewayError(STORE_UNAVAILABLE)."""
+        return await told(self._source.latest())
+
+    async def consumer_position(
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None, *, begin_latest: bool
+    ) -> Position:
+        """A consumer's position; one that does not exist yet is made.
+
+        Raises GatewayError: EVENT_CONSUMER_OUT_OF_REACH, EVENT_CONSUMERS_TOO_MANY, and
+        EVENT_CURSOR_UNKNOWN where the database no longer has the event that it stands at.
+        """
+        consumer = await self._reached(name, merchant_ids)
+        if consumer is None:
+            position = await self.latest() if begin_latest else ORIGIN
+            consumer = await self._make(name, merchant_ids, position)
+        position = consumer.position
+        if position.event_id and await self._find(position) != position:
+            raise _unknown()
+        return position
+
+    async def _find(self, position: Position) -> Position | None:
+        return await told(self._source.find(decode_cursor(encode_cursor(position))))
+
+    async def _reached(
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None
+    ) -> Consumer | None:
+        consumer = await told(self.consumer_store.find_consumer(name, merchant_ids))
+        if consumer is not None and not consumer.is_reached:
+            raise GatewayError(
+                Reason.EVENT_CONSUMER_OUT_OF_REACH,
+                "The consumer reads merchants that this call does not reach.",
+            )
+        return consumer
+
+    async def _make(
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None, position: Position
+    ) -> Consumer:
+        await told(self.consumer_store.add_consumer(name, merchant_ids, position))
+        consumer = await self._reached(name, merchant_ids)
+        if consumer is None:
+            raise GatewayError(
+                Reason.EVENT_CONSUMERS_TOO_MANY,
+                f"There are {CONSUMERS_MAX} consumers already: delete one that nobody uses.",
+            )
+        return consumer
+
+    async def acknowledge(
+        self,
+        name: ConsumerName,
+        merchant_ids: frozenset[str] | None,
+        cursor: str,
+        reset: Reset | None,
+    ) -> tuple[Position, bool]:
+        """The consumer's position from now on, and whether it was moved.
+
+        Raises GatewayError as `consumer_position` and `position_of` do.
+        """
+        if not cursor and reset is None:
+            raise GatewayError(Reason.EVENT_CURSOR_INVALID, "The cursor is missing.")
+        position = await self.position_of(cursor) if cursor else ORIGIN
+        moved = await told(self.consumer_store.acknowledge(name, merchant_ids, position, reset))
+        if not moved:
+            consumer = await self._reached(name, merchant_ids)
+            if consumer is not None:
+                return consumer.position, False
+            await self._make(name, merchant_ids, position)
+        if reset is not None:
+            _log.warning(
+                "an event consumer was reset by %s: %s",
+                reset.by,
+                reset.reason,
+                extra={"consumer": name.name, "organisation_id": name.organisation_id},
+            )
+        return position, True
+
+    async def consumers(
+        self, organisation_id: str, mode: Mode, merchant_ids: frozenset[str] | None
+    ) -> list[Consumer]:
+        """Those that the caller reaches."""
+        found = await told(
+            self.consumer_store.consumers((organisation_id, mode), merchant_ids, CONSUMERS_MAX)
+        )
+        return [consumer for consumer in found if consumer.is_reached]
+
+    async def delete_consumer(
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None
+    ) -> None:
+        """Raises GatewayError: EVENT_CONSUMER_NOT_FOUND, EVENT_CONSUMER_OUT_OF_REACH."""
+        if await told(self.consumer_store.delete_consumer(name, merchant_ids)):
+            return
+        await self._reached(name, merchant_ids)
+        raise GatewayError(Reason.EVENT_CONSUMER_NOT_FOUND, "There is no consumer of this name.")
+
+
+async def told(call: Awaitable[T]) -> T:
+    """What the store gives; where it is away, GatewayError(STORE_UNAVAILABLE)."""
+    try:
+        return await call
+    except StoreUnavailable:
+        raise GatewayError(
+            Reason.STORE_UNAVAILABLE, "The database did not answer; repeat the call."
+        ) from None
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+
+
+def _unknown() -> GatewayError:
+    return GatewayError(
+        Reason.EVENT_CURSOR_UNKNOWN,
+        "This database does not have the event that the position names.",
+    )
