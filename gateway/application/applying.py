@@ -41,6 +41,7 @@ from gateway.domain import decisions, states
 from gateway.domain.ids import is_operation_id
 from gateway.domain.model import (
     Aggregate,
+    CaptureMethod,
     ConnectorAnswer,
     Delivery,
     Operation,
@@ -222,17 +223,18 @@ class Applier:
             return Applied(Result.UNKNOWN)
         if notification.kind is not N.DISPUTE and notification.answer is None:
             return Applied(Result.UNKNOWN)
-        found = await self._find(received)
-        if found is None:
+        named = await self._find(received)
+        if named is None:
             return _UNMATCHED
-        operation, number = found.operation, _attempt_of(notification.reference)
-        if number is None:
-            result = await self._from_elsewhere(received, found.payment.payment_id, tries)
+        found, number = named
+        operation = found.operation
+        if _attempt_of(notification.reference) is None:
+            result = await self._from_elsewhere(received, found.payment.payment_id, number, tries)
         elif operation.kind in _KINDS.get(notification.kind, ()):
             assert notification.answer is not None
             result = await self._ours(received, found, number, notification.answer, tries)
         else:
-            result = await self._otherwise(received, found, tries)
+            result = await self._otherwise(received, found, number, tries)
             if result is _UNMATCHED:
                 return result
         return replace(
@@ -241,19 +243,22 @@ class Applier:
             operation_id=result.operation_id or operation.operation_id,
         )
 
-    async def _otherwise(self, received: Received, found: Found, tries: int) -> Applied:
+    async def _otherwise(
+        self, received: Received, found: Found, number: int, tries: int
+    ) -> Applied:
         """What has the reference of an operation of another kind."""
         notification, operation = received.notification, found.operation
         result = _UNMATCHED
         if notification.kind is N.CAPTURE and operation.kind is K.AUTHORIZE:
-            result = await self._automatic_capture(received, found)
+            result = await self._automatic_capture(received, found, number)
         if result is _UNMATCHED and notification.payment_reference == notification.reference:
             # The payment's: what was done elsewhere has none of its own.
-            return await self._from_elsewhere(received, operation.payment_id, tries)
+            return await self._from_elsewhere(received, operation.payment_id, number, tries)
         return result
 
-    async def _find(self, received: Received) -> Found | None:
-        """The operation that it names, or the authorization of the payment that it belongs to.
+    async def _find(self, received: Received) -> tuple[Found, int] | None:
+        """The operation that it names, or the authorization of the payment that it belongs to, and
+        which attempt of it.
 
         None where that is not one of the account.
         """
@@ -277,7 +282,7 @@ class Applier:
         for attempt in (operation.attempt, *operation.superseded_attempts):
             if attempt.number == number:
                 of_account = attempt.connector_account_id == received.connector_account_id
-                return found if of_account else None
+                return (found, number) if of_account else None
         return None
 
     async def _ours(
@@ -304,12 +309,25 @@ class Applier:
             return await self._ended(found, answer, event)
         return await self._confirmed(received.notification, found, tries)
 
-    async def _automatic_capture(self, received: Received, found: Found) -> Applied:
+    async def _automatic_capture(self, received: Received, found: Found, number: int) -> Applied:
         """What is told of the capture that came with an authorization, under its reference."""
-        authorization, answer = found.operation, received.notification.answer
+        authorization, payment, answer = (
+            found.operation,
+            found.payment,
+            received.notification.answer,
+        )
         assert answer is not None
-        if authorization.state in states.UNFINISHED:
+        is_present = authorization.attempt.number == number
+        if is_present and authorization.state in states.UNFINISHED:
             raise _NotYet("its payment is not authorized yet")
+        automatic = payment.capture_method is CaptureMethod.AUTOMATIC
+        if automatic and (not is_present or authorization.state is not S.SUCCEEDED):
+            # Whatever was charged there is the attempt's, which is over.
+            event = decisions.event_of(answer)
+            told = replace(received.notification, kind=N.AUTHORIZATION)
+            if await self._notifications.is_outdated(replace(received, notification=told), event):
+                return _NO_NEWS
+            return await self._late(received, found, number, answer, event)
         aggregate = await self._store.load(authorization.merchant_id, authorization.payment_id)
         for operation in aggregate.operations if aggregate else ():
             if (
@@ -317,11 +335,26 @@ class Applier:
                 and operation.origin is OperationOrigin.GATEWAY
                 and operation.parent_operation_id == authorization.operation_id
             ):
-                number = operation.attempt.number
-                capture = Found(operation, found.payment)
-                applied = await self._ours(received, capture, number, answer, 0)
+                capture = Found(operation, payment)
+                applied = await self._its_capture(received, capture, answer)
                 return replace(applied, operation_id=operation.operation_id)
         return _UNMATCHED
+
+    async def _its_capture(
+        self, received: Received, capture: Found, answer: ConnectorAnswer
+    ) -> Applied:
+        """The PSP knows it by its authorization's reference alone, so there is nothing that could
+        be asked for or reversed by itself.
+        """
+        operation = capture.operation
+        event = decisions.event_of(answer)
+        if event is not Event.APPROVED or operation.state is S.SUCCEEDED:
+            return await self._ours(received, capture, operation.attempt.number, answer, 0)
+        taken_back = capture.payment.cancel_requested
+        if taken_back or await self._notifications.is_outdated(received, event):
+            return _NO_NEWS
+        await self._report(capture, "late_success", operation.state.name, event.name)
+        return Applied(Result.RECORDED)
 
     async def _ended(self, found: Found, answer: ConnectorAnswer, event: Event) -> Applied:
         """Something that had succeeded has not, or no longer."""
@@ -401,14 +434,18 @@ class Applier:
 
     # --- done elsewhere ---
 
-    async def _from_elsewhere(self, received: Received, payment_id: str, tries: int) -> Applied:
-        """What is told of a payment of ours, without a reference of ours of its own."""
+    async def _from_elsewhere(
+        self, received: Received, payment_id: str, number: int, tries: int
+    ) -> Applied:
+        """What is told of a payment of ours, without a reference of ours of its own; `number` is
+        that of the authorization's attempt.
+        """
         notification = received.notification
         aggregate = await self._store.load(received.merchant_id, payment_id)
         if aggregate is None:
             raise StoreUnavailable("the payment's row is missing")
         if notification.kind is N.VOID:
-            return await self._voided(received, aggregate, tries)
+            return await self._voided(received, aggregate, number, tries)
         if _authorization(aggregate).state in states.UNFINISHED:
             raise _NotYet("its payment is not authorized yet")
         if notification.kind is N.DISPUTE:
@@ -457,32 +494,37 @@ class Applier:
         )
         return Applied(Result.RECORDED)
 
-    async def _voided(self, received: Received, aggregate: Aggregate, tries: int) -> Applied:
-        """The authorization is gone: by a void of ours, by time, or by somebody elsewhere."""
+    async def _voided(
+        self, received: Received, aggregate: Aggregate, number: int, tries: int
+    ) -> Applied:
+        """The authorization is gone: by a void of ours, by time, or by somebody elsewhere.
+
+        Of an attempt that another one has followed, it ends the reversal alone.
+        """
         answer, payment = received.notification.answer, aggregate.payment
         authorization = _authorization(aggregate)
-        found = Found(authorization, payment)
         if answer is None or decisions.event_of(answer) not in (Event.APPROVED, Event.EXPIRED):
             return _NO_NEWS
         expired = answer.verdict is Verdict.EXPIRED
-        number = authorization.attempt.number
-        if authorization.state in states.UNFINISHED:
+        is_present = number == authorization.attempt.number
+        if is_present and authorization.state in states.UNFINISHED:
             over = replace(answer, verdict=Verdict.EXPIRED if expired else Verdict.CANCELED)
-            return await self._ours(received, found, number, over, tries)
+            return await self._ours(received, Found(authorization, payment), number, over, tries)
         done = replace(answer, verdict=Verdict.APPROVED)
-        for operation in aggregate.operations:
-            if operation.state in states.UNFINISHED and (
-                operation.kind is K.VOID
-                or (
-                    operation.kind is K.REVERSAL
-                    and operation.parent_operation_id == authorization.operation_id
-                )
-            ):
-                void = Found(operation, payment)
-                return await self._ours(received, void, operation.attempt.number, done, tries)
+        reference = f"{authorization.operation_id}-{number}"
+        reversals = [
+            each
+            for each in aggregate.operations
+            if each.kind is K.REVERSAL and each.note == reference
+        ]
+        voids = [each for each in aggregate.operations if each.kind is K.VOID and is_present]
+        for operation in (*voids, *reversals):
+            if operation.state in states.UNFINISHED:
+                found = Found(operation, payment)
+                return await self._ours(received, found, operation.attempt.number, done, tries)
         is_open = payment.captured_minor < payment.authorized_minor and not payment.voided_minor
-        reversed_ = any(each.kind is K.REVERSAL for each in aggregate.operations)
-        if authorization.state is not S.SUCCEEDED or not is_open or reversed_:
+        stands = is_present and is_open and authorization.state is S.SUCCEEDED
+        if not stands or reversals:
             return _NO_NEWS
         if expired:
             await self._outcomes.write(authorization, payment, answer)

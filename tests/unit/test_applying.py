@@ -206,6 +206,150 @@ async def test_the_capture_of_an_automatic_payment_bounces_by_the_authorizations
     assert payment_of(gateway, payment_id).captured_minor == 0
 
 
+async def followed(gateway: NotifiedBench, method: CaptureMethod = CaptureMethod.AUTOMATIC) -> str:
+    """A payment whose first attempt was not sent, and whose second one succeeded."""
+    gateway.connector.steps.appendleft(UNSENT)
+    await gateway.payments.authorize(gateway.authorize(capture_method=method))
+    answer = await gateway.payments.authorize(gateway.authorize(capture_method=method))
+    assert gateway.store.by_key("a").attempt.number == 2
+    return answer.payment_id
+
+
+@pytest.mark.parametrize("last", [FAILED, DECLINED])
+async def test_what_became_of_an_earlier_attempts_capture_is_nothing_of_the_present_one(
+    last: ConnectorAnswer,
+) -> None:
+    gateway = bench()
+    payment_id = await followed(gateway)
+    earlier = only(gateway, payment_id, K.AUTHORIZE).operation_id + "-1"
+    [applied] = await gateway.tell(gateway.told(N.CAPTURE, last, reference=earlier))
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert only(gateway, payment_id, K.CAPTURE).state is S.SUCCEEDED
+    assert payment_of(gateway, payment_id).captured_minor == 100
+
+
+@pytest.mark.parametrize("capabilities", [TELLING, MUTE])
+async def test_an_earlier_attempt_that_charged_all_the_same_is_reversed_by_its_capture(
+    capabilities: Capabilities,
+) -> None:
+    gateway = bench(capabilities=capabilities)
+    payment_id = await followed(gateway)
+    earlier = only(gateway, payment_id, K.AUTHORIZE).operation_id + "-1"
+    await gateway.tell(gateway.told(N.CAPTURE, APPROVED, reference=earlier), recover=False)
+    assert only(gateway, payment_id, K.REVERSAL).note == earlier
+    assert only(gateway, payment_id, K.CAPTURE).state is S.SUCCEEDED
+
+
+async def test_a_charge_told_by_its_capture_alone_is_reversed_where_nothing_was_authorized() -> (
+    None
+):
+    gateway = bench(Step(decides=DECLINED), capabilities=MUTE)
+    answer = await gateway.payments.authorize(
+        gateway.authorize(capture_method=CaptureMethod.AUTOMATIC)
+    )
+    reference = only(gateway, answer.payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.CAPTURE, APPROVED, reference=reference), recover=False)
+    assert only(gateway, answer.payment_id, K.REVERSAL).note == reference
+
+
+@pytest.mark.parametrize("capabilities", [CAPABLE, TELLING])
+async def test_the_capture_of_a_charge_that_was_voided_in_flight_is_no_news(
+    capabilities: Capabilities,
+) -> None:
+    gate = Gate()
+    gateway = bench(Step(after=gate), capabilities=capabilities)
+    call = asyncio.ensure_future(
+        gateway.payments.authorize(gateway.authorize(capture_method=CaptureMethod.AUTOMATIC))
+    )
+    await gate.reached.wait()
+    await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    gate.opened.set()
+    payment_id = (await call).payment_id
+    await gateway.recover()
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    [applied] = await gateway.tell(gateway.told(N.CAPTURE, APPROVED, reference=reference))
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    kinds = [each.kind for each in gateway.store.operations.values()]
+    assert K.REVERSAL not in kinds
+
+
+async def test_a_capture_that_stands_again_after_it_had_bounced_is_shown_to_a_person() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized(100, CaptureMethod.AUTOMATIC)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.CAPTURE, FAILED, reference=reference, after_s=1))
+    [applied] = await gateway.tell(
+        gateway.told(N.CAPTURE, APPROVED, reference=reference, after_s=2)
+    )
+    assert applied is not None
+    assert applied.result is Result.RECORDED
+    assert [each.kind for each in gateway.store.discrepancies] == ["late_success"]
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+
+
+@pytest.mark.parametrize("end", [APPROVED, EXPIRED])
+@pytest.mark.parametrize("second", [PENDING, APPROVED])
+async def test_that_an_earlier_attempt_is_gone_ends_nothing_of_the_present_one(
+    second: ConnectorAnswer, end: ConnectorAnswer
+) -> None:
+    gateway = bench(Step(decides=second), capabilities=TELLING)
+    payment_id = await followed(gateway, CaptureMethod.MANUAL)
+    before = only(gateway, payment_id, K.AUTHORIZE)
+    earlier = before.operation_id + "-1"
+    [applied] = await gateway.tell(gateway.told(N.VOID, end, payment_reference=earlier))
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert only(gateway, payment_id, K.AUTHORIZE).state is before.state
+    assert not payment_of(gateway, payment_id).voided_minor
+    assert len(gateway.store.operations) == 1
+
+
+async def test_a_charge_that_has_ended_since_is_not_reversed_for_its_capture() -> None:
+    gateway = bench(Step(decides=ACTION), capabilities=TELLING)
+    answer = await gateway.payments.authorize(
+        gateway.authorize(capture_method=CaptureMethod.AUTOMATIC)
+    )
+    reference = only(gateway, answer.payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference, after_s=2))
+    assert only(gateway, answer.payment_id, K.AUTHORIZE).state is S.CANCELED
+    [applied] = await gateway.tell(
+        gateway.told(N.CAPTURE, APPROVED, reference=reference, after_s=1)
+    )
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert len(gateway.store.operations) == 1
+
+
+async def test_the_reversal_of_an_earlier_attempt_ends_when_that_is_gone() -> None:
+    gateway = bench(capabilities=TELLING)
+    payment_id = await followed(gateway, CaptureMethod.MANUAL)
+    earlier = only(gateway, payment_id, K.AUTHORIZE).operation_id + "-1"
+    gateway.connector.asks.append(replace(PENDING, connector_transaction_id="tx-reversal"))
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=earlier))
+    await gateway.recover()
+    assert only(gateway, payment_id, K.REVERSAL).state is S.PENDING
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=earlier))
+    assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.SUCCEEDED
+    assert not payment_of(gateway, payment_id).voided_minor
+
+
+async def test_a_void_elsewhere_is_not_taken_for_the_reversal_of_an_earlier_attempt() -> None:
+    gateway = bench(capabilities=TELLING)
+    payment_id = await followed(gateway, CaptureMethod.MANUAL)
+    operation_id = only(gateway, payment_id, K.AUTHORIZE).operation_id
+    gateway.connector.asks.append(replace(PENDING, connector_transaction_id="tx-reversal"))
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=f"{operation_id}-1"))
+    await gateway.recover()
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=f"{operation_id}-2"))
+    assert only(gateway, payment_id, K.REVERSAL).state is S.PENDING
+    assert only(gateway, payment_id, K.VOID).origin is OperationOrigin.PSP
+    assert payment_of(gateway, payment_id).state is PaymentState.VOIDED
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 async def test_events_of_a_refund_lead_to_the_same_end_in_every_order(
     order: tuple[int, ...],
