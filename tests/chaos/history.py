@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gateway.connectors.simulator.journal import Record
+    from gateway.connectors.simulator.profiles import Profile
 
 Row = dict[str, Any]
 """A row of the database by its columns' names."""
 
 OK: Final = grpc.StatusCode.OK.name
 
+_IN_DATABASE: Final = ("operations", "payments", "events", "discrepancies")
 _CLIENTS, _PSP, _DATABASE = "clients.json", "psp.jsonl", "database.json"
 
 OPEN: Final = frozenset(
@@ -47,16 +49,22 @@ RESPONSES: Final = {
     OperationKind.REVERSAL: payment_service_pb2.AuthorizePaymentResponse,
 }
 
+AMOUNTS: Final = (
+    *("requested_minor", "authorized_minor", "capture_pending_minor", "captured_minor"),
+    *("refund_pending_minor", "refunded_minor", "voided_minor", "increment_pending_minor"),
+)
+"""A payment's amounts, as events and rows call them."""
+
 _OPERATIONS_SQL: Final = """
-SELECT operation_id, payment_id, idempotency_key, kind, origin, state, amount_minor, epoch,
-    attempt_number, parent_operation_id, response
+SELECT operation_id, payment_id, idempotency_key, kind, origin, state, amount_minor, currency,
+    epoch, attempt_number, parent_operation_id, connector_account_id, response
 FROM operations
 ORDER BY created_at, operation_id
 """
 _PAYMENTS_SQL: Final = """
-SELECT payment_id, version, state, requested_minor, authorized_minor, capture_pending_minor,
-    captured_minor, refund_pending_minor, refunded_minor, voided_minor, increment_pending_minor,
-    cancel_requested
+SELECT payment_id, version, state, currency, requested_minor, authorized_minor,
+    capture_pending_minor, captured_minor, refund_pending_minor, refunded_minor, voided_minor,
+    increment_pending_minor, cancel_requested
 FROM payments
 ORDER BY created_at, payment_id
 """
@@ -97,6 +105,7 @@ class Answer:
     kind: int = 0
     state: int = 0
     amount_minor: int = 0
+    currency: str = ""
     replayed: bool = False
     digest: str = ""
     """Of the answer without its `replay` field."""
@@ -115,6 +124,7 @@ class Answer:
             kind=operation.kind,
             state=operation.state,
             amount_minor=operation.amount.amount_minor,
+            currency=operation.amount.currency_code,
             replayed=response.replay.replayed,
             digest=digest_of(response),
         )
@@ -135,6 +145,20 @@ class Answer:
         return self.ok and self.state not in OPEN
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What GetOperation said of an operation, and of its payment."""
+
+    operation_id: str
+    sent: int
+    """By the same order as an answer's."""
+    answered: int
+    state: int
+    payment_state: int
+    version: int
+    """The payment's."""
+
+
 _UNKNOWN: Final = frozenset(code.name for code in REPEATABLE) | {"INTERNAL", "UNKNOWN"}
 
 
@@ -143,7 +167,9 @@ class History:
     """All that is known after a trial."""
 
     profile: str
-    """Of the PSP simulator."""
+    """Of the PSP simulator; of the first account's, where there are several."""
+    profiles: dict[str, str] = field(default_factory=dict)
+    """Of each account's PSP; empty: there is one."""
     calls: list[Call] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     """In the order in which they came."""
@@ -158,15 +184,24 @@ class History:
     operations: list[Row] = field(default_factory=list)
     payments: list[Row] = field(default_factory=list)
     events: list[Row] = field(default_factory=list)
-    """The outbox: payment_id, payment_version, seq, payment_state, operation_id and _state."""
+    """The outbox: payment_id, payment_version, seq, and what `told_by` finds in them."""
+    looks: list[Look] = field(default_factory=list)
+    discrepancies: list[Row] | None = None
+    """operation_id and kind of each; None: nobody looked."""
+    clock_step_s: float = 0.0
+    """By how much PostgreSQL's clock was moved in all, to and fro."""
     broken: str = ""
     """Why the trial could not be carried to its end."""
 
     @property
     def settles(self) -> bool:
-        """Whether the PSP helps to end every doubt."""
-        profile = find_profile(self.profile)
-        return profile.query_by_reference or profile.cancel_by_reference
+        """Whether every PSP helps to end every doubt."""
+        profiles = [find_profile(each) for each in self.profiles.values() or (self.profile,)]
+        return all(each.query_by_reference or each.cancel_by_reference for each in profiles)
+
+    def profile_of(self, account_id: str) -> Profile:
+        """Of an account's PSP."""
+        return find_profile(self.profiles.get(account_id, self.profile))
 
     def unanswered(self) -> list[str]:
         """The keys of calls whose outcome the client does not know."""
@@ -182,7 +217,7 @@ class History:
         """Write the journals into a directory. Raises OSError."""
         folder.mkdir(parents=True, exist_ok=True)
         whole = asdict(self)
-        database = {name: whole.pop(name) for name in ("operations", "payments", "events")}
+        database = {name: whole.pop(name) for name in _IN_DATABASE}
         psp: Iterable[Record] = whole.pop("psp")
         (folder / _CLIENTS).write_text(json.dumps(whole, indent=1) + "\n", "utf-8")
         (folder / _DATABASE).write_text(json.dumps(database, indent=1) + "\n", "utf-8")
@@ -200,6 +235,7 @@ class History:
                 "calls": calls,
                 "answers": [Answer(**answer) for answer in values["answers"]],
                 "misuses": [Answer(**answer) for answer in values.get("misuses", ())],
+                "looks": [Look(**look) for look in values.get("looks", ())],
                 "psp": [
                     json.loads(line) for line in (folder / _PSP).read_text("utf-8").splitlines()
                 ],
@@ -232,11 +268,18 @@ def _operation(record: Any) -> Row:
 
 def _event(record: Any) -> Row:
     row = dict(record)
-    event = payment_pb2.PaymentEvent.FromString(row.pop("payload"))
-    return row | {
+    return row | told_by(payment_pb2.PaymentEvent.FromString(row.pop("payload")))
+
+
+def told_by(event: payment_pb2.PaymentEvent) -> Row:
+    """What an event says of its payment and operation."""
+    amounts = event.payment.amounts
+    return {
         "payment_state": event.payment.state,
+        "amounts": {name: getattr(amounts, name) for name in AMOUNTS},
         "operation_id": event.operation.operation_id,
         "operation_state": event.operation.state,
+        "operation_minor": event.operation.amount.amount_minor,
     }
 
 

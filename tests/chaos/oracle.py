@@ -7,6 +7,7 @@ says which rule, which payment and operation, what is, and what should be.
 from __future__ import annotations
 
 import enum
+import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,6 @@ from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Final
 
 from gateway.connectors.simulator.journal import standing_charges
-from gateway.connectors.simulator.profiles import find_profile
 from gateway.domain.model import OperationKind, OperationOrigin, PaymentState
 from gateway.domain.model import OperationState as S
 from gateway.domain.states import (
@@ -24,11 +24,11 @@ from gateway.domain.states import (
     UNFINISHED,
     next_state,
 )
-from tests.chaos.history import Answer, Call, History, Row, last_answer
+from tests.chaos.history import Answer, Call, History, Look, Row, last_answer
 from tests.faults.checker import Books
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from gateway.connectors.simulator.journal import Record
 
@@ -58,6 +58,8 @@ class Rule(enum.StrEnum):
     """The table of transitions leads from each state told or recorded to all later ones."""
     REPLAY_EQUALS_FIRST = "replay-equals-first"
     """Once an answer is final, every repeat gets the same one, and only the first is no repeat."""
+    ONE_OPERATION_A_CALL = "one-operation-a-call"
+    """A key has one operation, and each operation of a client's is that of a call."""
     KEY_IS_ITS_PAYLOAD = "key-is-its-payload"
     """A call with another payload under a key that was used is never answered."""
     REFUSED_HAS_NO_EFFECT = "refused-has-no-effect"
@@ -79,7 +81,15 @@ class Rule(enum.StrEnum):
     SENT_ONCE = "sent-once"
     """No attempt is sent again, but by the connector's declared idempotency."""
     RESTART_ONLY_WITHOUT_EFFECT = "restart-only-without-effect"
-    """A new attempt is sent only while nothing of the earlier ones stands."""
+    """A new attempt is sent, wherever it goes, only when every earlier one that a PSP got has
+    ended there without effect, and none takes effect later."""
+    ATTEMPT_AT_ITS_ACCOUNT = "attempt-at-its-account"
+    """An attempt goes to the account that the database has for it, and to no other one."""
+    CUSTOMER_HAS_THE_TIME = "customer-has-the-time"
+    """While a customer may act nothing cancels the payment but a void, and what has expired was
+    ended at the PSP."""
+    NOTHING_DONE_ELSEWHERE = "nothing-done-elsewhere"
+    """Nobody but the gateway acts on the payments, and it knows what it has done."""
     AMOUNTS_ADD_UP = "amounts-add-up"
     """A payment's amounts are the sums of its operations, and authorized ≥ captured ≥ refunded."""
     TOTALS_ADD_UP = "totals-add-up"
@@ -147,7 +157,6 @@ class _Books:
 
     def __init__(self, history: History) -> None:
         self.history = history
-        self.profile = find_profile(history.profile)
         self.calls = {call.key: call for call in history.calls}
         self.operations = {row["operation_id"]: row for row in history.operations}
         self.by_key = {row["idempotency_key"]: row for row in history.operations}
@@ -155,15 +164,32 @@ class _Books:
         self.answers: dict[str, list[Answer]] = defaultdict(list)
         for answer in history.answers:
             self.answers[answer.key].append(answer)
+        self.looks: dict[str, list[Look]] = defaultdict(list)
+        for look in history.looks:
+            self.looks[look.operation_id].append(look)
         self.of_payment: dict[str, list[Row]] = defaultdict(list)
         for row in history.operations:
             self.of_payment[row["payment_id"]].append(row)
         self.unfinished = {row["payment_id"] for row in unresolved(history)}
         self.standings = [each for each in standing_charges(history.psp) if not each.reversed]
+        self.authorizations = {
+            record["authorization_id"]: record
+            for record in history.psp
+            if record.get("effect") in ("authorization", "charge")
+        }
         self.effects: dict[str, list[Record]] = defaultdict(list)
         """What stands at the PSP, by the operation's id."""
         for effect in _standing_effects(history.psp).values():
             self.effects[_operation_of(effect["reference"])].append(effect)
+
+    def paid_by(self, effect: Record) -> str:
+        """The payment whose authorization at the PSP an effect acts on; it says itself whose it
+        wants to be.
+        """
+        authorization = self.authorizations.get(effect["authorization_id"], effect)
+        row = self.operations.get(_operation_of(authorization["reference"]))
+        payment_ids = {effect["payment_id"], row["payment_id"] if row else ""}
+        return " and ".join(sorted(payment_ids))
 
 
 def _operation_of(reference: str) -> str:
@@ -241,6 +267,7 @@ def _differences(rule: Rule, call: Call, told: Answer, row: Row) -> Iterator[Vio
         ("payment", row["payment_id"], told.payment_id),
         ("kind", row["kind"], told.kind),
         ("amount", row["amount_minor"], amount_minor),
+        ("currency", row["currency"], told.currency),
         ("told kind and payment", (told.kind, told.payment_id), asked),
         (
             "told amount",
@@ -262,11 +289,53 @@ def _told_states(books: _Books) -> Iterator[Violation]:
             continue
         told = [each for each in answers if each.ok]
         steps = [(each.state, row["state"]) for each in told]
-        for one, other in combinations(told, 2):
+        seen: list[Answer | Look] = [*told, *books.looks[row["operation_id"]]]
+        for one, other in combinations(seen, 2):
             first, second = sorted((one, other), key=lambda each: each.sent)
-            if first.answered < second.sent:
+            # An answer may be the first one's copy, but what a look tells is so at that time.
+            if first.answered < second.sent and not (
+                isinstance(second, Answer) and isinstance(first, Look)
+            ):
                 steps.append((first.state, second.state))
         yield from _unreachable(rule, row, steps)
+
+
+def _looks(books: _Books) -> Iterator[Violation]:
+    """What GetOperation told goes on to what is recorded."""
+    rule = Rule.STATE_IS_REACHABLE
+    for operation_id, looks in books.looks.items():
+        row = books.operations.get(operation_id)
+        if row is None:
+            yield Violation(
+                Rule.ACKNOWLEDGED_IS_DURABLE, "", operation_id, "is not there", "recorded"
+            )
+            continue
+        payment = books.payments.get(row["payment_id"])
+        if payment is None:
+            continue
+        yield from _unreachable(rule, row, ((each.state, row["state"]) for each in looks))
+        for each in looks:
+            after = PaymentState(payment["state"])
+            if after not in reachable_payment_states(PaymentState(each.payment_state)):
+                yield Violation(
+                    rule,
+                    row["payment_id"],
+                    operation_id,
+                    after.name,
+                    f"a state that follows {PaymentState(each.payment_state).name}",
+                )
+        last = payment["version"]
+        for later in sorted(looks, key=lambda each: -each.sent):
+            earlier = [each.version for each in looks if each.answered < later.sent]
+            if later.version > last or any(version > later.version for version in earlier):
+                yield Violation(
+                    rule,
+                    row["payment_id"],
+                    operation_id,
+                    f"version {later.version} was told, {max(earlier, default=0)} before,"
+                    f" {last} is recorded",
+                    "versions that grow",
+                )
 
 
 def _unreachable(rule: Rule, row: Row, steps: Iterable[tuple[int, int]]) -> Iterator[Violation]:
@@ -303,6 +372,25 @@ def _replays(books: _Books) -> Iterator[Violation]:
             if after and (later.refused or (later.ok and S(later.state) not in FROZEN)):
                 told = S(later.state).name if later.ok else later.reason
                 yield violation(f"{told} after the final answer", S(first.state).name)
+
+
+def _keys(books: _Books) -> Iterator[Violation]:
+    rule = Rule.ONE_OPERATION_A_CALL
+    rows = books.history.operations
+    for name in ("operation_id", "idempotency_key"):
+        for value, count in Counter(row[name] for row in rows).items():
+            if value is not None and count > 1:
+                yield Violation(rule, "", "", f"{count} operations with {value}", "one")
+    for row in rows:
+        from_client = row["origin"] == OperationOrigin.CLIENT
+        if from_client != (row["idempotency_key"] in books.calls):
+            yield Violation(
+                rule,
+                row["payment_id"],
+                row["operation_id"],
+                f"{OperationOrigin(row['origin']).name} with {row['idempotency_key']}",
+                "a client's with the key of a call",
+            )
 
 
 def _misuses(books: _Books) -> Iterator[Violation]:
@@ -450,47 +538,104 @@ def _success(books: _Books, row: Row, found: list[Record]) -> Iterator[Violation
             for each in books.effects[row["parent_operation_id"] or ""]
             if each["effect"] == "charge"
         ]
-    amounts = [each["amount_minor"] for each in found]
-    if amounts != [row["amount_minor"]]:
+    effects = [(each["amount_minor"], each["currency"], books.paid_by(each)) for each in found]
+    if effects != [(row["amount_minor"], row["currency"], row["payment_id"])]:
         yield Violation(
             Rule.SUCCESS_IS_CHARGED,
             row["payment_id"],
             row["operation_id"],
-            f"effects of {amounts} minor units",
-            f"one of {row['amount_minor']}",
+            f"effects (amount, currency, payment whose authorization it is of) {effects}",
+            f"one of {row['amount_minor']} {row['currency']} on its payment's",
         )
 
 
 def _sends(books: _Books) -> Iterator[Violation]:
     sends: dict[str, list[Record]] = defaultdict(list)
+    references: dict[str, set[str]] = defaultdict(set)
+    """Those that a PSP got, by operation."""
+    over: dict[str, bool] = {}
+    """Whether all that came under a reference has ended without effect, and nothing can come."""
     standing: dict[str, Record] = {}
     for record in books.history.psp:
         _enter_effect(standing, record)
+        reference = record.get("reference", "")
+        if record["type"] in ("effect", "outcome") and _is_of_money(record):
+            yield from _took_effect(record, references)
+            over[reference] = _is_over(record)
         if record["type"] != "received" or record["method"] != "send":
             continue
-        reference = record["reference"]
-        if not sends[reference] and record["kind"] in _MONEY_KINDS:
-            yield from _restarted(record, standing)
+        if record["kind"] in _MONEY_KINDS:
+            if not sends[reference]:
+                yield from _restarted(record, standing, references, over)
+            references[_operation_of(reference)].add(reference)
+            over.setdefault(reference, False)
         sends[reference].append(record)
     for reference, records in sends.items():
         yield from _sent(books, reference, records)
 
 
-def _restarted(record: Record, standing: dict[str, Record]) -> Iterator[Violation]:
-    operation_id, _, number = record["reference"].rpartition("-")
-    if number == "1":
-        return
-    for effect in standing.values():
-        of, _, earlier = effect["reference"].rpartition("-")
+def _is_of_money(record: Record) -> bool:
+    return bool(record.get("reference")) and record.get("kind", "authorize") in _MONEY_KINDS
+
+
+def _is_over(record: Record) -> bool:
+    """Whether a decision of the PSP says that nothing stands, and nothing will."""
+    return record.get("answer", {}).get("result") in _ENDS_WITHOUT_EFFECT
+
+
+_ENDS_WITHOUT_EFFECT: Final = frozenset(
+    {"declined", "rejected", "failed", "canceled", "expired", "refused"}
+)
+
+
+def _earlier(reference: str, references: Iterable[str]) -> list[str]:
+    number = int(reference.rpartition("-")[2])
+    return sorted(each for each in references if int(each.rpartition("-")[2]) < number)
+
+
+def _restarted(
+    record: Record,
+    standing: dict[str, Record],
+    references: dict[str, set[str]],
+    over: dict[str, bool],
+) -> Iterator[Violation]:
+    reference = record["reference"]
+    operation_id, _, number = reference.rpartition("-")
+    found = [
+        effect["reference"]
+        for effect in standing.values()
         # A request may be late, and meet an attempt that came after it: the PSP refuses it then.
-        if of == operation_id and int(earlier) < int(number):
-            yield Violation(
-                Rule.RESTART_ONLY_WITHOUT_EFFECT,
-                record["payment_id"],
-                operation_id,
-                f"{record['reference']} was sent while {effect['reference']} stood",
-                "sent when nothing of the earlier attempts stands",
-            )
+        if _operation_of(effect["reference"]) == operation_id
+        and int(effect["reference"].rpartition("-")[2]) < int(number)
+    ]
+    open_ones = [
+        each for each in _earlier(reference, references[operation_id]) if not over.get(each)
+    ]
+    for each in dict.fromkeys([*found, *open_ones]):
+        yield Violation(
+            Rule.RESTART_ONLY_WITHOUT_EFFECT,
+            record["payment_id"],
+            operation_id,
+            f"{reference} was sent while {each} {'stood' if each in found else 'was open'}",
+            "sent when nothing of the earlier attempts stands or may come",
+        )
+
+
+def _took_effect(record: Record, references: dict[str, set[str]]) -> Iterator[Violation]:
+    """What a PSP did for an attempt after another one had followed it."""
+    reference = record["reference"]
+    operation_id = _operation_of(reference)
+    if record["type"] != "effect" or "takes_back" in record:
+        return
+    later = [each for each in references[operation_id] if reference in _earlier(each, [reference])]
+    if later:
+        yield Violation(
+            Rule.RESTART_ONLY_WITHOUT_EFFECT,
+            record["payment_id"],
+            operation_id,
+            f"{reference} took effect after {', '.join(sorted(later))} was sent",
+            "no effect of an attempt that another one has followed",
+        )
 
 
 def _sent(books: _Books, reference: str, records: list[Record]) -> Iterator[Violation]:
@@ -510,7 +655,18 @@ def _sent(books: _Books, reference: str, records: list[Record]) -> Iterator[Viol
         return
     if first["kind"] not in _MONEY_KINDS:
         return
-    sends_max = SENDS_MAX if books.profile.idempotent_by_reference else 1
+    accounts = {each["account"] for each in records if "account" in each}
+    at = row.get("connector_account_id") if int(number) == row["attempt_number"] else None
+    if len(accounts) > 1 or (at is not None and accounts - {at}):
+        yield Violation(
+            Rule.ATTEMPT_AT_ITS_ACCOUNT,
+            first["payment_id"],
+            operation_id,
+            f"{reference} was sent to {', '.join(sorted(accounts))}",
+            at or "one account",
+        )
+    profile = books.history.profile_of(first.get("account", ""))
+    sends_max = SENDS_MAX if profile.idempotent_by_reference else 1
     contents = {
         (each["kind"], each["amount_minor"], each["currency"], each["payment_id"])
         for each in records
@@ -533,6 +689,64 @@ def _sent(books: _Books, reference: str, records: list[Record]) -> Iterator[Viol
         )
 
 
+def _customers(books: _Books) -> Iterator[Violation]:
+    """Those who have to act first have the time to, and only the PSP ends it."""
+    rule = Rule.CUSTOMER_HAS_THE_TIME
+    until: dict[str, float] = {}
+    ended: set[str] = set()
+    # A doubt that the gateway cancels may be of one whose page nobody was told of.
+    sent_on = {
+        event["operation_id"]
+        for event in books.history.events
+        if event["operation_state"] == S.REQUIRES_ACTION
+    }
+    for record in books.history.psp:
+        reference, answer = record.get("reference", ""), record.get("answer", {})
+        if answer.get("result") == "requires_action" and "next_action_expires_at" in answer:
+            until[reference] = answer["next_action_expires_at"]
+        elif record["type"] in ("effect", "outcome"):
+            until.pop(reference, None)
+        if answer.get("result") in _ENDS_WITHOUT_EFFECT:
+            ended.add(reference)
+        row = books.operations.get(_operation_of(reference))
+        if record["type"] != "received" or record["method"] != "cancel" or row is None:
+            continue
+        if row["operation_id"] not in sent_on:
+            continue
+        payment = books.payments.get(row["payment_id"])
+        left_s = until.get(reference, -math.inf) - record["t"] - books.history.clock_step_s
+        if left_s > 0 and payment is not None and not payment["cancel_requested"]:
+            yield Violation(
+                rule,
+                row["payment_id"],
+                row["operation_id"],
+                f"{reference} was cancelled {left_s:.1f} s before the customer's time was over",
+                "not cancelled, but for a void",
+            )
+    for row in books.operations.values():
+        reference = f"{row['operation_id']}-{row['attempt_number']}"
+        if row["state"] == S.EXPIRED and reference not in ended:
+            yield Violation(
+                rule, row["payment_id"], row["operation_id"], "EXPIRED", "ended at the PSP"
+            )
+
+
+def _elsewhere(books: _Books) -> Iterator[Violation]:
+    rule = Rule.NOTHING_DONE_ELSEWHERE
+    for row in books.operations.values():
+        if row["origin"] == OperationOrigin.PSP:
+            yield Violation(
+                rule,
+                row["payment_id"],
+                row["operation_id"],
+                f"a {K(row['kind']).name} of the PSP's origin",
+                "one of ours",
+            )
+    for each in books.history.discrepancies or ():
+        if each["kind"].endswith("elsewhere") or each["kind"] == "currency":
+            yield Violation(rule, "", each["operation_id"], f"a discrepancy {each['kind']}", "none")
+
+
 # --- what the database holds ----------------------------------------------------------------------
 
 
@@ -545,6 +759,28 @@ def _amounts(books: _Books) -> Iterator[Violation]:
                 pending[K(row["kind"])] += row["amount_minor"]
             elif row["state"] == S.SUCCEEDED:
                 done[K(row["kind"])] += row["amount_minor"]
+        opening = [
+            row["amount_minor"]
+            for row in books.of_payment[payment_id]
+            if row["kind"] in (K.AUTHORIZE, K.VERIFY)
+        ]
+        if opening != [payment["requested_minor"]]:
+            yield Violation(
+                Rule.AMOUNTS_ADD_UP,
+                payment_id,
+                "",
+                f"requested_minor {payment['requested_minor']}",
+                f"{opening} by its authorization",
+            )
+        for row in books.of_payment[payment_id]:
+            if row["currency"] != payment["currency"]:
+                yield Violation(
+                    Rule.AMOUNTS_ADD_UP,
+                    payment_id,
+                    row["operation_id"],
+                    f"in {row['currency']}",
+                    f"in {payment['currency']}",
+                )
         for name, expected in (
             ("authorized_minor", done[K.AUTHORIZE] + done[K.INCREMENT]),
             ("captured_minor", done[K.CAPTURE]),
@@ -605,10 +841,11 @@ def _totals(books: _Books) -> Iterator[Violation]:
 
 
 def _unfinished(books: _Books) -> Iterator[Violation]:
-    profile, settles = books.profile, books.history.settles
-    # Where it does not, a void of a remainder can neither be asked for nor repeated.
-    tells_of_voids = profile.query_by_reference or profile.idempotent_by_reference
     for row in unresolved(books.history):
+        profile = books.history.profile_of(row.get("connector_account_id", ""))
+        settles = profile.query_by_reference or profile.cancel_by_reference
+        # Where it does not, a void of a remainder can neither be asked for nor repeated.
+        tells_of_voids = profile.query_by_reference or profile.idempotent_by_reference
         release = row["kind"] == K.VOID and row["origin"] == OperationOrigin.GATEWAY
         if release and not tells_of_voids:
             continue
@@ -632,6 +869,13 @@ def _paths(books: _Books) -> Iterator[Violation]:
     ):
         of_payment[event["payment_id"]].append(event)
         of_operation[event["operation_id"]].append(event["operation_state"])
+    for (payment_id, version, seq), count in Counter(
+        (each["payment_id"], each["payment_version"], each["seq"]) for each in books.history.events
+    ).items():
+        if count > 1:
+            yield Violation(
+                rule, payment_id, "", f"{count} events of version {version}, {seq}", "one"
+            )
     for operation_id, row in books.operations.items():
         if row["state"] != S.PROCESSING:
             # A new attempt has no event of its own, so the row may be PROCESSING after NOT_SENT.
@@ -657,6 +901,7 @@ def _paths(books: _Books) -> Iterator[Violation]:
                     PaymentState(after).name,
                     f"a state that follows {PaymentState(before).name}",
                 )
+        yield from _told_amounts(books, payment, path)
         latest = path[-1]["payment_version"] if path else 0
         if payment_id not in books.unfinished and latest != payment["version"]:
             yield Violation(
@@ -664,12 +909,48 @@ def _paths(books: _Books) -> Iterator[Violation]:
             )
 
 
+def _told_amounts(books: _Books, payment: Row, path: Sequence[Row]) -> Iterator[Violation]:
+    """What events tell of amounts: the last one what is recorded, each what the operation has."""
+    rule = Rule.AMOUNTS_ADD_UP
+    payment_id = payment["payment_id"]
+    if path and payment_id not in books.unfinished and "amounts" in path[-1]:
+        told = path[-1]["amounts"]
+        differing = {
+            name: amount_minor
+            for name, amount_minor in told.items()
+            if payment[name] != amount_minor
+        }
+        if differing:
+            yield Violation(
+                rule,
+                payment_id,
+                "",
+                f"the last event told {differing}",
+                f"{ {name: payment[name] for name in differing} }, as recorded",
+            )
+    last = {event["operation_id"]: event for event in path if "operation_minor" in event}
+    for operation_id, event in last.items():
+        row = books.operations.get(operation_id)
+        if row is None or row["state"] != event["operation_state"]:
+            continue  # a new attempt may be to another amount
+        if row["amount_minor"] != event["operation_minor"]:
+            yield Violation(
+                rule,
+                payment_id,
+                operation_id,
+                f"its event told {event['operation_minor']}",
+                f"{row['amount_minor']}, as recorded",
+            )
+
+
 _CHECKS: Final[tuple[Callable[[_Books], Iterator[Violation]], ...]] = (
     _broken,  # first: it may be why the others find something
     _acknowledged,
     _told_states,
+    _looks,
     _paths,
     _replays,
+    _keys,
     _misuses,
     _refusals,
     _unanswered,
@@ -677,6 +958,8 @@ _CHECKS: Final[tuple[Callable[[_Books], Iterator[Violation]], ...]] = (
     _charges,
     _effects,
     _sends,
+    _customers,
+    _elsewhere,
     _amounts,
     _totals,
     _unfinished,

@@ -13,10 +13,12 @@ from payments.v1 import payment_service_pb2 as rpc
 
 from gateway.domain.model import OperationKind as K
 from gateway.domain.model import OperationState as S
-from tests.chaos.history import OPEN, RESPONSES, Answer, Call, History
+from gateway.domain.states import UNFINISHED
+from tests.chaos.history import OPEN, RESPONSES, Answer, Call, History, Look
 from tests.chaos.requests import AMOUNTS_MINOR, FINAL_SHARE, INCREMENT_MINOR, follow_up
 from tests.faults.checker import REPEATABLE
 from tests.harness import eur
+from tests.simulation.accounts import SEPARATOR
 from tests.simulation.gateway import OK
 
 if TYPE_CHECKING:
@@ -42,6 +44,26 @@ IMPATIENT_SHARE: Final = 0.1
 """Tries whose deadline is too short."""
 IMPATIENCE_S: Final = (0.01, 0.3)
 
+REDIRECT_SHARE: Final = 0.6
+SOFT_SHARE: Final = 0.45
+"""Of what an account that is not the last makes of a payment: a decline that another one may not
+get."""
+SOFT_TOKENS: Final = ("tok_declined_do_not_honor", "tok_declined_issuer_unavailable")
+CUSTOMER_DELAY_S: Final = (0.02, 5.5)
+CUSTOMER_AWAY_SHARE: Final = 0.25
+CUSTOMER_TWICE_SHARE: Final = 0.3
+CHOICES: Final = ("approve",) * 4 + ("decline", "later")
+RETURNS_SHARE: Final = 0.3
+"""Payments that are voided while they wait for a customer or for their PSP."""
+WATCH_S: Final = 15.0
+"""For how long a client looks whether what it waits for has come."""
+LOOK_PAUSE_S: Final = (0.2, 1.5)
+
+PAGES: Final = "http://psp/pay/"
+
+Looked = tuple[int, int, int]
+"""An operation's state, its payment's, and the payment's version."""
+
 _REPEATABLE: Final = frozenset(code.name for code in REPEATABLE)
 
 
@@ -64,7 +86,18 @@ class Clients:
         tokens: Sequence[str],
         may_cancel: bool,
         settles_remainders: bool,
+        look: Callable[[int, str, float], Awaitable[Looked | None]] | None = None,
+        accounts: int = 1,
+        visit: Callable[[str, str], Awaitable[None]] | None = None,
     ) -> None:
+        """`look` asks for an operation's state, where clients do that; `visit` presses a button on
+        a PSP's page, where customers are sent to one.
+        """
+        self._look = look
+        self._accounts = accounts
+        self._visit = visit
+        self._customers: dict[str, asyncio.Task[None]] = {}
+        """By the page that each is sent to."""
         self._history = history
         self._send = send
         self._gateways = gateways
@@ -91,6 +124,12 @@ class Clients:
         keys = self._history.answered()
         await self._all(self._draw.sample(keys, min(len(keys), REPEATED_MAX)))
 
+    async def look_at_all(self) -> None:
+        """Ask for every operation that a client knows."""
+        if self._look is not None:
+            for operation_id in sorted(self.told):
+                await self._look_at(operation_id)
+
     async def _all(self, keys: Iterable[str]) -> None:
         for key in keys:
             await self._call(self._requests[key], FINAL_TRIES_MAX)
@@ -104,7 +143,10 @@ class Clients:
         draw = self._draw
         await asyncio.sleep(draw.random())
         amount_minor = draw.choice(AMOUNTS_MINOR)
-        method = draw.choice(("AUTOMATIC", "MANUAL", "MANUAL_MULTIPLE", "MANUAL_MULTIPLE"))
+        methods = ["AUTOMATIC", "MANUAL", "MANUAL_MULTIPLE", "MANUAL_MULTIPLE"]
+        if self._visit is not None:
+            methods += ["AUTOMATIC"] * 4
+        method = draw.choice(methods)
         request = self._authorization(amount_minor, method)
         authorizing = self._patiently(request)
         if self._may_cancel and draw.random() < CANCEL_SHARE:
@@ -117,7 +159,7 @@ class Clients:
             await asyncio.gather(authorizing, self._later(void))
             return
         answer = await authorizing
-        if answer is None or answer.state != S.SUCCEEDED:
+        if answer is None or not await self._succeeds(answer):
             return
         for kind, amount in self._plan(method, amount_minor):
             calls = 2 if draw.random() < RIVAL_SHARE else 1
@@ -130,6 +172,54 @@ class Clients:
             if done is None:
                 return
 
+    async def _succeeds(self, answer: Answer) -> bool:
+        """Whether an authorization has succeeded, or does so in a while."""
+        if answer.state == S.SUCCEEDED:
+            return True
+        if self._look is None or answer.state not in (S.PENDING, S.REQUIRES_ACTION):
+            return False
+        draw = self._draw
+        voiding = None
+        if self._may_cancel and draw.random() < RETURNS_SHARE:
+            voiding = asyncio.create_task(self._void_later(answer.payment_id))
+        waited_s = 0.0
+        state = answer.state
+        while S(state) in UNFINISHED and waited_s < WATCH_S:
+            pause_s = draw.uniform(*LOOK_PAUSE_S)
+            await asyncio.sleep(pause_s)
+            waited_s += pause_s
+            looked = await self._look_at(answer.operation_id)
+            state = state if looked is None else looked.state
+        if voiding is not None:
+            await voiding
+        return voiding is None and state == S.SUCCEEDED
+
+    async def _void_later(self, payment_id: str) -> None:
+        await asyncio.sleep(self._draw.random() * 5)
+        await self._patiently(self._follow_up(K.VOID, payment_id, None))
+
+    async def _look_at(self, operation_id: str) -> Look | None:
+        assert self._look is not None
+        sent = next(self._order)
+        number = self._draw.randrange(self._gateways)
+        looked = await self._look(number, operation_id, TRY_TIMEOUT_S)
+        if looked is None:
+            return None
+        self.told.add(operation_id)
+        look = Look(operation_id, sent, next(self._order), *map(int, looked))
+        self._history.looks.append(look)
+        return look
+
+    async def _customer(self, page: str) -> None:
+        """Acts on a PSP's page: soon, late, twice, or never."""
+        assert self._visit is not None
+        draw = self._draw
+        if draw.random() < CUSTOMER_AWAY_SHARE:
+            return
+        for _ in range(2 if draw.random() < CUSTOMER_TWICE_SHARE else 1):
+            await asyncio.sleep(draw.uniform(*CUSTOMER_DELAY_S))
+            await self._visit(page, draw.choice(CHOICES))
+
     async def _later(self, request: _Request) -> Answer | None:
         await asyncio.sleep(self._draw.random() * 0.3)
         return await self._patiently(request)
@@ -140,9 +230,23 @@ class Clients:
             idempotency_key=key,
             amount=eur(amount_minor),
             capture_method=getattr(payment_method_pb2, f"CAPTURE_METHOD_{method}"),
-            payment_method=payment_method_pb2.PaymentMethod(token=self._draw.choice(self._tokens)),
+            payment_method=self._payment_method(method),
+            return_url="https://shop.example/back" if self._visit is not None else "",
         )
         return _Request(Call(key, K.AUTHORIZE, "", amount_minor), message.SerializeToString())
+
+    def _payment_method(self, method: str) -> payment_method_pb2.PaymentMethod:
+        draw = self._draw
+        if self._visit is not None and method == "AUTOMATIC" and draw.random() < REDIRECT_SHARE:
+            elsewhere = payment_method_pb2.RedirectPaymentMethod(
+                method_type="ideal", country_code="NL"
+            )
+            return payment_method_pb2.PaymentMethod(redirect=elsewhere)
+        tokens = [draw.choice(self._tokens)]
+        for _ in range(self._accounts - 1):
+            soft = draw.random() < SOFT_SHARE
+            tokens.insert(0, draw.choice(SOFT_TOKENS if soft else self._tokens))
+        return payment_method_pb2.PaymentMethod(token=SEPARATOR.join(tokens))
 
     def _plan(self, method: str, amount_minor: int) -> Sequence[tuple[K, int | None]]:
         if method == "AUTOMATIC":
@@ -227,4 +331,7 @@ class Clients:
             return Answer(call.key, sent, next(self._order), status, reason.partition(" ")[0])
         response: Any = RESPONSES[call.kind].FromString(data)
         self.told.add(response.operation.operation_id)
+        page = response.operation.next_action.redirect_url
+        if self._visit is not None and page.startswith(PAGES) and page not in self._customers:
+            self._customers[page] = asyncio.create_task(self._customer(page))
         return Answer.of(response, call.key, sent, next(self._order))

@@ -8,9 +8,10 @@ import itertools
 import os
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from gateway.application import usecases
+from gateway.connectors.simulator import ledger
 from gateway.domain import ids
 from tests.simulation.database import REPLACED
 from tests.simulation.loop import EPOCH_S
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from tests.simulation.loop import SimulatedLoop
+
+ACTION_LIFE_S: Final = 4.0
+"""For how long a customer can use the PSP's page."""
 
 
 class _Id:
@@ -46,6 +50,7 @@ def simulated_sources(loop: SimulatedLoop, seed: int) -> Iterator[None]:
         (os, "urandom", nonces.randbytes),
         (ids, "uuid7", lambda: _Id(next(numbers))),
         (usecases, "datetime", SimulatedDatetime),
+        (ledger, "ACTION_LIFE_S", ACTION_LIFE_S),
         *REPLACED,
     ]
     before = [(where, name, getattr(where, name)) for where, name, _ in replaced]

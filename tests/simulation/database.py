@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,10 +15,11 @@ from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
 from storage.postgres.pool import HeldConnections
 from storage.postgres.store import _is_plain
 from tests.memory_store import MemoryStore, owned_change, owned_intent
-from tests.simulation.loop import EPOCH_S
+from tests.simulation.loop import EPOCH_S, at_once
+from tests.simulation.notifications import KeptNotifications
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from gateway.application.ports import Change, Found, Intent, Lease, ListFilter, Page
     from gateway.domain.model import Aggregate, ConnectorAnswer, Operation
@@ -49,16 +51,6 @@ async def _go_on(_: str) -> None:
     """Nothing happens before or after a method of the model: the network is around it."""
 
 
-def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
-    """What a coroutine returns that waits for nothing."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    raise AssertionError("it waits")
-
-
 class Database(MemoryStore):
     """What is durable. Each method of the model is one transaction, at one moment."""
 
@@ -67,6 +59,8 @@ class Database(MemoryStore):
         self._takeover_s = takeover_s
         self.step_s = 0.0
         """How far its clock has been moved."""
+        self.stepped_s = 0.0
+        """And by how much in all, to and fro."""
         super().__init__()
         self.before = self.after = _go_on
         self.up = True
@@ -75,6 +69,7 @@ class Database(MemoryStore):
         self.timeline = 1
         """Changes with every failover."""
         self.outbox: list[Event] = []
+        self.notifications = KeptNotifications(lambda: self.now)
         self.wrong: list[str] = []
         """Broken promises that only the database sees."""
         self._begun_s: dict[tuple[str, str, int], float] = {}
@@ -137,9 +132,10 @@ class Database(MemoryStore):
             key,
             self.operations[key],
             self.payments[payment_key],
-            self.doubts.get(key),
+            copy.copy(self.doubts.get(key)),
             self.recover_after[key],
             len(self.outbox),
+            self.notifications.changes,
         )
         stored = self._change(owned_change(change))
         if stored is Stored.WRITTEN:
@@ -170,9 +166,11 @@ class Database(MemoryStore):
         """Lose the latest change, if it is this one; False: it is not."""
         if self._undo is None or self._undo[0] != event_id:
             return False
-        _, key, operation, payment, doubt, recover_after, events = self._undo
+        _, key, operation, payment, doubt, recover_after, events, told = self._undo
         now = self.payments[operation.merchant_id, operation.payment_id]
         if len(self.outbox) != events + 1 or now.version != payment.version + 1:
+            return False
+        if told != self.notifications.changes:
             return False
         if self.operations[key].epoch != operation.epoch:
             return False

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from payments.v1 import payment_service_pb2 as rpc
 
-from gateway.application.ports import Route, Served, StoreUnavailable
+from gateway.application.applying import Applier
+from gateway.application.applying import Schedule as ApplyingSchedule
+from gateway.application.ports import StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
 from gateway.application.usecases import Limits, Payments
 from gateway.domain.errors import GatewayError
@@ -16,19 +18,20 @@ from gateway.rpc import conversion, error_map
 from gateway.rpc.conversion import Caller, ContractEncoder
 from storage.redis.claims import Claims
 from tests.memory_store import Counts
-from tests.simulation import psp as psp_module
+from tests.simulation.accounts import AccountsOfGateway, routing_of
 from tests.simulation.database import Link, SimulatedStore
+from tests.simulation.loop import at_once
+from tests.simulation.notifications import NoLookup, NotificationsOfGateway
 from tests.simulation.redis import Client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Sequence
 
-    from gateway.connectors.simulator.connector import SimulatorConnector
-    from gateway.connectors.simulator.profiles import Profile
+    from gateway.application.notifications import NotificationKind, Received, Result
+    from tests.simulation.accounts import Account
     from tests.simulation.database import Database
     from tests.simulation.loop import Process, SimulatedLoop
     from tests.simulation.network import Network
-    from tests.simulation.psp import PspServer
     from tests.simulation.redis import RedisServer
 
 MERCHANT: Final = "mer_" + "5" * 32
@@ -60,6 +63,14 @@ SCHEDULE: Final = Schedule(
     waiting_interval_s_max=1.5,
     action_margin_s=0.5,
 )
+APPLYING: Final = ApplyingSchedule(
+    interval_s=0.5,
+    lease_s=1.0,
+    batch_max=20,
+    concurrency_max=4,
+    backoff_s_min=0.2,
+    backoff_s_max=1.5,
+)
 TAKEOVER_S: Final = LIMITS.send_window_s + ANSWER_TIMEOUT_S + LIMITS.recover_margin_s
 """Recovery leaves an intent alone for so long."""
 CLAIM_LIFE_MS: Final = 1000
@@ -79,20 +90,14 @@ _CONVERSIONS: Final[dict[OperationKind, tuple[Callable[..., Any], str]]] = {
 }
 
 
-class _Router:
-    """Implements `gateway.application.ports.Router` with one connector."""
+class _ApplyingCounts:
+    """Implements ApplyingObserver."""
 
-    def __init__(self, only: SimulatorConnector) -> None:
-        self._only = only
+    def notification_applied(self, connector: str, kind: NotificationKind, result: Result) -> None:
+        pass
 
-    def route(self, merchant_id: str, mode: Mode) -> Route | None:
-        return Route(self._only, "account-1")
-
-    def accounts(self, merchant_id: str, mode: Mode) -> Mapping[str, Served]:
-        return {"account-1": Served("account-1", self._only.name, 1, True, self._only)}
-
-    def connector(self, name: str, connector_account_id: str) -> SimulatorConnector | None:
-        return self._only if name == self._only.name else None
+    def applying_failed(self) -> None:
+        pass
 
 
 class Gateway:
@@ -105,9 +110,10 @@ class Gateway:
         network: Network,
         database: Database,
         redis: RedisServer,
-        psp: PspServer,
-        profile: Profile,
+        accounts: Sequence[Account],
+        rules: str,
     ) -> None:
+        """Without `rules` payments go to the first account."""
         self.process = process
         self.ready = False
         self._claims = Claims(
@@ -119,18 +125,36 @@ class Gateway:
             queue_max=100,
         )
         self.store = SimulatedStore(Link(network, process, database), self._claims.set_generation)
-        router = _Router(psp_module.connector(network, process, psp, profile, ANSWER_TIMEOUT_S))
+        self.router = router = AccountsOfGateway(accounts, network, process, ANSWER_TIMEOUT_S)
+        self.routing = at_once(routing_of(loop, MERCHANT, router, rules))
         encoder = ContractEncoder()
         counts = Counts()
-        self.payments = Payments(self.store, self._claims, router, encoder, LIMITS, counts)
+        self.payments = Payments(
+            self.store, self._claims, router, encoder, LIMITS, counts, routing=self.routing
+        )
         self.recovery = Recovery(
             self.store, router, encoder, self.payments.outcomes, SCHEDULE, counts
         )
+        self.notifications = NotificationsOfGateway(self.store)
+        self.applier = Applier(
+            self.notifications,
+            self.store,
+            router,
+            NoLookup(),
+            encoder,
+            self.payments.outcomes,
+            APPLYING,
+            _ApplyingCounts(),
+        )
+        self._applies = any(each.notifies for each in accounts)
 
     async def run(self) -> None:
         """Serve for as long as the process lives."""
         await self._claims.start()
         recovering = asyncio.create_task(self.recovery.run())
+        if self._applies:
+            applying = asyncio.create_task(self.applier.run())
+            applying.add_done_callback(_never)
         while True:
             try:
                 await self.store.check()
@@ -154,6 +178,37 @@ class Gateway:
         except Exception as error:  # noqa: BLE001 - as the handlers answer it
             return "INTERNAL", f"INTERNAL {error!r}", b""
         return OK, "", conversion.encode_answer(answer)
+
+    async def look(self, operation_id: str) -> tuple[int, int, int] | None:
+        """States of an operation and its payment, and the payment's version; None without an
+        answer.
+        """
+        if not self.ready:
+            return None
+        try:
+            found = await self.payments.get_operation(
+                MERCHANT, Mode.TEST, operation_id=operation_id
+            )
+        except GatewayError:
+            return None
+        return found.operation.state, found.payment.state, found.payment.version
+
+    async def receive(self, received: Received) -> bool:
+        """Keep what a PSP tells; whether it is kept."""
+        if not self.ready:
+            return False
+        try:
+            await self.notifications.keep([received])
+        except StoreUnavailable:
+            return False
+        self.applier.wake()
+        return True
+
+
+def _never(applying: asyncio.Task[None]) -> None:
+    """Nothing ends an applier but the end of its process."""
+    if not applying.cancelled():
+        applying.result()
 
 
 REQUESTS: Final[dict[OperationKind, Any]] = {

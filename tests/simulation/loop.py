@@ -16,16 +16,28 @@ import random
 import warnings
 import zlib
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
+
+T = TypeVar("T")
 
 STEPS_MAX: Final = 300_000
 """Callbacks of one history; beyond, it does not come to an end."""
 
 EPOCH_S: Final = 1_767_225_600.0
 """The simulated wall clock at the beginning: 2026-01-01, in seconds after 1970."""
+
+
+def at_once(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns that waits for nothing."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError("it waits")
 
 
 class NoEnd(Exception):

@@ -9,7 +9,6 @@ import time
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from gateway.connectors.http import MaybeSent, NotSent, Response
-from gateway.connectors.simulator.connector import SimulatorConnector
 from gateway.connectors.simulator.latency import Latency
 from gateway.connectors.simulator.ledger import Ledger
 from gateway.connectors.simulator.server import Simulator
@@ -20,23 +19,32 @@ if TYPE_CHECKING:
 
     from gateway.connectors.simulator.journal import Record
     from gateway.connectors.simulator.profiles import Profile
+    from gateway.domain.model import ConnectorAnswer
     from tests.simulation.loop import Process, SimulatedLoop
     from tests.simulation.network import Network
 
 PSP: Final = "psp"
+ASK: Final = "ASK"
+"""The method of a question that uses up a reference which is not known."""
 LATENCY: Final = Latency(20, 300)
 
 
 class _Journal:
     """Keeps the records; a transaction of the simulated PSP is durable at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, account_id: str, records: list[Record]) -> None:
         self.run = 1
-        self.records: list[Record] = []
+        self._account_id = account_id
+        self._records = records
+        self.on_record: Callable[[Record], None] | None = None
+        """Called with what was decided or done."""
 
     def append(self, record: Record) -> None:
         # What a record holds goes on changing in the ledger.
-        self.records.append(dict(record))
+        kept = {"account": self._account_id, **record}
+        self._records.append(kept)
+        if self.on_record is not None and record["type"] in ("effect", "outcome"):
+            self.on_record(kept)
 
     async def durable(self) -> None:
         pass
@@ -60,19 +68,36 @@ class _Connection:
 class PspServer:
     """The PSP's process."""
 
-    def __init__(self, loop: SimulatedLoop, process: Process, profile: Profile, seed: int) -> None:
+    def __init__(
+        self,
+        loop: SimulatedLoop,
+        process: Process,
+        account_id: str,
+        profile: Profile,
+        records: list[Record],
+        draw: random.Random,
+    ) -> None:
+        """`records` is the journal that it shares with other PSPs."""
         self.loop = loop
         self.process = process
-        self._journal = _Journal()
-        ledger = Ledger(profile, [{"type": "start", "journal_id": "j51e"}])
+        self.name = process.name
+        self._journal = _Journal(account_id, records)
+        journal_id = f"j51e{process.number:x}"
+        self.ledger = Ledger(profile, [{"type": "start", "journal_id": journal_id}])
         self._simulator = Simulator(
-            cast("Any", self._journal), ledger, latency=LATENCY, source=random.Random(f"psp/{seed}")
+            cast("Any", self._journal), self.ledger, latency=LATENCY, source=draw
         )
+        self.first_answers: dict[str, ConnectorAnswer] = {}
+        """By reference, of a PSP that repeats them."""
 
-    @property
-    def records(self) -> list[Record]:
-        """The journal."""
-        return self._journal.records
+    def on_record(self, told: Callable[[Record], None]) -> None:
+        """Call `told` with whatever it decides or does from now on."""
+        self._journal.on_record = told
+
+    def look(self, kind: str, reference: str) -> None:
+        """Let time do what it does to a transaction: what is pending settles, a page expires."""
+        for record in self.ledger.query(kind, reference, self.ledger.request_count, time.time())[0]:
+            self._journal.append(record)
 
     def set_mode(self, mode: str) -> None:
         """The simulator's mode, docs/simulator.md."""
@@ -83,6 +108,12 @@ class PspServer:
     ) -> Callable[[], None]:
         """Handle a request; what is returned tells that the client has gone."""
         connection = _Connection(self.loop, tell)
+        if method == ASK:
+            reference = target.rpartition("/")[2]
+            known = self.ledger.reference(reference)
+            decided = known is not None and (known.transactions or known.canceled)
+            is_known = decided or reference in self._simulator._working
+            method, target = ("GET", target) if is_known else ("POST", f"{target}/cancel")
         self.loop.start(
             self.process,
             self._simulator._serve(cast("Any", connection), method, target, body),
@@ -172,7 +203,7 @@ class HttpClient:
         now = time.monotonic()
         if now >= send_before:
             raise NotSent(Reason.SEND_WINDOW_PASSED)
-        fate, there_s, back_s = self._network.fate(self._process, PSP)
+        fate, there_s, back_s = self._network.fate(self._process, self._psp.name)
         if fate == "refused":
             raise NotSent(Reason.CONNECT_FAILED)
         exchange = _Exchange(self._process, self._psp, fate, back_s)
@@ -187,12 +218,3 @@ class HttpClient:
 
     async def close(self) -> None:
         """Nothing is held."""
-
-
-def connector(
-    network: Network, process: Process, psp: PspServer, profile: Profile, answer_timeout_s: float
-) -> SimulatorConnector:
-    """The simulator's connector of one gateway."""
-    made = SimulatorConnector("http://psp", profile, answer_timeout_s=answer_timeout_s)
-    made._http = cast("Any", HttpClient(network, process, psp))
-    return made

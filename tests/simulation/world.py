@@ -16,22 +16,28 @@ from gateway.application.ports import StoreUnavailable
 from gateway.connectors.simulator.profiles import find_profile
 from gateway.domain.states import UNFINISHED
 from tests.chaos.clients import FAULTY_TOKENS, TOKENS
-from tests.chaos.history import RESPONSES, History, digest_of
+from tests.chaos.history import AMOUNTS, RESPONSES, History, digest_of, told_by
 from tests.chaos.oracle import Violation, judge
+from tests.simulation.accounts import Account, rules_of, suspension_of
 from tests.simulation.clients import Clients
 from tests.simulation.clock import simulated_sources
 from tests.simulation.database import POSTGRES, Database
-from tests.simulation.gateway import TAKEOVER_S, Gateway
+from tests.simulation.gateway import MERCHANT, TAKEOVER_S, Gateway
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import Network, Weather
+from tests.simulation.notifications import Notifier
 from tests.simulation.psp import PSP, PspServer
 from tests.simulation.redis import REDIS, RedisServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
+    from gateway.application.notifications import Received
+    from gateway.connectors.simulator.profiles import Profile
     from gateway.domain.model import Operation, OperationKind
+    from gateway.routing.availability import AccountAvailability
     from tests.chaos.history import Row
+    from tests.simulation.clients import Looked
     from tests.simulation.gateway import Told
     from tests.simulation.loop import Process
 
@@ -50,7 +56,18 @@ SETTLE_S: Final = 60.0
 """When every operation has its definite outcome, after the last fault."""
 CLOCK_STEP_S: Final = (-8.0, 8.0)
 LOOK_S: Final = 0.5
-SERVERS: Final = (POSTGRES, REDIS, PSP)
+ACCOUNTS: Final = (1, 1, 1, 2, 2, 3)
+"""How many accounts the merchant has, as often as they are drawn."""
+FURTHER_PROFILES: Final = ("idempotent", "non_idempotent", "cancel_only")
+REDIRECTS_SHARE: Final = 0.4
+"""Histories in which customers are sent elsewhere."""
+NOTIFIES_SHARE: Final = 0.3
+TELLS_SHARE: Final = 0.25
+"""Accounts whose PSP tells what it does; and those that tell some things in no other way."""
+BOUNCING_TOKENS: Final = ("tok_refund_bounces",) * 2
+GATEWAYS_ADDRESS: Final = "gateways"
+"""The gateways, as PSPs reach them."""
+NOTIFICATION_TIMEOUT_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -74,35 +91,81 @@ class World:
     def __init__(self, loop: SimulatedLoop, seed: int) -> None:
         self.loop = loop
         self.draw = random.Random(f"world/{seed}")
-        self.profile = find_profile(self.draw.choice(PROFILES))
-        self.history = History(self.profile.name)
+        self._more = random.Random(f"accounts/{seed}")
+        first = find_profile(self.draw.choice(PROFILES))
+        self.history = History(first.name)
         self.faults: list[str] = []
         servers = loop.spawn("servers")
         self.network = Network(loop, random.Random(f"network/{seed}"), servers)
         self.database = Database(loop, TAKEOVER_S)
         self.redis = RedisServer(loop)
-        self.psp = loop.root.context.run(PspServer, loop, loop.spawn("psp"), self.profile, seed)
+        self.accounts: list[Account] = []
+        self.notifiers: list[Notifier] = []
+        self._open_accounts(first, seed)
+        self.servers = (POSTGRES, REDIS, *(each.name for each in self.accounts))
         self.gateways: list[Gateway] = []
         self._at_home = loop.spawn("clients")
         tokens: Sequence[str] = TOKENS if self.draw.random() < 0.5 else FAULTY_TOKENS
-        if not self.profile.query_by_reference:
+        profiles = [each.profile for each in self.accounts]
+        if not all(each.query_by_reference for each in profiles):
             # Where the PSP cannot be asked, it cannot tell later.
             tokens = [each for each in tokens if "pending" not in each]
+        tokens = [each for each in tokens if "oversized" not in each]
+        redirects = self.history.settles and self._more.random() < REDIRECTS_SHARE
+        if redirects and all(each.query_by_reference for each in profiles):
+            tokens = [*tokens, "tok_requires_action"]
+        if all(each.notifies for each in self.accounts):
+            tokens = [*tokens, *BOUNCING_TOKENS]
         count = self.draw.choice(GATEWAYS)
         self.clients = Clients(
             self.history,
             self._send,
             seed=seed,
             gateways=count,
-            tokens=[each for each in tokens if "oversized" not in each],
+            tokens=tokens,
             may_cancel=self.history.settles,
             # A PSP that can neither be asked nor repeats by reference cannot settle a doubtful void
             # of a remainder, or an increment that a void has met: such a doubt stays one.
-            settles_remainders=self.profile.query_by_reference
-            or self.profile.idempotent_by_reference,
+            settles_remainders=all(
+                each.query_by_reference or each.idempotent_by_reference for each in profiles
+            ),
+            look=self._look if redirects or len(self.accounts) > 1 or self.notifiers else None,
+            accounts=len(self.accounts),
+            visit=self._visit if redirects else None,
         )
+        self._rules = rules_of(self.accounts) if len(self.accounts) > 1 else ""
         for number in range(count):
             self._start(number)
+
+    def _open_accounts(self, first: Profile, seed: int) -> None:
+        """The merchant's accounts, each with a PSP, some of which tell what they do."""
+        more, loop = self._more, self.loop
+        count = more.choice(ACCOUNTS) if first.query_by_reference else 1
+        for number in range(1, count + 1):
+            profile = first if number == 1 else find_profile(more.choice(FURTHER_PROFILES))
+            drawn = more.random()
+            tells = drawn < TELLS_SHARE and profile.idempotent_by_reference
+            tells = tells and profile.query_by_reference
+            name = PSP if number == 1 else f"{PSP}-{number}"
+            account_id = f"account-{number}"
+            psp: PspServer = loop.root.context.run(
+                PspServer,
+                loop,
+                loop.spawn(name),
+                account_id,
+                profile,
+                self.history.psp,
+                random.Random(f"{name}/{seed}"),
+            )
+            account = Account(account_id, name, profile, psp, tells=tells)
+            account.notifies = tells or drawn < TELLS_SHARE + NOTIFIES_SHARE
+            if account.notifies:
+                draw = random.Random(f"notifications/{account_id}/{seed}")
+                notifier = Notifier(loop, account, MERCHANT, draw, self._delivery(psp))
+                psp.on_record(notifier.told)
+                self.notifiers.append(notifier)
+            self.accounts.append(account)
+            self.history.profiles[account_id] = profile.name
 
     def _start(self, number: int) -> None:
         process = self.loop.spawn(f"gateway-{number}")
@@ -113,8 +176,8 @@ class World:
             self.network,
             self.database,
             self.redis,
-            self.psp,
-            self.profile,
+            self.accounts,
+            self._rules,
         )
         self.gateways[number : number + 1] = [gateway]
         self.loop.start(process, gateway.run())
@@ -163,6 +226,74 @@ class World:
             loop.call_later(network.latency_s(), _cancel, running, context=there.context)
             return "DEADLINE_EXCEEDED", "", b""
 
+    async def _look(self, number: int, operation_id: str, timeout_s: float) -> Looked | None:
+        """What a gateway says of an operation now; None without an answer."""
+        loop, network, gateway = self.loop, self.network, self.gateways[number]
+        here, there = self._at_home.context, gateway.process
+        told: asyncio.Future[Looked | None] = loop.create_future()
+
+        async def serve() -> None:
+            answer = await gateway.look(operation_id)
+            loop.call_later(network.latency_s(), arrive_back, answer, context=here)
+
+        def arrive_back(answer: Looked | None) -> None:
+            if there.alive and not told.done():
+                told.set_result(answer)
+
+        def arrive() -> None:
+            if there.alive:
+                loop.start(there, serve())
+
+        loop.call_later(network.latency_s(), arrive, context=loop.root.context)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await told
+        except TimeoutError:
+            return None
+
+    async def _visit(self, page: str, chosen: str) -> None:
+        """A customer presses a button on a PSP's page."""
+        path = page.removeprefix("http://psp")
+        transaction_id = path.rpartition("/")[2]
+        for account in self.accounts:
+            if account.psp.ledger.visited(transaction_id) is not None:
+                await asyncio.sleep(self.network.latency_s())
+                account.psp.serve("POST", f"{path}/{chosen}", b"", lambda _: None)
+
+    def _delivery(self, psp: PspServer) -> Callable[[Received], Coroutine[Any, Any, bool]]:
+        """How a PSP takes a notification to a gateway."""
+        loop, network, process = self.loop, self.network, psp.process
+
+        async def deliver(received: Received) -> bool:
+            gateway = self.gateways[self._more.randrange(len(self.gateways))]
+            there = gateway.process
+            kept: asyncio.Future[bool] = loop.create_future()
+            fate, there_s, back_s = network.fate(process, GATEWAYS_ADDRESS)
+
+            async def serve() -> None:
+                is_kept = await gateway.receive(received)
+                if fate == "good":
+                    loop.call_later(back_s, tell, is_kept, context=process.context)
+
+            def tell(is_kept: bool) -> None:
+                if there.alive and not kept.done():
+                    kept.set_result(is_kept)
+
+            def arrive() -> None:
+                if there.alive:
+                    loop.start(there, serve())
+
+            if fate in ("good", "answer_lost", "late"):
+                late_s = back_s if fate == "late" else 0
+                loop.call_later(there_s + late_s, arrive, context=loop.root.context)
+            try:
+                async with asyncio.timeout(NOTIFICATION_TIMEOUT_S):
+                    return await kept
+            except TimeoutError:
+                return False
+
+        return deliver
+
     # --- the course of a history ------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -180,6 +311,9 @@ class World:
             await asyncio.wait([repeating])
             repeating.result()
             await self._settle()
+        looking = loop.start(self._at_home, clients.look_at_all())
+        await asyncio.wait([looking])
+        looking.result()
 
     async def _settle(self) -> None:
         until = self.loop.now_s + SETTLE_S + abs(self.database.step_s)
@@ -190,19 +324,31 @@ class World:
 
     def _open(self) -> bool:
         operations = self.database.operations.values()
-        return bool(self.database.doubts) or any(
-            operation.state in UNFINISHED for operation in operations
+        return (
+            bool(self.database.doubts)
+            or bool(self.untold())
+            or any(operation.state in UNFINISHED for operation in operations)
         )
+
+    def untold(self) -> int:
+        """Notifications that are on their way, or kept and not applied."""
+        on_the_way = sum(each.undelivered for each in self.notifiers)
+        return on_the_way + len(self.database.notifications.rows)
 
     # --- faults -----------------------------------------------------------------------------------
 
     async def _strike(self) -> None:
         draw = self.draw
         if draw.random() < 0.5:
-            for server in SERVERS:
+            for server in self.servers:
                 self._weather(server, draw.random() * 0.15)
             self.faults.append("weather")
-        kinds = (
+        if self.notifiers:
+            share = self._more.random() * 0.3
+            self.network.weather[GATEWAYS_ADDRESS] = Weather(
+                *(share * self._more.random() for _ in range(5))
+            )
+        kinds: tuple[Callable[[], Coroutine[Any, Any, None]], ...] = (
             *(self._crash,) * 4,
             *(self._pause,) * 3,
             *(self._cut,) * 2,
@@ -214,6 +360,8 @@ class World:
             self._redis,
             self._psp_mode,
         )
+        if len(self.accounts) > 1:
+            kinds += (self._psp_mode, self._account_disabled, self._account_missing, self._killed)
         await asyncio.gather(*(draw.choice(kinds)() for _ in range(draw.randint(0, FAULTS_MAX))))
 
     def _weather(self, server: str, share: float) -> None:
@@ -273,7 +421,7 @@ class World:
     async def _cut(self) -> None:
         await self._moment()
         _, process = self._victim()
-        server, how = self.draw.choice(SERVERS), self.draw.choice(("reset", "hole"))
+        server, how = self.draw.choice(self.servers), self.draw.choice(("reset", "hole"))
         self.faults.append(f"{process.name} to {server}: {how} at {self.loop.now_s:.3f}")
         self.network.cut(process, server, how)
         await asyncio.sleep(self.draw.random() * 4)
@@ -281,7 +429,7 @@ class World:
 
     async def _storm(self) -> None:
         await self._moment()
-        server = self.draw.choice(SERVERS)
+        server = self.draw.choice(self.servers)
         self.faults.append(f"storm before {server} at {self.loop.now_s:.3f}")
         before = self.network.weather.get(server, Weather())
         self._weather(server, 1.0)
@@ -342,6 +490,7 @@ class World:
         step_s = self.draw.uniform(*CLOCK_STEP_S)
         self.faults.append(f"clock of postgres {step_s:+.1f} s at {self.loop.now_s:.3f}")
         self.database.step_s += step_s
+        self.database.stepped_s += abs(step_s)
 
     async def _redis(self) -> None:
         await self._moment()
@@ -362,18 +511,56 @@ class World:
     async def _psp_mode(self) -> None:
         await self._moment()
         mode = self.draw.choice(("down", "hang", "reset"))
-        self.faults.append(f"psp {mode} at {self.loop.now_s:.3f}")
-        self.psp.set_mode(mode)
+        account = self.accounts[0] if len(self.accounts) == 1 else self.draw.choice(self.accounts)
+        self.faults.append(f"{account.name} {mode} at {self.loop.now_s:.3f}")
+        account.psp.set_mode(mode)
         await asyncio.sleep(self.draw.random() * 3)
-        self.psp.set_mode("up")
+        account.psp.set_mode("up")
+
+    async def _account_disabled(self) -> None:
+        await self._moment()
+        account = self.draw.choice(self.accounts)
+        self.faults.append(f"{account.account_id} disabled at {self.loop.now_s:.3f}")
+        account.enabled = False
+        await asyncio.sleep(self.draw.random() * 3)
+        account.enabled = True
+
+    async def _account_missing(self) -> None:
+        """A gateway does not know an account, as one that was just added, or is removed."""
+        await self._moment()
+        number, _ = self._victim()
+        account_id = self.draw.choice(self.accounts).account_id
+        gateway = self.gateways[number]
+        self.faults.append(f"{account_id} missing at {number} at {self.loop.now_s:.3f}")
+        gateway.router.missing.add(account_id)
+        await asyncio.sleep(self.draw.random() * 3)
+        gateway.router.missing.discard(account_id)
+
+    async def _killed(self) -> None:
+        """A person switches an account off, and on again."""
+        await self._moment()
+        account = self.draw.choice(self.accounts)
+        self.faults.append(f"{account.account_id} switched off at {self.loop.now_s:.3f}")
+        self._suspend([account])
+        await asyncio.sleep(self.draw.random() * 3)
+        self._suspend([])
+
+    def _suspend(self, accounts: Sequence[Account]) -> None:
+        for gateway in self.gateways:
+            availability = cast("AccountAvailability", gateway.routing._availability)
+            availability.suspend([suspension_of(each) for each in accounts], self.loop.now_s)
 
     def _mend(self) -> None:
         self.network.mend()
         self.database.up = self.redis.up = True
-        self.psp.set_mode("up")
+        for account in self.accounts:
+            account.psp.set_mode("up")
+            account.enabled = True
+        self._suspend([])
         for number, gateway in enumerate(list(self.gateways)):
             gateway.process.paused = False
             gateway.process.strike_at = None
+            gateway.router.missing.clear()
             if not gateway.process.alive:
                 self._start(number)
 
@@ -406,17 +593,18 @@ def _operation_row(operation: Operation) -> Row:
         "origin": int(operation.origin),
         "state": int(operation.state),
         "amount_minor": operation.amount_minor,
+        "currency": operation.currency,
         "epoch": operation.epoch,
         "attempt_number": operation.attempt.number,
         "parent_operation_id": operation.parent_operation_id,
+        "connector_account_id": operation.attempt.connector_account_id,
         "digest": digest,
     }
 
 
 _PAYMENT_COLUMNS: Final = (
-    *("payment_id", "version", "state", "requested_minor", "authorized_minor"),
-    *("capture_pending_minor", "captured_minor", "refund_pending_minor", "refunded_minor"),
-    *("voided_minor", "increment_pending_minor", "cancel_requested"),
+    *("payment_id", "version", "state", "currency", "cancel_requested"),
+    *AMOUNTS,
 )
 
 
@@ -435,12 +623,13 @@ def _enter(world: World) -> None:
                 "payment_id": row.payment_id,
                 "payment_version": row.payment_version,
                 "seq": row.seq,
-                "payment_state": event.payment.state,
-                "operation_id": event.operation.operation_id,
-                "operation_state": event.operation.state,
             }
+            | told_by(event)
         )
-    history.psp = world.psp.records
+    history.clock_step_s = world.database.stepped_s
+    history.discrepancies = [
+        {"operation_id": each.operation_id, "kind": each.kind} for each in database.discrepancies
+    ]
 
 
 class _Errors(logging.Handler):
@@ -480,6 +669,8 @@ def simulate(seed: int) -> Result:
     history = world.history
     _enter(world)
     wrong = [*world.database.wrong, *loop.unexpected, *errors.found]
+    if history.settles and world.untold():
+        wrong.append(f"{world.untold()} notifications are not applied")
     if wrong and not history.broken:
         history.broken = wrong[0]
     told = orjson.dumps(history, option=orjson.OPT_SORT_KEYS)

@@ -10,7 +10,7 @@ import pytest
 from gateway.domain.model import OperationKind as K
 from gateway.domain.model import OperationOrigin, PaymentState
 from gateway.domain.model import OperationState as S
-from tests.chaos.history import OK, Answer, Call, History
+from tests.chaos.history import AMOUNTS, OK, Answer, Call, History, Look
 from tests.chaos.oracle import Rule, judge, unresolved
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ class Book:
         self.history = History(profile)
         self.order = 0
         self.transactions = 0
+        self._where: dict[str, Any] = {}
 
     def tell(self, key: str, state: S, **fields: Any) -> None:
         """One more answer to a call, a replay but for the first."""
@@ -44,6 +45,7 @@ class Book:
             kind=call.kind,
             state=state,
             amount_minor=row["amount_minor"],
+            currency=row["currency"],
             replayed=bool(told),
             digest=row["digest"] or f"{key} {state.name}",
         )
@@ -73,6 +75,7 @@ class Book:
                 "origin": OperationOrigin.CLIENT,
                 "state": S.PROCESSING,
                 "amount_minor": amount_minor,
+                "currency": "EUR",
                 "epoch": 1,
                 "attempt_number": 1,
                 "parent_operation_id": None,
@@ -86,6 +89,7 @@ class Book:
                     "payment_id": payment_id,
                     "version": 1,
                     "state": PaymentState.PROCESSING,
+                    "currency": "EUR",
                     "requested_minor": amount_minor,
                     **{f"{name}_minor": 0 for name in (*amounts, "voided", "increment_pending")},
                     "cancel_requested": False,
@@ -105,6 +109,7 @@ class Book:
                 "amount_minor": row["amount_minor"],
                 "currency": "EUR",
             }
+            | self._where
         )
 
     def take_effect(self, key: str, number: int = 1, effect: str = "") -> None:
@@ -134,6 +139,52 @@ class Book:
                 "currency": "EUR",
                 "token": "tok_visa",
             }
+            | self._where
+        )
+
+    def at(self, t: float, account: str) -> Book:
+        """What follows happens then, at the PSP of this account."""
+        self._where = {"t": t, "account": account}
+        return self
+
+    def decide(self, key: str, result: str, number: int = 1, **more: Any) -> None:
+        """The PSP decides on an attempt, without an effect."""
+        row = self.row(key)
+        record = {
+            "type": "outcome",
+            "method": more.pop("method", "send"),
+            "kind": K(row["kind"]).name.lower(),
+            "reference": f"{row['operation_id']}-{number}",
+            "effect": "",
+            "answer": {"result": result, **more},
+        }
+        self.history.psp.append(record | self._where)
+
+    def ask_to_cancel(self, key: str, number: int = 1) -> None:
+        """The PSP receives a cancellation."""
+        row = self.row(key)
+        record = {
+            "type": "received",
+            "method": "cancel",
+            "kind": K(row["kind"]).name.lower(),
+            "reference": f"{row['operation_id']}-{number}",
+        }
+        self.history.psp.append(record | self._where)
+
+    def look(self, key: str) -> None:
+        """A client asks for the operation."""
+        row = self.row(key)
+        payment = self.payment(row["payment_id"])
+        self.order += 2
+        self.history.looks.append(
+            Look(
+                row["operation_id"],
+                self.order - 1,
+                self.order,
+                row["state"],
+                payment["state"],
+                payment["version"],
+            )
         )
 
     def cancel(self, number: int) -> None:
@@ -145,6 +196,9 @@ class Book:
                 "type": "effect",
                 "method": "cancel",
                 "effect": "cancel",
+                "kind": "authorize",
+                "reference": effect["reference"],
+                "answer": {"result": "canceled", "had": "effect"},
                 "takes_back": [{name: effect[name] for name in names}],
                 "payment_id": effect["payment_id"],
                 "authorization_id": effect["authorization_id"],
@@ -170,6 +224,8 @@ class Book:
                 "payment_state": payment_state,
                 "operation_id": row["operation_id"],
                 "operation_state": state,
+                "operation_minor": row["amount_minor"],
+                "amounts": {name: payment[name] for name in AMOUNTS},
             }
         )
 
@@ -263,6 +319,34 @@ def voided() -> Book:
     return book
 
 
+def sent_on() -> Book:
+    """A customer who paid in time, one who never came, and a cascade before each."""
+    book = Book("idempotent")
+    book.history.profiles = {"one": "idempotent", "two": "non_idempotent"}
+    book.history.discrepancies = []
+    for key, payment_id in (("p", "pay_1"), ("x", "pay_2")):
+        book.begin(key, K.AUTHORIZE, 1000, payment_id)
+        book.row(key)["connector_account_id"] = "two"
+        book.at(1.0, "one").send(key)
+        book.decide(key, "declined")
+        book.row(key)["attempt_number"] = 2
+        book.at(2.0, "two").send(key, 2)
+        book.decide(key, "requires_action", 2, next_action_expires_at=10.0)
+        book.end(key, S.REQUIRES_ACTION, PaymentState.REQUIRES_ACTION)
+        book.tell(key, S.REQUIRES_ACTION)
+        book.look(key)
+    book.at(5.0, "two").take_effect("p", 2)
+    book.end("p", S.SUCCEEDED, PaymentState.AUTHORIZED, authorized=1000)
+    book.row("p")["digest"] = "p REQUIRES_ACTION"
+    book.look("p")
+    book.at(10.5, "two").ask_to_cancel("x", 2)
+    book.decide("x", "canceled", 2, method="cancel", had="effect")
+    book.end("x", S.EXPIRED, PaymentState.EXPIRED)
+    book.row("x")["digest"] = "x REQUIRES_ACTION"
+    book.look("x")
+    return book
+
+
 def release_in_doubt(profile: str, kind: K = K.VOID) -> Book:
     """The gateway's own void of what a cancelled capture gave back, whose answer was lost."""
     book = Book(profile)
@@ -271,8 +355,8 @@ def release_in_doubt(profile: str, kind: K = K.VOID) -> Book:
     book.begin("v", kind, 400)
     book.send("v")
     book.end("v", S.IN_DOUBT, PaymentState.AUTHORIZED)
-    book.row("v")["origin"] = OperationOrigin.GATEWAY
-    book.tell("v", S.IN_DOUBT)
+    book.row("v").update(origin=OperationOrigin.GATEWAY, idempotency_key=None)
+    book.history.calls.pop()
     return book
 
 
@@ -285,11 +369,13 @@ def test_only_a_release_that_the_psp_cannot_tell_of_may_stay_in_doubt() -> None:
     ):
         assert [each.rule for each in judge(other.history)] == [Rule.NOTHING_UNFINISHED]
     client = release_in_doubt("cancel_only")
-    client.row("v")["origin"] = OperationOrigin.CLIENT
+    client.history.operations[-1].update(origin=OperationOrigin.CLIENT, idempotency_key="v")
+    client.history.calls.append(Call("v", K.VOID, "pay_1", 400))
+    client.tell("v", S.IN_DOUBT)
     assert [each.rule for each in judge(client.history)] == [Rule.NOTHING_UNFINISHED]
 
 
-@pytest.mark.parametrize("make", [Book, good, in_doubt_for_ever, automatic, voided])
+@pytest.mark.parametrize("make", [Book, good, in_doubt_for_ever, automatic, voided, sent_on])
 def test_a_history_that_keeps_the_rules_is_accepted(make: Callable[[], Book]) -> None:
     assert judge(make().history) == []
 
@@ -529,6 +615,86 @@ def _stay_in_doubt(book: Book) -> None:
     book.row("d")["state"] = S.IN_DOUBT
 
 
+def _charge_in_another_currency(book: Book) -> None:
+    _effect(book, 0)["currency"] = "USD"
+
+
+def _tell_another_currency(book: Book) -> None:
+    _answer(book, "c", 0, currency="USD")
+
+
+def _record_another_currency(book: Book) -> None:
+    book.payment("pay_2")["currency"] = "USD"
+
+
+def _request_more(book: Book) -> None:
+    book.payment("pay_2")["requested_minor"] = 701
+
+
+def _capture_on_another_authorization(book: Book) -> None:
+    capture = _effect(book, 1)
+    book.history.psp.remove(capture)
+    book.history.psp.append(capture)
+    capture["authorization_id"] = _effect(book, -2)["transaction_id"]
+
+
+def _swap_two_authorizations(book: Book) -> None:
+    _effect(book, 0)["reference"] = "op_n-2"
+    _effect(book, -1)["reference"] = "op_a-1"
+
+
+def _tell_another_amount_in_an_event(book: Book) -> None:
+    book.history.events[1]["operation_minor"] += 1
+
+
+def _tell_another_sum_in_the_last_event(book: Book) -> None:
+    event = next(each for each in book.history.events if each["operation_id"] == "op_r")
+    event["amounts"] = event["amounts"] | {"refunded_minor": 199}
+
+
+def _number_two_events_alike(book: Book) -> None:
+    book.history.events.append(dict(book.history.events[0]))
+
+
+def _tell_events_in_another_order(book: Book) -> None:
+    first, second = book.history.events[0], book.history.events[2]
+    versions = first["payment_version"], second["payment_version"]
+    second["payment_version"], first["payment_version"] = versions
+
+
+def _have_two_operations_of_a_key(book: Book) -> None:
+    book.history.operations.append(book.row("d") | {"operation_id": "op_other"})
+
+
+def _have_an_operation_that_nobody_asked_for(book: Book) -> None:
+    book.history.operations.append(
+        book.row("d") | {"operation_id": "op_other", "idempotency_key": "other"}
+    )
+
+
+def _have_an_operation_twice(book: Book) -> None:
+    book.history.operations.append(dict(book.row("d")))
+
+
+def _do_a_clients_work_unasked(book: Book) -> None:
+    book.row("d")["origin"] = OperationOrigin.GATEWAY
+
+
+def _restart_beside_an_open_one(book: Book) -> None:
+    """Nothing stands of the first attempt, but the PSP had not decided on it."""
+    book.history.psp = [each for each in book.history.psp if each.get("reference") != "op_n-1"]
+    book.send("n")
+    [last] = [each for each in book.history.psp if each.get("reference") == "op_n-1"]
+    book.history.psp.remove(last)
+    number = next(i for i, each in enumerate(book.history.psp) if each.get("reference") == "op_n-2")
+    book.history.psp.insert(number, last)
+
+
+def _take_effect_after_the_next_attempt(book: Book) -> None:
+    book.take_effect("n", 1)
+    book.cancel(-1)
+
+
 BAD: Final[dict[Callable[[Book], None], Rule]] = {
     _lose_the_row: Rule.ACKNOWLEDGED_IS_DURABLE,
     _lose_the_payment: Rule.ACKNOWLEDGED_IS_DURABLE,
@@ -579,6 +745,99 @@ BAD: Final[dict[Callable[[Book], None], Rule]] = {
     _refund_more_than_captured: Rule.AMOUNTS_ADD_UP,
     _shift_between_payments: Rule.TOTALS_ADD_UP,
     _stay_in_doubt: Rule.NOTHING_UNFINISHED,
+    _charge_in_another_currency: Rule.SUCCESS_IS_CHARGED,
+    _tell_another_currency: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _record_another_currency: Rule.AMOUNTS_ADD_UP,
+    _request_more: Rule.AMOUNTS_ADD_UP,
+    _capture_on_another_authorization: Rule.SUCCESS_IS_CHARGED,
+    _swap_two_authorizations: Rule.SUCCESS_IS_CHARGED,
+    _tell_another_amount_in_an_event: Rule.AMOUNTS_ADD_UP,
+    _tell_another_sum_in_the_last_event: Rule.AMOUNTS_ADD_UP,
+    _number_two_events_alike: Rule.STATE_IS_REACHABLE,
+    _tell_events_in_another_order: Rule.AMOUNTS_ADD_UP,
+    _have_two_operations_of_a_key: Rule.ONE_OPERATION_A_CALL,
+    _have_an_operation_that_nobody_asked_for: Rule.ONE_OPERATION_A_CALL,
+    _have_an_operation_twice: Rule.ONE_OPERATION_A_CALL,
+    _do_a_clients_work_unasked: Rule.ONE_OPERATION_A_CALL,
+    _restart_beside_an_open_one: Rule.RESTART_ONLY_WITHOUT_EFFECT,
+    _take_effect_after_the_next_attempt: Rule.RESTART_ONLY_WITHOUT_EFFECT,
+}
+
+
+def _send_to_another_account(book: Book) -> None:
+    book.row("p")["connector_account_id"] = "one"
+
+
+def _send_to_two_accounts(book: Book) -> None:
+    book.row("p").pop("connector_account_id")
+    book.at(2.5, "one").send("p", 2)
+
+
+def _cascade_after_an_approval(book: Book) -> None:
+    record = next(each for each in book.history.psp if each["type"] == "outcome")
+    record["answer"]["result"] = "approved"
+
+
+def _charge_at_both(book: Book) -> None:
+    book.at(9.0, "one").take_effect("p", 1)
+
+
+def _cancel_too_early(book: Book) -> None:
+    record = next(each for each in book.history.psp if each["method"] == "cancel")
+    record["t"] = 9.9
+
+
+def _expire_by_ourselves(book: Book) -> None:
+    book.history.psp = [each for each in book.history.psp if each["method"] != "cancel"]
+
+
+def _charge_what_has_expired(book: Book) -> None:
+    book.history.psp = [each for each in book.history.psp if each["method"] != "cancel"]
+    book.at(9.0, "two").take_effect("x", 2)
+
+
+def _expire_what_was_paid(book: Book) -> None:
+    book.row("p")["state"] = S.EXPIRED
+
+
+def _look_back(book: Book) -> None:
+    looks = book.history.looks
+    looks[2] = replace(looks[2], state=S.DECLINED)
+
+
+def _look_at_an_older_version(book: Book) -> None:
+    looks = book.history.looks
+    looks[2] = replace(looks[2], version=1)
+
+
+def _look_at_what_was_lost(book: Book) -> None:
+    looks = book.history.looks
+    looks[2] = replace(looks[2], operation_id="op_9")
+
+
+def _take_our_own_for_anothers(book: Book) -> None:
+    row = book.row("p") | {"operation_id": "op_9", "idempotency_key": None, "kind": K.VOID}
+    book.history.operations.append(row | {"origin": OperationOrigin.PSP})
+
+
+def _report_what_nobody_did(book: Book) -> None:
+    book.history.discrepancies = [{"operation_id": "op_p", "kind": "refund_elsewhere"}]
+
+
+BAD_REDIRECTS: Final[dict[Callable[[Book], None], Rule]] = {
+    _send_to_another_account: Rule.ATTEMPT_AT_ITS_ACCOUNT,
+    _send_to_two_accounts: Rule.ATTEMPT_AT_ITS_ACCOUNT,
+    _cascade_after_an_approval: Rule.RESTART_ONLY_WITHOUT_EFFECT,
+    _charge_at_both: Rule.AT_MOST_ONE_CHARGE,
+    _cancel_too_early: Rule.CUSTOMER_HAS_THE_TIME,
+    _expire_by_ourselves: Rule.CUSTOMER_HAS_THE_TIME,
+    _charge_what_has_expired: Rule.CHARGE_IS_A_SUCCESS,
+    _expire_what_was_paid: Rule.STATE_IS_REACHABLE,
+    _look_back: Rule.STATE_IS_REACHABLE,
+    _look_at_an_older_version: Rule.STATE_IS_REACHABLE,
+    _look_at_what_was_lost: Rule.ACKNOWLEDGED_IS_DURABLE,
+    _take_our_own_for_anothers: Rule.NOTHING_DONE_ELSEWHERE,
+    _report_what_nobody_did: Rule.NOTHING_DONE_ELSEWHERE,
 }
 
 
@@ -593,8 +852,24 @@ def test_a_history_that_breaks_a_rule_is_rejected_by_it(spoil: Callable[[Book], 
         assert violation.expected
 
 
+@pytest.mark.parametrize("spoil", BAD_REDIRECTS, ids=lambda spoil: spoil.__name__.strip("_"))
+def test_a_history_with_redirects_and_cascades_is_held_to_the_rules(
+    spoil: Callable[[Book], None],
+) -> None:
+    book = sent_on()
+    spoil(book)
+    assert BAD_REDIRECTS[spoil] in {violation.rule for violation in judge(book.history)}
+
+
+def test_a_void_may_cancel_before_the_customers_time_is_over() -> None:
+    book = sent_on()
+    _cancel_too_early(book)
+    book.payment("pay_2")["cancel_requested"] = True
+    assert judge(book.history) == []
+
+
 def test_every_rule_rejects_something() -> None:
-    assert set(BAD.values()) == set(Rule)
+    assert {*BAD.values(), *BAD_REDIRECTS.values()} == set(Rule)
 
 
 def test_a_violation_says_rule_payment_operation_what_is_and_what_should_be() -> None:
