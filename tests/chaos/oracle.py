@@ -88,8 +88,9 @@ class Rule(enum.StrEnum):
     CUSTOMER_HAS_THE_TIME = "customer-has-the-time"
     """While a customer may act nothing cancels the payment but a void, and what has expired was
     ended at the PSP."""
-    NOTHING_DONE_ELSEWHERE = "nothing-done-elsewhere"
-    """Nobody but the gateway acts on the payments, and it knows what it has done."""
+    DISCREPANCY_HAS_A_CAUSE = "discrepancy-has-a-cause"
+    """Nobody but the gateway acts on the payments, and what it records as a contradiction some PSP
+    did or said."""
     AMOUNTS_ADD_UP = "amounts-add-up"
     """A payment's amounts are the sums of its operations, and authorized ≥ captured ≥ refunded."""
     TOTALS_ADD_UP = "totals-add-up"
@@ -731,8 +732,8 @@ def _customers(books: _Books) -> Iterator[Violation]:
             )
 
 
-def _elsewhere(books: _Books) -> Iterator[Violation]:
-    rule = Rule.NOTHING_DONE_ELSEWHERE
+def _discrepancies(books: _Books) -> Iterator[Violation]:
+    rule = Rule.DISCREPANCY_HAS_A_CAUSE
     for row in books.operations.values():
         if row["origin"] == OperationOrigin.PSP:
             yield Violation(
@@ -742,9 +743,27 @@ def _elsewhere(books: _Books) -> Iterator[Violation]:
                 f"a {K(row['kind']).name} of the PSP's origin",
                 "one of ours",
             )
+    denied, done = set[str](), set[str]()
+    for record in books.history.psp:
+        reference = record.get("reference", "")
+        if record["type"] == "effect" and "takes_back" not in record:
+            done.add(_operation_of(reference))
+        if _is_over(record):
+            denied.add(reference)
     for each in books.history.discrepancies or ():
-        if each["kind"].endswith("elsewhere") or each["kind"] == "currency":
-            yield Violation(rule, "", each["operation_id"], f"a discrepancy {each['kind']}", "none")
+        operation_id = each["operation_id"]
+        row = books.operations.get(operation_id, {})
+        # The capture of an automatic authorization has that one's effect.
+        named = (operation_id, row.get("parent_operation_id"))
+        causes = {
+            "late_success": any(name in done for name in named),
+            "late_refusal": f"{operation_id}-{row.get('attempt_number')}" in denied,
+        }
+        caused = causes.get(each["kind"], not each["kind"].endswith("elsewhere"))
+        if not caused or each["kind"] == "currency":
+            yield Violation(
+                rule, "", operation_id, f"a discrepancy {each['kind']}", "none without a cause"
+            )
 
 
 # --- what the database holds ----------------------------------------------------------------------
@@ -959,7 +978,7 @@ _CHECKS: Final[tuple[Callable[[_Books], Iterator[Violation]], ...]] = (
     _effects,
     _sends,
     _customers,
-    _elsewhere,
+    _discrepancies,
     _amounts,
     _totals,
     _unfinished,

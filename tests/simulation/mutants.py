@@ -12,29 +12,36 @@ from typing import TYPE_CHECKING, Any, Final
 from unittest.mock import patch
 
 from gateway.application import usecases
+from gateway.application.applying import Applier, _NotYet
+from gateway.application.notifications import Applied, Result
 from gateway.application.ports import IntentResult, Stored
 from gateway.application.recovery import Recovery
 from gateway.application.usecases import Payments, connector_request
 from gateway.connectors.simulator.connector import SimulatorConnector
 from gateway.domain import decisions
 from gateway.domain.errors import Reason
-from gateway.domain.model import ConnectorAnswer, Delivery, OperationKind
+from gateway.domain.model import ConnectorAnswer, Delivery, OperationKind, OperationState
 from gateway.domain.model import Verdict as PspVerdict
 from gateway.domain.states import Event
+from gateway.routing import cascade
 from storage.redis.claims import Claims
 from tests.memory_store import MemoryStore
+from tests.simulation.accounts import _TellingConnector
 from tests.simulation.database import Database, SimulatedStore
 from tests.simulation.loop import collected_by_hand
+from tests.simulation.notifications import NotificationsOfGateway
 from tests.simulation.world import simulate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from collections.abc import Set as AbstractSet
     from contextlib import AbstractContextManager
 
     _Patches = Sequence[AbstractContextManager[Any]]
 
-    from gateway.application.ports import Change, Intent, Lease
-    from gateway.domain.model import Operation, Payment
+    from gateway.application.notifications import Received
+    from gateway.application.ports import Change, Found, Intent, Lease
+    from gateway.domain.model import Operation, Payment, ResponseCode
 
 HISTORIES_MAX: Final = 4_000
 """A mutant that lives longer is not caught."""
@@ -369,3 +376,125 @@ def _sends_after_a_conflict() -> _Patches:
         return result
 
     return [patch.object(SimulatedStore, "write_intent", mutated)]
+
+
+@_mutant
+def _cascade_after_a_doubt() -> _Patches:
+    """another account is asked after one that may have got the request"""
+    after = cascade.after
+
+    def mutated(answer: ConnectorAnswer, soft: AbstractSet[ResponseCode]) -> cascade.Next:
+        return cascade.Next.ANOTHER if _doubt(answer) else after(answer, soft)
+
+    return [patch.object(cascade, "after", mutated)]
+
+
+@_mutant
+def _cascade_is_not_recorded() -> _Patches:
+    """another account is asked though its attempt could not be recorded"""
+    write_again = Payments._write_again
+
+    async def mutated(self: Payments, before: Operation, begun: Any, connector: Any) -> Stored:
+        stored = await write_again(self, before, begun, connector)
+        return Stored.WRITTEN if before.state is OperationState.PROCESSING else stored
+
+    return [patch.object(Payments, "_write_again", mutated)]
+
+
+@_mutant
+def _earlier_attempt_as_the_present() -> _Patches:
+    """what a PSP tells of an earlier attempt counts for the present one"""
+    ours = Applier._ours
+
+    async def mutated(
+        self: Applier,
+        received: Received,
+        found: Found,
+        number: int,
+        answer: ConnectorAnswer,
+        tries: int,
+    ) -> Applied:
+        number = found.operation.attempt.number
+        return await ours(self, received, found, number, answer, tries)
+
+    return [patch.object(Applier, "_ours", mutated)]
+
+
+@_mutant
+def _older_notifications_count() -> _Patches:
+    """of two things that a PSP told of one operation the one that comes last counts"""
+
+    async def mutated(self: NotificationsOfGateway, received: Received, event: Event) -> bool:
+        return False
+
+    return [patch.object(NotificationsOfGateway, "is_outdated", mutated)]
+
+
+@_mutant
+def _notification_done_before_recovery() -> _Patches:
+    """a notification is done with though its account's operation is still being sent"""
+    apply = Applier.apply
+
+    async def mutated(self: Applier, received: Received, tries: int = 0) -> Applied:
+        try:
+            return await apply(self, received, tries)
+        except _NotYet:
+            return Applied(Result.APPLIED)
+
+    return [patch.object(Applier, "apply", mutated)]
+
+
+@_mutant
+def _customer_is_not_waited_for() -> _Patches:
+    """recovery cancels what waits for a customer"""
+    return [patch.object(Recovery, "_overdue_s", lambda self, operation: 1.0)]
+
+
+@_mutant
+def _expiry_by_our_own_clock() -> _Patches:
+    """a customer's time is over by the gateway's clock, whatever the PSP says"""
+
+    async def mutated(self: Recovery, lease: Lease, connector: Any) -> ConnectorAnswer | None:
+        if self._overdue_s(lease.operation) >= 0:
+            return ConnectorAnswer(Delivery.ANSWERED, PspVerdict.EXPIRED)
+        return await _ask(self, lease, connector)
+
+    return [patch.object(Recovery, "_ask", mutated)]
+
+
+@_mutant
+def _accepted_cancellation_as_done() -> _Patches:
+    """a PSP that will cancel has cancelled"""
+    cancel = _TellingConnector.cancel
+
+    async def mutated(self: _TellingConnector, *args: Any) -> ConnectorAnswer:
+        answer = await cancel(self, *args)
+        pending = answer.verdict is PspVerdict.PENDING
+        return replace(answer, verdict=PspVerdict.CANCELED) if pending else answer
+
+    return [patch.object(_TellingConnector, "cancel", mutated)]
+
+
+@_mutant
+def _accepted_as_done() -> _Patches:
+    """what a PSP has only accepted has succeeded"""
+
+    def mutated(answer: ConnectorAnswer) -> Event:
+        event = _event_of(answer)
+        return Event.APPROVED if event is Event.ACCEPTED else event
+
+    return [patch.object(decisions, "event_of", mutated)]
+
+
+@_mutant
+def _cascade_keeps_the_payments_account() -> _Patches:
+    """the payment stays with the account that was asked first"""
+    moved = decisions.cascade
+
+    def mutated(payment: Payment, *given: Any, **named: Any) -> Any:
+        begun = moved(payment, *given, **named)
+        begun.payment.connector = payment.connector
+        begun.payment.connector_account_id = payment.connector_account_id
+        return begun
+
+    return [patch.object(decisions, "cascade", mutated)]

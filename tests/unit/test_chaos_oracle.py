@@ -824,6 +824,14 @@ def _report_what_nobody_did(book: Book) -> None:
     book.history.discrepancies = [{"operation_id": "op_p", "kind": "refund_elsewhere"}]
 
 
+def _contradict_without_a_refusal(book: Book) -> None:
+    book.history.discrepancies = [{"operation_id": "op_p", "kind": "late_refusal"}]
+
+
+def _reverse_what_never_succeeded(book: Book) -> None:
+    book.history.discrepancies = [{"operation_id": "op_x", "kind": "late_success"}]
+
+
 BAD_REDIRECTS: Final[dict[Callable[[Book], None], Rule]] = {
     _send_to_another_account: Rule.ATTEMPT_AT_ITS_ACCOUNT,
     _send_to_two_accounts: Rule.ATTEMPT_AT_ITS_ACCOUNT,
@@ -836,8 +844,10 @@ BAD_REDIRECTS: Final[dict[Callable[[Book], None], Rule]] = {
     _look_back: Rule.STATE_IS_REACHABLE,
     _look_at_an_older_version: Rule.STATE_IS_REACHABLE,
     _look_at_what_was_lost: Rule.ACKNOWLEDGED_IS_DURABLE,
-    _take_our_own_for_anothers: Rule.NOTHING_DONE_ELSEWHERE,
-    _report_what_nobody_did: Rule.NOTHING_DONE_ELSEWHERE,
+    _take_our_own_for_anothers: Rule.DISCREPANCY_HAS_A_CAUSE,
+    _contradict_without_a_refusal: Rule.DISCREPANCY_HAS_A_CAUSE,
+    _reverse_what_never_succeeded: Rule.DISCREPANCY_HAS_A_CAUSE,
+    _report_what_nobody_did: Rule.DISCREPANCY_HAS_A_CAUSE,
 }
 
 
