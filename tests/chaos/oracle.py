@@ -84,7 +84,8 @@ class Rule(enum.StrEnum):
     """A new attempt is sent, wherever it goes, only when every earlier one that a PSP got has
     ended there without effect, and none takes effect later."""
     ATTEMPT_AT_ITS_ACCOUNT = "attempt-at-its-account"
-    """An attempt goes to the account that the database has for it, and to no other one."""
+    """An attempt goes to the account that the database has for it, and to no other one; what acts
+    on a payment, to the one where that was authorized."""
     CUSTOMER_HAS_THE_TIME = "customer-has-the-time"
     """While a customer may act nothing cancels the payment but a void, and what has expired was
     ended at the PSP."""
@@ -573,6 +574,20 @@ def _sends(books: _Books) -> Iterator[Violation]:
         sends[reference].append(record)
     for reference, records in sends.items():
         yield from _sent(books, reference, records)
+    for rows in books.of_payment.values():
+        authorized_at = {
+            row.get("connector_account_id") for row in rows if row["kind"] == K.AUTHORIZE
+        }
+        for row in rows:
+            acts = row["kind"] in (K.CAPTURE, K.REFUND, K.INCREMENT)
+            if acts and row.get("connector_account_id") not in authorized_at:
+                yield Violation(
+                    Rule.ATTEMPT_AT_ITS_ACCOUNT,
+                    row["payment_id"],
+                    row["operation_id"],
+                    f"at {row.get('connector_account_id')}",
+                    f"at {authorized_at}, where the payment was authorized",
+                )
 
 
 def _is_of_money(record: Record) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-STEPS_MAX: Final = 300_000
+STEPS_MAX: Final = 100_000
 """Callbacks of one history; beyond, it does not come to an end."""
 
 EPOCH_S: Final = 1_767_225_600.0

@@ -26,7 +26,6 @@ from gateway.domain.states import Event
 from gateway.routing import cascade
 from storage.redis.claims import Claims
 from tests.memory_store import MemoryStore
-from tests.simulation.accounts import _TellingConnector
 from tests.simulation.database import Database, SimulatedStore
 from tests.simulation.loop import collected_by_hand
 from tests.simulation.notifications import NotificationsOfGateway
@@ -460,19 +459,6 @@ def _expiry_by_our_own_clock() -> _Patches:
         return await _ask(self, lease, connector)
 
     return [patch.object(Recovery, "_ask", mutated)]
-
-
-@_mutant
-def _accepted_cancellation_as_done() -> _Patches:
-    """a PSP that will cancel has cancelled"""
-    cancel = _TellingConnector.cancel
-
-    async def mutated(self: _TellingConnector, *args: Any) -> ConnectorAnswer:
-        answer = await cancel(self, *args)
-        pending = answer.verdict is PspVerdict.PENDING
-        return replace(answer, verdict=PspVerdict.CANCELED) if pending else answer
-
-    return [patch.object(_TellingConnector, "cancel", mutated)]
 
 
 @_mutant

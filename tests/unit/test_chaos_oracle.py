@@ -773,6 +773,11 @@ def _send_to_two_accounts(book: Book) -> None:
     book.at(2.5, "one").send("p", 2)
 
 
+def _capture_at_another_account(book: Book) -> None:
+    book.begin("c", K.CAPTURE, 1000)
+    book.row("c")["connector_account_id"] = "one"
+
+
 def _cascade_after_an_approval(book: Book) -> None:
     record = next(each for each in book.history.psp if each["type"] == "outcome")
     record["answer"]["result"] = "approved"
@@ -835,6 +840,7 @@ def _reverse_what_never_succeeded(book: Book) -> None:
 BAD_REDIRECTS: Final[dict[Callable[[Book], None], Rule]] = {
     _send_to_another_account: Rule.ATTEMPT_AT_ITS_ACCOUNT,
     _send_to_two_accounts: Rule.ATTEMPT_AT_ITS_ACCOUNT,
+    _capture_at_another_account: Rule.ATTEMPT_AT_ITS_ACCOUNT,
     _cascade_after_an_approval: Rule.RESTART_ONLY_WITHOUT_EFFECT,
     _charge_at_both: Rule.AT_MOST_ONE_CHARGE,
     _cancel_too_early: Rule.CUSTOMER_HAS_THE_TIME,
