@@ -774,8 +774,9 @@ def _discrepancies(books: _Books) -> Iterator[Violation]:
             "late_success": any(name in done for name in named),
             "late_refusal": f"{operation_id}-{row.get('attempt_number')}" in denied,
         }
-        caused = causes.get(each["kind"], not each["kind"].endswith("elsewhere"))
-        if not caused or each["kind"] == "currency":
+        # The simulated PSPs report what they did, and nobody acts in their consoles.
+        uncaused = each["kind"].endswith("elsewhere") or each["kind"] in ("currency", "late_amount")
+        if not causes.get(each["kind"], not uncaused):
             yield Violation(
                 rule, "", operation_id, f"a discrepancy {each['kind']}", "none without a cause"
             )
