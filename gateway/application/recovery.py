@@ -449,6 +449,8 @@ def _is_last_word(lease: Lease, connector: Connector, evidence: ConnectorAnswer)
     capabilities = connector.capabilities
     tells = capabilities.tells_by_notification
     event = decisions.event_of(evidence)
+    if lease.operation.state in _WAITING and event in (Event.ACCEPTED, Event.ACTION_REQUIRED):
+        return False  # it ends nothing, and the PSP has more to say by now
     if lease.operation.kind in (K.VOID, K.REVERSAL):
         # That one sending of it had no effect says nothing of another.
         return tells and event not in (Event.NEVER_SENT, Event.ACCEPTED)

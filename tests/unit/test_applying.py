@@ -34,6 +34,8 @@ from gateway.domain.model import (
 )
 from tests.memory_notifications import NotifiedBench
 from tests.memory_store import (
+    ACTION_MARGIN_S,
+    ACTION_TIMEOUT_S,
     APPROVED,
     CAPABLE,
     DECLINED,
@@ -41,6 +43,7 @@ from tests.memory_store import (
     LOST,
     NO_ANSWER,
     PENDING,
+    TAKEOVER_S,
     UNSENT,
     Gate,
     ScriptedConnector,
@@ -49,7 +52,9 @@ from tests.memory_store import (
 )
 
 if TYPE_CHECKING:
-    from gateway.application.ports import Capabilities
+    from collections.abc import Sequence
+
+    from gateway.application.ports import Capabilities, Lease
 
 K = OperationKind
 S = OperationState
@@ -335,6 +340,35 @@ async def test_the_reversal_of_an_earlier_attempt_ends_when_that_is_gone() -> No
     assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
     assert only(gateway, payment_id, K.AUTHORIZE).state is S.SUCCEEDED
     assert not payment_of(gateway, payment_id).voided_minor
+
+
+@pytest.mark.parametrize(
+    "capabilities", [CAPABLE, TELLING, replace(CAPABLE, query_by_reference=False)]
+)
+async def test_a_senders_late_word_that_a_customer_has_to_act_does_not_keep_the_payment_open(
+    capabilities: Capabilities,
+) -> None:
+    gate = Gate()
+    gateway = bench(Step(decides=ACTION, after=gate), capabilities=capabilities)
+    call = asyncio.ensure_future(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    operation = gateway.store.by_key("a")
+    [lease] = await _leased(gateway)
+    await gateway.payments.outcomes.write(lease.operation, lease.aggregate.payment, ACTION)
+    gate.opened.set()
+    await call
+    assert gateway.store.by_key("a").state is S.REQUIRES_ACTION
+    gateway.pass_time(ACTION_TIMEOUT_S + ACTION_MARGIN_S + 1)
+    await gateway.recover(rounds=2)
+    assert operation.reference in gateway.connector.canceled
+    assert gateway.store.by_key("a").state is S.EXPIRED
+
+
+async def _leased(gateway: NotifiedBench) -> Sequence[Lease]:
+    """What recovery takes over when its sender has had its time."""
+    gateway.pass_time(TAKEOVER_S + 1)
+    await gateway.store.expired(1)
+    return await gateway.store.lease(1, 0.0)
 
 
 async def test_a_void_elsewhere_is_not_taken_for_the_reversal_of_an_earlier_attempt() -> None:
