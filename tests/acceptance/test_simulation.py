@@ -102,8 +102,8 @@ def test_mutant_is_caught(name: str) -> None:
 
 def test_history_of_a_violation_happens_again_and_is_judged_the_same(tmp_path: Path) -> None:
     mutant = MUTANTS["intent-after-send"]
-    first = FIRST_SEEDS["intent-after-send"]
-    seed = first + hunt(mutant, first, QUICK_MAX).histories - 1
+    from_seed = FIRST_SEEDS["intent-after-send"]
+    seed = from_seed + hunt(mutant, from_seed, QUICK_MAX).histories - 1
     with ExitStack() as stack, collected_by_hand():
         for each in mutant.patches():
             stack.enter_context(each)
