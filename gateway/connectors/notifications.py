@@ -4,7 +4,9 @@ import hmac
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from typing import Final, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
+
+import orjson
 
 from gateway.application.notifications import (
     Dispute,
@@ -27,8 +29,8 @@ __all__ = [
     "NotificationSource",
     "ReferenceTeller",
     "UnusableNotification",
-    "check_timed_signature",
     "signed_by_any",
+    "timed_event",
     "webhook_secrets",
 ]
 
@@ -119,12 +121,27 @@ def signed_by_any(
     return held
 
 
-def check_timed_signature(
+def timed_event(
+    header: str, body: bytes, secrets: Iterable[str], now: datetime, tolerance_s: float
+) -> dict[str, Any]:
+    """The JSON object in a body that is signed as `t=<seconds since 1970>,v1=<hex>[,v1=<hex>…]`:
+    HMAC-SHA256 of the time, a point and the body, as Stripe signs.
+
+    Raises BadSignature and UnusableNotification.
+    """
+    _check_timed_signature(header, body, secrets, now, tolerance_s)
+    try:
+        event = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise UnusableNotification("it is no JSON") from None
+    if not isinstance(event, dict):
+        raise UnusableNotification("it is no event")
+    return event
+
+
+def _check_timed_signature(
     header: str, body: bytes, secrets: Iterable[str], now: datetime, tolerance_s: float
 ) -> None:
-    """Check `t=<seconds since 1970>,v1=<hex>[,v1=<hex>…]`: HMAC-SHA256 of the time, a point and the
-    body, as Stripe signs. Raises BadSignature.
-    """
     parts = [part.strip().partition("=") for part in header.split(",")]
     times = [value for name, _, value in parts if name == "t"]
     if len(times) != 1 or _TIME.fullmatch(times[0]) is None:

@@ -1,6 +1,7 @@
 """gateway.application.refreshing: nothing ends a reading, and no end is silent."""
 
 import asyncio
+import logging
 
 import pytest
 
@@ -8,9 +9,8 @@ from gateway.application.ports import StoreUnavailable
 from gateway.application.refreshing import in_background, refresh_forever
 
 
-async def test_what_could_not_be_read_is_told_and_read_again(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def refreshed_after(error: Exception, caplog: pytest.LogCaptureFixture) -> logging.LogRecord:
+    """What is logged where the first reading fails, and another one follows."""
     tries = 0
     read = asyncio.Event()
 
@@ -18,31 +18,7 @@ async def test_what_could_not_be_read_is_told_and_read_again(
         nonlocal tries
         tries += 1
         if tries == 1:
-            raise StoreUnavailable("PostgreSQL did not answer in time")
-        read.set()
-
-    reading = asyncio.create_task(refresh_forever("the accounts", refresh, 0.0))
-    async with asyncio.timeout(10):
-        await read.wait()
-    reading.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await reading
-    assert [record.getMessage() for record in caplog.records] == [
-        "the accounts could not be read: PostgreSQL did not answer in time"
-    ]
-
-
-async def test_a_defect_is_told_as_one_and_ends_no_reading(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    tries = 0
-    read = asyncio.Event()
-
-    async def refresh() -> None:
-        nonlocal tries
-        tries += 1
-        if tries == 1:
-            raise ValueError("a defect")
+            raise error
         read.set()
 
     reading = asyncio.create_task(refresh_forever("the accounts", refresh, 0.0))
@@ -52,6 +28,20 @@ async def test_a_defect_is_told_as_one_and_ends_no_reading(
     with pytest.raises(asyncio.CancelledError):
         await reading
     [record] = caplog.records
+    return record
+
+
+async def test_what_could_not_be_read_is_told_and_read_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    record = await refreshed_after(StoreUnavailable("no answer in time"), caplog)
+    assert record.getMessage() == "the accounts could not be read: no answer in time"
+
+
+async def test_a_defect_is_told_as_one_and_ends_no_reading(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    record = await refreshed_after(ValueError("a defect"), caplog)
     assert (record.levelname, record.getMessage()) == ("ERROR", "the accounts could not be read")
     assert record.exc_info is not None
     assert str(record.exc_info[1]) == "a defect"

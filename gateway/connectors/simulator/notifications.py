@@ -5,8 +5,6 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
-import orjson
-
 from gateway.connectors import values
 from gateway.connectors.notifications import (
     OUR_REFERENCE,
@@ -16,7 +14,7 @@ from gateway.connectors.notifications import (
     Notification,
     NotificationKind,
     UnusableNotification,
-    check_timed_signature,
+    timed_event,
     webhook_secrets,
 )
 from gateway.connectors.simulator.connector import operation_of
@@ -54,12 +52,9 @@ class SimulatorNotifications:
         self, headers: Mapping[str, str], body: bytes, secrets: Sequence[str], now: datetime
     ) -> list[Notification]:
         """See the port."""
-        check_timed_signature(headers.get(SIGNATURE, ""), body, secrets, now, self.tolerance_s)
-        try:
-            told = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            raise UnusableNotification("it is no JSON") from None
-        if not isinstance(told, dict) or not values.identifier(told.get("id")):
+        signature = headers.get(SIGNATURE, "")
+        told = timed_event(signature, body, secrets, now, self.tolerance_s)
+        if not values.identifier(told.get("id")):
             raise UnusableNotification("it is no event")
         return [_notification(told)]
 

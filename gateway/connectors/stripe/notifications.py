@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
-import orjson
-
 from gateway.connectors import values
 from gateway.connectors.base import Unusable
 from gateway.connectors.notifications import (
@@ -22,7 +20,7 @@ from gateway.connectors.notifications import (
     Notification,
     NotificationKind,
     UnusableNotification,
-    check_timed_signature,
+    timed_event,
     webhook_secrets,
 )
 from gateway.connectors.stripe import answers
@@ -64,18 +62,11 @@ class StripeNotifications:
         self, headers: Mapping[str, str], body: bytes, secrets: Sequence[str], now: datetime
     ) -> list[Notification]:
         """See the port."""
-        check_timed_signature(
-            headers.get("stripe-signature", ""), body, secrets, now, self.tolerance_s
-        )
-        try:
-            event = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            raise UnusableNotification("it is no JSON") from None
-        if not isinstance(event, dict) or event.get("object") != "event":
-            raise UnusableNotification("it is no event")
+        signature = headers.get("stripe-signature", "")
+        event = timed_event(signature, body, secrets, now, self.tolerance_s)
         event_id = values.identifier(event.get("id"))
         live = event.get("livemode")
-        if not event_id or not isinstance(live, bool):
+        if event.get("object") != "event" or not event_id or not isinstance(live, bool):
             raise UnusableNotification("it is no event")
         bare = Notification(
             connector=NAME,
