@@ -189,17 +189,14 @@ class Recovery:
         attempt = operation.attempt
         connector = self._router.connector(attempt.connector, attempt.connector_account_id)
         answer = None
-        if (
-            evidence is not None
-            and connector is not None
-            and _is_last_word(lease, connector, evidence)
+        if connector is not None and (
+            evidence is None or not _is_last_word(lease, connector, evidence)
         ):
-            await self._bounce_what_was_voided(lease, evidence)
-        elif connector is not None:
             answer = await self._ask(lease, connector)
-        if answer is None:
+        if answer is None and evidence is not None:
             # The PSP comes first: who left evidence was fenced out by a recoverer, and that one may
             # have cancelled since what the evidence says.
+            await self._bounce_what_was_voided(lease, evidence)
             answer = evidence
         if answer is None or not _is_news(payment, operation, answer, self._outcomes.now()):
             if operation.state is not S.PROCESSING:

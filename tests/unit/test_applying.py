@@ -652,6 +652,29 @@ async def test_a_charge_that_was_voided_in_flight_is_gone_when_the_psp_tells_so(
     assert findings(gateway, payment_id) == []
 
 
+async def test_a_charge_that_was_voided_in_flight_is_gone_though_only_the_notification_tells_so() -> (
+    None
+):
+    gate = Gate()
+    gateway = bench(Step(after=gate))
+    call = asyncio.ensure_future(
+        gateway.payments.authorize(gateway.authorize(capture_method=CaptureMethod.AUTOMATIC))
+    )
+    await gate.reached.wait()
+    await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    gate.opened.set()
+    payment_id = (await call).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    # The PSP did what recovery asked for, and the answer was lost.
+    gateway.connector.asks.extend([NO_ANSWER] * 2)
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference))
+    await gateway.recover()
+    assert only(gateway, payment_id, K.VOID).state is S.SUCCEEDED
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    payment = payment_of(gateway, payment_id)
+    assert (payment.captured_minor, payment.voided_minor) == (0, 100)
+
+
 async def test_a_success_told_is_reversed_whatever_the_first_answer_was() -> None:
     gateway = bench(UNSENT, capabilities=TELLING)
     payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
