@@ -343,8 +343,8 @@ class MemoryStore:
         await self.before("add_evidence")
         key = (operation.merchant_id, operation.operation_id)
         now = self.operations[key]
-        same_attempt = now.attempt.number == operation.attempt.number
-        if now.state not in states.UNFINISHED or not same_attempt:
+        is_as_read = (now.epoch, now.attempt.number) == (operation.epoch, operation.attempt.number)
+        if now.state not in states.UNFINISHED or not is_as_read:
             return False
         row = self.doubts.setdefault(key, DoubtRow(self.now))
         row.evidence, row.evidence_leased = copy.deepcopy(answer), False

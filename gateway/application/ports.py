@@ -401,7 +401,7 @@ class Store(Protocol):
 
     async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
         """Keep a definite answer to the operation's present attempt for recovery; False where the
-        operation has a definite outcome, or another attempt, by now.
+        operation has a definite outcome, another attempt or another epoch than was read, by now.
         """
 
     async def expired(self, limit: int) -> int:

@@ -436,6 +436,7 @@ class PostgresStore:
                 payment_id=operation.payment_id,
                 operation_id=operation.operation_id,
                 attempt_number=operation.attempt.number,
+                epoch=operation.epoch,
                 evidence=rows.answer_json(answer),
                 unfinished=_UNFINISHED,
             )

@@ -763,6 +763,17 @@ async def test_a_fenced_out_senders_answer_is_handed_to_recovery(store: Postgres
     assert not await store.add_evidence(again.operation, ANSWER)
 
 
+async def test_evidence_is_refused_where_the_operation_was_taken_over_since_it_was_read(
+    store: PostgresStore,
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    assert await store.add_evidence(intent.operation, ANSWER)
+    [lease] = await due(store)
+    assert not await store.add_evidence(intent.operation, replace(ANSWER, reason="outdated"))
+    assert await store.add_evidence(lease.operation, ANSWER)
+
+
 @pytest.mark.parametrize("ending", ["change", "forget", "postpone", "doubt"])
 async def test_evidence_that_comes_after_the_lease_is_not_lost(
     store: PostgresStore, ending: str

@@ -652,9 +652,7 @@ async def test_a_charge_that_was_voided_in_flight_is_gone_when_the_psp_tells_so(
     assert findings(gateway, payment_id) == []
 
 
-async def test_a_charge_that_was_voided_in_flight_is_gone_though_only_the_notification_tells_so() -> (
-    None
-):
+async def test_a_charge_voided_in_flight_is_gone_though_only_the_notification_tells_so() -> None:
     gate = Gate()
     gateway = bench(Step(after=gate))
     call = asyncio.ensure_future(
@@ -673,6 +671,36 @@ async def test_a_charge_that_was_voided_in_flight_is_gone_though_only_the_notifi
     assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
     payment = payment_of(gateway, payment_id)
     assert (payment.captured_minor, payment.voided_minor) == (0, 100)
+
+
+async def test_what_was_looked_at_before_the_end_was_told_reverses_nothing_after_it() -> None:
+    gateway = bench(Step(decides=ACTION), capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    slow = {"add_evidence": Gate(), "write_change": Gate()}
+    waiting = dict(slow)
+
+    async def be_slow(method: str) -> None:
+        gate = waiting.pop(method, None)
+        if gate is not None:
+            gate.reached.set()
+            await gate.opened.wait()
+
+    gateway.store.before = be_slow
+    approved = gateway.told(N.AUTHORIZATION, APPROVED, reference=reference)
+    applying = asyncio.ensure_future(gateway.tell(approved, recover=False))
+    await slow["add_evidence"].reached.wait()
+    ended = gateway.told(N.VOID, APPROVED, payment_reference=reference, after_s=1)
+    await gateway.tell(ended, recover=False)
+    recovering = asyncio.ensure_future(gateway.recovery.run_once())
+    await slow["write_change"].reached.wait()
+    slow["add_evidence"].opened.set()
+    await applying
+    slow["write_change"].opened.set()
+    await recovering
+    await gateway.recover()
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.CANCELED
+    assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
 
 
 async def test_a_success_told_is_reversed_whatever_the_first_answer_was() -> None:

@@ -193,7 +193,9 @@ WHERE doubt.merchant_id = :merchant_id::text
 
 -- :name add_evidence
 -- The payment is locked first and the operation looked at under the lock, so that no change can
--- both miss the evidence and remove it.
+-- both miss the evidence and remove it. Whoever brings evidence has looked at what else was told, and
+-- looks again where somebody has taken the operation over since: what is outdated must not replace
+-- what is not.
 INSERT INTO doubts AS doubt (
     merchant_id, operation_id, payment_id, check_at, evidence, evidence_leased
 )
@@ -213,6 +215,7 @@ CROSS JOIN LATERAL (
         AND operation_id = :operation_id::text
         AND payment_id = payment.payment_id
         AND attempt_number = :attempt_number::int4
+        AND epoch = :epoch::int4
         AND state = ANY (:unfinished::int2[])
     FOR NO KEY UPDATE
 ) AS operation
