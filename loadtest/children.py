@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -51,14 +52,22 @@ class Process:
             if log is not None:
                 log.parent.mkdir(parents=True, exist_ok=True)
                 output = stack.enter_context(log.open("wb"))
-            self._process = subprocess.Popen(
-                [sys.executable, "-ISc", _WITH_PARENT, *command],
-                env={**_inherited(), **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+            started = False
+            try:
+                with _signals_held():
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-ISc", _WITH_PARENT, *command],
+                        env={**_inherited(), **environment},
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
+                    )
+                    started = True
+            except BaseException:
+                if started:
+                    self.stop()
+                raise
 
     @classmethod
     def python(
@@ -127,6 +136,28 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """A signal that ends us takes effect afterwards: while a child is being made, nobody could end
+    it. Python hands signals to the main thread alone.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        each: signal.signal(each, lambda number, _: came.append(number))
+        for each in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def test_it_ends_all_that_it_started_when_it_is_stopped(folder: Path) -> None:
     assert "round 1/1000" in bench.stderr.readline()
     assert processes_of(folder)
     bench.send_signal(signal.SIGTERM)
-    bench.communicate(timeout=RUN_TIMEOUT_S)
-    assert bench.returncode == 128 + signal.SIGTERM
+    _, progress = bench.communicate(timeout=RUN_TIMEOUT_S)
+    assert bench.returncode == 128 + signal.SIGTERM, progress
     assert list(folder.iterdir()) == []
     assert processes_of(folder) == []
