@@ -928,6 +928,8 @@ class Outcomes:
             found = await self._store.find_operation(operation.merchant_id, operation.operation_id)
             if found is None:
                 raise StoreUnavailable("the operation's row is missing")
+            if found.operation.attempt.number != operation.attempt.number:
+                return  # a repeat has executed since, and this is nothing of its attempt
             settled = decide(
                 found.payment, found.operation, answer, self._clock.after(found.payment.updated_at)
             )

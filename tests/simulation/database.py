@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gateway.application.ports import IntentResult, Stored
-from gateway.domain.model import DoubtCause, OperationKind, OperationState
+from gateway.domain.model import DoubtCause, OperationOrigin, OperationState
 from storage.postgres import pool
 from storage.postgres.lanes import DirectLane, LaneLimits, LaneRow, PostgresLane
 from storage.postgres.pool import HeldConnections
@@ -192,8 +192,8 @@ class Database(MemoryStore):
             operation = lease.operation
             if operation.state is not OperationState.PROCESSING:
                 continue
-            if operation.kind is OperationKind.REVERSAL:
-                continue
+            if operation.origin is OperationOrigin.GATEWAY:
+                continue  # it was begun with an outcome, and has no sender
             key = (operation.merchant_id, operation.operation_id, operation.attempt.number)
             since_s = self._loop.now_s - self._begun_s.get(key, 0.0)
             if since_s < self._takeover_s and not self.step_s:

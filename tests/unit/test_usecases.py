@@ -1064,6 +1064,29 @@ async def test_release_waits_for_the_final_capture_and_is_dropped_where_that_has
         assert gateway.store.by_key("c3").state is S.SUCCEEDED
 
 
+async def test_refusal_of_an_attempt_is_no_contradiction_of_the_repeat_that_succeeded() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate, arrives=False, answer=NOT_SENT))
+    first = asyncio.ensure_future(gateway.payments.authorize(gateway.authorize("a")))
+    await gate.reached.wait()
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.NOT_SENT
+    looks = 0
+
+    async def repeat(method: str) -> None:
+        nonlocal looks
+        looks += method == "find_operation"
+        # After the lost comparison and as a fenced-out sender it looks before it contradicts.
+        if method == "find_operation" and looks == 3:
+            await gateway.payments.authorize(gateway.authorize("a"))
+
+    gateway.store.before = repeat
+    gate.opened.set()
+    await first
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    assert gateway.store.discrepancies == []
+
+
 @pytest.mark.parametrize("refused_first", [True, False])
 async def test_late_refusal_of_what_a_person_took_for_done_is_recorded_at_once(
     refused_first: bool,
