@@ -314,6 +314,7 @@ class World:
         looking = loop.start(self._at_home, clients.look_at_all())
         await asyncio.wait([looking])
         looking.result()
+        await self._settle()  # a PSP may have decided meanwhile, and told it
 
     async def _settle(self) -> None:
         until = self.loop.now_s + SETTLE_S + abs(self.database.step_s)
