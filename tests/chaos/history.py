@@ -179,6 +179,8 @@ class History:
     """Of calls with another payload under a key that had been answered."""
     calls_may_fail: bool = True
     """Whether a call may end so. It is repeated at the end."""
+    has_strangers: bool = False
+    """Whether others call too, who keep no journal."""
     psp: list[Record] = field(default_factory=list)
     """The simulator's journal, docs/simulator.md."""
     operations: list[Row] = field(default_factory=list)

@@ -340,6 +340,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
             "fuzzed, large, late and cancelled calls, idle connections, resets",
             bad_clients,
             2,
+            has_strangers=True,
         ),
         Scenario(
             "rolling-restart",

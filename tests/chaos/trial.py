@@ -102,6 +102,7 @@ class Scenario:
     """Which server the gateways reach through proxies: `postgres`, `redis` or `psp`."""
     tokens: Sequence[str] = TOKENS
     calls_may_fail: bool = True
+    has_strangers: bool = False
 
 
 @dataclass(slots=True)
@@ -407,7 +408,11 @@ def run_trials(
     """
     begun_s = time.monotonic()
     profile = profile_of(scenario, seed)
-    history = History(profile, calls_may_fail=scenario.calls_may_fail)
+    history = History(
+        profile,
+        calls_may_fail=scenario.calls_may_fail,
+        has_strangers=scenario.has_strangers,
+    )
     result = Result(scenario.name, seed, history)
     with (
         forking(servers.nursery),

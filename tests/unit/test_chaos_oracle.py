@@ -877,6 +877,14 @@ def test_a_history_with_redirects_and_cascades_is_held_to_the_rules(
     assert BAD_REDIRECTS[spoil] in {violation.rule for violation in judge(book.history)}
 
 
+def test_the_operations_of_clients_without_a_journal_are_not_held_against_the_others() -> None:
+    book = good()
+    book.history.has_strangers = True
+    _have_an_operation_that_nobody_asked_for(book)
+    found = {violation.rule for violation in judge(book.history)}
+    assert Rule.ONE_OPERATION_A_CALL not in found
+
+
 def test_a_void_may_cancel_before_the_customers_time_is_over() -> None:
     book = sent_on()
     _cancel_too_early(book)
