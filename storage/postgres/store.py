@@ -267,21 +267,16 @@ class PostgresStore:
             metrics=self._metrics,
             tracer=self._tracer,
         )
-        self._direct = DirectLane(
-            "direct",
-            held["direct"],
-            self._limits["direct"],
-            retry_after_s=self._retry_after_s,
-            metrics=self._metrics,
-            tracer=self._tracer,
-        )
-        self._events_lane = DirectLane(
-            "events",
-            held["events"],
-            self._limits["events"],
-            retry_after_s=self._retry_after_s,
-            metrics=self._metrics,
-            tracer=self._tracer,
+        self._direct, self._events_lane = (
+            DirectLane(
+                name,
+                held[name],
+                self._limits[name],
+                retry_after_s=self._retry_after_s,
+                metrics=self._metrics,
+                tracer=self._tracer,
+            )
+            for name in ("direct", "events")
         )
         self.queues: dict[str, PostgresLane[Any, Any] | DirectLane] = {
             "intents": self._intents,

@@ -258,10 +258,8 @@ async def test_a_charge_told_by_its_capture_alone_is_reversed_where_nothing_was_
     assert only(gateway, answer.payment_id, K.REVERSAL).note == reference
 
 
-@pytest.mark.parametrize("capabilities", [CAPABLE, TELLING])
-async def test_the_capture_of_a_charge_that_was_voided_in_flight_is_no_news(
-    capabilities: Capabilities,
-) -> None:
+async def charge_voided_in_flight(capabilities: Capabilities) -> tuple[NotifiedBench, str]:
+    """An automatic authorization that succeeded while a void had been asked for, and the void."""
     gate = Gate()
     gateway = bench(Step(after=gate), capabilities=capabilities)
     call = asyncio.ensure_future(
@@ -270,7 +268,14 @@ async def test_the_capture_of_a_charge_that_was_voided_in_flight_is_no_news(
     await gate.reached.wait()
     await gateway.payments.void(gateway.void(None, authorize_key="a"))
     gate.opened.set()
-    payment_id = (await call).payment_id
+    return gateway, (await call).payment_id
+
+
+@pytest.mark.parametrize("capabilities", [CAPABLE, TELLING])
+async def test_the_capture_of_a_charge_that_was_voided_in_flight_is_no_news(
+    capabilities: Capabilities,
+) -> None:
+    gateway, payment_id = await charge_voided_in_flight(capabilities)
     await gateway.recover()
     assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
     reference = only(gateway, payment_id, K.AUTHORIZE).reference
@@ -632,15 +637,7 @@ async def test_what_is_being_cancelled_ends_where_the_psp_tells_that_nothing_sta
 
 
 async def test_a_charge_that_was_voided_in_flight_is_gone_when_the_psp_tells_so() -> None:
-    gate = Gate()
-    gateway = bench(Step(after=gate), capabilities=TELLING)
-    call = asyncio.ensure_future(
-        gateway.payments.authorize(gateway.authorize(capture_method=CaptureMethod.AUTOMATIC))
-    )
-    await gate.reached.wait()
-    await gateway.payments.void(gateway.void(None, authorize_key="a"))
-    gate.opened.set()
-    payment_id = (await call).payment_id
+    gateway, payment_id = await charge_voided_in_flight(TELLING)
     gateway.connector.asks.append(PENDING)
     await gateway.recover()
     assert only(gateway, payment_id, K.VOID).state is S.PENDING
@@ -653,15 +650,7 @@ async def test_a_charge_that_was_voided_in_flight_is_gone_when_the_psp_tells_so(
 
 
 async def test_a_charge_voided_in_flight_is_gone_though_only_the_notification_tells_so() -> None:
-    gate = Gate()
-    gateway = bench(Step(after=gate))
-    call = asyncio.ensure_future(
-        gateway.payments.authorize(gateway.authorize(capture_method=CaptureMethod.AUTOMATIC))
-    )
-    await gate.reached.wait()
-    await gateway.payments.void(gateway.void(None, authorize_key="a"))
-    gate.opened.set()
-    payment_id = (await call).payment_id
+    gateway, payment_id = await charge_voided_in_flight(CAPABLE)
     reference = only(gateway, payment_id, K.AUTHORIZE).reference
     # The PSP did what recovery asked for, and the answer was lost.
     gateway.connector.asks.extend([NO_ANSWER] * 2)
