@@ -26,7 +26,7 @@ from gateway.application.events import Schedule as EventSchedule
 from gateway.application.notifications import Received
 from gateway.application.ports import Connector, StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
-from gateway.application.refreshing import in_background
+from gateway.application.refreshing import in_background, refresh_forever
 from gateway.application.routing import Routing, RuleBook
 from gateway.application.routing_administration import RoutingAdministration
 from gateway.application.routing_controls import RoutingControls
@@ -288,7 +288,10 @@ class Gateway:
         accounts_interval_s = settings.connector_accounts_interval_s
         yield "connector-accounts", self.connector_accounts.run(accounts_interval_s)
         yield "events", self.events.run()
-        yield "event-lag", self._watch_events()
+        yield (
+            "event-lag",
+            refresh_forever("the events' consumers", self._look_at_events, EVENT_LAG_INTERVAL_S),
+        )
         yield "loop-lag", sample_lag(self.metrics.loop_lagged)
 
     def _open_applier(self, encoder: ContractEncoder) -> applying.Applier:
@@ -640,18 +643,11 @@ class Gateway:
             await self.server.set_serving(self.ready)
             await asyncio.sleep(READINESS_INTERVAL_S)
 
-    async def _watch_events(self) -> None:
+    async def _look_at_events(self) -> None:
         """Tell how far the events' consumers are behind."""
         lag = self.store.event_lag
-        while True:
-            try:
-                consumers = await lag.consumers(None, None, EVENT_CONSUMERS_SHOWN_MAX)
-                self.metrics.event_lag(consumers, await lag.held_back_s())
-            except StoreUnavailable as error:
-                _log.warning("the events' consumers could not be looked at: %s", error)
-            except Exception:  # noqa: BLE001 - as without the roles' rights to a new table
-                _log.exception("the events' consumers could not be looked at")
-            await asyncio.sleep(EVENT_LAG_INTERVAL_S)
+        consumers = await lag.consumers(None, None, EVENT_CONSUMERS_SHOWN_MAX)
+        self.metrics.event_lag(consumers, await lag.held_back_s())
 
     async def stop(self) -> None:
         """Drain: refuse new calls, finish what has begun, flush, close. Safe to repeat."""
