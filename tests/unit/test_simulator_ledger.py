@@ -172,6 +172,17 @@ def test_a_final_capture_releases_nothing_that_another_one_holds_when_it_settles
     assert (books.standing().captured_minor, books.standing().open_minor) == (100, 0)
 
 
+@pytest.mark.parametrize("other", ["capture", "void", "reversal"])
+def test_a_pending_increment_is_declined_once_its_authorization_is_used_or_gone(other: str) -> None:
+    books, target = authorized(token="tok_increment_pending")
+    sent = books.send("increment", "i-1", 50, target_transaction_id=target)
+    assert sent["result"] == "pending"
+    books.send(other, "o-1", 100, target_transaction_id=target)
+    answers = [books.query("increment", "i-1") for _ in range(2)]
+    assert (answers[-1]["result"], answers[-1]["code"]) == ("declined", "authorization_closed")
+    assert books.standing().open_minor == 0
+
+
 def test_what_a_pending_void_releases_is_neither_voided_again_nor_captured() -> None:
     books, target = authorized(token="tok_void_pending")
     assert books.send("void", "v-1", 100, target_transaction_id=target)["result"] == "pending"

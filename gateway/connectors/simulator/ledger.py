@@ -554,7 +554,7 @@ class Ledger:
             record["amount_minor"] = record["answer"]["amount_minor"] = left_minor
         elif send.kind == "refund":
             self._prepare_refund(standing, send)
-        elif standing.captured_minor or standing.voided_minor:
+        elif _is_used(standing):
             raise _Rejected("already_captured")
 
     def _released_now(self, capture: Transaction) -> int:
@@ -652,6 +652,11 @@ class Ledger:
             "effect": "",
         }
         code, network_code = "do_not_honor", "05"
+        if result is Result.APPROVED and transaction.kind == "increment":
+            standing = self._standings[transaction.authorization_id]
+            if standing.reversed or _is_used(standing):
+                # Nothing is left to add to, as it would be told of a new request.
+                result, code = Result.DECLINED, "authorization_closed"
         if result is Result.APPROVED:
             code, network_code = APPROVE.code, APPROVE.network_code
             record |= {"type": "effect", "effect": transaction.effect}
@@ -678,6 +683,11 @@ class Ledger:
             answer |= _approval(transaction.kind, transaction.transaction_id, now)
         record["answer"] = answer
         return record
+
+
+def _is_used(standing: Standing) -> bool:
+    """Whether it is too late to increment an authorization."""
+    return bool(standing.captured_minor or standing.voided_minor)
 
 
 # --- answers --------------------------------------------------------------------------------------
