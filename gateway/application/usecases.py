@@ -218,6 +218,7 @@ class Payments:
             limits.first_check_s,
             self._takeover_after_s,
             limits.action_timeout_s,
+            self._is_told_of,
         )
 
     @property
@@ -638,6 +639,11 @@ class Payments:
             return self._limits.first_check_s
         return self._recover_after_s(connector)
 
+    def _is_told_of(self, operation: Operation) -> bool:
+        attempt = operation.attempt
+        connector = self._router.connector(attempt.connector, attempt.connector_account_id)
+        return connector is not None and connector.capabilities.tells_by_notification
+
     # --- the PSP and the outcome ---
 
     async def _perform(
@@ -783,7 +789,9 @@ class Outcomes:
         first_check_s: float,
         takeover_after_s: Callable[[Operation], float],
         action_timeout_s: float = 0.0,
+        is_told_of: Callable[[Operation], bool] = lambda _: False,
     ) -> None:
+        """`is_told_of`: whether the PSP of an operation tells outcomes by notification."""
         self._store = store
         self._claims = claims
         self._encoder = encoder
@@ -791,6 +799,7 @@ class Outcomes:
         self._first_check_s = first_check_s
         self._takeover_after_s = takeover_after_s
         self._action_timeout_s = action_timeout_s
+        self._is_told_of = is_told_of
 
     def now(self) -> datetime:
         """The database's time, as far as it can be told without asking."""
@@ -1029,6 +1038,14 @@ class Outcomes:
                 if await self._store.add_evidence(current, evidence):
                     return found
                 continue
+            if (
+                same_attempt
+                and current.state in _TAKEN_BACK
+                and current.attempt.delivery is Delivery.ANSWERED
+                and self._is_told_of(current)
+            ):
+                # The PSP has told the end of what it answered here, and would tell nothing more.
+                return found
             if event is Event.APPROVED and (not same_attempt or current.state in _WITHOUT_EFFECT):
                 await self.reverse(current, owned.attempt.number, answer)
             elif same_attempt:
@@ -1072,6 +1089,7 @@ _WITHOUT_EFFECT = frozenset(
         OperationState.EXPIRED,
     }
 )
+_TAKEN_BACK = frozenset({OperationState.CANCELED, OperationState.EXPIRED})
 
 
 def connector_request(

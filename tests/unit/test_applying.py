@@ -692,6 +692,29 @@ async def test_what_was_looked_at_before_the_end_was_told_reverses_nothing_after
     assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
 
 
+@pytest.mark.parametrize("is_kept", [False, True], ids=["told to nobody", "kept as evidence"])
+async def test_a_late_answer_reverses_nothing_that_the_psp_told_to_have_taken_back(
+    is_kept: bool,
+) -> None:
+    answering = Gate()
+    gateway = bench(Step(after=answering), capabilities=TELLING)
+    call = asyncio.ensure_future(gateway.payments.authorize(gateway.authorize()))
+    await answering.reached.wait()
+    [operation] = gateway.store.operations.values()
+    gateway.connector.asks.append(NO_ANSWER)
+    await gateway.recover()
+    if is_kept:
+        answering.opened.set()
+        await call
+    ended = gateway.told(N.VOID, APPROVED, payment_reference=operation.reference, after_s=1)
+    await gateway.tell(ended)
+    answering.opened.set()
+    await call
+    await gateway.recover(rounds=2)
+    assert only(gateway, operation.payment_id, K.AUTHORIZE).state is S.CANCELED
+    assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
+
+
 async def test_a_success_told_is_reversed_whatever_the_first_answer_was() -> None:
     gateway = bench(UNSENT, capabilities=TELLING)
     payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
