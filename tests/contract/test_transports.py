@@ -10,6 +10,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -560,6 +561,11 @@ async def test_credentials_scopes_and_merchants_are_checked(gateway: Running) ->
     assert [each.merchant_id for each in gateway.payments.commands] == [OTHER_MERCHANT, MERCHANT]
 
 
+def has_card_number(told: object) -> bool:
+    """Whether half of it is there, however it is written; less may be of a random id."""
+    return CARD_NUMBER[:8] in re.sub(r"[ -]", "", repr(told))
+
+
 async def test_a_card_number_is_refused_wherever_it_stands(gateway: Running) -> None:
     spaced = "4242 4242-4242 4242"
     for path, request in (
@@ -574,7 +580,7 @@ async def test_a_card_number_is_refused_wherever_it_stands(gateway: Running) -> 
         told = await refusal(gateway.authorize(request))
         assert (told.code, told.reason) == (StatusCode.INVALID_ARGUMENT, "CARD_DATA_NOT_ALLOWED")
         assert set(told.violations) == {path}
-        assert "4242" not in repr(told)
+        assert not has_card_number(told)
     token = authorization()
     token.payment_method.token = CARD_NUMBER
     assert (await refusal(gateway.authorize(token))).violations.keys() == {"payment_method.token"}
@@ -582,8 +588,8 @@ async def test_a_card_number_is_refused_wherever_it_stands(gateway: Running) -> 
     told = await refusal(gateway.stub.AuthorizePayment(authorization(), metadata=header))
     assert told.reason == "CARD_DATA_NOT_ALLOWED"
     assert told.violations.keys() == {"x-request-id"}
-    assert "4242" not in repr(told)
-    assert "4242" not in repr(gateway.observer.calls)
+    assert not has_card_number(told)
+    assert not has_card_number(gateway.observer.calls)
     assert gateway.payments.commands == []
 
 

