@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
 
 from tests.nursery import Nursery, forking
 from tests.servers import PostgresForTests, postgres_server, redis_server
@@ -30,6 +31,14 @@ WORKERS_MAX: Final = 8
 """Each worker has a PostgreSQL and a Redis of its own."""
 
 _stderr: Final = pytest.StashKey[int]()
+
+# Examples are judged by what comes of them, however slow the machine is, and a run has those of the
+# last one: `--hypothesis-profile=explore` looks for others.
+settings.register_profile(
+    "explore", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.register_profile("steady", settings.get_profile("explore"), derandomize=True)
+settings.load_profile("steady")
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], AbstractEventLoop]]:

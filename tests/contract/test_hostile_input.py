@@ -74,9 +74,7 @@ def _valid(method: str) -> bytes:
     return request.SerializeToString()
 
 
-@settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     method=st.sampled_from(UNARY),
     data=st.binary(max_size=200),

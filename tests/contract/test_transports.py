@@ -1517,7 +1517,7 @@ async def test_no_bytes_whatever_get_internal_or_unknown(gateway: Running) -> No
             }
         return StatusCode.OK
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=150, suppress_health_check=list(HealthCheck))
     @given(mutated())
     def fuzz(case: tuple[str, bytes]) -> None:
         code = asyncio.run_coroutine_threadsafe(call(*case), loop).result(PATIENCE_S)

@@ -684,7 +684,6 @@ def test_random_operations_and_faults_leave_every_payment_as_the_model_says(
                 max_examples=EXAMPLES,
                 stateful_step_count=STEPS,
                 database=None,
-                deadline=None,
                 # Shrinking would need hundreds of runs; fifteen steps can be read.
                 phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),

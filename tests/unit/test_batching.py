@@ -131,7 +131,7 @@ _loads = st.lists(
 ).map(lambda drawn: [Row(number, *parts) for number, parts in enumerate(drawn)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rows=_loads,
     rows_max=st.integers(1, 8),

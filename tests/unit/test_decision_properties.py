@@ -168,4 +168,4 @@ class OnePayment(RuleBasedStateMachine):
 
 
 TestOnePayment = OnePayment.TestCase
-TestOnePayment.settings = settings(max_examples=300, stateful_step_count=30, deadline=None)
+TestOnePayment.settings = settings(max_examples=300, stateful_step_count=30)

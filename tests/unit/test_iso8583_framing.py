@@ -19,7 +19,7 @@ FRAMINGS = [
 
 
 @pytest.mark.parametrize("framing", FRAMINGS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_messages_come_whole_however_the_stream_is_cut(
     framing: Framing, data: st.DataObject
@@ -35,7 +35,7 @@ def test_messages_come_whole_however_the_stream_is_cut(
 
 
 @pytest.mark.parametrize("framing", FRAMINGS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(parts=st.lists(st.binary(max_size=200), max_size=8))
 def test_garbage_is_refused_or_waited_for_and_never_kept_beyond_a_frame(
     framing: Framing, parts: list[bytes]

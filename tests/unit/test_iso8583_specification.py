@@ -27,7 +27,7 @@ from gateway.domain.model import SENT_KINDS, CaptureMethod, Mode, OperationKind,
 from gateway.domain.money import CURRENCY_EXPONENTS
 from gateway.domain.pan import contains_pan
 
-FEW = settings(max_examples=50, deadline=None)
+FEW = settings(max_examples=50)
 REFERENCE = "op_0193476e8a007abc8def0123456789ab-1"
 TEXT = (files("gateway.connectors.iso8583") / "specifications" / "reference-text.toml").read_text()
 

@@ -241,7 +241,7 @@ _step = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     token=st.sampled_from(
         (

@@ -1509,7 +1509,7 @@ def compare_books(gateway: Bench, payment_id: str) -> None:
     assert (*pending, payment.increment_pending_minor) == (0, 0, 0)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.sampled_from([CAPABLE, NON_IDEMPOTENT]),
     st.sampled_from(CaptureMethod),
