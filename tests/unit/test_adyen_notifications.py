@@ -159,14 +159,30 @@ def test_what_is_no_signed_request_is_refused(body: bytes) -> None:
     [
         item_of(pspReference=""),
         item_of(eventCode=None),
-        item_of(amount={"currency": "ISK", "value": 550}),
-        item_of(amount={"currency": "EUR", "value": "1000"}),
-        item_of("REFUND", amount={"currency": "XXX", "value": 1000}),
     ],
 )
 def test_genuine_item_that_cannot_be_read_is_told_apart(item: dict[str, Any]) -> None:
     with pytest.raises(UnusableNotification):
         parsed(body_of(signed(item)))
+
+
+@pytest.mark.parametrize("event", ["AUTHORISATION", "CAPTURE", "REFUND", "CHARGEBACK"])
+@pytest.mark.parametrize(
+    "amount",
+    [
+        {"currency": "ISK", "value": 550},
+        {"currency": "EUR", "value": "1000"},
+        {"currency": "XXX", "value": 1000},
+    ],
+)
+def test_item_whose_amount_cannot_be_kept_is_taken_and_stops_no_other(
+    event: str, amount: dict[str, Any]
+) -> None:
+    items = signed(item_of(event, amount=amount)), signed(item_of("CAPTURE", pspReference="C2"))
+    odd, other = parsed(body_of(*items))
+
+    assert (odd.kind, odd.event_type, odd.answer) == (N.UNKNOWN, event, None)
+    assert other.kind is N.CAPTURE
 
 
 # --- what is told ---------------------------------------------------------------------------------

@@ -161,11 +161,23 @@ def _notification(item: Mapping[str, Any], mode: Mode | None) -> Notification:
         "mode": mode,
         "payment_transaction_id": values.identifier(item.get("originalReference")),
     }
+    try:
+        return _read(item, told, own_id, success=success)
+    except Unusable:
+        # Kept and counted: Adyen sends nothing else before what is refused is taken.
+        return Notification(**told)
+
+
+def _read(
+    item: Mapping[str, Any], told: dict[str, Any], own_id: str, *, success: bool
+) -> Notification:
+    """What an item says. Raises Unusable for an amount that ISO 4217 cannot express."""
+    event_type: str = told["event_type"]
     reference = values.identifier(item.get("merchantReference"))
     if event_type == "AUTHORISATION":
-        told |= {"payment_transaction_id": own_id, "reference": reference}
+        own = {**told, "payment_transaction_id": own_id, "reference": reference}
         answer = _authorization(item, own_id, success=success)
-        return Notification(kind=N.AUTHORIZATION, answer=answer, **told, **_amount(item))
+        return Notification(kind=N.AUTHORIZATION, answer=answer, **own, **_amount(item))
     if event_type == "OFFER_CLOSED" and success:
         answer = ConnectorAnswer(Delivery.ANSWERED, Verdict.EXPIRED)
         return Notification(kind=N.AUTHORIZATION, reference=reference, answer=answer, **told)
@@ -193,7 +205,7 @@ def _modified(
         # It gave a capture back, and is no refund of the merchant's.
         return Notification(**told, payment_reference=reference.removesuffix(REFUND_SUFFIX))
     # In the Customer Area it is the payment's reference.
-    told["payment_reference"] = reference
+    told = {**told, "payment_reference": reference}
     took_effect = success and event_type not in _RETURNED
     answer = _answer(item, own_id, Verdict.APPROVED if took_effect else Verdict.FAILED)
     kind = _MODIFIED[event_type]
@@ -272,11 +284,8 @@ def _answer(item: Mapping[str, Any], own_id: str, verdict: Verdict) -> Connector
 
 
 def _amount(item: Mapping[str, Any]) -> dict[str, Any]:
-    """Raises UnusableNotification for an amount that ISO 4217 cannot express."""
-    try:
-        currency, amount_minor = answers.currency_and_amount(item)
-    except Unusable:
-        raise UnusableNotification("an item with another amount than can be kept") from None
+    """Raises Unusable for an amount that ISO 4217 cannot express."""
+    currency, amount_minor = answers.currency_and_amount(item)
     return {"amount_minor": amount_minor, "currency": currency}
 
 
