@@ -24,6 +24,8 @@ DECLINE_TOKEN = "tok_chargeDeclined_"
 """Followed by a decline code: the authorization is declined with it."""
 FOLLOW_UP_DECLINE_TOKEN = "tok_later_"
 """Followed by a decline code: captures and increments are declined with it."""
+AUTHENTICATION_FAILURE = "payment_intent_authentication_failure"
+"""In the place of a decline code: an error that is none of a card's, with status 402 too."""
 ACTION_TOKEN = "tok_threeDSecureRequired"
 _METADATA_KEYS_MAX = 50
 _REDIRECTS: dict[str, tuple[frozenset[str], str]] = {
@@ -348,7 +350,10 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
         if intent["status"] in ("succeeded", "canceled", "processing"):
             raise _unexpected(intent)
         self.effects.append(key)
-        intent |= {"status": "canceled", "amount_capturable": 0}
+        # "Uncaptured PaymentIntents transition to canceled, while partially captured PaymentIntents
+        # transition to succeeded" (Multicapture).
+        status = "succeeded" if intent["amount_received"] else "canceled"
+        intent |= {"status": status, "amount_capturable": 0}
         return intent
 
     def _increment(self, intent: dict[str, Any], form: Form, key: str) -> dict[str, Any]:
@@ -460,6 +465,9 @@ def _unexpected(intent: dict[str, Any]) -> Refused:
 
 
 def _card_error(decline_code: str, intent: dict[str, Any], code: str = "card_declined") -> Refused:
+    if decline_code == AUTHENTICATION_FAILURE:
+        about = {name: intent[name] for name in ("id", "object", "status")}
+        return Refused(402, "invalid_request_error", code=decline_code, payment_intent=about)
     advice = {"lost_card": "do_not_try_again", "insufficient_funds": "try_again_later"}
     return Refused(
         402,

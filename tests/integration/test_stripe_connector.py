@@ -34,6 +34,7 @@ from tests.connector_conformance import (
 )
 from tests.stripe_double import (
     ACTION_TOKEN,
+    AUTHENTICATION_FAILURE,
     DECLINE_TOKEN,
     PIX_EXPIRES_AT,
     SECRET_KEY,
@@ -479,3 +480,27 @@ async def test_captured_payment_cannot_be_voided(psp: StripePsp) -> None:
     answer = await send(psp.connector, void)
     assert answer.verdict is Verdict.FAILED
     assert outcome_of(answer).connector_code == "payment_intent_unexpected_state"
+
+
+async def test_rest_of_a_payment_captured_in_part_can_be_voided(psp: StripePsp) -> None:
+    capture = await prepared(psp, K.CAPTURE)
+    capture.amount_minor, capture.final = capture.amount_minor // 2, False
+    assert (await send(psp.connector, capture)).verdict is Verdict.APPROVED
+
+    void = request_of(K.VOID, target_transaction_id=capture.target_transaction_id)
+    assert (await send(psp.connector, void)).verdict is Verdict.APPROVED
+    (intent,) = psp.double.intents.values()
+    assert (intent["status"], intent["amount_capturable"]) == ("succeeded", 0)
+    assert (await found_of(psp, void)).verdict is Verdict.APPROVED
+    # What was captured stands.
+    reversal = request_of(K.REVERSAL, target_transaction_id=capture.target_transaction_id)
+    assert await psp.connector.query(K.REVERSAL, reversal.reference, reversal) is None
+
+
+async def test_error_that_is_none_of_a_cards_is_a_decline_too(psp: StripePsp) -> None:
+    request = request_of(payment_method_token=f"{DECLINE_TOKEN}{AUTHENTICATION_FAILURE}")
+    answer = await send(psp.connector, request)
+    assert answer.verdict is Verdict.DECLINED
+    assert outcome_of(answer).response_code is ResponseCode.AUTHENTICATION_REQUIRED
+    assert outcome_of(answer).connector_code == AUTHENTICATION_FAILURE
+    assert answer.connector_transaction_id

@@ -180,10 +180,22 @@ def increment(
 
 
 def void(intent: Mapping[str, Any]) -> ConnectorAnswer | None:
-    """APPROVED where the PaymentIntent was cancelled, by whomever; None where it was not."""
-    if intent.get("status") != "canceled":
-        return None
-    return _approved(intent, None)
+    """APPROVED where nothing is held of the PaymentIntent any more, whoever released it; None where
+    something is, or where all was captured. Raises Unusable.
+
+    One that was captured in part becomes succeeded where it is cancelled ("Multicapture").
+    """
+    taken, whole = (values.amount(intent.get(name)) for name in ("amount_received", "amount"))
+    if intent.get("status") == "succeeded" and None not in (taken, whole) and taken != whole:
+        return _approved(intent, None)
+    return canceled(intent)
+
+
+def canceled(intent: Mapping[str, Any]) -> ConnectorAnswer | None:
+    """APPROVED where the PaymentIntent was cancelled, by whomever, so that nothing of it stands;
+    None where it was not. Raises Unusable.
+    """
+    return _approved(intent, None) if intent.get("status") == "canceled" else None
 
 
 def refund(told: Mapping[str, Any]) -> ConnectorAnswer:

@@ -274,7 +274,7 @@ class StripeConnector(HttpConnector):
                 raise Unusable
             return answer
         error = answers.read_error(response)
-        if error.status == 402 and error.type == "card_error":
+        if error.status == 402 and error.type in _DECLINES:
             object_ = error.payment_intent or part(error.told, "setup_intent")
             return answers.declined(error.told, str(object_.get("id", "")))
         if error.status not in (400, 401, 403, 404) or error.type == "idempotency_error":
@@ -348,8 +348,10 @@ class StripeConnector(HttpConnector):
                 return answers.capture(await self._intent(_id(request)), reference)
             case K.INCREMENT:
                 return answers.increment(await self._intent(_id(request)), reference)
-            case _:  # VOID and REVERSAL
+            case K.VOID:
                 return answers.void(await self._intent(_id(request)))
+            case _:  # REVERSAL
+                return answers.canceled(await self._intent(_id(request)))
 
     async def _query_authorization(
         self, reference: str, request: ConnectorRequest | None
@@ -578,6 +580,9 @@ class StripeConnector(HttpConnector):
             raise Unusable
 
 
+_DECLINES: Final = frozenset({"card_error", "invalid_request_error"})
+"""Types of an error with status 402, "the parameters were valid but the request failed" ("Errors"):
+of methods but cards it is the second, and Stripe's own SDKs go by the status alone."""
 _TO_BE_DROPPED: Final = frozenset({K.AUTHORIZE, K.VERIFY})
 _OF_AN_INTENT: Final = frozenset({K.CAPTURE, K.VOID, K.INCREMENT})
 _OBJECTS: Final[Mapping[OperationKind, str]] = {
