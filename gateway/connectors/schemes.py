@@ -36,6 +36,24 @@ ISO8583_CODES: Final[Mapping[str, ResponseCode]] = {
 }
 """DE39 of the 1987 edition; "1A" is the networks' own, a soft decline for authentication."""
 
+NETWORK_CODES: Final[Mapping[str, ResponseCode]] = {
+    **ISO8583_CODES,
+    "02": ResponseCode.REFER_TO_ISSUER,
+    "15": ResponseCode.INVALID_CARD_NUMBER,  # no such issuer
+    "39": ResponseCode.INVALID_CARD_NUMBER,  # no credit account
+    "46": ResponseCode.INVALID_CARD_NUMBER,  # the account is closed
+    "52": ResponseCode.INVALID_CARD_NUMBER,  # no current account
+    "53": ResponseCode.INVALID_CARD_NUMBER,  # no savings account
+    "70": ResponseCode.WRONG_PIN,  # none was given
+    "75": ResponseCode.EXCEEDS_FREQUENCY_LIMIT,  # of tries of the PIN
+    "92": ResponseCode.ISSUER_UNAVAILABLE,  # no way there
+    "N7": ResponseCode.SECURITY_VIOLATION,  # the card's verification code
+    "R0": ResponseCode.RESTRICTED_CARD,  # this payment was stopped
+    "R1": ResponseCode.RESTRICTED_CARD,  # all of the merchant's were
+    "R3": ResponseCode.RESTRICTED_CARD,  # all were
+}
+"""With those of the networks that mean the same at all of them."""
+
 _HOUR_S: Final = 3600
 _DAY_S: Final = 24 * _HOUR_S
 ADVICE: Final[Mapping[tuple[str, str], tuple[AdviceAction, int | None]]] = {

@@ -31,6 +31,9 @@ VISA_CATEGORY_1: Final = frozenset(
     {"04", "07", "12", "14", "15", "41", "43", "46", "57", "R0", "R1", "R3"}
 )
 """Response codes after which Visa forbids to try again: the issuer will never approve."""
+MAYBE_VISA: Final = frozenset({"visa", "iso8583_1987", ""})
+"""Whose code it may be where it is one of Visa's: an acquirer's host hands DE 39 on as the network
+has it, and does not always say which network that was."""
 
 
 class Next(Enum):
@@ -67,7 +70,7 @@ _REFUSED: Final = frozenset({Verdict.DECLINED, Verdict.FAILED})
 
 def _is_final(outcome: Outcome) -> bool:
     return outcome.advice_action is not AdviceAction.UNSPECIFIED or (
-        outcome.network_code_scheme == "visa" and outcome.network_code in VISA_CATEGORY_1
+        outcome.network_code_scheme in MAYBE_VISA and outcome.network_code in VISA_CATEGORY_1
     )
 
 

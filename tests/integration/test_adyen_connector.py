@@ -212,7 +212,8 @@ async def test_answer_tells_what_the_network_said(psp: AdyenPsp) -> None:
     ("more", "unified", "network", "action", "retry_after_s"),
     [
         ({"refusalReasonRaw": "51 : Insufficient funds"}, "INSUFFICIENT_FUNDS", "51", "", None),
-        ({"refusalReasonRaw": "N7 : CVV2 failure"}, "DO_NOT_HONOR", "N7", "", None),
+        ({"refusalReasonRaw": "N7 : CVV2 failure"}, "SECURITY_VIOLATION", "N7", "", None),
+        ({"refusalReasonRaw": "Z9 : A new one"}, "DO_NOT_HONOR", "Z9", "", None),
         (
             {"merchantAdviceCode": "03 : Do not try again", "paymentMethod": "mc"},
             "DO_NOT_HONOR",

@@ -240,6 +240,17 @@ async def refused(call: Coroutine[Any, Any, object]) -> GatewayError:
         ),
         (declined(network_code="R1", network_code_scheme="visa"), Next.NOTHING),
         (declined(network_code="05", network_code_scheme="visa"), Next.REATTEMPT),
+        # Nobody says whose code it is.
+        (
+            declined(
+                ResponseCode.REJECTED_BY_CONNECTOR,
+                network_code="12",
+                network_code_scheme="iso8583_1987",
+            ),
+            Next.NOTHING,
+        ),
+        (declined(network_code="R1"), Next.NOTHING),
+        (declined(network_code="12", network_code_scheme="mastercard"), Next.REATTEMPT),
         (ConnectorAnswer(Delivery.ANSWERED, Verdict.DECLINED), Next.NOTHING),
     ],
 )

@@ -26,6 +26,7 @@ from gateway.domain.ids import new_operation_id
 from gateway.domain.model import SENT_KINDS, CaptureMethod, Mode, OperationKind, ResponseCode
 from gateway.domain.money import CURRENCY_EXPONENTS
 from gateway.domain.pan import contains_pan
+from gateway.routing.cascade import SOFT_DECLINES, VISA_CATEGORY_1
 
 FEW = settings(max_examples=50)
 REFERENCE = "op_0193476e8a007abc8def0123456789ab-1"
@@ -252,6 +253,13 @@ def test_codes_mean_what_the_specification_says() -> None:
     assert specification.response_code("10") is ResponseCode.PARTIALLY_APPROVED
     assert specification.response_code("51") is ResponseCode.INSUFFICIENT_FUNDS
     assert specification.response_code("Z9") is ResponseCode.DECLINED_OTHER
+
+
+def test_codes_after_which_visa_forbids_another_try_are_known_by_their_meaning() -> None:
+    specification = load_specification("reference-text")
+    meanings = {specification.response_code(code) for code in VISA_CATEGORY_1}
+    assert not meanings & {ResponseCode.APPROVED, ResponseCode.DECLINED_OTHER}
+    assert not meanings & SOFT_DECLINES
 
 
 @pytest.mark.parametrize(

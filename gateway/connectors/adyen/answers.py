@@ -148,7 +148,7 @@ def _refused(told: Mapping[str, Any]) -> ConnectorAnswer:
     outcome.connector_code = code or values.text(told.get("resultCode"))
     outcome.connector_message = values.text(told.get("refusalReason"), values.MESSAGE_LENGTH_MAX)
     if code in codes.GENERIC or code not in codes.REFUSALS:
-        known = schemes.ISO8583_CODES.get(outcome.network_code)
+        known = schemes.NETWORK_CODES.get(outcome.network_code)
         if known is not None and known is not ResponseCode.APPROVED:
             outcome.response_code = known
     _advise(outcome, told, code)

@@ -260,7 +260,7 @@ def _authorization(item: Mapping[str, Any], own_id: str, *, success: bool) -> Co
     outcome.connector_message = reason
     network_code, scheme = answers.network_code(item)
     outcome.network_code, outcome.network_code_scheme = network_code, scheme
-    known = schemes.ISO8583_CODES.get(network_code)
+    known = schemes.NETWORK_CODES.get(network_code)
     if code in codes.GENERIC and known is not None and known is not ResponseCode.APPROVED:
         outcome.response_code = known
     return answer

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from gateway.connectors.iso8583.currencies import NUMERIC_CODES
 from gateway.connectors.iso8583.framing import LENGTH_BYTES_MAX, Framing
 from gateway.connectors.iso8583.identity import RrnStyle
-from gateway.connectors.schemes import ISO8583_CODES
+from gateway.connectors.schemes import NETWORK_CODES
 from gateway.domain.model import ResponseCode
 
 Fields = dict[str, str]
@@ -328,7 +328,7 @@ class Specification:
                 for number, text in {**STANDARD_FORMATS, **told.fields}.items()
             }
             self._places = {key: _Place(text) for key, text in told.answers.items()}
-            self._codes = {**ISO8583_CODES, **{c: ResponseCode[n] for c, n in told.codes.items()}}
+            self._codes = {**NETWORK_CODES, **{c: ResponseCode[n] for c, n in told.codes.items()}}
             self._check(told)
         except (SpecificationError, KeyError) as error:
             raise SpecificationError(f"the specification {name}: {error}") from error
