@@ -4,7 +4,7 @@ done with past payments.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from payments.v1.payment_service_pb2 import AuthorizePaymentRequest
@@ -13,7 +13,7 @@ from gateway.application.connector_accounts import PRIORITY_DEFAULT, ConnectorAc
 from gateway.application.ports import Capabilities, Connector, Route, Served
 from gateway.application.routing import Routing
 from gateway.application.routing_administration import PastPayment
-from gateway.connectors.kinds import AccountRefused, ConnectorKind, narrowed
+from gateway.connectors.kinds import AccountRefused, ConnectorKind
 from gateway.connectors.simulator.connector import SimulatorConnector
 from gateway.connectors.simulator.profiles import find_profile
 from gateway.domain.model import Mode
@@ -31,8 +31,8 @@ class Description(NamedTuple):
 class DescribedAccounts:
     """Implements the Router port for decisions alone: there is no connector to ask.
 
-    What an account can do is the most that its connector can, unless the account says otherwise:
-    more is not known without its credentials.
+    What an account can do is its connector's usual, unless the account says otherwise: more is not
+    known without its credentials, as the currencies of an account at Braintree.
     """
 
     def __init__(
@@ -86,9 +86,8 @@ class DescribedAccounts:
         kind = self._kinds.get(account.connector)
         if kind is None:
             return None
-        widest = replace(kind.widest, mode=account.mode)
         try:
-            return Description(kind.name, narrowed(widest, widest, account.capabilities))
+            return Description(kind.name, kind.described(account.mode, account.capabilities))
         except AccountRefused:
             return None
 

@@ -31,6 +31,11 @@ class ConnectorKind(Protocol):
     def widest(self) -> Capabilities:
         """The most that an account can do."""
 
+    def described(self, mode: Mode, capabilities: Mapping[str, object]) -> Capabilities:
+        """What an account can do, as far as that is known without its credentials. Raises
+        AccountRefused.
+        """
+
     def check(
         self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
     ) -> None:
@@ -72,6 +77,10 @@ class PooledKind:
     def widest(self) -> Capabilities:
         """The most that an account can do."""
         return self._widest(Mode.TEST, self._answer_timeout_s)
+
+    def described(self, mode: Mode, capabilities: Mapping[str, object]) -> Capabilities:
+        """See the port."""
+        return self._capabilities(mode, capabilities)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -158,6 +167,8 @@ def _names(key: str, told: Mapping[str, object]) -> Sequence[str]:
     value = told[key]
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise AccountRefused(f"the capability {key!r} must be a list of names")
+    if not value:
+        raise AccountRefused(f"the capability {key!r} is empty: leave it out for the usual")
     return value
 
 

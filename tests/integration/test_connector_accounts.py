@@ -317,6 +317,8 @@ async def test_account_can_do_what_it_tells_and_otherwise_the_usual(
         ({"capture_methods": ["NEVER"]}, "NEVER"),
         ({"currencies": ["EUR", "CLF"]}, "CLF"),
         ({"currencies": [1]}, "list"),
+        ({"currencies": []}, "empty"),
+        ({"operations": []}, "empty"),
     ],
 )
 async def test_capabilities_beyond_the_connectors_are_refused(

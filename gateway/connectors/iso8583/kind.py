@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -69,6 +70,11 @@ class Iso8583Kind:
     def widest(self) -> Capabilities:
         """The most that an account can do."""
         return widest()
+
+    def described(self, mode: Mode, capabilities: Mapping[str, object]) -> Capabilities:
+        """See the port: which host it is at, the credentials tell."""
+        most = replace(self.widest, mode=mode)
+        return narrowed(most, most, capabilities)
 
     def check(
         self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]

@@ -1,6 +1,7 @@
 """Simulators as accounts of a merchant: several PSPs to route between, without a PSP."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 import orjson
@@ -8,7 +9,7 @@ import orjson
 from gateway.application.connector_accounts import ConnectorAccount
 from gateway.application.ports import Capabilities
 from gateway.connectors.http import Limits
-from gateway.connectors.kinds import AccountRefused, check_names
+from gateway.connectors.kinds import AccountRefused, check_names, narrowed
 from gateway.connectors.notifications import WEBHOOK_SECRETS, webhook_secrets
 from gateway.connectors.simulator.connector import ANSWER_TIMEOUT_S, SimulatorConnector
 from gateway.connectors.simulator.profiles import UnknownProfile, find_profile
@@ -42,6 +43,10 @@ class SimulatorKind:
     def widest(self) -> Capabilities:
         """The most that an account can do."""
         return self._connected({"url": "http://127.0.0.1"}, {}).capabilities
+
+    def described(self, mode: Mode, capabilities: Mapping[str, object]) -> Capabilities:
+        """See the port."""
+        return replace(narrowed(self.widest, self.widest, capabilities), mode=mode)
 
     def check(
         self, mode: Mode, credentials: Mapping[str, str], capabilities: Mapping[str, object]
