@@ -389,6 +389,10 @@ REFUSED: Final[tuple[tuple[Object, str], ...]] = (
         _PLAIN | {"simulator": {"enabled": True}, "settings": {"simulator_url": "http://a"}},
         "take simulator_url and simulator_profile out",
     ),
+    (
+        _PLAIN | {"simulator": {"enabled": True, "notifications": {"existingSecret": "hook"}}},
+        "simulator.notifications: the gateway takes none",
+    ),
     (_PLAIN | {"tls": {"enabled": False, "existingSecret": "tls"}}, "TLS is off"),
     (_SERVERS | {"tls": {"certificate": "-----BEGIN CERTIFICATE-----"}}, "belong together"),
     (

@@ -72,6 +72,9 @@ problems are told at once. */}}
 {{- if and .Values.simulator.enabled (or (hasKey .Values.settings "simulator_url") (hasKey .Values.settings "simulator_profile") (hasKey .Values.secretSettings "simulator_url") (hasKey .Values.secretSettings "simulator_profile")) }}
 {{- $problems = append $problems "simulator: its address and profile follow from simulator.*; take simulator_url and simulator_profile out of the settings" }}
 {{- end }}
+{{- if and .Values.simulator.enabled .Values.simulator.notifications.existingSecret (not .Values.notifications.enabled) }}
+{{- $problems = append $problems "simulator.notifications: the gateway takes none; set notifications.enabled" }}
+{{- end }}
 {{- range $name, $_ := .Values.secretSettings }}
 {{- if hasKey $.Values.settings $name }}
 {{- $problems = append $problems (printf "secretSettings.%s: is in settings, too" $name) }}
