@@ -45,6 +45,8 @@ _NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HEADER_VALUE = re.compile(r"[\x21-\x7e]([\x20-\x7e\t]*[\x21-\x7e])?")
 _TARGET = re.compile(r"/[\x21-\x7e]*")
+# RFC 9110 §15.2: passed over, but for an offer of another protocol.
+_INTERIM = re.compile(rb"HTTP/1\.1 1(?!01)[0-9]{2}[ \r]")
 _CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,8}")
 _KEEP_ALIVE_S = re.compile(r"(?:^|[,;\s])timeout=([0-9]{1,6})", re.IGNORECASE)
 
@@ -465,6 +467,8 @@ class _Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.closed = True
+        if self._tls is None:  # where TLS ends it says so before
+            self._end()
         return False
 
     def data_received(self, data: bytes) -> None:
@@ -530,20 +534,22 @@ class _Connection(asyncio.Protocol):
             self._shake_hands(tls)
         if not self.ready.done() or self.closed:
             return
-        ended = False
+        ended = farewell = False
         plain = bytearray()
         try:
             while part := tls.read(TLS_READ_BYTES):
                 plain += part
-            ended = True
+            ended = farewell = True
         except ssl.SSLWantReadError:
             self._flush()
-        except ssl.SSLError:  # its end, or bytes that are none of the other side's
+        except ssl.SSLError:  # bytes that are none of the other side's
             ended = True
         if ended:
             self.closed = True
         if plain:
             self._read(bytes(plain))
+        if farewell:
+            self._end()
         if ended:
             self.abort()
 
@@ -559,10 +565,18 @@ class _Connection(asyncio.Protocol):
         except _Unusable:
             self.fail(Reason.ANSWER_UNUSABLE)
             return
-        if response is None:
-            return
+        if response is not None:
+            self._done(response)
+
+    def _end(self) -> None:
+        """The other side says nothing more: an answer that had but to end is whole."""
+        head = self._head
+        if self._answer is not None and head is not None and head.length == _TO_THE_END:
+            self._done(Response(head.status, bytes(self._buffer[self._body_at :]), head.headers))
+
+    def _done(self, response: Response) -> None:
         answer, self._answer = self._answer, None
-        if not answer.done():
+        if answer is not None and not answer.done():
             answer.set_result(response)
 
     def _parse(self, data: bytes) -> Response | None:
@@ -575,11 +589,15 @@ class _Connection(asyncio.Protocol):
             head = self._read_head()
             if head is None:
                 return None
-            if head.length < 0:
+            if head.length == _CHUNKED:
                 self._chunks = _Chunks(self._body_bytes_max)
                 return self._finish_chunked(
                     head, self._chunks, bytes(self._buffer[self._body_at :])
                 )
+        if head.length == _TO_THE_END:
+            if len(self._buffer) - self._body_at > self._body_bytes_max:
+                raise _Unusable
+            return None
         if len(self._buffer) < self._whole:
             return None
         self.reusable = head.keep and not self.closed and len(self._buffer) == self._whole
@@ -593,6 +611,9 @@ class _Connection(asyncio.Protocol):
 
     def _read_head(self) -> "_Head | None":
         end = self._buffer.find(b"\r\n\r\n")
+        while 0 <= end <= HEAD_BYTES_MAX and _INTERIM.match(self._buffer):
+            del self._buffer[: end + 4]
+            end = self._buffer.find(b"\r\n\r\n")
         if max(end, 0) > HEAD_BYTES_MAX or (end < 0 and len(self._buffer) > HEAD_BYTES_MAX):
             raise _Unusable
         if end < 0:
@@ -607,12 +628,18 @@ class _Connection(asyncio.Protocol):
         return head
 
 
+_CHUNKED: Final = -1
+_TO_THE_END: Final = -2
+"""The body ends with the connection (RFC 9112 §6.3, the last rule). A body that was cut off is no
+JSON, and in TLS the end is signed."""
+
+
 class _Head(NamedTuple):
     """The head of an answer."""
 
     status: int
     length: int
-    """Of the body, in bytes; -1: it is chunked."""
+    """Of the body, in bytes, or one of the two below 0."""
     keep: bool
     """Whether the connection is kept."""
     keep_alive_s: float
@@ -644,19 +671,21 @@ def _parse_head(head: bytes) -> _Head | None:
     return _Head(
         int(status),
         0 if status in ("204", "304") else length,
-        version == "HTTP/1.1" and "close" not in tokens,
+        version == "HTTP/1.1" and "close" not in tokens and length != _TO_THE_END,
         math.inf if match is None else max(0.0, int(match[1]) - KEEP_ALIVE_MARGIN_S),
         headers,
     )
 
 
 def _body_length(headers: Mapping[str, str], version: str) -> int | None:
-    """-1: chunked; None: not told, or told in another way than by these two."""
+    """None: told in another way than the client knows."""
     coding, length = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:
         usable = coding.lower() == "chunked" and length is None and version == "HTTP/1.1"
-        return -1 if usable else None
-    return int(length) if length is not None and _is_number(length) else None
+        return _CHUNKED if usable else None
+    if length is None:
+        return _TO_THE_END
+    return int(length) if _is_number(length) else None
 
 
 class _Chunks:

@@ -1,7 +1,9 @@
 """The connectors' HTTP client against real servers: TLS, proxies, chunks, limits, bad answers."""
 
 import asyncio
+import socket
 import ssl
+import struct
 import time
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -342,6 +344,8 @@ async def test_chunked_answer_that_comes_byte_by_byte_is_whole_at_its_end(
         b"HTTP/1.1 200 OK\r\nContent-Length : 2\r\n\r\n{}",
         b"HTTP/1.1 200 OK\r\n folded\r\nContent-Length: 2\r\n\r\n{}",
         b"HTTP/1.1 200 OK\r\nContent-Length: 257\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 257,
+        b"HTTP/1.1 101 Switching Protocols\r\nContent-Length: 2\r\n\r\n{}",
     ],
 )
 async def test_answer_against_the_rules_or_the_limits_is_unusable(
@@ -357,6 +361,45 @@ async def test_chunked_answer_that_ends_too_soon_is_lost(clients: Clients) -> No
     async with serving(CHUNKED + b"5\r\n{}", keep=False) as (port, _):
         client = clients(f"http://127.0.0.1:{port}")
         assert await reason_of(post(client)) == (MaybeSent, Reason.CONNECTION_LOST)
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.0 200 OK", b"HTTP/1.1 402 No\r\nConnection: close"])
+async def test_answer_without_a_length_ends_with_its_connection(
+    head: bytes, ca: trustme.CA, ca_file: str, clients: Clients
+) -> None:
+    for url, tls in (("http://127.0.0.1", None), ("https://localhost", server_context(ca))):
+        answer = head + b"\r\n\r\n" + b'{"a": 1}'
+        async with serving(answer, tls=tls, keep=False) as (port, heard):
+            client = clients(f"{url}:{port}", ca_file=ca_file if tls else "")
+            for _ in range(2):
+                assert (await post(client)).body == b'{"a": 1}'
+        assert heard.connections == 2
+
+
+async def test_answer_without_a_length_is_lost_where_its_connection_breaks(
+    clients: Clients,
+) -> None:
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"{}")
+        writer.write(b'HTTP/1.0 200 OK\r\n\r\n{"a": 1}')
+        await writer.drain()
+        # No time to linger: the connection is reset, not closed.
+        at_once = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+        writer.transport.abort()
+
+    async with listening(cut) as port:
+        client = clients(f"http://127.0.0.1:{port}")
+        assert await reason_of(post(client)) == (MaybeSent, Reason.CONNECTION_LOST)
+
+
+async def test_interim_answers_are_passed_over(clients: Clients) -> None:
+    hints = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n"
+    async with serving(hints + OK) as (port, heard):
+        client = clients(f"http://127.0.0.1:{port}")
+        for _ in range(2):
+            assert (await post(client)).status == 200
+    assert heard.connections == 1
 
 
 async def test_answer_that_trickles_for_ever_ends_by_the_answer_timeout(clients: Clients) -> None:
