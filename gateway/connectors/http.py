@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from types import MappingProxyType
 from typing import Final, NamedTuple, cast
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from gateway.domain.errors import Reason
 
@@ -125,10 +125,11 @@ class HttpClient:
         to CONNECT; it sees nothing of what is said. Raises ValueError for another URL, and OSError
         for a CA file that cannot be read.
         """
-        url = urlsplit(base_url)
+        url, port = _split(base_url)
         if (
             url.scheme not in ("http", "https")
             or not url.hostname
+            or port is None
             or url.path.strip("/")
             or url.query
             or url.fragment
@@ -138,7 +139,7 @@ class HttpClient:
         self._limits = limits or Limits()
         self._more_headers = more_headers
         self._host = url.hostname
-        self._port = url.port or (443 if url.scheme == "https" else 80)
+        self._port = port or (443 if url.scheme == "https" else 80)
         self._host_header = url.netloc
         self._way = _Way(_tls_context(ca_file) if url.scheme == "https" else None, self._host, b"")
         self._peer = (self._host, self._port)
@@ -777,16 +778,46 @@ def public_tls_context() -> ssl.SSLContext:
 
 
 def _new_tls_context(ca_file: str) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=ca_file or None)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context = verifying_context(ca_file)
     context.set_alpn_protocols(["http/1.1"])
     return context
 
 
+def verifying_context(ca_file: str) -> ssl.SSLContext:
+    """Verifies the chain, by `ca_file` or else the system's authorities, and the name; TLS 1.2 or
+    newer. Raises OSError, which names the file.
+    """
+    try:
+        context = ssl.create_default_context(cafile=ca_file or None)
+    except OSError as error:  # ssl.SSLError is one
+        raise OSError(error.errno, error.strerror, ca_file) from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def _split(url: str) -> tuple[SplitResult, int | None]:
+    """A URL and its port: 0 where it has none, None for one that is none.
+
+    The error of the standard library is not passed on: it shows what may be a part of a password.
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return urlsplit(""), None
+    return parts, port or 0
+
+
 def _proxy(proxy_url: str, host: str, port: int) -> tuple[tuple[str, int], bytes]:
     """The proxy's address, and the request for a tunnel to the host (RFC 9110 §9.3.6)."""
-    proxy = urlsplit(proxy_url)
-    if proxy.scheme != "http" or not proxy.hostname or proxy.path.strip("/") or proxy.query:
+    proxy, proxy_port = _split(proxy_url)
+    if (
+        proxy.scheme != "http"
+        or not proxy.hostname
+        or proxy_port is None
+        or proxy.path.strip("/")
+        or proxy.query
+    ):
         # Not shown: it may hold a password.
         raise ValueError("the proxy's URL must be http://[user:password@]host[:port]")
     authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -795,7 +826,7 @@ def _proxy(proxy_url: str, host: str, port: int) -> tuple[tuple[str, int], bytes
         pair = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
         headers["Proxy-Authorization"] = f"Basic {b64encode(pair.encode()).decode('ascii')}"
     request = f"CONNECT {authority} HTTP/1.1\r\n{_header_lines(headers)}\r\n"
-    return (proxy.hostname, proxy.port or 80), request.encode("ascii")
+    return (proxy.hostname, proxy_port or 80), request.encode("ascii")
 
 
 def _is_number(text: str) -> bool:

@@ -507,6 +507,9 @@ async def test_target_that_would_not_stay_one_line_is_refused(clients: Clients) 
         "https://user:secret@host",
         "https://host?x=1",
         "https://host#x",
+        "https://host:port",
+        "https://host:70000",
+        "https://[::1",
         "ftp://host",
         "host",
         "https://",
@@ -517,9 +520,13 @@ def test_url_that_is_no_plain_address_is_refused(url: str) -> None:
         HttpClient(url)
 
 
-def test_ca_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
+def test_ca_file_that_is_not_there_or_none_is_refused_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.pem"):
         HttpClient("https://host", ca_file=str(tmp_path / "none.pem"))
+    other = tmp_path / "other.pem"
+    other.write_text("no certificate")
+    with pytest.raises(OSError, match=r"other\.pem"):
+        HttpClient("https://host", ca_file=str(other))
 
 
 # --- proxies --------------------------------------------------------------------------------------
@@ -600,7 +607,13 @@ async def test_proxy_that_does_not_connect_gets_no_request(
 
 
 def test_proxy_of_another_kind_is_refused_without_telling_its_password() -> None:
-    for url in ("socks5://user:secret@host:1", "http://user:secret@host/path", "https://host"):
+    for url in (
+        "socks5://user:secret@host:1",
+        "http://user:secret@host/path",
+        "http://user:secret",
+        "http://user:secret/1@host:1",
+        "https://host",
+    ):
         with pytest.raises(ValueError, match="proxy") as caught:
             HttpClient("https://host", proxy_url=url)
         assert "secret" not in str(caught.value)

@@ -317,6 +317,9 @@ def test_specification_is_found_by_name_or_path(tmp_path: Path) -> None:
         "tls://host:1?specification=reference-text&mode=both",
         "tls://user:secret@host:1?specification=reference-text&mode=test",
         "tls://host:1/path?specification=reference-text&mode=test",
+        "tls://host:port?specification=reference-text&mode=test",
+        "tls://host:70000?specification=reference-text&mode=test",
+        "tls://host:1?specification=reference-text&mode=test&more",
     ],
 )
 def test_address_that_is_none_is_refused(url: str) -> None:

@@ -18,7 +18,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple, cast
 from urllib.parse import parse_qs, urlsplit
 
-from gateway.connectors.http import MaybeSent, NotSent
+from gateway.connectors.http import MaybeSent, NotSent, verifying_context
 from gateway.connectors.iso8583.framing import FrameError, FrameReader
 from gateway.connectors.iso8583.identity import STAN_MAX
 from gateway.connectors.iso8583.specification import (
@@ -115,12 +115,17 @@ class HostAddress:
     @classmethod
     def parse(cls, url: str) -> "HostAddress":
         """From `tls://host:port?specification=…&mode=live`; raises ValueError."""
-        parts = urlsplit(url)
-        query = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+            query = parse_qs(parts.query, strict_parsing=True) if parts.query else {}
+        except ValueError:
+            # The standard library's error shows what may be a part of a password.
+            parts, port, query = urlsplit(""), None, {}
         if (
             parts.scheme not in ("tcp", "tls")
             or not parts.hostname
-            or parts.port is None
+            or port is None
             or parts.path
             or parts.fragment
             or "@" in parts.netloc
@@ -134,7 +139,7 @@ class HostAddress:
             )
         return cls(
             parts.hostname,
-            parts.port,
+            port,
             parts.scheme == "tls",
             query["specification"][0],
             Mode[query["mode"][0].upper()],
@@ -161,7 +166,7 @@ class AcquirerHost:
         self.limits = limits or HostLimits()
         self.address = address
         self.count: Callable[[Event], None] = count or (lambda _: None)
-        self._tls = _tls_context(ca_file) if address.tls else None
+        self._tls = verifying_context(ca_file) if address.tls else None
         self._tells_terminals = "41" in specification.match
         self._links: set[_Link] = set()
         """Signed on."""
@@ -646,10 +651,3 @@ class _Link(asyncio.Protocol):
             self.ready.set_exception(error)
             self.ready.exception()
         self.abort(Reason.CONNECTION_LOST)
-
-
-def _tls_context(ca_file: str) -> ssl.SSLContext:
-    """Verifies the chain and the name; TLS 1.2 or newer."""
-    context = ssl.create_default_context(cafile=ca_file or None)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    return context
