@@ -15,6 +15,8 @@ FRAMINGS = [
     Framing("ascii", 4),
     Framing("ascii", 4, length_includes_itself=True, header=b"ISO026000070"),
     Framing("bcd", 2, frame_bytes_max=4096),
+    Framing(header=b"\0\0", length_includes_header=False),
+    Framing(length_includes_itself=True, header=b"\0\0", length_includes_header=False),
 ]
 
 
@@ -54,10 +56,13 @@ def test_garbage_is_refused_or_waited_for_and_never_kept_beyond_a_frame(
     assert fed >= 0
 
 
-def test_binary_length_is_big_endian_and_counts_the_header() -> None:
+def test_binary_length_is_big_endian_and_counts_the_header_unless_told_otherwise() -> None:
     assert Framing().pack(b"0800") == b"\x00\x040800"
     assert Framing(length_includes_itself=True).pack(b"0800") == b"\x00\x060800"
     assert Framing(header=b"\x60\0\1\0\0").pack(b"0800") == b"\x00\x09\x60\0\1\0\x000800"
+    reserved = Framing(header=b"\0\0", length_includes_header=False)
+    assert reserved.pack(b"0800") == b"\x00\x04\0\x000800"
+    assert FrameReader(reserved).feed(b"\0\0\0\0" + reserved.pack(b"0800")) == [b"0800"]
     assert Framing("ascii", 4).pack(b"0800") == b"00040800"
     assert Framing("bcd").pack(b"0" * 128) == b"\x01\x28" + b"0" * 128
 

@@ -297,6 +297,13 @@ def test_specification_that_contradicts_itself_is_refused(
         Specification("changed", TEXT.replace(found, instead))
 
 
+def test_framing_is_the_specifications() -> None:
+    told = TEXT.replace("[framing]", '[framing]\nheader = "0000"\nlength_includes_header = false')
+    framing = Specification("reserved", told).framing
+    assert (framing.header, framing.length_includes_header) == (b"\0\0", False)
+    assert framing.frame_bytes_max == load_specification("reference-text").framing.frame_bytes_max
+
+
 def test_specification_is_found_by_name_or_path(tmp_path: Path) -> None:
     path = tmp_path / "acquirer.toml"
     path.write_text(TEXT)

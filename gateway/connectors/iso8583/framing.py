@@ -19,18 +19,26 @@ class Framing:
     length_bytes: int = 2
     length_includes_itself: bool = False
     header: bytes = b""
-    """Stands between the length and every message that is sent, and counts in the length. As many
-    bytes are passed over in what is received (a TPDU comes back with its addresses swapped)."""
+    """Stands between the length and every message that is sent. As many bytes are passed over in
+    what is received (a TPDU comes back with its addresses swapped)."""
+    length_includes_header: bool = True
+    """False for a header that is reserved bytes of the length's own, as two of zero."""
     frame_bytes_max: int = 8192
     """The longest frame, its header included, its length left out."""
 
     def pack(self, message: bytes) -> bytes:
         """A message as a frame. Raises FrameError for one that is too long."""
         size = len(self.header) + len(message)
-        told = size + (self.length_bytes if self.length_includes_itself else 0)
+        told = size + self._told_more
         if size > self.frame_bytes_max or told > self._length_max:
             raise FrameError("the message is too long")
         return self._encode(told) + self.header + message
+
+    @property
+    def _told_more(self) -> int:
+        """What the length tells more than the bytes that follow it."""
+        more = self.length_bytes if self.length_includes_itself else 0
+        return more if self.length_includes_header else more - len(self.header)
 
     @property
     def _length_max(self) -> int:
@@ -54,7 +62,7 @@ class Framing:
             if not digits.isdigit():
                 raise FrameError("the length is no number")
             told = int(digits)
-        size = told - (self.length_bytes if self.length_includes_itself else 0)
+        size = told - self._told_more
         if not 0 <= size <= self.frame_bytes_max:
             raise FrameError("the length is out of bounds")
         return size

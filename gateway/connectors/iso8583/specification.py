@@ -166,6 +166,7 @@ class _Framing(_Model):
     length: Literal["binary", "ascii", "bcd"] = "binary"
     length_bytes: int = Field(2, ge=1, le=LENGTH_BYTES_MAX)
     length_includes_itself: bool = False
+    length_includes_header: bool = True
     header: Annotated[str, StringConstraints(pattern=r"^([0-9A-Fa-f]{2})*$")] = ""
     frame_bytes_max: int = Field(8192, ge=64, le=1024 * 1024)
 
@@ -304,6 +305,7 @@ class Specification:
             told.framing.length_bytes,
             told.framing.length_includes_itself,
             bytes.fromhex(told.framing.header),
+            told.framing.length_includes_header,
             told.framing.frame_bytes_max,
         )
         self.channels = told.channels
