@@ -205,7 +205,7 @@ class _File(_Model):
     messages: dict[MessageName, _Message]
     network: dict[NetworkName, _Message] = {}
     answers: dict[str, str] = {}
-    approved: list[Code]
+    approved: list[Code] = Field(min_length=1)
     partially_approved: list[Code] = []
     uncertain: list[Code] = []
     rejected: list[Code] = []
@@ -288,7 +288,12 @@ class Specification:
     def __init__(self, name: str, text: str) -> None:
         try:
             told = _File.model_validate(tomllib.loads(text))
-        except (ValidationError, tomllib.TOMLDecodeError) as error:
+        except ValidationError as error:
+            wrong = "; ".join(
+                f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()
+            )
+            raise SpecificationError(f"the specification {name}: {wrong}") from error
+        except tomllib.TOMLDecodeError as error:
             raise SpecificationError(f"the specification {name}: {error}") from error
         self.name = name
         self.meaning = told.meaning
@@ -330,9 +335,9 @@ class Specification:
                 for number, text in {**STANDARD_FORMATS, **told.fields}.items()
             }
             self._places = {key: _Place(text) for key, text in told.answers.items()}
-            self._codes = {**NETWORK_CODES, **{c: ResponseCode[n] for c, n in told.codes.items()}}
+            self._codes = {**NETWORK_CODES, **{c: _response(n) for c, n in told.codes.items()}}
             self._check(told)
-        except (SpecificationError, KeyError) as error:
+        except SpecificationError as error:
             raise SpecificationError(f"the specification {name}: {error}") from error
         self._codec = self._pyiso8583(told.encoding)
         for key, one in (*self.messages.items(), *self.network.items()):
@@ -506,6 +511,14 @@ class Specification:
             if match is not None:
                 values |= match.groupdict()
         return values
+
+
+def _response(name: str) -> ResponseCode:
+    """Raises SpecificationError."""
+    try:
+        return ResponseCode[name]
+    except KeyError:
+        raise SpecificationError(f"there is no response code {name!r}") from None
 
 
 def _pattern(text: str) -> str:
