@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from gateway.connectors.adyen import answers
 from gateway.connectors.adyen.connector import KEY_VALIDITY_S, NO_RETURN_URL, widest
+from gateway.connectors.base import Unusable
+from gateway.connectors.http import Response
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
     AdviceAction,
@@ -543,3 +546,9 @@ async def test_reversal_goes_to_the_payment_that_is_known_without_asking(psp: Ad
     )
     assert len(psp.double.requests) == 2
     assert await psp.held_minor(request.reference) == 0
+
+
+@pytest.mark.parametrize("type_", ["{}", "[]", "1", '"internal"', "null"])
+def test_refusal_of_no_known_type_settles_nothing(type_: str) -> None:
+    with pytest.raises(Unusable):
+        answers.rejected(Response(422, f'{{"errorType": {type_}}}'.encode()))

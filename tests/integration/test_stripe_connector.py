@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from gateway.connectors.stripe import answers
 from gateway.connectors.stripe.connector import API_VERSION, KEY_VALIDITY_S
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
@@ -23,6 +24,8 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
 )
+from gateway.routing.cascade import Next
+from gateway.routing.cascade import after as cascade_after
 from tests.connector_conformance import (
     found_of,
     is_doubt,
@@ -96,6 +99,12 @@ async def test_decline_tells_code_advice_and_the_networks_code(
     assert (outcome.connector_code, outcome.advice_action) == (code, action)
     assert outcome.advice_scheme == "stripe"
     assert (outcome.network_code, outcome.network_code_scheme) == ("51", "visa")
+
+
+def test_decline_code_that_is_advice_ends_a_cascade() -> None:
+    for code, follows in (("do_not_try_again", Next.NOTHING), ("do_not_honor", Next.REATTEMPT)):
+        error = {"code": "card_declined", "decline_code": code}
+        assert cascade_after(answers.declined(error, "pi_1")) is follows
 
 
 async def test_verification_is_declined_as_an_authorization_is(psp: StripePsp) -> None:

@@ -248,7 +248,8 @@ def modification(
 def rejected(response: Response) -> ConnectorAnswer:
     """Adyen refuses the request as it stands. Raises Unusable for what does not say so."""
     told = read(response)
-    if response.status not in _REFUSING or told.get("errorType") not in _REFUSING_TYPES:
+    type_ = values.text(told.get("errorType"))
+    if response.status not in _REFUSING or type_ not in _REFUSING_TYPES:
         raise Unusable
     outcome = Outcome(
         response_code=ResponseCode.REJECTED_BY_CONNECTOR,

@@ -319,6 +319,9 @@ def declined(error: Mapping[str, Any], transaction_id: str) -> ConnectorAnswer:
 def _advise(outcome: Outcome, error: Mapping[str, Any], brand: str) -> None:
     """The network's own advice where it is known, otherwise what Stripe makes of it."""
     advice = values.text(error.get("advice_code"))
+    decline_code = values.text(error.get("decline_code"))
+    if not advice and decline_code in codes.ADVISING:
+        advice = decline_code
     known = schemes.advise(outcome, brand, values.text(error.get("network_advice_code")))
     if not known and advice:
         outcome.advice_action = codes.ADVICE.get(advice, AdviceAction.UNSPECIFIED)

@@ -77,6 +77,8 @@ ADVICE: Final[Mapping[str, AdviceAction]] = MappingProxyType(
     }
 )
 """`advice_code`."""
+ADVISING: Final = frozenset({"do_not_try_again"})
+"""Decline codes that are advice by themselves, where no other is told."""
 
 AVS: Final[Mapping[tuple[str, str], AvsResult]] = MappingProxyType(
     {
