@@ -116,7 +116,10 @@ async def test_reversal_survives_a_killed_gateway_and_is_sent_until_the_host_ans
                         STATE.OPERATION_STATE_CANCELED, idempotency_key=key
                     )
                 reference = f"{canceled.operation.operation_id}-1"
-                assert of_reference(way, reference) == ["0200", "0420", "0420", "0420"]
+                sale, *repeated = of_reference(way, reference)
+                # A machine that stands still for a while has one more sent.
+                assert (sale, set(repeated)) == ("0200", {"0420"})
+                assert len(repeated) >= 3
                 lost, *reversals = [m for m in way.seen if m.get("48") == reference]
                 identity = identity_of(reference, "alphanumeric")
                 assert (lost["11"], lost["7"]) == (identity.stan, identity.time)
@@ -132,7 +135,7 @@ async def test_reversal_survives_a_killed_gateway_and_is_sent_until_the_host_ans
 async def test_what_a_host_answers_late_twice_or_with_another_amount_is_a_fact(
     postgres: PostgresForTests, redis: EmbeddedRedis, tmp_path: Path
 ) -> None:
-    name = specification_in(tmp_path, answer_timeout_s=0.3)
+    name = specification_in(tmp_path, answer_timeout_s=2)
     async with scripted_host(name) as (host, address):
         query = urlencode({"specification": name, "mode": "test"})
         with running_system(
