@@ -91,12 +91,14 @@ DECLINED = payment_pb2.OPERATION_STATE_DECLINED
 PROFILES: Final = ("idempotent", "non_idempotent")
 
 
-def _system(postgres: PostgresForTests, redis: EmbeddedRedis, profile: str) -> Any:
+def _system(
+    postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, answer_timeout_s: float = 1
+) -> Any:
     return running_system(
         postgres,
         redis,
         profile=profile,
-        simulator_answer_timeout_s=1,
+        simulator_answer_timeout_s=answer_timeout_s,
         recover_margin_s=0.2,
         trusted_front=True,
     )
@@ -400,7 +402,8 @@ async def test_a_success_found_after_a_void_of_an_authorization_in_flight_is_tak
     tokens = VOIDED_IN_FLIGHT[:answered]
     # Held by its own nature, until the gateway has gone.
     late = [] if profile == "no_query" else ["tok_success_late"]
-    with _system(postgres, redis, profile) as system:
+    # The voids have to come while it is waited for.
+    with _system(postgres, redis, profile, answer_timeout_s=4) as system:
         gateway = system.start_gateway(transport=transport)
         async with calling(gateway, system.shop.api_key) as caller:
             client = Client(caller)
