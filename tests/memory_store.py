@@ -270,7 +270,9 @@ class MemoryStore:
                 check_after_s = change.recover_after_s
         row = self.doubts.get(key)
         if check_after_s is None:
-            if row is not None and not row.has_unseen_evidence:
+            if row is not None and row.has_unseen_evidence:
+                row.cancel_begun = False
+            elif row is not None:
                 del self.doubts[key]
             return
         check_at = self.now + timedelta(seconds=check_after_s)

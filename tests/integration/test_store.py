@@ -700,6 +700,7 @@ async def test_evidence_of_an_earlier_attempt_leaves_the_new_ones_sender_its_tim
     await store.write_intent(intent)
     await store.expired(100)
     [lease] = await due(store)
+    assert await store.begin_cancel(lease.operation)
     assert await store.add_evidence(lease.operation, ANSWER)
     settled = outcome(lease.operation, lease.aggregate.payment, S.NOT_SENT)
     assert await store.write_change(settled) is Stored.WRITTEN
@@ -719,6 +720,7 @@ async def test_evidence_of_an_earlier_attempt_leaves_the_new_ones_sender_its_tim
     await store.postpone(present, NEVER_S)
     [lease] = await due(store)
     assert (lease.operation.attempt.number, lease.evidence) == (2, ANSWER)
+    assert not lease.cancel_begun
 
 
 async def test_an_operation_with_a_definite_outcome_is_leased_to_be_forgotten(

@@ -976,6 +976,29 @@ async def test_evidence_of_pending_does_not_keep_recovery_from_asking_later() ->
     assert gateway.store.by_key("a").state is S.DECLINED
 
 
+async def test_what_was_begun_to_be_cancelled_is_an_attempt_and_not_the_next_one() -> None:
+    gate = Gate()
+    unsent = Step(arrives=False, answer=UNSENT.answer, after=gate)
+    gateway = bench(CAPABLE, unsent, Step(decides=PENDING))
+    call = await paused(gateway, gate)
+    cancel = gateway.connector.cancel
+
+    async def cancel_while_the_sender_answers(
+        kind: OperationKind, reference: str, request: ConnectorRequest | None = None
+    ) -> ConnectorAnswer:
+        gate.opened.set()
+        await call
+        return await cancel(kind, reference, request)
+
+    gateway.connector.cancel = cancel_while_the_sender_answers  # type: ignore[method-assign]
+    await gateway.recovery.run_once()
+    assert gateway.store.by_key("a").state is S.NOT_SENT
+    assert b"PENDING" in (await gateway.payments.authorize(gateway.authorize())).response
+    await gateway.recover(rounds=2)
+    operation = gateway.store.by_key("a")
+    assert (operation.state, operation.attempt.number) == (S.PENDING, 2)
+
+
 async def test_evidence_of_a_success_does_not_outweigh_a_cancellation_after_it() -> None:
     gate = Gate()
     gateway = bench(CAPABLE, Step(after=gate))

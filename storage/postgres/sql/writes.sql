@@ -183,6 +183,18 @@ forgotten AS (
         AND doubt.operation_id = changed.operation_id
         AND changed.check_after_s IS NULL
         AND (doubt.evidence IS NULL OR doubt.evidence_leased)
+),
+kept AS (
+    -- For the evidence alone: what was begun to be cancelled has ended, and another attempt may begin.
+    UPDATE doubts AS doubt
+    SET cancel_begun = false
+    FROM changed
+    WHERE doubt.merchant_id = changed.merchant_id
+        AND doubt.operation_id = changed.operation_id
+        AND changed.check_after_s IS NULL
+        AND doubt.evidence IS NOT NULL
+        AND NOT doubt.evidence_leased
+        AND doubt.cancel_begun
 )
 SELECT array(SELECT operation_id FROM changed) AS changed;
 
