@@ -135,9 +135,14 @@ class Answer:
         return self.status == OK
 
     @property
+    def refuses(self) -> bool:
+        """Whether its status says that nothing was begun, with a reason or, wrongly, without."""
+        return not self.ok and self.status not in _UNKNOWN
+
+    @property
     def refused(self) -> bool:
-        """Whether it says that nothing was begun. Any other failure tells nothing."""
-        return not self.ok and bool(self.reason) and self.status not in _UNKNOWN
+        """Whether it says that nothing was begun, and why. Any other failure tells nothing."""
+        return self.refuses and bool(self.reason)
 
     @property
     def final(self) -> bool:

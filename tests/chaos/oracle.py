@@ -47,6 +47,22 @@ _EFFECTS: Final = {
 _MONEY_KINDS: Final = frozenset({"authorize", "capture", "refund", "increment"})
 """Kinds of request that move money, or hold more of it. Voids and reversals release it: recovery
 repeats those until the PSP confirms them."""
+_OPENING: Final = frozenset({K.AUTHORIZE, K.VERIFY})
+"""Kinds that begin a payment. Every other one of a client's is an intent on one that exists, which
+makes a version of it without an event."""
+_ACTS_ON: Final = {
+    "capture": frozenset({"authorization"}),
+    "increment": frozenset({"authorization"}),
+    "refund": frozenset({"capture", "charge"}),
+}
+"""What must have taken effect at the PSP before a request of a kind may be sent."""
+_OF_MONEY: Final = frozenset(
+    {
+        *(PaymentState.AUTHORIZED, PaymentState.PARTIALLY_CAPTURED, PaymentState.CAPTURED),
+        *(PaymentState.PARTIALLY_REFUNDED, PaymentState.REFUNDED, PaymentState.VOIDED),
+    }
+)
+"""A payment's states that follow from its amounts."""
 
 
 class Rule(enum.StrEnum):
@@ -77,7 +93,10 @@ class Rule(enum.StrEnum):
     CHARGE_IS_A_SUCCESS = "charge-is-a-success"
     """Each effect that stands at the PSP is that of an operation that succeeded."""
     INTENT_BEFORE_SEND = "intent-before-send"
-    """Whatever was sent to the PSP is an attempt that the database knows."""
+    """Whatever was sent to the PSP is an attempt that the database knows, and nothing else took
+    effect there."""
+    ACTS_ON_WHAT_IS_THERE = "acts-on-what-is-there"
+    """A capture, a refund or an increment is sent only after what it acts on took effect."""
     SENT_ONCE = "sent-once"
     """No attempt is sent again, but by the connector's declared idempotency."""
     RESTART_ONLY_WITHOUT_EFFECT = "restart-only-without-effect"
@@ -172,6 +191,12 @@ class _Books:
         self.of_payment: dict[str, list[Row]] = defaultdict(list)
         for row in history.operations:
             self.of_payment[row["payment_id"]].append(row)
+        self.told: dict[str, list[Row]] = defaultdict(list)
+        """The events of each payment, in their order."""
+        for event in sorted(
+            history.events, key=lambda each: (each["payment_version"], each["seq"])
+        ):
+            self.told[event["payment_id"]].append(event)
         self.unfinished = {row["payment_id"] for row in unresolved(history)}
         self.standings = [each for each in standing_charges(history.psp) if not each.reversed]
         self.authorizations = {
@@ -326,9 +351,12 @@ def _looks(books: _Books) -> Iterator[Violation]:
                     after.name,
                     f"a state that follows {PaymentState(each.payment_state).name}",
                 )
+            yield from _as_of_its_version(books, row, each)
         last = payment["version"]
+        others = (other["operation_id"] for other in books.of_payment[row["payment_id"]])
+        of_payment = [each for other in others for each in books.looks.get(other, ())]
         for later in sorted(looks, key=lambda each: -each.sent):
-            earlier = [each.version for each in looks if each.answered < later.sent]
+            earlier = [each.version for each in of_payment if each.answered < later.sent]
             if later.version > last or any(version > later.version for version in earlier):
                 yield Violation(
                     rule,
@@ -338,6 +366,26 @@ def _looks(books: _Books) -> Iterator[Violation]:
                     f" {last} is recorded",
                     "versions that grow",
                 )
+
+
+def _as_of_its_version(books: _Books, row: Row, look: Look) -> Iterator[Violation]:
+    """Operation and payment were told as the events up to the version told have them."""
+    state, payment_state = int(S.PROCESSING), int(PaymentState.PROCESSING)
+    for event in books.told[row["payment_id"]]:
+        if event["payment_version"] > look.version:
+            break
+        payment_state = event["payment_state"]
+        if event["operation_id"] == look.operation_id:
+            state = event["operation_state"]
+    if (look.state, look.payment_state) != (state, payment_state):
+        yield Violation(
+            Rule.STATE_IS_REACHABLE,
+            row["payment_id"],
+            row["operation_id"],
+            f"{S(look.state).name} and {PaymentState(look.payment_state).name} were told with"
+            f" version {look.version}",
+            f"{S(state).name} and {PaymentState(payment_state).name}, as its events say",
+        )
 
 
 def _unreachable(rule: Rule, row: Row, steps: Iterable[tuple[int, int]]) -> Iterator[Violation]:
@@ -425,7 +473,8 @@ def _refusals(books: _Books) -> Iterator[Violation]:
             call = books.calls[key]
             # A void by an authorization's key may be the first to arrive.
             early = call.kind is K.VOID and not call.payment_id and each.status == "NOT_FOUND"
-            if each.refused and each.status != "FAILED_PRECONDITION" and not early:
+            named = each.refused and (each.status == "FAILED_PRECONDITION" or early)
+            if each.refuses and not named:
                 yield Violation(
                     rule,
                     call.payment_id,
@@ -542,6 +591,17 @@ def _success(books: _Books, row: Row, found: list[Record]) -> Iterator[Violation
             for each in books.effects[row["parent_operation_id"] or ""]
             if each["effect"] == "charge"
         ]
+    else:
+        present = f"{row['operation_id']}-{row['attempt_number']}"
+        for each in found:
+            if each["reference"] != present:
+                yield Violation(
+                    Rule.SUCCESS_IS_CHARGED,
+                    row["payment_id"],
+                    row["operation_id"],
+                    f"the effect of {each['reference']}",
+                    f"that of the attempt which succeeded, {present}",
+                )
     effects = [(each["amount_minor"], each["currency"], books.paid_by(each)) for each in found]
     if effects != [(row["amount_minor"], row["currency"], row["payment_id"])]:
         yield Violation(
@@ -560,15 +620,21 @@ def _sends(books: _Books) -> Iterator[Violation]:
     over: dict[str, bool] = {}
     """Whether all that came under a reference has ended without effect, and nothing can come."""
     standing: dict[str, Record] = {}
+    done: dict[str, set[str]] = defaultdict(set)
+    """What ever took effect, by payment."""
     for record in books.history.psp:
         _enter_effect(standing, record)
         reference = record.get("reference", "")
         if record["type"] in ("effect", "outcome") and _is_of_money(record):
             yield from _took_effect(record, references)
             over[reference] = _is_over(record)
+            if record["type"] == "effect" and "takes_back" not in record:
+                done[record["payment_id"]].add(record["effect"])
+                yield from _was_sent(record, sends.get(reference, []))
         if record["type"] != "received" or record["method"] != "send":
             continue
         if record["kind"] in _MONEY_KINDS:
+            yield from _has_ground(record, done[record["payment_id"]])
             if not sends[reference]:
                 yield from _restarted(record, standing, references, over)
             references[_operation_of(reference)].add(reference)
@@ -590,6 +656,31 @@ def _sends(books: _Books) -> Iterator[Violation]:
                     f"at {row.get('connector_account_id')}",
                     f"at {authorized_at}, where the payment was authorized",
                 )
+
+
+def _was_sent(record: Record, sends: list[Record]) -> Iterator[Violation]:
+    reference = record["reference"]
+    accounts = {each.get("account") for each in sends}
+    if not sends or ("account" in sends[0] and record["account"] not in accounts):
+        yield Violation(
+            Rule.INTENT_BEFORE_SEND,
+            record["payment_id"],
+            _operation_of(reference),
+            f"{record['effect']} of {reference}, which nobody sent to {record['account']}",
+            "an effect of what was sent",
+        )
+
+
+def _has_ground(record: Record, done: set[str]) -> Iterator[Violation]:
+    wanted = _ACTS_ON.get(record["kind"], frozenset())
+    if wanted and not wanted & done:
+        yield Violation(
+            Rule.ACTS_ON_WHAT_IS_THERE,
+            record["payment_id"],
+            _operation_of(record["reference"]),
+            f"{record['reference']} was sent before any {' or '.join(sorted(wanted))}",
+            "sent after it",
+        )
 
 
 def _is_of_money(record: Record) -> bool:
@@ -747,6 +838,15 @@ def _customers(books: _Books) -> Iterator[Violation]:
             yield Violation(
                 rule, row["payment_id"], row["operation_id"], "EXPIRED", "ended at the PSP"
             )
+        references = {f"{row['operation_id']}-{n + 1}" for n in range(row["attempt_number"])}
+        if row["state"] == S.DECLINED and not references & ended:
+            yield Violation(
+                Rule.STATE_IS_REACHABLE,
+                row["payment_id"],
+                row["operation_id"],
+                "DECLINED",
+                "declined by a PSP, which none did",
+            )
 
 
 def _discrepancies(books: _Books) -> Iterator[Violation]:
@@ -809,6 +909,8 @@ def _amounts(books: _Books) -> Iterator[Violation]:
                 f"requested_minor {payment['requested_minor']}",
                 f"{opening} by its authorization",
             )
+        yield from _parents(books, payment_id)
+        yield from _voids(books, payment)
         for row in books.of_payment[payment_id]:
             if row["currency"] != payment["currency"]:
                 yield Violation(
@@ -835,6 +937,48 @@ def _amounts(books: _Books) -> Iterator[Violation]:
                     f"{expected} by its operations",
                 )
         yield from _bounds(Rule.AMOUNTS_ADD_UP, payment_id, payment)
+
+
+def _parents(books: _Books, payment_id: str) -> Iterator[Violation]:
+    """Each operation acts on one of its own payment, a refund on a capture."""
+    for row in books.of_payment[payment_id]:
+        if row["kind"] in _OPENING:
+            continue
+        parent = books.operations.get(row["parent_operation_id"] or "")
+        of_it = parent is not None and parent["payment_id"] == payment_id
+        if (
+            parent is None
+            or not of_it
+            or (row["kind"] == K.REFUND)
+            != (parent["kind"] == K.CAPTURE and row["origin"] == OperationOrigin.CLIENT)
+        ):
+            yield Violation(
+                Rule.AMOUNTS_ADD_UP,
+                payment_id,
+                row["operation_id"],
+                f"a {K(row['kind']).name} on {row['parent_operation_id']}",
+                "on its payment's authorization, a refund on a capture of it",
+            )
+
+
+def _voids(books: _Books, payment: Row) -> Iterator[Violation]:
+    """What was voided is not held any more."""
+    payment_id = payment["payment_id"]
+    rows = books.of_payment[payment_id]
+    authorized = any(row["kind"] in _OPENING and row["state"] == S.SUCCEEDED for row in rows)
+    held = payment["authorized_minor"] - payment["captured_minor"] - payment["voided_minor"]
+    if payment_id in books.unfinished or not authorized or not held:
+        return
+    for row in rows:
+        own = row["origin"] == OperationOrigin.CLIENT
+        if row["kind"] == K.VOID and row["state"] == S.SUCCEEDED and own:
+            yield Violation(
+                Rule.SUCCESS_IS_CHARGED,
+                payment_id,
+                row["operation_id"],
+                f"a VOID that succeeded, and {held} are held",
+                "nothing",
+            )
 
 
 def _bounds(rule: Rule, payment_id: str, sums: Row) -> Iterator[Violation]:
@@ -896,16 +1040,20 @@ def _unfinished(books: _Books) -> Iterator[Violation]:
             )
 
 
-def _paths(books: _Books) -> Iterator[Violation]:
-    """The events tell a path of the tables that ends in what the rows say."""
+def _events(books: _Books) -> Iterator[Violation]:
+    """Each event is one of its payment's, and has its number for itself."""
     rule = Rule.STATE_IS_REACHABLE
-    of_payment: dict[str, list[Row]] = defaultdict(list)
-    of_operation: dict[str, list[int]] = defaultdict(lambda: [S.PROCESSING])
-    for event in sorted(
-        books.history.events, key=lambda each: (each["payment_version"], each["seq"])
-    ):
-        of_payment[event["payment_id"]].append(event)
-        of_operation[event["operation_id"]].append(event["operation_state"])
+    for event in books.history.events:
+        operation_id = event["operation_id"]
+        row = books.operations.get(operation_id, {"payment_id": "none"})
+        if row["payment_id"] != event["payment_id"]:
+            yield Violation(
+                rule,
+                event["payment_id"],
+                operation_id,
+                f"an event of an operation of {row['payment_id']}",
+                "of the payment's own",
+            )
     for (payment_id, version, seq), count in Counter(
         (each["payment_id"], each["payment_version"], each["seq"]) for each in books.history.events
     ).items():
@@ -913,21 +1061,41 @@ def _paths(books: _Books) -> Iterator[Violation]:
             yield Violation(
                 rule, payment_id, "", f"{count} events of version {version}, {seq}", "one"
             )
+
+
+def _paths_of_operations(books: _Books) -> Iterator[Violation]:
+    """The events tell a path of the table that ends in what the row says."""
+    rule = Rule.STATE_IS_REACHABLE
+    of_operation: dict[str, list[int]] = defaultdict(lambda: [S.PROCESSING])
+    for event in (each for path in books.told.values() for each in path):
+        of_operation[event["operation_id"]].append(event["operation_state"])
     for operation_id, row in books.operations.items():
-        if row["state"] != S.PROCESSING:
-            # A new attempt has no event of its own, so the row may be PROCESSING after NOT_SENT.
-            last = of_operation[operation_id][-1]
-            if last != row["state"]:
-                yield Violation(
-                    rule,
-                    row["payment_id"],
-                    operation_id,
-                    S(row["state"]).name,
-                    f"{S(last).name}, as the last event says",
-                )
+        last = of_operation[operation_id][-1]
+        if last != row["state"]:
+            yield Violation(
+                rule,
+                row["payment_id"],
+                operation_id,
+                S(row["state"]).name,
+                f"{S(last).name}, as the last event says",
+            )
         yield from _unreachable(rule, row, pairwise(of_operation[operation_id]))
+        # What comes with a charge has the number of that attempt.
+        if row["origin"] == OperationOrigin.CLIENT and row["epoch"] < row["attempt_number"]:
+            yield Violation(
+                rule,
+                row["payment_id"],
+                operation_id,
+                f"attempt {row['attempt_number']} in epoch {row['epoch']}",
+                "an epoch for each attempt",
+            )
+
+
+def _paths_of_payments(books: _Books) -> Iterator[Violation]:
+    """The same of payments; every change but an intent is told."""
+    rule = Rule.STATE_IS_REACHABLE
     for payment_id, payment in books.payments.items():
-        path = of_payment[payment_id]
+        path = books.told[payment_id]
         states = [int(PaymentState.PROCESSING), *(each["payment_state"] for each in path)]
         for before, after in dict.fromkeys(pairwise([*states, payment["state"]])):
             if PaymentState(after) not in reachable_payment_states(PaymentState(before)):
@@ -938,11 +1106,32 @@ def _paths(books: _Books) -> Iterator[Violation]:
                     PaymentState(after).name,
                     f"a state that follows {PaymentState(before).name}",
                 )
+        if states[-1] != payment["state"]:
+            yield Violation(
+                rule,
+                payment_id,
+                "",
+                PaymentState(payment["state"]).name,
+                f"{PaymentState(states[-1]).name}, as the last event says",
+            )
         yield from _told_amounts(books, payment, path)
         latest = path[-1]["payment_version"] if path else 0
         if payment_id not in books.unfinished and latest != payment["version"]:
             yield Violation(
                 rule, payment_id, "", f"the last event is of version {latest}", payment["version"]
+            )
+        intents = sum(
+            row["origin"] == OperationOrigin.CLIENT and row["kind"] not in _OPENING
+            for row in books.of_payment[payment_id]
+        )
+        changes = len({each["payment_version"] for each in path})
+        if payment["version"] != 1 + intents + changes:
+            yield Violation(
+                rule,
+                payment_id,
+                "",
+                f"{changes} changes were told, with version {payment['version']}",
+                f"{payment['version'] - 1 - intents}: all but {intents} intents",
             )
 
 
@@ -950,6 +1139,11 @@ def _told_amounts(books: _Books, payment: Row, path: Sequence[Row]) -> Iterator[
     """What events tell of amounts: the last one what is recorded, each what the operation has."""
     rule = Rule.AMOUNTS_ADD_UP
     payment_id = payment["payment_id"]
+    for event in path:
+        if "amounts" in event:
+            yield from _bounds(rule, payment_id, event["amounts"])
+            yield from _fits(payment_id, event["payment_state"], event["amounts"])
+    yield from _fits(payment_id, payment["state"], payment)
     if path and payment_id not in books.unfinished and "amounts" in path[-1]:
         told = path[-1]["amounts"]
         differing = {
@@ -980,12 +1174,35 @@ def _told_amounts(books: _Books, payment: Row, path: Sequence[Row]) -> Iterator[
             )
 
 
+def _fits(payment_id: str, state: int, amounts: Row) -> Iterator[Violation]:
+    """The state of a payment whose authorization succeeded is that of its amounts."""
+    authorized, captured = amounts["authorized_minor"], amounts["captured_minor"]
+    if amounts["refunded_minor"]:
+        whole = amounts["refunded_minor"] >= captured
+        expected = PaymentState.REFUNDED if whole else PaymentState.PARTIALLY_REFUNDED
+    elif captured:
+        whole = captured >= authorized
+        expected = PaymentState.CAPTURED if whole else PaymentState.PARTIALLY_CAPTURED
+    else:
+        expected = PaymentState.VOIDED if amounts["voided_minor"] else PaymentState.AUTHORIZED
+    if state in _OF_MONEY and state != expected:
+        yield Violation(
+            Rule.AMOUNTS_ADD_UP,
+            payment_id,
+            "",
+            PaymentState(state).name,
+            f"{expected.name}, by its amounts",
+        )
+
+
 _CHECKS: Final[tuple[Callable[[_Books], Iterator[Violation]], ...]] = (
     _broken,  # first: it may be why the others find something
     _acknowledged,
     _told_states,
     _looks,
-    _paths,
+    _events,
+    _paths_of_operations,
+    _paths_of_payments,
     _replays,
     _keys,
     _misuses,

@@ -715,6 +715,22 @@ async def test_a_late_answer_reverses_nothing_that_the_psp_told_to_have_taken_ba
     assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
 
 
+async def test_a_late_approval_of_what_the_psp_told_as_declined_is_reversed() -> None:
+    answering = Gate()
+    gateway = bench(Step(after=answering), capabilities=TELLING)
+    call = asyncio.ensure_future(gateway.payments.authorize(gateway.authorize()))
+    await answering.reached.wait()
+    [operation] = gateway.store.operations.values()
+    gateway.connector.asks.append(NO_ANSWER)
+    await gateway.recover()
+    await gateway.tell(gateway.told(N.AUTHORIZATION, DECLINED, reference=operation.reference))
+    await gateway.recover()
+    assert only(gateway, operation.payment_id, K.AUTHORIZE).state is S.DECLINED
+    answering.opened.set()
+    await call
+    assert only(gateway, operation.payment_id, K.REVERSAL).note == operation.reference
+
+
 async def test_a_success_told_is_reversed_whatever_the_first_answer_was() -> None:
     gateway = bench(UNSENT, capabilities=TELLING)
     payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id

@@ -617,7 +617,11 @@ def _broken_policy(error: Exception) -> Failure:
     raise RuntimeError("the policy is broken")
 
 
-@pytest.mark.parametrize("flush", [_too_few, _cancelled_within])
+async def _too_many(rows: Sequence[int]) -> Sequence[int]:
+    return [0, *rows]
+
+
+@pytest.mark.parametrize("flush", [_too_few, _too_many, _cancelled_within])
 @pytest.mark.parametrize("policy", [classify, _broken_policy])
 def test_broken_flush_or_policy_leaves_nobody_waiting(
     flush: Callable[[Sequence[int]], Awaitable[Sequence[int]]],

@@ -409,6 +409,7 @@ async def test_no_attempt_is_begun_that_the_callers_deadline_leaves_no_time_for(
     gateway.seen.then = pass_the_time
     await gateway.payments.authorize(command)
     assert (gateway.operation().state, gateway.sent()) == (S.DECLINED, ["a"])
+    assert gateway.operation().attempt.number == 1
 
 
 async def test_a_void_during_the_first_attempt_ends_the_cascade() -> None:

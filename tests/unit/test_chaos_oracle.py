@@ -10,7 +10,7 @@ import pytest
 from gateway.domain.model import OperationKind as K
 from gateway.domain.model import OperationOrigin, PaymentState
 from gateway.domain.model import OperationState as S
-from tests.chaos.history import AMOUNTS, OK, Answer, Call, History, Look
+from tests.chaos.history import AMOUNTS, OK, OPEN, Answer, Call, History, Look
 from tests.chaos.oracle import Rule, judge, unresolved
 
 if TYPE_CHECKING:
@@ -62,9 +62,26 @@ class Book:
     def payment(self, payment_id: str = "pay_1") -> dict[str, Any]:
         return next(each for each in self.history.payments if each["payment_id"] == payment_id)
 
-    def begin(self, key: str, kind: K, amount_minor: int, payment_id: str = "pay_1") -> None:
-        """A call and its intent."""
-        named = "" if kind is K.AUTHORIZE else payment_id
+    def begin(
+        self,
+        key: str,
+        kind: K,
+        amount_minor: int,
+        payment_id: str = "pay_1",
+        origin: OperationOrigin = OperationOrigin.CLIENT,
+    ) -> None:
+        """A call and its intent; one of the gateway's own begins with another's outcome."""
+        named, parent = "", None
+        if kind is not K.AUTHORIZE:
+            named = payment_id
+            on = K.CAPTURE if kind is K.REFUND else K.AUTHORIZE
+            parent = next(
+                each["operation_id"]
+                for each in self.history.operations
+                if (each["payment_id"], each["kind"]) == (payment_id, on)
+            )
+            if origin is OperationOrigin.CLIENT:
+                self.payment(payment_id)["version"] += 1
         self.history.calls.append(Call(key, kind, named, amount_minor))
         self.history.operations.append(
             {
@@ -72,13 +89,13 @@ class Book:
                 "payment_id": payment_id,
                 "idempotency_key": key,
                 "kind": kind,
-                "origin": OperationOrigin.CLIENT,
+                "origin": origin,
                 "state": S.PROCESSING,
                 "amount_minor": amount_minor,
                 "currency": "EUR",
                 "epoch": 1,
                 "attempt_number": 1,
-                "parent_operation_id": None,
+                "parent_operation_id": parent,
                 "digest": "",
             }
         )
@@ -205,12 +222,19 @@ class Book:
             }
         )
 
+    def try_again(self, key: str) -> None:
+        """The next attempt, with its event."""
+        row = self.row(key)
+        row["epoch"] += 1
+        row["attempt_number"] += 1
+        self.end(key, S.PROCESSING, PaymentState.PROCESSING)
+
     def end(self, key: str, state: S, payment_state: PaymentState, **amounts: int) -> None:
         """The outcome, with its event."""
         row = self.row(key)
         payment = self.payment(row["payment_id"])
         row["state"] = state
-        if state not in (S.NOT_SENT, S.IN_DOUBT):
+        if state not in OPEN:
             row["digest"] = f"{key} {state.name}"
         payment["state"] = payment_state
         payment["version"] += 1
@@ -253,6 +277,7 @@ def good() -> Book:
 
     book.begin("d", K.AUTHORIZE, 700, "pay_2")
     book.send("d")
+    book.decide("d", "declined")
     book.end("d", S.DECLINED, PaymentState.DECLINED)
     book.tell("d", S.DECLINED)
 
@@ -263,7 +288,7 @@ def good() -> Book:
     book.tell("n", S.IN_DOUBT)
     book.cancel(3)
     book.end("n", S.NOT_SENT, PaymentState.NOT_SENT)
-    book.row("n")["attempt_number"] = 2
+    book.try_again("n")
     book.send("n", 2)
     book.take_effect("n", 2)
     book.end("n", S.SUCCEEDED, PaymentState.AUTHORIZED, authorized=500)
@@ -329,7 +354,7 @@ def sent_on() -> Book:
         book.row(key)["connector_account_id"] = "two"
         book.at(1.0, "one").send(key)
         book.decide(key, "declined")
-        book.row(key)["attempt_number"] = 2
+        book.try_again(key)
         book.at(2.0, "two").send(key, 2)
         book.decide(key, "requires_action", 2, next_action_expires_at=10.0)
         book.end(key, S.REQUIRES_ACTION, PaymentState.REQUIRES_ACTION)
@@ -347,16 +372,19 @@ def sent_on() -> Book:
     return book
 
 
-def release_in_doubt(profile: str, kind: K = K.VOID) -> Book:
+def release_in_doubt(
+    profile: str, kind: K = K.VOID, origin: OperationOrigin = OperationOrigin.GATEWAY
+) -> Book:
     """The gateway's own void of what a cancelled capture gave back, whose answer was lost."""
     book = Book(profile)
     book.begin("a", K.AUTHORIZE, 1000)
     book.succeed("a", PaymentState.AUTHORIZED, authorized=1000)
-    book.begin("v", kind, 400)
+    book.begin("v", kind, 400, origin=origin)
     book.send("v")
     book.end("v", S.IN_DOUBT, PaymentState.AUTHORIZED)
-    book.row("v").update(origin=OperationOrigin.GATEWAY, idempotency_key=None)
-    book.history.calls.pop()
+    if origin is OperationOrigin.GATEWAY:
+        book.row("v")["idempotency_key"] = None
+        book.history.calls.pop()
     return book
 
 
@@ -368,9 +396,7 @@ def test_only_a_release_that_the_psp_cannot_tell_of_may_stay_in_doubt() -> None:
         release_in_doubt("cancel_only", K.REVERSAL),
     ):
         assert [each.rule for each in judge(other.history)] == [Rule.NOTHING_UNFINISHED]
-    client = release_in_doubt("cancel_only")
-    client.history.operations[-1].update(origin=OperationOrigin.CLIENT, idempotency_key="v")
-    client.history.calls.append(Call("v", K.VOID, "pay_1", 400))
+    client = release_in_doubt("cancel_only", origin=OperationOrigin.CLIENT)
     client.tell("v", S.IN_DOUBT)
     assert [each.rule for each in judge(client.history)] == [Rule.NOTHING_UNFINISHED]
 
@@ -695,6 +721,103 @@ def _take_effect_after_the_next_attempt(book: Book) -> None:
     book.cancel(-1)
 
 
+def _void_nothing(book: Book) -> None:
+    book.begin("w", K.VOID, 500, "pay_3")
+    book.send("w")
+    book.end("w", S.SUCCEEDED, PaymentState.AUTHORIZED)
+    book.tell("w", S.SUCCEEDED)
+
+
+def _tell_of_too_much_on_the_way(book: Book) -> None:
+    book.history.events[0]["amounts"] = book.history.events[0]["amounts"] | {"captured_minor": 5000}
+
+
+def _tell_of_an_operation_that_is_not_there(book: Book) -> None:
+    book.history.events.append(book.history.events[0] | {"operation_id": "op_9", "seq": 1})
+
+
+def _tell_of_a_payment_that_is_not_there(book: Book) -> None:
+    book.history.events.append(
+        book.history.events[0] | {"payment_id": "pay_9", "operation_id": "op_9"}
+    )
+
+
+def _record_what_no_event_told(book: Book) -> None:
+    book.payment("pay_2")["state"] = PaymentState.FAILED
+
+
+def _call_it_captured_in_part(book: Book) -> None:
+    """Row and event agree, and the amounts say that nothing is captured."""
+    book.payment("pay_3")["state"] = PaymentState.PARTIALLY_CAPTURED
+    event = next(each for each in reversed(book.history.events) if each["payment_id"] == "pay_3")
+    event["payment_state"] = PaymentState.PARTIALLY_CAPTURED
+
+
+def _lose_an_event_on_the_way(book: Book) -> None:
+    """The states before and after it follow each other all the same."""
+    doubt = next(e for e in book.history.events if e["operation_state"] == S.IN_DOUBT)
+    book.history.events.remove(doubt)
+
+
+def _decline_what_no_psp_declined(book: Book) -> None:
+    book.history.psp = [each for each in book.history.psp if each["reference"] != "op_d-1"]
+
+
+def _try_again_in_the_same_epoch(book: Book) -> None:
+    book.row("n")["epoch"] = 1
+
+
+def _succeed_by_another_attempt(book: Book) -> None:
+    for each in book.history.psp:
+        if each["reference"] == "op_a-1":
+            each["reference"] = "op_a-2"
+    book.row("a").update(attempt_number=3, epoch=3)
+
+
+def _do_what_nobody_sent(book: Book) -> None:
+    sent = next(each for each in book.history.psp if each["reference"] == "op_c-1")
+    book.history.psp.remove(sent)
+
+
+def _capture_before_it_is_authorized(book: Book) -> None:
+    sent = next(each for each in book.history.psp if each["reference"] == "op_c-1")
+    book.history.psp.remove(sent)
+    book.history.psp.insert(0, sent)
+
+
+def _capture_what_was_declined(book: Book) -> None:
+    book.begin("x", K.CAPTURE, 700, "pay_2")
+    book.send("x")
+    book.decide("x", "declined")
+    book.end("x", S.DECLINED, PaymentState.DECLINED)
+    book.tell("x", S.DECLINED)
+
+
+def _refuse_without_a_reason(book: Book) -> None:
+    book.history.answers.insert(0, Answer("a", 0, 0, "PERMISSION_DENIED"))
+
+
+def _capture_of_another_payment(book: Book) -> None:
+    book.row("c")["parent_operation_id"] = "op_d"
+
+
+def _refund_a_refund(book: Book) -> None:
+    book.row("r")["parent_operation_id"] = "op_r"
+
+
+def _look_at_an_older_version_by_another_operation(book: Book) -> None:
+    book.look("c")
+    book.look("a")
+    book.history.looks[1] = replace(
+        book.history.looks[1], version=2, payment_state=PaymentState.AUTHORIZED
+    )
+
+
+def _look_at_what_no_event_told(book: Book) -> None:
+    book.look("a")
+    book.history.looks[0] = replace(book.history.looks[0], payment_state=PaymentState.AUTHORIZED)
+
+
 BAD: Final[dict[Callable[[Book], None], Rule]] = {
     _lose_the_row: Rule.ACKNOWLEDGED_IS_DURABLE,
     _lose_the_payment: Rule.ACKNOWLEDGED_IS_DURABLE,
@@ -761,6 +884,24 @@ BAD: Final[dict[Callable[[Book], None], Rule]] = {
     _do_a_clients_work_unasked: Rule.ONE_OPERATION_A_CALL,
     _restart_beside_an_open_one: Rule.RESTART_ONLY_WITHOUT_EFFECT,
     _take_effect_after_the_next_attempt: Rule.RESTART_ONLY_WITHOUT_EFFECT,
+    _void_nothing: Rule.SUCCESS_IS_CHARGED,
+    _tell_of_too_much_on_the_way: Rule.AMOUNTS_ADD_UP,
+    _tell_of_an_operation_that_is_not_there: Rule.STATE_IS_REACHABLE,
+    _tell_of_a_payment_that_is_not_there: Rule.STATE_IS_REACHABLE,
+    _record_what_no_event_told: Rule.STATE_IS_REACHABLE,
+    _call_it_captured_in_part: Rule.AMOUNTS_ADD_UP,
+    _lose_an_event_on_the_way: Rule.STATE_IS_REACHABLE,
+    _decline_what_no_psp_declined: Rule.STATE_IS_REACHABLE,
+    _try_again_in_the_same_epoch: Rule.STATE_IS_REACHABLE,
+    _succeed_by_another_attempt: Rule.SUCCESS_IS_CHARGED,
+    _do_what_nobody_sent: Rule.INTENT_BEFORE_SEND,
+    _capture_before_it_is_authorized: Rule.ACTS_ON_WHAT_IS_THERE,
+    _capture_what_was_declined: Rule.ACTS_ON_WHAT_IS_THERE,
+    _refuse_without_a_reason: Rule.REFUSED_HAS_NO_EFFECT,
+    _capture_of_another_payment: Rule.AMOUNTS_ADD_UP,
+    _refund_a_refund: Rule.AMOUNTS_ADD_UP,
+    _look_at_an_older_version_by_another_operation: Rule.STATE_IS_REACHABLE,
+    _look_at_what_no_event_told: Rule.STATE_IS_REACHABLE,
 }
 
 
@@ -837,6 +978,16 @@ def _reverse_what_never_succeeded(book: Book) -> None:
     book.history.discrepancies = [{"operation_id": "op_x", "kind": "late_success"}]
 
 
+def _take_effect_at_another_account(book: Book) -> None:
+    _effect(book, 0)["account"] = "one"
+
+
+def _look_at_a_success_of_what_waits(book: Book) -> None:
+    """Operation and payment are not of one moment."""
+    looks = book.history.looks
+    looks[2] = replace(looks[2], payment_state=PaymentState.REQUIRES_ACTION)
+
+
 BAD_REDIRECTS: Final[dict[Callable[[Book], None], Rule]] = {
     _send_to_another_account: Rule.ATTEMPT_AT_ITS_ACCOUNT,
     _send_to_two_accounts: Rule.ATTEMPT_AT_ITS_ACCOUNT,
@@ -854,6 +1005,8 @@ BAD_REDIRECTS: Final[dict[Callable[[Book], None], Rule]] = {
     _contradict_without_a_refusal: Rule.DISCREPANCY_HAS_A_CAUSE,
     _reverse_what_never_succeeded: Rule.DISCREPANCY_HAS_A_CAUSE,
     _report_what_nobody_did: Rule.DISCREPANCY_HAS_A_CAUSE,
+    _take_effect_at_another_account: Rule.INTENT_BEFORE_SEND,
+    _look_at_a_success_of_what_waits: Rule.STATE_IS_REACHABLE,
 }
 
 

@@ -142,6 +142,28 @@ async def test_payment_is_authorized_captured_and_refunded() -> None:
     assert gateway.store.doubts == {}
 
 
+async def test_the_psp_is_told_which_capture_is_the_last_one() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, "c1", 60))
+    await gateway.payments.capture(gateway.capture(payment_id, "c2", 30, final=True))
+    assert [sent.final for sent in gateway.connector.sent] == [False, False, True]
+
+
+async def test_an_increment_is_on_top_of_what_the_psp_says_is_authorized() -> None:
+    gateway = bench(CAPABLE, Step(decides=answered(Verdict.APPROVED, 120)))
+    payment_id = await gateway.authorized(100)
+    await gateway.payments.increment(gateway.increment(payment_id, 10))
+    assert gateway.connector.sent[-1].authorized_minor == 120
+
+
+async def test_a_claim_goes_back_where_a_repeat_may_be_answered_otherwise() -> None:
+    gateway = bench(CAPABLE, LOST)
+    await gateway.payments.authorize(gateway.authorize())
+    assert gateway.store.by_key("a").state is S.IN_DOUBT
+    assert gateway.claims.claims == {}
+
+
 async def test_intent_is_durable_before_the_psp_is_asked() -> None:
     gate = Gate()
     gateway = bench(CAPABLE, Step(before=gate))
@@ -449,10 +471,13 @@ async def test_concurrent_repeats_of_what_was_not_sent_send_once(kind: str, redi
     assert len({answer.response for answer in answers}) == 1
 
 
-async def test_repeat_that_a_quicker_repeat_leaves_no_room_is_answered_with_its_outcome() -> None:
+@pytest.mark.parametrize("amount_minor", [None, 30], ids=["no room left", "room left"])
+async def test_repeat_that_a_quicker_repeat_overtakes_is_answered_with_its_outcome(
+    amount_minor: int | None,
+) -> None:
     gateway = bench(CAPABLE, Step(), UNSENT)
     payment_id = await gateway.authorized()
-    await gateway.payments.capture(gateway.capture(payment_id))
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=amount_minor))
     gateway.claims.claims[MERCHANT, "c"] = b"somebody else's"
     gate, loads = Gate(), 0
 
@@ -464,9 +489,10 @@ async def test_repeat_that_a_quicker_repeat_leaves_no_room_is_answered_with_its_
             await gate.wait()
 
     gateway.store.before = hold_the_first_load
-    slow = in_background(gateway.payments.capture(gateway.capture(payment_id)))
+    again = gateway.capture(payment_id, amount_minor=amount_minor)
+    slow = in_background(gateway.payments.capture(again))
     await gate.reached.wait()
-    quick = await gateway.payments.capture(gateway.capture(payment_id))
+    quick = await gateway.payments.capture(replace(again, request_id="quick"))
     gate.opened.set()
     assert (await slow).response == quick.response
     assert len(gateway.connector.standing(K.CAPTURE)) == 1
@@ -1126,7 +1152,10 @@ async def test_late_refusal_of_what_a_person_took_for_done_is_recorded_at_once(
     assert found is not None
     decision = Resolution(1, DoubtOutcome.TOOK_EFFECT, "tx-1", None, "seen", "key_1")
     answer = answer_of_person(operation, decision)
-    assert await gateway.payments.outcomes.resolve(found, answer, decision) is not None
+    resolved = await gateway.payments.outcomes.resolve(found, answer, decision)
+    assert resolved is not None
+    # So a recoverer that is still asking has lost the operation.
+    assert resolved.operation.epoch == operation.epoch + 1
     gate.opened.set()
     await call
     await gateway.recover()
@@ -1183,6 +1212,22 @@ async def test_reversal_that_the_psp_accepted_waits_for_its_outcome_and_is_not_s
     [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
     assert reversal.state is S.PENDING
     assert len(gateway.connector.asks) == 1
+
+
+async def test_reversal_is_open_while_the_psp_says_that_the_charge_stands() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate, arrives=False, answer=APPROVED))
+    call = await paused(gateway, gate)
+    await gateway.recovery.run_once()
+    gate.opened.set()
+    payment_id = (await call).payment_id
+    gateway.connector.asks.append(APPROVED)
+    await gateway.recover()
+    [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
+    assert reversal.state is S.IN_DOUBT
+    await gateway.recover()
+    [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
+    assert reversal.state is S.SUCCEEDED
 
 
 async def test_late_success_of_the_first_attempt_leaves_the_second_one_alone() -> None:
@@ -1354,12 +1399,30 @@ async def test_declined_authorization_leaves_nothing_to_void() -> None:
     assert gateway.store.of_payment(payment_id).payment.state is P.DECLINED
 
 
-async def test_void_by_an_unknown_key_is_not_found() -> None:
+@pytest.mark.parametrize("key", ["nobody", "c"], ids=["unknown", "a capture's"])
+async def test_void_by_a_key_of_no_authorization_is_not_found(key: str) -> None:
     gateway = bench()
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=60))
     await refused(
-        Reason.PAYMENT_NOT_FOUND,
-        gateway.payments.void(gateway.void(None, authorize_key="nobody")),
+        Reason.PAYMENT_NOT_FOUND, gateway.payments.void(gateway.void(None, authorize_key=key))
     )
+
+
+@pytest.mark.parametrize("told", [PENDING, APPROVED], ids=["to be taken back", "stands"])
+async def test_void_of_a_charge_in_flight_waits_until_the_psp_has_taken_it_back(
+    told: ConnectorAnswer,
+) -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    payment_id = await void_in_flight(gateway, gate, AUTOMATIC)
+    gateway.connector.asks.append(told)
+    await gateway.recover()
+    [capture] = operations_of(gateway, payment_id, K.CAPTURE)
+    assert (gateway.store.by_key("v").state, capture.state) == (S.PENDING, S.SUCCEEDED)
+    await gateway.recover()
+    [capture] = operations_of(gateway, payment_id, K.CAPTURE)
+    assert (gateway.store.by_key("v").state, capture.state) == (S.SUCCEEDED, S.FAILED)
 
 
 # --- voids in doubt -------------------------------------------------------------------------------
