@@ -607,6 +607,8 @@ class ScriptedConnector:
         self.sent: list[ConnectorRequest] = []
         """What the PSP received."""
         self.queried: list[str] = []
+        self.asked_with: list[ConnectorRequest | None] = []
+        """What queries and cancellations were asked with."""
         self.canceled: set[str] = set()
         self.effects: dict[str, Effect] = {}
 
@@ -657,6 +659,7 @@ class ScriptedConnector:
     ) -> ConnectorAnswer | None:
         """See the port."""
         assert self.capabilities.query_by_reference
+        self.asked_with.append(request)
         await asyncio.sleep(0)
         self.queried.append(reference)
         if self.asks:
@@ -671,6 +674,7 @@ class ScriptedConnector:
     ) -> ConnectorAnswer:
         """See the port."""
         assert self.capabilities.cancel_by_reference
+        self.asked_with.append(request)
         await asyncio.sleep(0)
         if self.asks:
             told = self.asks.popleft()

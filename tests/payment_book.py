@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gateway.domain import decisions
 from gateway.domain.decisions import Begun, Origin, Settled
 from gateway.domain.model import Aggregate, CaptureMethod, Mode
+from gateway.domain.states import PAYMENT_TRANSITIONS
 
 if TYPE_CHECKING:
     from gateway.domain.model import Operation, Payment
@@ -65,7 +66,9 @@ class PaymentBook:
         return begun.operation.operation_id
 
     def enter_settled(self, settled: Settled) -> None:
-        """Take over an outcome, and what came with it."""
+        """Take over an outcome, and what came with it, by the table of the payment's states."""
+        before, after = self.payment.state, settled.payment.state
+        assert after is before or after in PAYMENT_TRANSITIONS[before], (before, after)
         changed = settled.operation
         operations = [
             changed if operation.operation_id == changed.operation_id else operation

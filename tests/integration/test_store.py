@@ -35,6 +35,7 @@ from gateway.domain.model import (
     Verdict,
     Voucher,
 )
+from gateway.domain.states import UNFINISHED
 from storage.postgres import (
     Accounts,
     LaneLimits,
@@ -46,7 +47,7 @@ from storage.postgres import (
     open_reader,
 )
 from storage.postgres.pool import ConnectionSettings, connect
-from storage.postgres.queries import queries
+from storage.postgres.queries import queries, query
 from storage.postgres.store import DIRECT, FOLLOW_UPS, INTENTS, READS
 from tests.servers import fetch, postgres_server
 from tests.store_data import (
@@ -655,6 +656,27 @@ async def test_two_recoverers_share_what_is_due(
     assert {lease.operation.epoch for lease in leases} == {2}
 
 
+@pytest.mark.parametrize("since", ["leased", "put off"])
+async def test_what_another_recoverer_has_had_since_it_was_found_due_is_not_leased(
+    store: PostgresStore, other_store: PostgresStore, since: str
+) -> None:
+    """Both found it due, and the second one got the payment's lock when the first let go."""
+    await store.write_intent(authorize(recover_after_s=-1))
+    await store.expired(100)
+    [first] = await due(other_store)
+    if since == "put off":
+        await other_store.postpone(first.operation, NEVER_S)
+    leased = await store._direct.fetch(
+        query("recovery", "lease"),
+        merchant_id=[first.operation.merchant_id],
+        operation_id=[first.operation.operation_id],
+        lease_s=NEVER_S,
+        unfinished=sorted(UNFINISHED),
+    )
+    assert leased == []
+    assert (await stored(store, first.operation))[0].epoch == first.operation.epoch
+
+
 async def test_a_doubt_is_looked_at_when_it_is_due(store: PostgresStore) -> None:
     intent = authorize()
     await store.write_intent(intent)
@@ -785,11 +807,11 @@ async def test_evidence_that_comes_after_the_lease_is_not_lost(
     [lease] = await due(store, lease_s=0)
     assert await store.add_evidence(lease.operation, ANSWER)
     operation, payment = lease.operation, lease.aggregate.payment
-    if ending == "change":
+    if ending in ("change", "forget"):
         change = outcome(operation, payment, S.NOT_SENT)
         assert await store.write_change(change) is Stored.WRITTEN
-    elif ending == "forget":
-        await store.forget(operation)
+        if ending == "forget":
+            await store.forget(operation)
     elif ending == "postpone":
         await store.postpone(operation, NEVER_S)
     else:

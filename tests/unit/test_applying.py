@@ -333,17 +333,36 @@ async def test_a_charge_that_has_ended_since_is_not_reversed_for_its_capture() -
     assert len(gateway.store.operations) == 1
 
 
-async def test_the_reversal_of_an_earlier_attempt_ends_when_that_is_gone() -> None:
+async def test_that_an_earlier_attempt_is_gone_is_no_answer_to_a_void_of_the_present_one() -> None:
     gateway = bench(capabilities=TELLING)
     payment_id = await followed(gateway, CaptureMethod.MANUAL)
     earlier = only(gateway, payment_id, K.AUTHORIZE).operation_id + "-1"
-    gateway.connector.asks.append(replace(PENDING, connector_transaction_id="tx-reversal"))
+    gateway.connector.steps.append(LOST)
+    await gateway.payments.void(gateway.void(payment_id))
+    assert only(gateway, payment_id, K.VOID).state is S.IN_DOUBT
+    [applied] = await gateway.tell(
+        gateway.told(N.VOID, APPROVED, payment_reference=earlier), recover=False
+    )
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+
+
+@pytest.mark.parametrize("second", [APPROVED, PENDING], ids=["succeeded", "is under way"])
+async def test_the_reversal_of_an_earlier_attempt_ends_when_that_is_gone(
+    second: ConnectorAnswer,
+) -> None:
+    gateway = bench(Step(decides=second), capabilities=TELLING)
+    payment_id = await followed(gateway, CaptureMethod.MANUAL)
+    state = only(gateway, payment_id, K.AUTHORIZE).state
+    earlier = only(gateway, payment_id, K.AUTHORIZE).operation_id + "-1"
+    accepted = replace(PENDING, connector_transaction_id="tx-reversal")
+    gateway.connector.asks.extend([accepted] * 4)
     await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=earlier))
     await gateway.recover()
     assert only(gateway, payment_id, K.REVERSAL).state is S.PENDING
     await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=earlier))
     assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
-    assert only(gateway, payment_id, K.AUTHORIZE).state is S.SUCCEEDED
+    assert only(gateway, payment_id, K.AUTHORIZE).state is state
     assert not payment_of(gateway, payment_id).voided_minor
 
 
@@ -454,6 +473,30 @@ async def test_an_old_success_of_what_was_cancelled_is_not_reversed_where_the_ps
     assert applied is not None
     assert applied.result is Result.NO_NEWS
     assert [each.kind for each in gateway.store.operations.values()] == [K.AUTHORIZE]
+
+
+@pytest.mark.parametrize("answer", [None, NO_ANSWER], ids=["not found", "no answer"])
+async def test_a_success_of_what_is_over_waits_until_the_psp_can_say_whether_it_stands(
+    answer: ConnectorAnswer | None,
+) -> None:
+    gateway = bench(UNSENT)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    gateway.connector.asks.append(answer)
+    told = gateway.told(N.AUTHORIZATION, APPROVED, reference=reference)
+    [applied] = await gateway.tell(told, recover=False)
+    assert applied is None
+    assert len(gateway.store.operations) == 1
+
+
+async def test_what_ended_by_time_at_the_psp_is_no_return_of_a_capture() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.CAPTURE).reference
+    [applied] = await gateway.tell(gateway.told(N.CAPTURE, EXPIRED, reference=reference))
+    assert applied is not None
+    assert applied.result is Result.RECORDED
+    assert only(gateway, payment_id, K.CAPTURE).state is S.SUCCEEDED
 
 
 async def test_what_contradicts_a_success_is_shown_to_a_person_and_changes_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -145,6 +146,19 @@ def test_payment_shows_what_became_of_its_authorization(
     book = Book().authorized(answer)
     assert (book.authorization.state, book.payment.state) == (operation, payment)
     assert book.payment.version == 2
+
+
+def test_what_a_later_answer_does_not_say_is_as_it_was_told_before() -> None:
+    accepted = replace(
+        says(Verdict.PENDING), connector_transaction_id="tx-1", processing_ms=7, outcome=Outcome()
+    )
+    book = Book()
+    book.settle("op_1", accepted)
+    book.settle("op_1", ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED))
+    attempt = book.authorization.attempt
+    assert (attempt.connector_transaction_id, attempt.processing_ms) == ("tx-1", 7)
+    assert attempt.outcome is not None
+    assert book.payment.connector_transaction_id == "tx-1"
 
 
 def test_answer_that_the_table_does_not_allow_changes_nothing() -> None:
@@ -535,6 +549,16 @@ def test_late_increment_of_a_closed_payment_is_released_and_reported(how: str) -
     assert book.discrepancies() == ["late_increment"]
     with pytest.raises(GatewayError):
         book.capture(1)
+
+
+def test_late_increment_beside_a_last_capture_is_released_with_that_ones_rest() -> None:
+    book = Book().authorized()
+    increment = book.settle(book.increment(50), DOUBT)
+    capture = book.capture(30, final=True)
+    book.settle(increment, YES)
+    assert (book.payment.capture_pending_minor, book.payment.voided_minor) == (30, 0)
+    book.settle(capture, YES)
+    assert (book.payment.captured_minor, book.payment.voided_minor) == (30, 120)
 
 
 def test_late_increment_does_not_revive_an_expired_payment() -> None:

@@ -498,6 +498,21 @@ async def test_repeat_that_a_quicker_repeat_overtakes_is_answered_with_its_outco
     assert len(gateway.connector.standing(K.CAPTURE)) == 1
 
 
+async def test_repeat_of_a_refund_is_of_the_captures_that_are_left_now() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, "c1", 60))
+    await gateway.payments.capture(gateway.capture(payment_id, "c2", 40))
+    gateway.connector.steps.append(UNSENT)
+    await gateway.payments.refund(gateway.refund(payment_id, "r1", 30))
+    await gateway.payments.refund(gateway.refund(payment_id, "r2", 60))
+    await gateway.payments.refund(gateway.refund(payment_id, "r1", 30))
+    refund, capture = gateway.store.by_key("r1"), gateway.store.by_key("c2")
+    assert (refund.state, refund.attempt.number) == (S.SUCCEEDED, 2)
+    assert refund.allocations == ((capture.operation_id, 30),)
+    assert refund.parent_operation_id == capture.operation_id
+
+
 async def test_deadline_that_is_too_near_costs_no_intent_and_no_read() -> None:
     gateway = bench()
     deadline = time.monotonic() + LIMITS.min_send_budget_s / 2
@@ -1113,6 +1128,26 @@ async def test_release_waits_for_the_final_capture_and_is_dropped_where_that_has
         assert gateway.store.by_key("c3").state is S.SUCCEEDED
 
 
+async def test_release_waits_for_the_reversal_that_gives_the_hold_back() -> None:
+    gate = Gate()
+    gateway = bench(CANCEL_ONLY, Step(), Step(after=gate, arrives=False, answer=APPROVED))
+    payment_id = await gateway.authorized()
+    call = in_background(gateway.payments.capture(gateway.capture(payment_id, "c1", 30)))
+    await gate.reached.wait()
+    await gateway.recover()
+    await gateway.payments.capture(gateway.capture(payment_id, "c2", 40, final=True))
+    gate.opened.set()
+    await call
+    gateway.connector.asks.append(NO_ANSWER)
+    await gateway.recover()
+    [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
+    [release] = operations_of(gateway, payment_id, K.VOID)
+    assert (reversal.state, release.state) == (S.IN_DOUBT, S.PENDING)
+    assert gateway.connector.standing(K.VOID) == []
+    await gateway.recover(rounds=3)
+    assert gateway.connector.standing(K.VOID) == [release.reference]
+
+
 async def test_refusal_of_an_attempt_is_no_contradiction_of_the_repeat_that_succeeded() -> None:
     gate = Gate()
     gateway = bench(CAPABLE, Step(before=gate, arrives=False, answer=NOT_SENT))
@@ -1263,6 +1298,33 @@ async def test_first_caller_who_is_told_what_a_repeat_has_executed_is_told_a_rep
     late = await call
     assert (late.response, again.replayed, late.replayed) == (again.response, False, True)
     assert late.first_request_id == gateway.store.by_key("a").request_id
+
+
+async def test_the_second_attempt_is_not_asked_for_by_the_first_ones_id() -> None:
+    first, second = Gate(), Gate()
+    told = replace(APPROVED, connector_transaction_id="tx-first")
+    gateway = bench(
+        CAPABLE, Step(after=first, arrives=False, answer=told), replace(LOST, after=second)
+    )
+    call = await paused(gateway, first)
+    [lease] = await take_over(gateway)
+    gone = await gateway.connector.cancel(K.AUTHORIZE, lease.operation.reference)
+    first.opened.set()
+    await call  # its answer is evidence now
+    await gateway.payments.outcomes.write(lease.operation, lease.aggregate.payment, gone)
+    again = in_background(gateway.payments.authorize(gateway.authorize()))
+    await second.reached.wait()
+    gateway.connector.asked_with.clear()
+    await gateway.recover()
+    second.opened.set()
+    await again
+    operation = gateway.store.by_key("a")
+    ids = {
+        each.target_transaction_id
+        for each in gateway.connector.asked_with
+        if each is not None and each.reference == operation.reference
+    }
+    assert ids == {""}
 
 
 @pytest.mark.parametrize("told", [APPROVED, DECLINED])
