@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
@@ -14,7 +14,13 @@ import asyncpg
 import pytest
 
 from gateway.application.accounts import parse_key
-from gateway.application.ports import Companion, ListFilter, Stored, StoreUnavailable
+from gateway.application.ports import (
+    Companion,
+    ListFilter,
+    Resolution,
+    Stored,
+    StoreUnavailable,
+)
 from gateway.domain import ids
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
@@ -22,6 +28,7 @@ from gateway.domain.model import (
     ConnectorAnswer,
     Delivery,
     Discrepancy,
+    DoubtOutcome,
     Mode,
     NextAction,
     Operation,
@@ -155,16 +162,18 @@ def test_every_field_of_a_payment_that_can_change_is_tried_above(dsn: str) -> No
         assert (f"payment_{name}" if name in renamed else name) in columns
 
 
+BROUGHT_ALONG = (
+    *("operations", "outbox", "doubts"),
+    *("superseded_attempts", "discrepancies", "resolutions"),
+)
+"""Tables in which a change may write rows."""
+
+
 def told_by(companion: Operation) -> Companion:
     return Companion(companion, ids.new_event_id(), "companion.began", b"event")
 
 
-async def test_all_that_a_change_brings_along_is_written_with_it(
-    store: PostgresStore, dsn: str
-) -> None:
-    intent = authorize()
-    await store.write_intent(intent)
-    operation, payment = await stored(store, intent.operation)
+def with_all_that_it_may_bring_along(operation: Operation, payment: Payment) -> Change:
     first = Attempt(1, "simulator", "acct_1", Delivery.ANSWERED, "ch_0", OUTCOME, 1.5)
     companion = operation.copy_with(
         operation_id=ids.new_operation_id(),
@@ -174,9 +183,10 @@ async def test_all_that_a_change_brings_along_is_written_with_it(
         fingerprint=None,
         parent_operation_id=operation.operation_id,
     )
-    change = outcome(
+    return outcome(
         operation,
         payment,
+        check_after_s=5.0,
         changed_operation={
             "superseded_attempts": (first,),
             "attempt": Attempt(2, "simulator", "acct_1"),
@@ -187,7 +197,17 @@ async def test_all_that_a_change_brings_along_is_written_with_it(
                 MERCHANT, payment.payment_id, operation.operation_id, "captured_amount", "1", "2"
             )
         ],
+        resolution=Resolution(2, DoubtOutcome.TOOK_EFFECT, "ch_1", None, "seen", "key_1"),
     )
+
+
+async def test_all_that_a_change_brings_along_is_written_with_it(
+    store: PostgresStore, dsn: str
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    change = with_all_that_it_may_bring_along(*await stored(store, intent.operation))
+    payment, companion = change.payment, change.companions[0].operation
     assert await store.write_change(change) is Stored.WRITTEN
     aggregate = await store.load(MERCHANT, payment.payment_id)
     assert aggregate is not None
@@ -195,7 +215,7 @@ async def test_all_that_a_change_brings_along_is_written_with_it(
     again, begun = aggregate.operations
     assert again == change.operation
     assert begun == companion.copy_with(created_at=begun.created_at, updated_at=begun.updated_at)
-    assert count(dsn, "discrepancies") == 1
+    assert [count(dsn, table) for table in BROUGHT_ALONG] == [2, 2, 1, 1, 1, 1]
     events = fetch(
         dsn, "SELECT payment_version, seq, event_id, event_type, payload FROM outbox ORDER BY seq"
     )
@@ -264,17 +284,19 @@ async def test_merchants_do_not_share_keys(store: PostgresStore) -> None:
     ],
     ids=["version", "epoch", "state"],
 )
-@pytest.mark.parametrize("check_after_s", [None, 5.0], ids=["plain", "with doubt"])
+@pytest.mark.parametrize(
+    "make", [outcome, with_all_that_it_may_bring_along], ids=["plain", "with more"]
+)
 async def test_a_change_from_something_else_than_what_is_there_writes_nothing(
-    store: PostgresStore, dsn: str, stale: dict[str, Any], check_after_s: float | None
+    store: PostgresStore, dsn: str, stale: dict[str, Any], make: Callable[..., Change]
 ) -> None:
     intent = authorize()
     await store.write_intent(intent)
     before = await stored(store, intent.operation)
-    change = replace(outcome(*before, check_after_s=check_after_s), **stale)
+    change = replace(make(*before), **stale)
     assert await store.write_change(change) is Stored.CONFLICT
     assert await stored(store, intent.operation) == before
-    assert (count(dsn, "outbox"), count(dsn, "doubts")) == (0, 0)
+    assert [count(dsn, table) for table in BROUGHT_ALONG] == [1, 0, 0, 0, 0, 0]
 
 
 async def test_a_follow_up_from_an_earlier_version_writes_nothing(
