@@ -51,6 +51,9 @@ FIRST_SEEDS: Final = {
     "expiry-by-our-own-clock": 44,
     "accepted-as-done": 244,
     "cascade-keeps-the-payments-account": 8,
+    "doubts-are-not-told": 5,
+    "answer-frozen-anew": 1,
+    "answer-cached-that-lost": 22,
 }
 """With which history each is hunted first: one that was seen to catch it."""
 QUICK_MAX: Final = 100

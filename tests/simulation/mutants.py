@@ -16,13 +16,13 @@ from gateway.application.applying import Applier, _NotYet
 from gateway.application.notifications import Applied, Result
 from gateway.application.ports import IntentResult, Stored
 from gateway.application.recovery import Recovery
-from gateway.application.usecases import Payments, connector_request
+from gateway.application.usecases import Outcomes, Payments, connector_request
 from gateway.connectors.simulator.connector import SimulatorConnector
 from gateway.domain import decisions
 from gateway.domain.errors import Reason
 from gateway.domain.model import ConnectorAnswer, Delivery, OperationKind, OperationState
 from gateway.domain.model import Verdict as PspVerdict
-from gateway.domain.states import Event
+from gateway.domain.states import FROZEN, Event
 from gateway.routing import cascade
 from storage.redis.claims import Claims
 from tests.memory_store import MemoryStore
@@ -107,6 +107,8 @@ _insert = MemoryStore._insert
 _write_intent = SimulatedStore.write_intent
 _write_change = SimulatedStore.write_change
 _found = MemoryStore._found
+_told = Database._told
+_commit = Outcomes._commit
 
 
 def _doubt(answer: ConnectorAnswer) -> bool:
@@ -484,3 +486,40 @@ def _cascade_keeps_the_payments_account() -> _Patches:
         return begun
 
     return [patch.object(decisions, "cascade", mutated)]
+
+
+@_mutant
+def _doubts_are_not_told() -> _Patches:
+    """the outbox gets no row for an operation that is in doubt"""
+
+    def mutated(self: Database, change: Change) -> None:
+        if change.operation.state is not OperationState.IN_DOUBT:
+            _told(self, change)
+
+    return [patch.object(Database, "_told", mutated)]
+
+
+@_mutant
+def _answer_frozen_anew() -> _Patches:
+    """a change after the first answer freezes another one"""
+
+    async def mutated(self: Outcomes, before: Operation, payment: Payment, settled: Any) -> Stored:
+        if settled.operation.state in FROZEN:
+            settled.operation.response = None
+        return await _commit(self, before, payment, settled)
+
+    return [patch.object(Outcomes, "_commit", mutated)]
+
+
+@_mutant
+def _answer_cached_that_lost() -> _Patches:
+    """an answer is cached though its change lost the comparison"""
+
+    async def mutated(self: Outcomes, before: Operation, payment: Payment, settled: Any) -> Stored:
+        generation = None if self._claims is None else self._claims.generation
+        stored = await _commit(self, before, payment, settled)
+        if stored is Stored.CONFLICT:
+            usecases._cache(self._claims, settled.operation, generation)
+        return stored
+
+    return [patch.object(Outcomes, "_commit", mutated)]

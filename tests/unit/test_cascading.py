@@ -219,6 +219,7 @@ async def refused(call: Coroutine[Any, Any, object]) -> GatewayError:
         (ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.SEND_WINDOW_PASSED), Next.NOTHING),
         (ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.DEADLINE_TOO_SHORT), Next.NOTHING),
         (ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT), Next.NOTHING),
+        (replace(declined(), delivery=Delivery.MAY_HAVE_BEEN_SENT), Next.NOTHING),
         (ConnectorAnswer(Delivery.ANSWERED), Next.NOTHING),
         (answered(Verdict.APPROVED), Next.NOTHING),
         (answered(Verdict.PENDING), Next.NOTHING),
