@@ -715,6 +715,16 @@ async def test_a_doubt_is_looked_at_when_it_is_due(store: PostgresStore) -> None
     assert age_s > 0
 
 
+async def test_evidence_makes_a_doubt_due_at_once(store: PostgresStore) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    change = outcome(intent.operation, intent.payment, S.IN_DOUBT, check_after_s=NEVER_S)
+    await store.write_change(change)
+    assert await store.add_evidence(change.operation, ANSWER)
+    [lease] = await due(store)
+    assert lease.evidence == ANSWER
+
+
 async def test_a_new_attempt_of_an_old_operation_has_its_recovery_too(
     store: PostgresStore, dsn: str
 ) -> None:
