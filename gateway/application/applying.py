@@ -49,6 +49,7 @@ from gateway.domain.model import (
     OperationOrigin,
     OperationState,
     Outcome,
+    Payment,
     Verdict,
 )
 from gateway.domain.states import Event
@@ -364,8 +365,7 @@ class Applier:
             await self._outcomes.bounce(operation, answer)
             return Applied(Result.APPLIED)
         if states.next_state(operation.kind, operation.state, event) is not None:
-            await self._outcomes.write(operation, found.payment, answer)
-            return Applied(Result.APPLIED)
+            return await self._expired(operation, found.payment, answer)
         if operation.kind in (K.VOID, K.REVERSAL):
             return _NO_NEWS  # of several sendings, all but one are refused
         await self._outcomes.contradict(operation, answer)
@@ -527,9 +527,21 @@ class Applier:
         if not stands or reversals:
             return _NO_NEWS
         if expired:
-            await self._outcomes.write(authorization, payment, answer)
-            return Applied(Result.APPLIED)
+            return await self._expired(authorization, payment, answer)
         return await self._voided_elsewhere(aggregate, done)
+
+    async def _expired(
+        self, authorization: Operation, payment: Payment, answer: ConnectorAnswer
+    ) -> Applied:
+        """What is left of an authorization has expired.
+
+        A capture under way may open the payment again when it fails, as one that was to be the
+        last: the end is written after it.
+        """
+        if payment.capture_pending_minor:
+            raise _NotYet("a capture of it is under way")
+        await self._outcomes.write(authorization, payment, answer)
+        return Applied(Result.APPLIED)
 
     async def _voided_elsewhere(self, aggregate: Aggregate, answer: ConnectorAnswer) -> Applied:
         payment = aggregate.payment

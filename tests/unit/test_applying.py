@@ -489,6 +489,30 @@ async def test_a_success_of_what_is_over_waits_until_the_psp_can_say_whether_it_
     assert len(gateway.store.operations) == 1
 
 
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("by_reference", [True, False])
+async def test_an_authorization_expires_when_what_is_being_captured_is_settled(
+    final: bool, by_reference: bool
+) -> None:
+    gateway = bench(Step(), Step(decides=PENDING), capabilities=MUTE)
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=30, final=final))
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    if by_reference:
+        expired = gateway.told(N.AUTHORIZATION, EXPIRED, reference=reference)
+    else:
+        expired = gateway.told(N.VOID, EXPIRED, payment_reference=reference)
+    [applied] = await gateway.tell(expired)
+    assert applied is None
+    waits = next(iter(gateway.notifications.pending))
+    capture = only(gateway, payment_id, K.CAPTURE).reference
+    await gateway.tell(gateway.told(N.CAPTURE, DECLINED, reference=capture))
+    gateway.notifications.pending[waits] = 0
+    await gateway.applier.run_once()
+    payment = payment_of(gateway, payment_id)
+    assert (payment.state, payment.capture_closed) == (PaymentState.EXPIRED, True)
+
+
 async def test_what_ended_by_time_at_the_psp_is_no_return_of_a_capture() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
