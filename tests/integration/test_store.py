@@ -272,6 +272,20 @@ async def test_merchants_do_not_share_keys(store: PostgresStore) -> None:
         assert found.operation.operation_id == intent.operation.operation_id
 
 
+async def test_reads_that_share_a_round_trip_each_get_their_own_answer(
+    store: PostgresStore,
+) -> None:
+    intents = [authorize() for _ in range(5)]
+    await asyncio.gather(*(store.write_intent(intent) for intent in intents))
+    asked = [*intents[:3], authorize(), *intents[3:]]  # one is not there
+    loaded = await asyncio.gather(
+        *(store.load(each.payment.merchant_id, each.payment.payment_id) for each in asked)
+    )
+    found = [each and each.payment.payment_id for each in loaded]
+    expected = [each.payment.payment_id if each in intents else None for each in asked]
+    assert found == expected
+
+
 # --- compare and set ---
 
 
