@@ -301,9 +301,7 @@ class Recovery:
             return None  # a notification tells
         # Without a query, taken back as a whole it is void whatever an earlier sending did.
         blind = not (payment.captured_minor or capabilities.query_by_reference)
-        if (charged and payment.captured_minor) or (
-            capabilities.cancel_by_reference and (charged or blind)
-        ):
+        if charged or (capabilities.cancel_by_reference and blind):
             return await self._take_back(lease, authorization, connector)
         return await self._repeat_void(lease, connector)
 

@@ -1411,6 +1411,42 @@ async def test_void_of_a_manual_authorization_in_flight_is_sent_when_it_has_succ
     assert [sent.kind for sent in gateway.connector.sent] == [K.AUTHORIZE, K.VOID]
 
 
+async def die_between_the_bounce_and_the_voids_outcome(gateway: Bench) -> None:
+    """A recoverer that takes a charge back bounces its capture first."""
+    written = 0
+
+    async def die(method: str) -> None:
+        nonlocal written
+        await asyncio.sleep(0)
+        written += method == "write_change"
+        if method == "write_change" and written == 2:
+            raise StoreUnavailable("killed")
+
+    gateway.store.before = die
+    gateway.store.advance(LONG_S)
+    await gateway.recovery.run_once()
+    assert gateway.store.by_key("v").state is S.PENDING
+    gateway.counts.failures = 0
+
+
+async def test_a_charge_that_was_reversed_is_not_voided_after_that() -> None:
+    """The PSP would refuse it, and the void would have failed though nothing stands."""
+    gate = Gate()
+    gateway = bench(replace(CAPABLE, cancel_by_reference=False), Step(before=gate))
+    await void_in_flight(gateway, gate, AUTOMATIC)
+    await die_between_the_bounce_and_the_voids_outcome(gateway)
+    await gateway.recover()
+    void = gateway.store.by_key("v")
+    assert void.state is S.SUCCEEDED
+    asked_with = [
+        each.kind
+        for each in gateway.connector.asked_with
+        if each is not None and each.reference == void.reference
+    ]
+    assert asked_with == [K.REVERSAL, K.REVERSAL]
+    assert [sent.kind for sent in gateway.connector.sent] == [K.AUTHORIZE, K.REVERSAL]
+
+
 @pytest.mark.parametrize("dies", [False, True])
 async def test_void_of_an_automatic_authorization_in_flight_takes_the_charge_back(
     dies: bool,
@@ -1419,21 +1455,7 @@ async def test_void_of_an_automatic_authorization_in_flight_takes_the_charge_bac
     gateway = bench(CAPABLE, Step(before=gate))
     payment_id = await void_in_flight(gateway, gate, AUTOMATIC)
     if dies:
-        # The recoverer dies between the bounce of the capture and the void's own outcome.
-        written = 0
-
-        async def die(method: str) -> None:
-            nonlocal written
-            await asyncio.sleep(0)
-            written += method == "write_change"
-            if method == "write_change" and written == 2:
-                raise StoreUnavailable("killed")
-
-        gateway.store.before = die
-        gateway.store.advance(LONG_S)
-        await gateway.recovery.run_once()
-        assert gateway.store.by_key("v").state is S.PENDING
-        gateway.counts.failures = 0
+        await die_between_the_bounce_and_the_voids_outcome(gateway)
     await gateway.recover()
     payment = gateway.store.of_payment(payment_id).payment
     assert (payment.state, payment.captured_minor, payment.voided_minor) == (P.VOIDED, 0, 100)
