@@ -108,8 +108,10 @@ class Clients:
         self._order = itertools.count(1)
         self._keys = itertools.count(1)
         self._requests: dict[str, _Request] = {}
-        self.told: set[str] = set()
-        """Operations that a client has been told of."""
+        self.told: dict[str, str] = {}
+        """Operations that a client has been told of, with their payments."""
+        self.versions: dict[str, int] = {}
+        """The latest version of each payment that a client has been told."""
 
     async def shop(self, payments: int) -> None:
         """So many payments, some at once."""
@@ -205,10 +207,14 @@ class Clients:
         looked = await self._look(number, operation_id, TRY_TIMEOUT_S)
         if looked is None:
             return None
-        self.told.add(operation_id)
         look = Look(operation_id, sent, next(self._order), *map(int, looked))
+        self._hear(operation_id, self.told[operation_id], look.version)
         self._history.looks.append(look)
         return look
+
+    def _hear(self, operation_id: str, payment_id: str, version: int) -> None:
+        self.told[operation_id] = payment_id
+        self.versions[payment_id] = max(version, self.versions.get(payment_id, 0))
 
     async def _customer(self, page: str) -> None:
         """Acts on a PSP's page: soon, late, twice, or never."""
@@ -330,7 +336,8 @@ class Clients:
             reason = "" if status in _REPEATABLE else reason
             return Answer(call.key, sent, next(self._order), status, reason.partition(" ")[0])
         response: Any = RESPONSES[call.kind].FromString(data)
-        self.told.add(response.operation.operation_id)
+        payment = response.payment
+        self._hear(response.operation.operation_id, payment.payment_id, payment.version)
         page = response.operation.next_action.redirect_url
         if self._visit is not None and page.startswith(PAGES) and page not in self._customers:
             self._customers[page] = asyncio.create_task(self._customer(page))

@@ -463,7 +463,11 @@ class World:
                 return
             event = payment_pb2.PaymentEvent.FromString(database.outbox[-1].payload)
             operation_id = event.operation.operation_id
-            if operation_id in self.clients.told or operation_id.encode() not in response:
+            payment, clients = event.payment, self.clients
+            if operation_id in clients.told or operation_id.encode() not in response:
+                return
+            # Nor was its payment shown as it is by then, with another operation.
+            if payment.version <= clients.versions.get(payment.payment_id, 0):
                 return
             if not database.forget_last(event.event_id):
                 return
