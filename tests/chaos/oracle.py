@@ -710,6 +710,8 @@ def _restarted(
 ) -> Iterator[Violation]:
     reference = record["reference"]
     operation_id, _, number = reference.rpartition("-")
+    if int(number) <= 1:
+        return  # nothing was before it
     found = [
         effect["reference"]
         for effect in standing.values()
