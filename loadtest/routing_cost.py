@@ -1,7 +1,8 @@
 """What routing rules cost an authorization: `python -m loadtest.routing_cost`, some ten seconds.
 
 The decision on a request that two dozen rules look at, among three accounts by a weighted split,
-with the record that the operation keeps; without rules; and, as a measure that other work on the
+with the record that the operation keeps; the same in the order that was learnt; without rules; and,
+as a measure that other work on the
 machine changes alike, what the contract's own work on the same request and its answer takes. The
 gate is on their paired ratio.
 """
@@ -20,6 +21,7 @@ from gateway.application.routing import ActiveRules, Routing, RuleBook
 from gateway.domain import decisions, ids
 from gateway.domain.decisions import Origin
 from gateway.domain.model import Mode
+from gateway.routing.learning import LearningLimits, SuccessRanking
 from gateway.rpc.conversion import Caller, ContractEncoder, to_authorize
 from loadtest.bench.costs import Gate, cost_command, cpu_side, take_turns
 from loadtest.bench.ratios import Measured, measured, paired
@@ -59,6 +61,10 @@ class _Accounts:
 class _Source:
     """Implements RuleSource: rules for other cards, and at last one that holds."""
 
+    def __init__(self, order: str = "") -> None:
+        """`order`: the line of the last rule that says how its targets are ordered."""
+        self._order = order
+
     async def active_since(self, since: datetime | None) -> Sequence[ActiveRules]:  # noqa: ARG002
         targets = ", ".join(f'{{ account = "acc_{name}", weight = 2 }}' for name in "abc")
         rules = [
@@ -67,7 +73,7 @@ class _Source:
             f'metadata = {{ tier = "gold" }} }}\ntargets = [{targets}]\n'
             for number in range(RULES)
         ]
-        rules.append(f'[[rule]]\nname = "rest"\ntargets = [{targets}]\n')
+        rules.append(f'[[rule]]\nname = "rest"\n{self._order}targets = [{targets}]\n')
         text = "format = 1\n" + "".join(rules)
         return [ActiveRules(MERCHANT, Mode.TEST, 1, text, datetime.now(UTC), 1)]
 
@@ -108,12 +114,15 @@ def _convert() -> None:
 
 async def measure(rounds: int) -> dict[str, Measured]:
     """The paired ratio, and each side in microseconds."""
-    book = RuleBook(_Source())
+    book, learning = RuleBook(_Source()), RuleBook(_Source('order = "learned"\n'))
     await book.refresh()
+    await learning.refresh()
     ruled, bare = Routing(_Accounts(), rules=book), Routing(_Accounts())
+    learned = Routing(_Accounts(), rules=learning, ranking=SuccessRanking(LearningLimits()))
     command = to_authorize(_request(), Caller(merchant_id=MERCHANT))
     sides = {
         "rules_us": cpu_side(lambda: ruled.plan(command, ids.new_payment_id())),
+        "learned_us": cpu_side(lambda: learned.plan(command, ids.new_payment_id())),
         "contract_us": cpu_side(_convert),
         "no_rules_us": cpu_side(lambda: bare.plan(command, ids.new_payment_id())),
     }
@@ -129,6 +138,7 @@ main = cost_command(
     Gate("ratio", most=RATIO_MAX),
     {
         "rules_us": f"a decision by {RULES + 1} rules among three accounts, microseconds",
+        "learned_us": "the same in the order that was learnt, microseconds",
         "no_rules_us": "without rules, microseconds",
         "contract_us": "the contract's work on the request and its answer, microseconds",
         "ratio": "the decision by rules, of the contract's work",
