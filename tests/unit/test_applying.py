@@ -54,6 +54,7 @@ from tests.memory_store import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gateway.application.commands import Answer
     from gateway.application.ports import Capabilities, Lease
 
 K = OperationKind
@@ -759,17 +760,27 @@ async def test_what_was_looked_at_before_the_end_was_told_reverses_nothing_after
     assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
 
 
-@pytest.mark.parametrize("is_kept", [False, True], ids=["told to nobody", "kept as evidence"])
-async def test_a_late_answer_reverses_nothing_that_the_psp_told_to_have_taken_back(
-    is_kept: bool,
-) -> None:
-    answering = Gate()
+async def overtaken(
+    answering: Gate,
+) -> tuple[NotifiedBench, asyncio.Future[Answer], Operation]:
+    """A sender that stands still before it hears its PSP's answer, and what recovery found of it:
+    nothing.
+    """
     gateway = bench(Step(after=answering), capabilities=TELLING)
     call = asyncio.ensure_future(gateway.payments.authorize(gateway.authorize()))
     await answering.reached.wait()
     [operation] = gateway.store.operations.values()
     gateway.connector.asks.append(NO_ANSWER)
     await gateway.recover()
+    return gateway, call, operation
+
+
+@pytest.mark.parametrize("is_kept", [False, True], ids=["told to nobody", "kept as evidence"])
+async def test_a_late_answer_reverses_nothing_that_the_psp_told_to_have_taken_back(
+    is_kept: bool,
+) -> None:
+    answering = Gate()
+    gateway, call, operation = await overtaken(answering)
     if is_kept:
         answering.opened.set()
         await call
@@ -784,12 +795,7 @@ async def test_a_late_answer_reverses_nothing_that_the_psp_told_to_have_taken_ba
 
 async def test_a_late_approval_of_what_the_psp_told_as_declined_is_reversed() -> None:
     answering = Gate()
-    gateway = bench(Step(after=answering), capabilities=TELLING)
-    call = asyncio.ensure_future(gateway.payments.authorize(gateway.authorize()))
-    await answering.reached.wait()
-    [operation] = gateway.store.operations.values()
-    gateway.connector.asks.append(NO_ANSWER)
-    await gateway.recover()
+    gateway, call, operation = await overtaken(answering)
     await gateway.tell(gateway.told(N.AUTHORIZATION, DECLINED, reference=operation.reference))
     await gateway.recover()
     assert only(gateway, operation.payment_id, K.AUTHORIZE).state is S.DECLINED

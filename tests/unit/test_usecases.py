@@ -1229,13 +1229,18 @@ async def test_success_found_after_not_sent_is_reversed_until_the_psp_confirms(
     assert gateway.store.doubts == {}
 
 
-async def test_reversal_that_the_psp_accepted_waits_for_its_outcome_and_is_not_sent_again() -> None:
+async def late_success() -> tuple[Bench, str]:
+    """What was taken for not sent has succeeded after all; its payment."""
     gate = Gate()
     gateway = bench(CAPABLE, Step(after=gate, arrives=False, answer=APPROVED))
     call = await paused(gateway, gate)
     await gateway.recovery.run_once()
     gate.opened.set()
-    payment_id = (await call).payment_id
+    return gateway, (await call).payment_id
+
+
+async def test_reversal_that_the_psp_accepted_waits_for_its_outcome_and_is_not_sent_again() -> None:
+    gateway, payment_id = await late_success()
     accepted = replace(PENDING, connector_transaction_id="tx-reversal")
     gateway.connector.asks.append(accepted)
     await gateway.recover()
@@ -1250,12 +1255,7 @@ async def test_reversal_that_the_psp_accepted_waits_for_its_outcome_and_is_not_s
 
 
 async def test_reversal_is_open_while_the_psp_says_that_the_charge_stands() -> None:
-    gate = Gate()
-    gateway = bench(CAPABLE, Step(after=gate, arrives=False, answer=APPROVED))
-    call = await paused(gateway, gate)
-    await gateway.recovery.run_once()
-    gate.opened.set()
-    payment_id = (await call).payment_id
+    gateway, payment_id = await late_success()
     gateway.connector.asks.append(APPROVED)
     await gateway.recover()
     [reversal] = operations_of(gateway, payment_id, K.REVERSAL)

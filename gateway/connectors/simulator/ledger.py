@@ -656,7 +656,7 @@ class Ledger:
             standing = self._standings[transaction.authorization_id]
             if standing.reversed or _is_used(standing):
                 # Nothing is left to add to, as it would be told of a new request.
-                result, code = Result.DECLINED, "authorization_closed"
+                result, code, network_code = Result.DECLINED, "authorization_closed", ""
         if result is Result.APPROVED:
             code, network_code = APPROVE.code, APPROVE.network_code
             record |= {"type": "effect", "effect": transaction.effect}
