@@ -339,6 +339,9 @@ class PaymentService:
     async def failed(self, call: _Call, context: Context, error: Exception) -> NoReturn:
         """End a call with the status of an error."""
         refusal = _as_refusal(error, call)
+        # grpc.aio keeps what `abort` raises, in a cycle with the call: until the collector comes it
+        # would hold the frames of the error too, and with them the request.
+        error.__traceback__ = None
         code = error_map.status_code(refusal.reason)
         self.end(call, code.name, refusal.reason)
         text, trailers = _ending(refusal, pushback=self.pushback)
@@ -527,6 +530,7 @@ class PaymentService:
                 call, principal, request.items, validation.is_suspect(data)
             )
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
+            data, request = b"", None  # as in `_Unary.serve`
             await self.failed(call, context, error)
         except asyncio.CancelledError:
             self.abandoned(call)
@@ -686,6 +690,7 @@ class _Unary(Generic[_M]):
                 if admitted:
                     gate.release(admitted)
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
+            data, request = b"", None  # this frame, too, lives on with what `failed` raises
             await service.failed(call, context, error)
         except asyncio.CancelledError:
             service.abandoned(call)

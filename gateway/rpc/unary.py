@@ -67,6 +67,7 @@ class Unary(Generic[_M]):
                 gate.release(principal.organisation_id)
             call.payment_id = reply.payment_id
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
+            data, request = b"", None  # this frame lives on with what `failed` raises
             await door.failed(call, context, error)
         except BaseException:
             door.abandoned(call)
