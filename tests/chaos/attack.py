@@ -83,13 +83,13 @@ class BadClients:
         quiet = self._p99_s(QUIET_ANSWERS)
         warm = int(messages * WARM_SHARE)
         warming = self._send(address, warm, certificate)
-        memory = _resident_bytes(pid)
+        memory = resident_bytes(pid)
         before = len(run.clients.latencies_s)
         statuses = self._send(address, messages - warm, certificate)
         for attack, counts in warming.items():
             statuses[attack] = dict(Counter(counts) + Counter(statuses[attack]))
         attacked = _p99_s(run.clients.latencies_s[before:])
-        grown = _resident_bytes(pid) / memory
+        grown = resident_bytes(pid) / memory
         run.notes.append(
             f"{name}: {messages} fuzzed, {CONNECTIONS} idle connections; p99 of good clients"
             f" {1000 * quiet:.0f} ms, attacked {1000 * attacked:.0f} ms;"
@@ -144,7 +144,7 @@ def _p99_s(latencies_s: list[float]) -> float:
     return quantiles(latencies_s, n=100)[-1]
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
     """The memory of a process; proc(5)."""
     text = Path(f"/proc/{pid}/status").read_text("ascii")
     [line] = [line for line in text.splitlines() if line.startswith("VmRSS:")]
