@@ -222,8 +222,9 @@ class Settings(BaseSettings):
         30_000, "How long the claim of an idempotency key lives.", ge=1, le=3_600_000
     )
     replay_cache_life_s: int = _field(
-        86_400,
-        "How long a frozen response stays cached in Redis; PostgreSQL keeps it for ever.",
+        900,
+        "How long a frozen response stays cached in Redis, at 1.1 KB each; PostgreSQL keeps it for"
+        " ever.",
         ge=1,
         le=2_592_000,
     )

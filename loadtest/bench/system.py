@@ -16,6 +16,7 @@ from payments.v1 import money_pb2, payment_method_pb2, payment_service_pb2, paym
 from gateway.domain.model import OperationState
 from loadtest.bench.generator import Target
 from loadtest.children import Process, ProcessFailed, stopping
+from loadtest.servers import REDIS_SETTINGS
 from storage.embedded import EmbeddedPostgres, EmbeddedRedis
 from storage.postgres.accounts import Accounts
 from storage.postgres.migrate import migrate
@@ -206,13 +207,13 @@ async def _new_key(dsn: str) -> str:
 
 @contextmanager
 def running_system() -> Iterator[System]:
-    """PostgreSQL and Redis as `make run` starts them, in a folder that goes with them."""
+    """PostgreSQL and Redis as a load test has them, in a folder that goes with them."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gateway-bench-")))
         postgres = EmbeddedPostgres(folder / "postgres")
         postgres.start()
         stack.callback(postgres.stop)
-        redis = EmbeddedRedis(folder / "redis")
+        redis = EmbeddedRedis(folder / "redis", settings=REDIS_SETTINGS)
         redis.start()
         stack.callback(redis.stop)
         yield System(folder, postgres, redis, stack)

@@ -48,6 +48,13 @@ ROWS_MAX = 0xFFFF
 RETRY_STEP_MS = 10
 """A refusal for the rate limit tells a pause that is a multiple of this."""
 
+CACHE_MEMORY_SHARE_MAX = 0.8
+"""Frozen responses are cached until Redis has used this much of its `maxmemory`. They live thirty
+times as long as claims, and a Redis that they fill refuses the claims."""
+
+ROOM_LOOK_EVERY_S = 1.0
+"""How often Redis is asked how full it is while answers are settled: in between some megabytes come."""
+
 _GENERATION = re.compile(r"[0-9A-Za-z._-]{1,64}")
 
 _logger = logging.getLogger(__name__)
@@ -62,7 +69,8 @@ class ClaimMetrics(LaneMetrics, Protocol):
     def settlements_dropped(self, reason: str, settlements: int) -> None:
         """Releases or cache entries did not reach Redis.
 
-        Reasons: QUEUE_FULL, CLOSED, UNAVAILABLE, REFUSED (by Redis, key by key), TOO_LARGE.
+        Reasons: QUEUE_FULL, CLOSED, UNAVAILABLE, REFUSED (by Redis, key by key), TOO_LARGE,
+        NO_ROOM (`CACHE_MEMORY_SHARE_MAX`).
         """
 
     def redis_available(self, available: bool) -> None:
@@ -194,6 +202,8 @@ class Claims:
         self._probe: asyncio.Task[None] | None = None
         self._closed = False
         self._limiting = False  # until the first merchant with a limit comes
+        self._has_room = True
+        self._look_for_room_at_s = 0.0
         self._claim_lane: Lane[_Claim, ClaimResult] = Lane(
             "redis-claim",
             self._flush_claims,
@@ -327,8 +337,8 @@ class Claims:
         """Put a frozen response in a claim's place, whoever's it is. Returns at once, never raises.
 
         Call it only after PostgreSQL committed the response, and only for a frozen one. An entry
-        is immutable: a later call for the key changes nothing. One beyond `cache_bytes_max` is not
-        cached; the claim is released instead.
+        is immutable: a later call for the key changes nothing. One beyond `cache_bytes_max`, or
+        while Redis has no room for it, is not cached; the claim is released instead.
 
         Args:
             merchant_id: whose key it is.
@@ -342,11 +352,11 @@ class Claims:
                 present one.
         """
         entry = _encode(_Frozen(fingerprint, first_request_id, response))
-        if entry is None or len(entry) > self._cache_bytes_max:
-            self._metrics.settlements_dropped("TOO_LARGE", 1)
-            self.release(merchant_id, idempotency_key, nonce or b"", generation=generation)
+        if entry is not None and len(entry) <= self._cache_bytes_max and self._has_room:
+            self._settle(merchant_id, idempotency_key, entry, generation)
             return
-        self._settle(merchant_id, idempotency_key, entry, generation)
+        self._metrics.settlements_dropped("TOO_LARGE" if self._has_room else "NO_ROOM", 1)
+        self.release(merchant_id, idempotency_key, nonce or b"", generation=generation)
 
     def _settle(
         self, merchant_id: str, idempotency_key: str, entry: bytes, generation: str | None
@@ -448,6 +458,8 @@ class Claims:
 
     async def _flush_settlements(self, rows: Sequence[_Settlement]) -> Sequence[None]:
         try:
+            if self._loop.time() >= self._look_for_room_at_s:
+                await self._look_for_room()
             refused = await self._run(
                 _SETTLE,
                 [row.key for row in rows],
@@ -458,6 +470,25 @@ class Claims:
         except Exception:  # noqa: BLE001 (whatever it is, it costs a round trip later)
             self._metrics.settlements_dropped("UNAVAILABLE", len(rows))
         return [None] * len(rows)
+
+    async def _look_for_room(self) -> None:
+        if not self._available:
+            return
+        self._look_for_room_at_s = self._loop.time() + ROOM_LOOK_EVERY_S
+        try:
+            told = await self._client.execute("INFO", "memory", until=self._until())
+        except RedisRefused:
+            self._has_room = True  # this user may not ask
+            return
+        except RedisAway:
+            return  # what is sent next finds it out
+        has_room = _has_room(told)
+        if has_room != self._has_room:
+            self._has_room = has_room
+            if has_room:
+                _logger.info("Redis has room again: answers are cached")
+            else:
+                _logger.warning("Redis is nearly full: answers are not cached, claims go on")
 
     async def _run(self, script: _Script, keys: list[bytes], args: list[int | bytes]) -> Any:
         """Run a script within `timeout_ms`; any failure opens the circuit."""
@@ -517,6 +548,19 @@ class Claims:
             self._available = True
             self._metrics.redis_available(True)
             return
+
+
+def _has_room(told: bytes) -> bool:
+    """Whether Redis, by its INFO, may be given frozen responses; yes where it limits nothing."""
+    fields = dict(line.split(b":", 1) for line in told.split(b"\r\n") if b":" in line)
+    try:
+        most, used = int(fields[b"maxmemory"]), int(fields[b"used_memory"])
+    except (KeyError, ValueError):
+        return True
+    # What evicts is always full.
+    if not most or fields.get(b"maxmemory_policy", b"noeviction") != b"noeviction":
+        return True
+    return used <= CACHE_MEMORY_SHARE_MAX * most
 
 
 def _limits_of(rows: Sequence[_Claim]) -> tuple[list[bytes], list[int | bytes]]:

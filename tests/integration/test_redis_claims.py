@@ -18,6 +18,7 @@ from gateway.application.accounts import RateLimit
 from gateway.application.ports import ClaimOutcome, ClaimResult
 from storage.batching import LINGER_MS_CAP, NoLaneMetrics
 from storage.redis import Claims, RedisAway, RedisClient
+from storage.redis import claims as claims_module
 from tests.servers import free_port, redis_server
 
 if TYPE_CHECKING:
@@ -88,9 +89,15 @@ class Rig:
         )
         return [result.outcome for result in await asyncio.gather(*claims)]
 
-    def cache(self, nonce: bytes | None, response: bytes = RESPONSE, **changes: Any) -> None:
+    def cache(
+        self,
+        nonce: bytes | None,
+        response: bytes = RESPONSE,
+        key: str = KEY,
+        **changes: Any,
+    ) -> None:
         parts = {"fingerprint": FINGERPRINT, "first_request_id": "req_1", "response": response}
-        self.claims.cache(MERCHANT, KEY, nonce, **(parts | changes))
+        self.claims.cache(MERCHANT, key, nonce, **(parts | changes))
 
     async def keys(self) -> list[bytes]:
         return [key for key in await self.redis.keys() if isinstance(key, bytes)]
@@ -434,6 +441,63 @@ async def test_redis_without_memory_leaves_the_decision_to_postgresql() -> None:
             assert (await rig.claim()).outcome is UNAVAILABLE
             rig.cache(None)
             await rig.settled()
+
+
+async def test_answers_leave_the_claims_their_room_in_redis(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(claims_module, "ROOM_LOOK_EVERY_S", 0.0)
+    with redis_server({"maxmemory": "8mb", "maxmemory-policy": "noeviction"}) as small:
+        async with rig_on(small) as rig:
+            for number in range(4_000):
+                if rig.metrics.dropped:
+                    break
+                claim = await rig.claim(f"order {number}")
+                assert claim.outcome is NEW
+                rig.cache(claim.nonce, bytes(8_000), f"order {number}")
+                await rig.settled()
+            assert rig.metrics.dropped == {"NO_ROOM": 1}
+            assert await rig.keys()
+            assert rig.metrics.circuit == []
+            # The last claim was released, so that PostgreSQL has its repeat.
+            assert (await rig.claim(f"order {number - 1}")).outcome is NEW
+            for more in range(500):
+                assert (await rig.claim(f"more {more}")).outcome is NEW
+            await rig.redis.flushall()
+            rig.claims.release(MERCHANT, "more 1", bytes(16))
+            await rig.settled()
+            rig.cache(None)
+            await rig.settled()
+            assert (await rig.claim()).outcome is REPLAY
+
+
+@pytest.mark.parametrize(
+    ("told", "has_room"),
+    [
+        (b"used_memory:90\r\nmaxmemory:100\r\nmaxmemory_policy:noeviction\r\n", False),
+        (b"used_memory:80\r\nmaxmemory:100\r\nmaxmemory_policy:noeviction\r\n", True),
+        (b"used_memory:90\r\nmaxmemory:100\r\nmaxmemory_policy:volatile-lru\r\n", True),
+        (b"used_memory:90\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n", True),
+        (b"# Memory\r\n", True),
+        (b"", True),
+    ],
+)
+def test_answers_are_cached_unless_redis_refuses_soon(told: bytes, has_room: bool) -> None:
+    assert claims_module._has_room(told) is has_room
+
+
+async def test_redis_that_may_not_be_asked_for_its_memory_is_given_answers(
+    own_redis: EmbeddedRedis,
+) -> None:
+    async with rig_on(own_redis) as rig:
+        await rig.redis.acl_setuser("default", enabled=True, commands=["-info"])
+        try:
+            rig.cache(None)
+            await rig.settled()
+            assert (await rig.claim()).outcome is REPLAY
+            assert rig.metrics.circuit == []
+        finally:
+            await rig.redis.acl_setuser("default", enabled=True, commands=["+info"])
 
 
 async def test_killed_redis_costs_no_claim_a_wait_and_recovers(

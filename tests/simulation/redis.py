@@ -124,6 +124,8 @@ class Client:
         def action() -> Any:
             if command[0] == "SCRIPT":
                 return self._server.load(command[2])
+            if command[0] == "INFO":
+                return b"maxmemory:0\r\n"
             count = command[2]
             return self._server.run(command[1], list(command[3 : 3 + count]), command[3 + count :])
 
