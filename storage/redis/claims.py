@@ -53,7 +53,7 @@ CACHE_MEMORY_SHARE_MAX = 0.8
 times as long as claims, and a Redis that they fill refuses the claims."""
 
 ROOM_LOOK_EVERY_S = 1.0
-"""How often Redis is asked how full it is while answers are settled: in between some megabytes come."""
+"""How often Redis is asked how full it is while answers are settled."""
 
 _GENERATION = re.compile(r"[0-9A-Za-z._-]{1,64}")
 
