@@ -32,7 +32,7 @@ from gateway.routing.model import (
     Segment,
 )
 from gateway.routing.rule_file import RulesInvalid, read_rules
-from gateway.routing.rules import Choice, Facts, Order, Rules, Target, stable_hash
+from gateway.routing.rules import Facts, Rules, Target, stable_hash
 
 UNAVAILABLE_RETRY_S: Final = 5.0
 """What a caller is told where every account is out of use and nobody knows for how long, in
@@ -233,7 +233,14 @@ class Routing:
         """Where a new payment may go by these rules, or why it may go nowhere."""
         facts = command.facts()
         segment = _segment(command, facts)
-        choice = rules.choose(facts, command.amount_minor, command.currency, payment_id)
+        choice = rules.choose(
+            facts,
+            command.amount_minor,
+            command.currency,
+            payment_id,
+            is_ranked=self._ranking is not None,
+        )
+        ranking = self._ranking if choice is not None and choice.is_learned else None
         served = self._router.accounts(command.merchant_id, command.mode)
         candidates: list[Candidate] = []
         excluded: list[Excluded] = []
@@ -255,9 +262,9 @@ class Routing:
                         kept.append(candidate)
                     else:
                         excluded.append(Excluded(candidate, reason))
-            if len(kept) > 1 and self._ranking is not None and _is_learned(choice):
+            if ranking is not None and len(kept) > 1:
                 draw = stable_hash("draw", payment_id)
-                ranked = self._ranking.rank(segment, kept, command.amount_minor, draw)
+                ranked = ranking.rank(segment, kept, command.amount_minor, draw)
                 kept = [each.candidate for each in ranked]
                 scores += ranked
             candidates += kept
@@ -393,10 +400,6 @@ class Routing:
 def _retry_order(refusal: GatewayError) -> float:
     """What passes the soonest first, and last what does not pass by itself."""
     return math.inf if refusal.retry_after_s is None else refusal.retry_after_s
-
-
-def _is_learned(choice: Choice | None) -> bool:
-    return choice is not None and choice.rule.order is Order.LEARNED
 
 
 def _segment(command: Authorize, facts: Facts) -> Segment:

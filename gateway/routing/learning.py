@@ -24,11 +24,17 @@ from typing import Final, NamedTuple, Protocol, TypeAlias
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind, Verdict
 from gateway.routing.breakers import ExchangeUnavailable, is_failure
 from gateway.routing.costs import MICRO, CostBook, Costs
-from gateway.routing.model import Candidate, Scored, Segment
+from gateway.routing.model import Candidate, Learned, Scored, Segment
 
 EXCHANGED_MAX: Final = 100
 """Segments that are exchanged with other processes at once: Redis does nothing else meanwhile."""
 DRAW_BITS: Final = 64
+EXPONENT_MAX: Final = 500.0
+"""After so many half-lives weights begin anew: floats end at 2 ** 1024."""
+_DRAW_FACTOR: Final = 6_364_136_223_846_793_005
+_DRAW_STEP: Final = 1_442_695_040_888_963_407
+"""One draw gives others by Knuth's linear congruential generator (The Art of Computer Programming,
+volume 2, 3.3.4, MMIX)."""
 
 SegmentKey: TypeAlias = tuple[str, ...]
 """A segment or a wider one: the first of merchant, mode, method, currency, scheme, issuer country
@@ -77,14 +83,17 @@ class CountExchange(Protocol):
 
 
 class _Counts:
-    """Successes and failures, as they were at a time."""
+    """What is known of an account in a segment."""
 
-    __slots__ = ("at", "failures", "successes")
+    __slots__ = ("failures", "new_failures", "new_successes", "successes")
 
-    def __init__(self, successes: float, failures: float, at: float) -> None:
-        self.successes = successes
-        self.failures = failures
-        self.at = at
+    def __init__(self) -> None:
+        self.successes = 0.0
+        """In the weights of their times: see `SuccessRanking._weight`."""
+        self.failures = 0.0
+        self.new_successes = 0.0
+        """Those that others have not been told of; without weight."""
+        self.new_failures = 0.0
 
 
 _Estimate: TypeAlias = tuple[float, Candidate, float, float, float, float]
@@ -105,8 +114,9 @@ class SuccessRanking:
         self._costs = CostBook() if costs is None else costs
         self._clock = clock
         self._segments: OrderedDict[SegmentKey, dict[AccountKey, _Counts]] = OrderedDict()
-        self._pending: dict[SegmentKey, dict[AccountKey, list[float]]] = {}
-        """What others are to be told of, or to be asked for: then without counts."""
+        self._pending: dict[SegmentKey, None] = {}
+        """What others are to be told of, or to be asked for."""
+        self._weighed_since = clock()
 
     # --- Ranking ---
 
@@ -117,6 +127,7 @@ class SuccessRanking:
         estimates = self._estimates(segment, candidates, amount_minor)
         if len(estimates) > 1:
             estimates.sort(key=_utility, reverse=True)
+            _break_ties(estimates, draw)
         chances = self._chances(estimates)
         left = draw / (1 << DRAW_BITS)
         scored = []
@@ -127,13 +138,8 @@ class SuccessRanking:
                 left -= chance
                 if left < 0:
                     chosen = place
-            parts = (
-                ("success", success),
-                ("calls", calls),
-                ("cost_minor", cost_minor),
-                ("first_share", chance),
-            )
-            scored.append(Scored(candidate, utility, parts))
+            learned = Learned(success, calls, cost_minor, chance)
+            scored.append(Scored(candidate, utility, learned))
         if chosen:
             scored.insert(0, scored.pop(chosen))
         return scored
@@ -167,23 +173,22 @@ class SuccessRanking:
         if costs is not None:
             worth = amount_minor * costs.margin_ppm / MICRO
             fees = self._fees(costs, segment, candidates, amount_minor)
-        limits = self._limits
-        now, prior, half_life_s = self._clock(), limits.prior_calls, limits.half_life_s
+        prior_success, weight = self._limits.prior_success, self._weight(self._clock())
+        prior = self._limits.prior_calls * weight
         estimates: list[_Estimate] = []
         for place, candidate in enumerate(candidates):
             # The mean of the account's posterior in the narrowest segment, by way of the wider
             # ones, and how many calls it rests on.
-            success, calls = limits.prior_success, prior
+            success, calls = prior_success, prior
             account = candidate[:2]
             for level in known:
                 counts = level.get(account)
                 if counts is None:
                     calls = prior
                     continue
-                fading = math.exp2((counts.at - now) / half_life_s)
-                successes = counts.successes * fading
-                calls = prior + successes + counts.failures * fading
-                success = (success * prior + successes) / calls
+                calls = prior + counts.successes + counts.failures
+                success = (success * prior + counts.successes) / calls
+            calls /= weight
             variance = success * (1 - success) / (calls + 1)
             if fees is None:
                 estimates.append((success, candidate, success, calls, variance, 0.0))
@@ -235,25 +240,37 @@ class SuccessRanking:
         success = _is_success(answer)
         if success is None:
             return
-        now = self._clock()
-        account = candidate.connector, candidate.connector_account_id
+        weight = self._weight(self._clock())
+        account = candidate[:2]
         for key in _levels(segment):
             level = self._segment(key)
             counts = level.get(account)
             if counts is None:
-                counts = level[account] = _Counts(0.0, 0.0, now)
-            else:
-                fading = math.exp2((counts.at - now) / self._limits.half_life_s)
-                counts.successes *= fading
-                counts.failures *= fading
-                counts.at = now
-            told = self._pending.setdefault(key, {}).setdefault(account, [0.0, 0.0])
+                counts = level[account] = _Counts()
+            self._pending[key] = None
             if success:
-                counts.successes += 1
-                told[0] += 1
+                counts.successes += weight
+                counts.new_successes += 1
             else:
-                counts.failures += 1
-                told[1] += 1
+                counts.failures += weight
+                counts.new_failures += 1
+
+    def _weight(self, now: float) -> float:
+        """What a call counts now; what was counted before keeps its weight and so fades beside it.
+
+        Forward decay (Cormode, Shkapenyuk, Srivastava and Xu 2009): nothing has to be faded when it
+        is read, but once in EXPONENT_MAX half-lives, before numbers grow too large.
+        """
+        exponent = (now - self._weighed_since) / self._limits.half_life_s
+        if exponent > EXPONENT_MAX:
+            fading = math.exp2(-exponent)
+            for level in self._segments.values():
+                for counts in level.values():
+                    counts.successes *= fading
+                    counts.failures *= fading
+            self._weighed_since = now
+            return 1.0
+        return math.exp2(exponent)
 
     @property
     def segments(self) -> int:
@@ -269,7 +286,7 @@ class SuccessRanking:
             forgotten, _ = self._segments.popitem(last=False)
             self._pending.pop(forgotten, None)
         level = self._segments[key] = {}
-        self._pending.setdefault(key, {})
+        self._pending[key] = None
         return level
 
     def _ask_for(self, segment: Segment) -> None:
@@ -298,49 +315,76 @@ class SuccessRanking:
         Raises ExchangeUnavailable: then what was told may count twice.
         """
         while self._pending:
-            taken = {key: self._pending.pop(key) for key in list(self._pending)[:EXCHANGED_MAX]}
+            taken = {key: self._take(key) for key in list(self._pending)[:EXCHANGED_MAX]}
             try:
-                totals = await exchange.exchange(
-                    {key: _increments(accounts) for key, accounts in taken.items()},
-                    self._limits.half_life_s,
-                )
+                totals = await exchange.exchange(taken, self._limits.half_life_s)
             except BaseException:
                 self._put_back(taken)
                 raise
-            now = self._clock()
             for key, accounts in totals.items():
-                self._take_over(key, accounts, now)
+                self._take_over(key, accounts)
             if len(taken) < EXCHANGED_MAX:
                 return
 
-    def _take_over(self, key: SegmentKey, accounts: Sequence[Increment], now: float) -> None:
+    def _take(self, key: SegmentKey) -> list[Increment]:
+        """What others are told of a segment."""
+        del self._pending[key]
+        increments = []
+        for account, counts in self._segments[key].items():
+            successes, failures = counts.new_successes, counts.new_failures
+            if successes or failures:
+                increments.append(Increment(account, successes, failures))
+                counts.new_successes = counts.new_failures = 0.0
+        return increments
+
+    def _take_over(self, key: SegmentKey, accounts: Sequence[Increment]) -> None:
         level = self._segments.get(key)
         if level is None:
             return
-        since = self._pending.get(key, {})
-        for each in accounts:
-            successes, failures = since.get(each.account, (0.0, 0.0))
-            level[each.account] = _Counts(each.successes + successes, each.failures + failures, now)
+        weight = self._weight(self._clock())
+        for account, successes, failures in accounts:
+            counts = level.get(account)
+            if counts is None:
+                counts = level[account] = _Counts()
+            # And what was counted here since.
+            counts.successes = weight * (successes + counts.new_successes)
+            counts.failures = weight * (failures + counts.new_failures)
 
-    def _put_back(self, taken: Mapping[SegmentKey, Mapping[AccountKey, Sequence[float]]]) -> None:
-        for key, accounts in taken.items():
-            if key not in self._segments:
+    def _put_back(self, taken: Mapping[SegmentKey, Sequence[Increment]]) -> None:
+        for key, increments in taken.items():
+            level = self._segments.get(key)
+            if level is None:
                 continue
-            pending = self._pending.setdefault(key, {})
-            for account, (successes, failures) in accounts.items():
-                told = pending.setdefault(account, [0.0, 0.0])
-                told[0] += successes
-                told[1] += failures
-
-
-def _increments(accounts: Mapping[AccountKey, Sequence[float]]) -> list[Increment]:
-    return [
-        Increment(account, successes, failures)
-        for account, (successes, failures) in accounts.items()
-    ]
+            self._pending[key] = None
+            for account, successes, failures in increments:
+                level[account].new_successes += successes
+                level[account].new_failures += failures
 
 
 _utility = itemgetter(0)
+
+
+def _break_ties(estimates: list[_Estimate], draw: int) -> None:
+    """Those of the same utility, as all are that nothing is known of, by a draw of their weights.
+
+    What is in order already is looked at, and no more.
+    """
+    start, count = 0, len(estimates)
+    while start < count - 1:
+        utility, end = estimates[start][0], start + 1
+        while end < count and estimates[end][0] == utility:
+            end += 1
+        while start < end - 1:
+            draw = (draw * _DRAW_FACTOR + _DRAW_STEP) % (1 << DRAW_BITS)
+            weights = sum(each[1].weight for each in estimates[start:end])
+            left = draw * weights >> DRAW_BITS
+            place = start
+            while left >= estimates[place][1].weight:
+                left -= estimates[place][1].weight
+                place += 1
+            estimates.insert(start, estimates.pop(place))
+            start += 1
+        start = end
 
 
 def _is_success(answer: ConnectorAnswer) -> bool | None:

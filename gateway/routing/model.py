@@ -78,13 +78,26 @@ class Excluded(NamedTuple):
     one does not know."""
 
 
+class Learned(NamedTuple):
+    """What a score is made of."""
+
+    success: float
+    """The expected share of approvals."""
+    calls: float
+    """From so many calls that is known."""
+    cost_minor: float
+    """The expected cost in minor units; 0 where costs are not known."""
+    first_share: float
+    """How often the candidate comes first."""
+
+
 class Scored(NamedTuple):
     """A candidate with what a ranking thinks of it; the highest score first."""
 
     candidate: Candidate
     score: float
-    parts: tuple[tuple[str, float], ...] = ()
-    """(name, value) of what the score is made of, for the explanation."""
+    learned: Learned | None = None
+    """For the explanation; None in a record, which keeps the score alone."""
 
 
 class RouteDecision(NamedTuple):
@@ -128,7 +141,9 @@ class Ranking(Protocol):
     def rank(
         self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int, draw: int
     ) -> Sequence[Scored]:
-        """Every candidate, the best first. `draw`, 64 random bits, is all of its chance."""
+        """Every candidate, the best first; equal ones by their weights. `draw`, 64 random bits, is
+        all of its chance.
+        """
 
 
 class Observer(Protocol):

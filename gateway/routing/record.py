@@ -32,7 +32,7 @@ def encode(decision: RouteDecision) -> str:
 
 
 def decode(text: str) -> RouteDecision | None:
-    """What `encode` wrote, without priorities, weights and the parts of scores.
+    """What `encode` wrote, without priorities, weights and what scores are made of.
 
     None for any other text: an answer must not fail for its explanation.
     """

@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from hashlib import blake2b
 from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
@@ -22,7 +23,11 @@ ATTEMPTS_DEFAULT: Final = 2
 BIN_DIGITS_MAX: Final = 8
 KINDS_MAX: Final = 256
 """Kinds of payments whose rules are remembered, of each merchant and mode."""
+GROUPS_MAX: Final = 4_096
+"""Lists of targets whose groups are remembered."""
 _BIN_END: Final[int] = 10**BIN_DIGITS_MAX
+_ALL_BINS: Final = (-1, _BIN_END)
+"""More than all: a BIN that is not known is in no range."""
 
 
 class Facts(NamedTuple):
@@ -223,7 +228,16 @@ class Choice(NamedTuple):
     arm: str
     groups: tuple[tuple[Target, ...], ...]
     """In the order to try; targets of one group have the same priority and are in the order of
-    their weights' hash."""
+    their weights' hash, or as the file names them where a ranking follows."""
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether what was learnt orders the targets of a group."""
+        return self.rule.order is Order.LEARNED
+
+
+_Bounded: TypeAlias = tuple[int, int, Rule]
+"""A rule, behind what a payment's BINs have to be between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +246,9 @@ class Rules:
 
     rules: tuple[Rule, ...]
     _by_name: Mapping[str, Rule] = field(default_factory=dict, repr=False)
-    _suiting: dict[Kind, tuple[Rule, ...]] = field(default_factory=dict, repr=False, compare=False)
+    _suiting: dict[Kind, tuple[_Bounded, ...]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
     """The rules that payments of a kind may go by: most rules of a long file are for others."""
 
     def match(self, facts: Facts, amount_minor: int, currency: str) -> Rule | None:
@@ -249,32 +265,48 @@ class Rules:
         if rules is None:
             if len(self._suiting) >= KINDS_MAX:
                 self._suiting.clear()
-            rules = tuple(rule for rule in self.rules if rule.when.suit(kind))
+            rules = tuple(
+                (*_bin_bounds(rule.when.bin), rule) for rule in self.rules if rule.when.suit(kind)
+            )
             self._suiting[kind] = rules
         bins = bins_of(facts.bin)
-        for rule in rules:
-            if rule.when.hold(facts, bins, amount_minor):
+        first, last = _ALL_BINS if bins is None else bins
+        for low, high, rule in rules:
+            # Many rules differ in their BINs alone.
+            if low <= first and last <= high and rule.when.hold(facts, bins, amount_minor):
                 return rule
         return None
 
     def choose(
-        self, facts: Facts, amount_minor: int, currency: str, payment_id: str
+        self,
+        facts: Facts,
+        amount_minor: int,
+        currency: str,
+        payment_id: str,
+        *,
+        is_ranked: bool = False,
     ) -> Choice | None:
-        """What the rules say of a payment; None where none decides."""
+        """What the rules say of a payment; None where none decides.
+
+        `is_ranked`: there is a ranking, which orders what is to be in the order that was learnt.
+        """
         rule = self.match(facts, amount_minor, currency)
         if rule is None:
             return None
         experiment = arm = ""
         targets = rule.targets
         if rule.experiment is not None:
-            key = _split_key(rule.experiment.split_by, facts, payment_id)
-            chosen = _arm(rule.experiment, key)
+            chosen = _arm(rule.experiment, _split_key(rule.experiment.split_by, facts, payment_id))
             experiment, arm, targets = rule.experiment.name, chosen.name, chosen.targets
         groups: list[tuple[Target, ...]] = []
+        by_weight = not is_ranked or rule.order is not Order.LEARNED
         current: Rule | None = rule
         while current is not None:
-            key = _split_key(current.split_by, facts, payment_id)
-            groups += _in_order(current.name, targets, key)
+            if by_weight:
+                key = _split_key(current.split_by, facts, payment_id)
+                groups += [_by_weight(current.name, group, key) for group in _by_priority(targets)]
+            else:
+                groups += _by_priority(targets)
             current = self._by_name.get(current.then)
             targets = () if current is None else current.targets
         return Choice(rule, experiment, arm, tuple(groups))
@@ -309,24 +341,25 @@ def _arm(experiment: Experiment, key: str) -> Arm:
     raise AssertionError("the place is below the sum of the shares")
 
 
-def _in_order(rule: str, targets: tuple[Target, ...], key: str) -> list[tuple[Target, ...]]:
-    """Targets of the same priority together; within, by weighted rendezvous hashing.
+@lru_cache(GROUPS_MAX)
+def _by_priority(targets: tuple[Target, ...]) -> tuple[tuple[Target, ...], ...]:
+    """Targets of the same priority together, the lowest number first."""
+    groups: dict[int, list[Target]] = {}
+    for target in targets:
+        groups.setdefault(target.priority, []).append(target)
+    return tuple(tuple(group) for _, group in sorted(groups.items()))
+
+
+def _by_weight(rule: str, group: tuple[Target, ...], key: str) -> tuple[Target, ...]:
+    """Targets of the same priority in the order of weighted rendezvous hashing.
 
     Each target draws from the hash of itself and the key, so that one that is taken away leaves
     the others' payments where they were (Thaler and Ravishankar 1998; the weights as in
     draft-ietf-bess-weighted-hrw). Each is first with the probability of its share of the weights.
     """
-    if len(targets) == 1:
-        return [targets]
-    groups: dict[int, list[Target]] = {}
-    for target in targets:
-        groups.setdefault(target.priority, []).append(target)
-    return [
-        tuple(group)
-        if len(group) == 1
-        else tuple(sorted(group, key=lambda target: _draw(rule, target, key), reverse=True))
-        for _, group in sorted(groups.items())
-    ]
+    if len(group) == 1:
+        return group
+    return tuple(sorted(group, key=lambda target: _draw(rule, target, key), reverse=True))
 
 
 def _draw(rule: str, target: Target, key: str) -> float:
@@ -342,6 +375,11 @@ def bins_of(digits: str) -> tuple[int, int] | None:
     if not digits:
         return None
     return int(digits.ljust(BIN_DIGITS_MAX, "0")), int(digits.ljust(BIN_DIGITS_MAX, "9"))
+
+
+def _bin_bounds(ranges: Ranges | None) -> tuple[int, int]:
+    """What BINs have to be between to be in the ranges."""
+    return _ALL_BINS if ranges is None else (ranges[0][0], ranges[-1][1])
 
 
 def _has_bins(ranges: Ranges, bins: tuple[int, int]) -> bool:

@@ -523,12 +523,12 @@ def route_message(decision: RouteDecision) -> payment_pb2.Route:
     )
     for candidate in decision.candidates:
         scored = scores.get(candidate.connector_account_id)
-        parts = {} if scored is None else dict(scored.parts)
+        learned = None if scored is None else scored.learned
         route.candidates.add(
             connector=candidate.connector,
             connector_account_id=candidate.connector_account_id,
             score=None if scored is None else scored.score,
-            learned=payment_pb2.LearnedScore(**parts) if parts else None,
+            learned=None if learned is None else payment_pb2.LearnedScore(**learned._asdict()),
         )
     for candidate, reason in decision.excluded:
         route.candidates.add(

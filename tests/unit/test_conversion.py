@@ -45,6 +45,7 @@ from gateway.routing.model import (
     Candidate,
     Excluded,
     Exclusion,
+    Learned,
     RouteDecision,
     Scored,
 )
@@ -495,7 +496,7 @@ def test_an_authorization_tells_the_decision_of_the_rules_that_led_to_it() -> No
 def test_what_is_learnt_is_told_where_a_decision_has_it() -> None:
     parts = {"success": 0.9, "calls": 120.5, "cost_minor": 21.25, "first_share": 0.95}
     candidate = Candidate("first", "acc_1")
-    decision = RouteDecision((candidate,), scores=(Scored(candidate, 0.5, tuple(parts.items())),))
+    decision = RouteDecision((candidate,), scores=(Scored(candidate, 0.5, Learned(**parts)),))
     [told] = conversion.route_message(decision).candidates
     assert told.learned == payment_pb2.LearnedScore(**parts)
     # An operation keeps the score alone.

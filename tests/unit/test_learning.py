@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,7 +58,8 @@ class _World:
 
     def success(self, candidate: Candidate, segment: Segment = SEGMENT) -> float:
         scored = self.ranking.rank(segment, [candidate], 1000, NEVER)[0]
-        return dict(scored.parts)["success"]
+        assert scored.learned is not None
+        return scored.learned.success
 
 
 def test_the_account_that_approves_more_comes_first() -> None:
@@ -151,13 +153,14 @@ def test_exploration_never_exceeds_its_budget(counts: list[tuple[int, int]], sha
     }
     world.ranking.rank(SEGMENT, candidates, 1000, 0)
     for key in list(world.ranking._segments):
-        world.ranking._take_over(key, list(levels.values()), 0.0)
+        world.ranking._take_over(key, list(levels.values()))
     scored = world.ranking.rank(SEGMENT, candidates, 1000, NEVER)
-    shares = [dict(each.parts)["first_share"] for each in scored]
+    shares = [each.learned.first_share for each in scored if each.learned is not None]
     assert sum(shares) == pytest.approx(1)
     assert sum(shares[1:]) <= share + 1e-9
-    # The draws of a share choose what the share belongs to.
-    if len(shares) > 1 and shares[1] > 1e-6:
+    # The draws of a share choose what the share belongs to; those of equals order them, too.
+    scores = {each.score for each in scored}
+    if len(shares) > 1 and shares[1] > 1e-6 and len(scores) == len(scored):
         inside = int(shares[1] / 2 * 2**64)
         assert world.ranking.rank(SEGMENT, candidates, 1000, inside)[0].candidate == (
             scored[1].candidate
@@ -172,6 +175,23 @@ def test_the_same_draw_makes_the_same_choice() -> None:
     for _ in range(100):
         draw = random.getrandbits(64)
         assert world.first(draw) == world.first(draw)
+
+
+def test_accounts_that_nothing_is_known_of_go_by_their_weights() -> None:
+    world = _World()
+    known = Candidate("psp", "acc_known")
+    world.count(known, 99, 1)
+    new = [Candidate("psp", f"acc_{weight}", 0, weight) for weight in (1, 2, 5)]
+    firsts: Counter[str] = Counter()
+    draws = random.Random(3)
+    for _ in range(4_000):
+        unexplored = draws.getrandbits(63) + (1 << 63)
+        ranked = world.ranking.rank(SEGMENT, [*new, known], 1000, unexplored)
+        places = [each.candidate.connector_account_id for each in ranked]
+        assert sorted(places) == ["acc_1", "acc_2", "acc_5", "acc_known"]
+        firsts[next(each for each in places if each != "acc_known")] += 1
+    for weight, share in ((1, 1 / 8), (2, 2 / 8), (5, 5 / 8)):
+        assert firsts[f"acc_{weight}"] / 4_000 == pytest.approx(share, abs=0.03)
 
 
 def test_segments_in_memory_are_bounded() -> None:
