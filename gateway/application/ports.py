@@ -127,6 +127,9 @@ class ConnectorRequest:
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
     """What only the PSP may see and nobody keeps: `number` and `cryptogram` of a network token.
     Only the caller's own sending has them; whoever asks or cancels later does without."""
+    is_repeat: bool = False
+    """To be cancelled or reversed: the same may have been sent before, which a host wants to be
+    told."""
 
 
 class Described(Protocol):

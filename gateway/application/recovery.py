@@ -275,6 +275,7 @@ class Recovery:
             return None
         if not await self._store.begin_cancel(operation):
             raise _Overtaken
+        request.is_repeat = lease.cancel_begun
         answer = await connector.cancel(operation.kind, operation.reference, request)
         # What the PSP will take back stands until it tells that it did.
         return _NO_ANSWER if decisions.event_of(answer) is Event.ACCEPTED else answer
@@ -408,6 +409,7 @@ class Recovery:
         request = connector_request(self._encoder, operation, aggregate.payment, aggregate)
         if operation.kind in (K.AUTHORIZE, K.VERIFY):
             request.target_transaction_id = operation.attempt.connector_transaction_id
+        request.is_repeat = lease.tries > 0
         return request
 
     def _overdue_s(self, operation: Operation) -> float:

@@ -615,15 +615,16 @@ async def test_answer_that_settles_nothing_leaves_a_doubt(changes: dict[str, str
 # --- reversals ------------------------------------------------------------------------------------
 
 
-async def test_reversal_names_the_lost_request_and_is_the_same_every_time() -> None:
+async def test_reversal_names_the_lost_request_and_is_repeated_with_the_same_numbers() -> None:
     async with acquirer(answer_timeout_s=SHORT_S) as psp:
         order = request_of()
         sending = psp.start(order)
         _, lost = await psp.scripted.request()
         assert is_doubt(await sending)
         seen, told = [], None
-        for code in (None, "00"):
+        for is_repeat, code in ((False, None), (True, "00")):
             # As another process would: from the reference and the operation alone.
+            order.is_repeat = is_repeat
             other = connector_to(psp.host, SHORT_S)
             cancelling = asyncio.create_task(other.cancel(K.AUTHORIZE, order.reference, order))
             line, request = await psp.scripted.request()
@@ -634,8 +635,8 @@ async def test_reversal_names_the_lost_request_and_is_the_same_every_time() -> N
             assert is_doubt(told) == (code is None)
         assert told is not None
         assert told.verdict is Verdict.CANCELED
-        assert seen[0] == seen[1]
-        assert seen[0]["t"] == "0420"
+        assert (seen[0]["t"], seen[1]["t"]) == ("0420", "0421")
+        assert seen[0] | {"t": "0421"} == seen[1]
         assert seen[0]["90"] == f"0100{lost['11']}{lost['7']}{'0' * 22}"
         assert seen[0]["37"] == lost["37"]
         assert seen[0]["48"] == lost["48"]

@@ -100,9 +100,9 @@ class Iso8583Connector(AccountConnector):
     """Messages of one terminal to its host.
 
     A request's numbers (STAN, RRN, transmission time) follow from its reference, so that whoever
-    has the reference can reverse it. A reversal is a 0420, the same one every time, and recovery
-    sends it until the host answers: ISO 8583 has no question about an earlier message. An answer
-    that comes after its time, or says something else than the first, is told as a PSP's
+    has the reference can reverse it. A reversal is a 0420, later the same as its repeat (0421), and
+    recovery sends it until the host answers: ISO 8583 has no question about an earlier message. An
+    answer that comes after its time, or says something else than the first, is told as a PSP's
     notification is: a fact, which settles the doubt where no reversal has begun, and is reversed or
     shown to a person where the operation has ended otherwise. A late answer to a reversal is only
     counted, since the same reversal is sent until it is answered in time.
@@ -332,6 +332,8 @@ class Iso8583Connector(AccountConnector):
             fields = self._build("reversal", request, identity, original, reference=reference)
         except (ValueError, KeyError):
             raise NotSent(Reason.INVALID_REQUEST) from None
+        if request.is_repeat:
+            fields["t"] = repeat_mti(fields["t"])
         code = (await self._deliver(fields, send_before)).get("39", "")
         rules = self._specification.reversal
         if code in self._specification.approved:
