@@ -38,7 +38,7 @@ STUBS_SOURCES := proto/pyproject.toml proto/hatch_build.py proto/stubgen.py prot
 $(shell { test -d proto/gen/python && test "$$(cat .venv/installed)" = "$$(pwd -P)"; } 2>/dev/null \
 	|| rm -f .venv/installed)
 
-.PHONY: help setup run test lint load bench chaos simulate chart conformance format proto lock clean
+.PHONY: help setup run test lint load bench overload chaos simulate chart conformance format proto lock clean
 
 help: ## list the targets
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
@@ -70,6 +70,9 @@ load: .venv/installed ## prove the SLO under load; RATE=1000 DURATION=60 PROFILE
 
 bench: .venv/installed .venv/bench ## measure side by side, nine minutes; ARGS="--only authorize", ARGS=--help
 	@$(PY) -m loadtest.bench $(ARGS)
+
+overload: .venv/installed .venv/bench ## the knee by a compiled generator, and overload beyond it; ARGS="--transport grpcio", ARGS=--help
+	@$(PY) -m loadtest.overload $(ARGS)
 
 chaos: .venv/installed ## faults under load, and an oracle; SCENARIO=gateway-sigkill TRIALS=10 SEED=1, ARGS=--quick
 	@$(PY) -m tests.chaos $(CHAOS_OPTIONS) $(ARGS)

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from grpc import StatusCode
 from payments.v1 import payment_service_pb2
 
 from loadtest.bench.bulk import API_KEY_VARIABLE, SERVICE
@@ -34,6 +35,8 @@ END_TIMEOUT_S: Final = 45.0
 BULK_ITEMS: Final = {"batch": (100, 1), "stream": (64, 4)}
 """Items of a message, and messages unanswered at once on a stream: together the default of its
 window (GATEWAY_STREAM_WINDOW_ITEMS)."""
+_ACCEPTED: Final = f"grpc_req_duration{{status:{StatusCode.OK.value[0]}}}"
+_REFUSED: Final = f"grpc_req_duration{{status:{StatusCode.RESOURCE_EXHAUSTED.value[0]}}}"
 _PGBENCH_SCRIPT: Final = "intent_row.pgbench.sql"
 _CONTROL_TIMEOUT_S: Final = 5.0
 
@@ -74,6 +77,12 @@ class OpenLoad:
     p99_ms: float
     max_ms: float
     calls: int
+    accepted_p99_ms: float
+    """Of the calls that were answered with OK, from when they were sent."""
+    refused: int
+    """Those with RESOURCE_EXHAUSTED; the other failed ones ended otherwise."""
+    refusal_p99_ms: float
+    """From when they were sent."""
 
 
 def _contract() -> FileDescriptorSet:
@@ -226,7 +235,9 @@ class Generator:
                     "preAllocatedVUs": callers,
                     "maxVUs": callers,
                 }
-            }
+            },
+            # A trend of a status is kept where a threshold asks for it; these never fail.
+            "thresholds": {trend: ["max>=0"] for trend in (_ACCEPTED, _REFUSED)},
         }
         summary = self._folder / "summary.json"
         process = self._start(self._write_plan(target, options), summary, None)
@@ -235,6 +246,7 @@ class Generator:
         passes, fails = _checks(summary)
         metrics = json.loads(summary.read_text("utf-8"))["metrics"]
         latency = metrics["iteration_duration_corrected"]
+        accepted, refused = metrics.get(_ACCEPTED, {}), metrics.get(_REFUSED, {})
         return OpenLoad(
             offered_per_s=rate,
             achieved_per_s=metrics["iterations"]["rate"],
@@ -244,6 +256,9 @@ class Generator:
             p99_ms=latency["p(99)"],
             max_ms=latency["max"],
             calls=passes,
+            accepted_p99_ms=accepted.get("p(99)", 0.0),
+            refused=int(refused.get("count", 0)),
+            refusal_p99_ms=refused.get("p(99)", 0.0),
         )
 
     def _write_plan(self, target: Target, options: Mapping[str, Any]) -> Path:
@@ -261,7 +276,7 @@ class Generator:
             "options": {
                 **options,
                 "insecureSkipTLSVerify": target.tls,  # its certificate is a minute old
-                "summaryTrendStats": ["p(50)", "p(99)", "max"],
+                "summaryTrendStats": ["p(50)", "p(99)", "max", "count"],
             },
         }
         path = self._folder / "plan.json"

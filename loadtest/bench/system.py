@@ -40,6 +40,8 @@ _SERVERS: Final[dict[str, tuple[str, dict[str, str], tuple[str, ...]]]] = {
     "grpcio_tls": ("loadtest.bench.server", {"transport": "grpcio"} | _CLOSED, ()),
     "delayed": ("loadtest.bench.server", _NATIVE | _CLOSED, ("--latency", DELAYS)),
     "open_5000": ("loadtest.bench.server", _NATIVE, ()),
+    "overload_native": ("loadtest.bench.server", _NATIVE, ()),
+    "overload_grpcio": ("loadtest.bench.server", {"transport": "grpcio"}, ()),
     "naive": ("loadtest.bench.naive", {"transport": "grpcio"}, ()),
 }
 """Module, settings and arguments of each server."""

@@ -1,0 +1,83 @@
+"""What an overload run is held to."""
+
+from dataclasses import replace
+
+import pytest
+
+from loadtest.bench.generator import OpenLoad
+from loadtest.overload import Overload, Step, holds
+
+CALM = OpenLoad(
+    offered_per_s=2000,
+    achieved_per_s=2000,
+    dropped=0,
+    failed=0,
+    p50_ms=4,
+    p99_ms=12,
+    max_ms=40,
+    calls=120_000,
+    accepted_p99_ms=11,
+    refused=0,
+    refusal_p99_ms=0,
+)
+FULL = replace(
+    CALM,
+    offered_per_s=3000,
+    calls=110_000,
+    failed=70_000,
+    refused=70_000,
+    accepted_p99_ms=21,
+    refusal_p99_ms=9,
+)
+
+
+def run(
+    half_more: OpenLoad = FULL, thrice: OpenLoad = FULL, without_retry_info: int = 0
+) -> Overload:
+    steps = [
+        Step(1.0, CALM, 60, 0, 0),
+        Step(1.5, half_more, 60, 30, without_retry_info),
+        Step(3.0, thrice, 60, 30, 0),
+    ]
+    return Overload("native", 2000, 60, steps=steps)
+
+
+def test_a_run_within_all_bounds_has_no_problem() -> None:
+    assert run().problems() == []
+    assert run().invalid() == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"calls": 100_000}, "x 1.5: goodput 0.83 of the knee's, not 0.85"),
+        ({"accepted_p99_ms": 23}, "x 1.5: accepted p99 2.1 times the knee's, not 2"),
+        ({"refusal_p99_ms": 21}, "x 1.5: refusals' p99 21 ms, not 20"),
+        ({"failed": 70_003}, "x 1.5: 3 calls failed otherwise than refused"),
+    ],
+)
+def test_what_misses_a_bound_is_said(changes: dict[str, float], said: str) -> None:
+    assert run(half_more=replace(FULL, **changes)).problems() == [said]  # type: ignore[arg-type]
+
+
+def test_thrice_the_knee_may_cost_half_of_the_goodput_and_no_more() -> None:
+    assert run(thrice=replace(FULL, calls=60_000)).problems() == []
+    assert run(thrice=replace(FULL, calls=59_000)).problems() == [
+        "x 3: goodput 0.49 of the knee's, not 0.5"
+    ]
+
+
+def test_a_refusal_without_a_pause_is_a_problem() -> None:
+    assert run(without_retry_info=2).problems() == ["x 1.5: 2 of 30 refusals without RetryInfo"]
+
+
+def test_a_short_run_proves_nothing() -> None:
+    short = run()
+    short.seconds = 59
+    assert short.invalid()
+
+
+@pytest.mark.parametrize("changes", [{"p99_ms": 15.1}, {"failed": 1}, {"dropped": 1}])
+def test_a_knee_is_held_without_refusals_drops_or_late_answers(changes: dict[str, float]) -> None:
+    assert holds(CALM)
+    assert not holds(replace(CALM, **changes))  # type: ignore[arg-type]
