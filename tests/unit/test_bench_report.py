@@ -28,7 +28,7 @@ def both(ratio: float, pairs: int = PAIRS_MIN, failed: int = 0) -> dict[str, Rou
 
 
 def open_load(p99_ms: float = 10.0, dropped: int = 0, failed: int = 0) -> OpenLoad:
-    return OpenLoad(5000, 4990, dropped, failed, 2.0, p99_ms, 50.0, 300_000)
+    return OpenLoad(5000, 4990, dropped, failed, 2.0, p99_ms, 50.0, 300_000, p99_ms, failed, 1.0)
 
 
 def test_a_ratio_at_its_target_meets_it_and_one_below_misses_it() -> None:
