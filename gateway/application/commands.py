@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from gateway.application.accounts import RateLimit
 from gateway.application.ports import CARD
+from gateway.domain.making import maker
 from gateway.domain.model import CaptureMethod, Mode
 from gateway.routing.rules import Facts
 
@@ -53,6 +54,9 @@ class Authorize(Command):
     """See ConnectorRequest."""
     facts: Callable[[], Facts] = field(default=Facts, compare=False)
     """What the request tells that routing looks at; read only where somebody asks."""
+
+
+make_authorize = maker(Authorize)
 
 
 @dataclass(slots=True)

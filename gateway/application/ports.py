@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
 from gateway.application.accounts import RateLimit
+from gateway.domain.making import maker
 from gateway.domain.model import (
     SENT_KINDS,
     Aggregate,
@@ -130,6 +131,9 @@ class ConnectorRequest:
     is_repeat: bool = False
     """To be cancelled or reversed: the same may have been sent before, which a host wants to be
     told."""
+
+
+make_connector_request = maker(ConnectorRequest)
 
 
 class Described(Protocol):
@@ -327,6 +331,9 @@ class Change:
     """Where a person decided on it: recorded in the same transaction."""
 
 
+make_change = maker(Change)
+
+
 @dataclass(slots=True)
 class Found:
     """An operation with its payment, as they are now."""
@@ -462,7 +469,8 @@ class ClaimOutcome(Enum):
     """Redis gave no usable answer: go on, PostgreSQL decides."""
 
 
-class ClaimResult(NamedTuple):
+@dataclass(slots=True)
+class ClaimResult:
     """The answer to a claim."""
 
     outcome: ClaimOutcome

@@ -5,6 +5,8 @@ from gateway.application.ports import Capabilities, Described, MethodRule
 from gateway.domain.errors import GatewayError, Reason, Violation, refuse
 from gateway.domain.model import Operation, OperationKind
 
+_AUTHORIZE, _VERIFY = OperationKind.AUTHORIZE, OperationKind.VERIFY
+
 
 def check_authorization(command: Authorize, connector: Described) -> None:
     """Raises GatewayError for what the connector cannot do with a new payment."""
@@ -32,8 +34,7 @@ def check_authorization(command: Authorize, connector: Described) -> None:
             method=command.method,
         )
     _check_method(command, rule, connector)
-    kind = OperationKind.AUTHORIZE if command.amount_minor else OperationKind.VERIFY
-    _check_kind(kind, connector)
+    _check_kind(_AUTHORIZE if command.amount_minor else _VERIFY, connector)
     _check_amount(command.amount_minor, command.currency, connector, capabilities)
 
 

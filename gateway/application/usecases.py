@@ -25,7 +25,6 @@ from gateway.application.commands import (
     Void,
 )
 from gateway.application.ports import (
-    Change,
     ClaimOutcome,
     ClaimResult,
     Claims,
@@ -43,6 +42,8 @@ from gateway.application.ports import (
     Store,
     Stored,
     StoreUnavailable,
+    make_change,
+    make_connector_request,
 )
 from gateway.application.routing import Plan, Routing
 from gateway.domain import decisions, ids, states
@@ -51,6 +52,7 @@ from gateway.domain.errors import GatewayError, Reason, refuse
 from gateway.domain.model import (
     Aggregate,
     Attempt,
+    CaptureMethod,
     ConnectorAnswer,
     Delivery,
     Mode,
@@ -65,12 +67,22 @@ from gateway.domain.states import Event
 from gateway.routing import cascade
 
 _T = TypeVar("_T")
+_C = TypeVar("_C", bound=Command)
 
 FollowUp = Capture | Void | Refund | Increment
 """The calls that act on an existing payment."""
 
 _CONTENTION_PAUSE_S = 0.001
 """The step of the random pause before a follow-up begins anew."""
+
+# For what every authorization goes through, as in `decisions`.
+_CLAIM, _INTENT, _OUTCOME = Stage.CLAIM, Stage.INTENT, Stage.OUTCOME
+_NEW = ClaimOutcome.NEW
+_WRITTEN = Stored.WRITTEN
+_PROCESSING = OperationState.PROCESSING
+_REQUIRES_ACTION = Verdict.REQUIRES_ACTION
+_BEGINNINGS = (OperationKind.AUTHORIZE, OperationKind.VERIFY)
+_AUTOMATIC = CaptureMethod.AUTOMATIC
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +193,7 @@ class DatabaseClock:
 
     def after(self, at: datetime | None) -> datetime:
         """The database's time now as far as it can be told without asking, and not before `at`."""
-        now = self._at + timedelta(seconds=time.monotonic() - self._monotonic)
+        now = self._at + timedelta(0, time.monotonic() - self._monotonic)
         return now if at is None or now > at else at
 
 
@@ -238,25 +250,25 @@ class Payments:
 
     # --- money calls ---
 
-    async def authorize(self, command: Authorize) -> Answer:
+    def authorize(self, command: Authorize) -> Coroutine[Any, Any, Answer]:
         """Authorize or verify. Raises GatewayError where the call is refused."""
-        return await self._idempotent(command, lambda: self._new_authorization(command))
+        return self._idempotent(command, self._new_authorization)
 
-    async def capture(self, command: Capture) -> Answer:
+    def capture(self, command: Capture) -> Coroutine[Any, Any, Answer]:
         """Capture. Raises GatewayError where the call is refused."""
-        return await self._idempotent(command, lambda: self._new_follow_up(command))
+        return self._idempotent(command, self._new_follow_up)
 
-    async def void(self, command: Void) -> Answer:
+    def void(self, command: Void) -> Coroutine[Any, Any, Answer]:
         """Void. Raises GatewayError where the call is refused."""
-        return await self._idempotent(command, lambda: self._new_follow_up(command))
+        return self._idempotent(command, self._new_follow_up)
 
-    async def refund(self, command: Refund) -> Answer:
+    def refund(self, command: Refund) -> Coroutine[Any, Any, Answer]:
         """Refund. Raises GatewayError where the call is refused."""
-        return await self._idempotent(command, lambda: self._new_follow_up(command))
+        return self._idempotent(command, self._new_follow_up)
 
-    async def increment(self, command: Increment) -> Answer:
+    def increment(self, command: Increment) -> Coroutine[Any, Any, Answer]:
         """Raise the authorized amount. Raises GatewayError where the call is refused."""
-        return await self._idempotent(command, lambda: self._new_follow_up(command))
+        return self._idempotent(command, self._new_follow_up)
 
     # --- reads ---
 
@@ -292,7 +304,7 @@ class Payments:
     # --- idempotency ---
 
     async def _idempotent(
-        self, command: Command, start: Callable[[], Coroutine[Any, Any, Answer]]
+        self, command: _C, start: Callable[[_C], Coroutine[Any, Any, Answer]]
     ) -> Answer:
         """Answer from the key's operation where there is one, else start a new one, detached."""
         began = time.monotonic()
@@ -302,8 +314,16 @@ class Payments:
             command.fingerprint,
             command.rate_limit,
         )
-        self._occupancy.passed(Stage.CLAIM, time.monotonic() - began)
+        self._occupancy.passed(_CLAIM, time.monotonic() - began)
         self._observer.claimed(claim.outcome)
+        if claim.outcome is not _NEW:
+            answer = await self._answer_claimed(command, claim)
+            if answer is not None:
+                return answer
+        return await self._detach(command.merchant_id, self._guarded(command, start, claim))
+
+    async def _answer_claimed(self, command: Command, claim: ClaimResult) -> Answer | None:
+        """What a claim that is not new answers; None: nothing, PostgreSQL decides."""
         if claim.outcome is ClaimOutcome.REPLAY:
             self._observer.replayed("redis")
             return Answer(claim.response, True, claim.first_request_id, "")
@@ -320,7 +340,7 @@ class Payments:
             found = await self._find_by_key(command)
             if found is not None:
                 return await self._answer_existing(command, found)
-        return await self._detach(command.merchant_id, self._guarded(command, start, claim))
+        return None
 
     async def _detach(self, merchant_id: str, work: Coroutine[Any, Any, Answer]) -> Answer:
         """What comes of `work`, which goes on where its caller is cancelled.
@@ -343,12 +363,12 @@ class Payments:
 
     async def _guarded(
         self,
-        command: Command,
-        start: Callable[[], Coroutine[Any, Any, Answer]],
+        command: _C,
+        start: Callable[[_C], Coroutine[Any, Any, Answer]],
         claim: ClaimResult,
     ) -> Answer:
         try:
-            answer = await start()
+            answer = await start(command)
         except StoreUnavailable as error:
             raise _store_unavailable() from error
         except GatewayError as refusal:
@@ -468,7 +488,7 @@ class Payments:
         )
         started = time.monotonic()
         self._check_deadline(command, started)
-        if await self._write_intent(begun, connector, None) is Stored.WRITTEN:
+        if await self._write_intent(begun, connector, None) is _WRITTEN:
             return await self._perform(command, begun, None, started, plan)
         return await self._duplicate(command)
 
@@ -587,7 +607,7 @@ class Payments:
         operation.updated_at = payment.updated_at = self._clock.after(payment.updated_at)
         event_id, event_type = ids.new_event_id(), _event_type(operation)
         return await self._store.write_change(
-            Change(
+            make_change(
                 operation=operation,
                 payment=payment,
                 expected_epoch=before.epoch,
@@ -677,7 +697,7 @@ class Payments:
                 self._observer.outcome_lost(operation)
                 raise
             ended = time.monotonic()
-            self._occupancy.passed(Stage.OUTCOME, ended - now)
+            self._occupancy.passed(_OUTCOME, ended - now)
             if psp_s is not None:
                 self._observer.answered(ended - command.begun_at - psp_s)
         operation = found.operation
@@ -701,15 +721,14 @@ class Payments:
         `started` is when its write began.
         """
         operation = begun.operation
-        send_before = started + self._limits.send_window_s
-        late = Reason.SEND_WINDOW_PASSED
+        send_before = window_ends = started + self._limits.send_window_s
         if command.deadline is not None:
-            by_deadline = command.deadline - self._limits.min_send_budget_s
-            if by_deadline < send_before:
-                send_before, late = by_deadline, Reason.DEADLINE_TOO_SHORT
+            send_before = min(window_ends, command.deadline - self._limits.min_send_budget_s)
         sent = time.monotonic()
-        self._occupancy.passed(Stage.INTENT, sent - started)
+        self._occupancy.passed(_INTENT, sent - started)
         if sent >= send_before:
+            by_window = send_before == window_ends
+            late = Reason.SEND_WINDOW_PASSED if by_window else Reason.DEADLINE_TOO_SHORT
             return ConnectorAnswer(Delivery.NOT_SENT, reason=late), None
         connector = self._connector(operation.attempt)
         request = connector_request(self._encoder, operation, begun.payment, aggregate)
@@ -812,7 +831,7 @@ class Outcomes:
         it be a success that must not stand. Raises StoreUnavailable.
         """
         owned = operation
-        if answer.verdict is Verdict.REQUIRES_ACTION:
+        if answer.verdict is _REQUIRES_ACTION:
             answer = self._with_an_end(answer)
         while True:
             settled = decisions.settle(
@@ -824,7 +843,7 @@ class Outcomes:
             )
             if settled is None:
                 return await self._fenced_out(owned, answer)
-            if await self._commit(operation, payment, settled) is Stored.WRITTEN:
+            if await self._commit(operation, payment, settled) is _WRITTEN:
                 return Found(settled.operation, settled.payment)
             found = await self._store.find_operation(owned.merchant_id, owned.operation_id)
             if found is None:
@@ -993,17 +1012,17 @@ class Outcomes:
         if operation.response is None and operation.state in states.FROZEN:
             operation.response = response
         # Still PROCESSING where an earlier attempt of it is reversed: its sender keeps its time.
-        sending = operation.state is OperationState.PROCESSING
+        sending = operation.state is _PROCESSING
         unfinished = operation.state in states.UNFINISHED
         generation = None if self._claims is None else self._claims.generation
         stored = await self._store.write_change(
-            Change(
+            make_change(
                 operation=operation,
                 payment=settled.payment,
                 expected_epoch=before.epoch,
                 expected_state=before.state,
                 expected_version=payment.version,
-                companions=[self._companion(each, settled.payment) for each in settled.companions],
+                companions=self._companions(settled) if settled.companions else [],
                 discrepancies=settled.discrepancies,
                 event_id=event_id,
                 event_type=event_type,
@@ -1013,9 +1032,12 @@ class Outcomes:
                 resolution=resolution,
             )
         )
-        if stored is Stored.WRITTEN:
+        if stored is _WRITTEN:
             _cache(self._claims, operation, generation)
         return stored
+
+    def _companions(self, settled: Settled) -> list[Companion]:
+        return [self._companion(each, settled.payment) for each in settled.companions]
 
     def _companion(self, operation: Operation, payment: Payment) -> Companion:
         event_id, event_type = ids.new_event_id(), _event_type(operation)
@@ -1096,7 +1118,7 @@ def connector_request(
     encoder: Encoder, operation: Operation, payment: Payment, aggregate: Aggregate | None
 ) -> ConnectorRequest:
     """An operation's present attempt, as its connector sends it."""
-    request = ConnectorRequest(
+    request = make_connector_request(
         kind=operation.kind,
         reference=operation.reference,
         amount_minor=operation.amount_minor,
@@ -1105,9 +1127,9 @@ def connector_request(
         payment_id=operation.payment_id,
         final=operation.final,
     )
-    if operation.kind in (OperationKind.AUTHORIZE, OperationKind.VERIFY):
+    if operation.kind in _BEGINNINGS:
         request.payment_method_token, request.fields = encoder.connector_fields(payment)
-        request.capture = payment.capture_method.name == "AUTOMATIC"
+        request.capture = payment.capture_method is _AUTOMATIC
         return request
     request.target_transaction_id = payment.connector_transaction_id
     request.payment_transaction_id = payment.connector_transaction_id
@@ -1167,8 +1189,15 @@ def _cache(claims: Claims | None, operation: Operation, generation: str | None) 
         )
 
 
+_EVENT_TYPES = {
+    (kind, state): f"{kind.name}.{state.name}".lower()
+    for kind in OperationKind
+    for state in OperationState
+}
+
+
 def _event_type(operation: Operation) -> str:
-    return f"{operation.kind.name}.{operation.state.name}".lower()
+    return _EVENT_TYPES[operation.kind, operation.state]
 
 
 def _same_call(command: Command, operation: Operation) -> bool:

@@ -29,6 +29,8 @@ from gateway.domain.model import (
     PaymentState,
     ResponseCode,
     Verdict,
+    make_operation,
+    make_payment,
 )
 from gateway.domain.money import AMOUNT_MINOR_MAX
 from gateway.domain.states import Beside, Event
@@ -39,6 +41,16 @@ S = OperationState
 REPORTED_MINOR_MAX = 2**62
 """The largest total of reported amounts that is kept, in minor units: inside int64."""
 _WITHOUT_EFFECT = frozenset({Event.NEVER_SENT, Event.CANCELED})
+
+# For what every authorization goes through: in Python 3.11 it costs as much as a call to look up a
+# member on its enum.
+_BEGINNINGS = _AUTHORIZE, _VERIFY = (K.AUTHORIZE, K.VERIFY)
+_PROCESSING, _REQUIRES_ACTION = S.PROCESSING, S.REQUIRES_ACTION
+_PAYMENT_PROCESSING, _PAYMENT_AUTHORIZED = PaymentState.PROCESSING, PaymentState.AUTHORIZED
+_FROM_CLIENT = OperationOrigin.CLIENT
+_AUTOMATIC = CaptureMethod.AUTOMATIC
+_APPROVED = Event.APPROVED
+_UNKNOWN = Verdict.UNKNOWN
 
 
 @dataclass(slots=True)
@@ -96,13 +108,13 @@ def begin_authorization(
 
     `route` says why it goes where it goes, as `Operation.note` keeps it.
     """
-    operation = Operation(
+    operation = make_operation(
         merchant_id=merchant_id,
         operation_id=origin.operation_id,
         payment_id=payment_id,
-        kind=K.AUTHORIZE if amount_minor else K.VERIFY,
-        origin=OperationOrigin.CLIENT,
-        state=S.PROCESSING,
+        kind=_AUTHORIZE if amount_minor else _VERIFY,
+        origin=_FROM_CLIENT,
+        state=_PROCESSING,
         amount_minor=amount_minor,
         currency=currency,
         attempt=Attempt(1, connector, connector_account_id),
@@ -112,11 +124,11 @@ def begin_authorization(
         merchant_transaction_id=origin.merchant_transaction_id,
         note=route,
     )
-    payment = Payment(
+    payment = make_payment(
         merchant_id=merchant_id,
         payment_id=payment_id,
         mode=mode,
-        state=PaymentState.PROCESSING,
+        state=_PAYMENT_PROCESSING,
         currency=currency,
         capture_method=capture_method,
         requested_minor=amount_minor,
@@ -373,14 +385,14 @@ def _next_attempt(
 
 def event_of(answer: ConnectorAnswer) -> Event:
     """What an answer means: what it says, and without a verdict, never sent or in doubt."""
-    if answer.verdict is Verdict.UNKNOWN and answer.delivery is Delivery.NOT_SENT:
+    if answer.verdict is _UNKNOWN and answer.delivery is Delivery.NOT_SENT:
         return Event.NEVER_SENT
     return states.VERDICT_EVENTS[answer.verdict]
 
 
 def _declined_before(operation: Operation) -> bool:
     """Whether an attempt of a cascade before the present one was declined."""
-    return operation.kind in (K.AUTHORIZE, K.VERIFY) and any(
+    return operation.kind in _BEGINNINGS and any(
         each.delivery is Delivery.ANSWERED for each in operation.superseded_attempts
     )
 
@@ -431,19 +443,19 @@ def settle(
     after = states.next_state(operation.kind, operation.state, event)
     if after is None:
         return None
-    changed = operation.copy_with(
-        state=after,
-        updated_at=at,
-        attempt=_answered(operation.attempt, answer),
-        reason=answer.reason,
-        next_action=answer.next_action if after is S.REQUIRES_ACTION else None,
-    )
-    settled = Settled(changed, payment.copy_with(version=payment.version + 1, updated_at=at))
-    if event is Event.APPROVED and answer.currency not in ("", operation.currency):
+    changed, changed_payment = operation.copy(), payment.copy()
+    changed.state = after
+    changed.attempt = _answered(operation.attempt, answer)
+    changed.reason = answer.reason
+    changed.next_action = answer.next_action if after is _REQUIRES_ACTION else None
+    changed_payment.version += 1
+    changed.updated_at = changed_payment.updated_at = at
+    settled = Settled(changed, changed_payment)
+    if event is _APPROVED and answer.currency not in ("", operation.currency):
         settled.discrepancies.append(
             _discrepancy(operation, "currency", operation.currency, answer.currency)
         )
-    if operation.kind in (K.AUTHORIZE, K.VERIFY):
+    if operation.kind in _BEGINNINGS:
         _settle_authorization(settled, answer, event, at, new_operation_id)
     elif operation.kind is K.CAPTURE:
         _settle_capture(settled, event)
@@ -571,7 +583,7 @@ def record_elsewhere(
     payment = aggregate.payment.copy_with(version=aggregate.payment.version + 1, updated_at=at)
     settled = Settled(authorization.copy_with(updated_at=at), payment)
     parts = refundable_captures(aggregate.operations) if kind is K.REFUND else []
-    done = Operation(
+    done = make_operation(
         merchant_id=payment.merchant_id,
         operation_id=new_operation_id,
         payment_id=payment.payment_id,
@@ -632,7 +644,7 @@ def record_dispute(
         authorization.copy_with(updated_at=at),
         payment.copy_with(version=payment.version + 1, updated_at=at),
     )
-    dispute = Operation(
+    dispute = make_operation(
         merchant_id=payment.merchant_id,
         operation_id=new_operation_id,
         payment_id=payment.payment_id,
@@ -682,7 +694,7 @@ def payment_state_of_money(payment: Payment) -> PaymentState:
     if payment.captured_minor:
         whole = payment.captured_minor >= payment.authorized_minor
         return PaymentState.CAPTURED if whole else PaymentState.PARTIALLY_CAPTURED
-    return PaymentState.VOIDED if payment.voided_minor else PaymentState.AUTHORIZED
+    return PaymentState.VOIDED if payment.voided_minor else _PAYMENT_AUTHORIZED
 
 
 def refundable_captures(operations: Sequence[Operation]) -> list[tuple[str, int]]:
@@ -716,7 +728,7 @@ def allocate(parts: Sequence[tuple[str, int]], amount_minor: int) -> tuple[tuple
 
 
 def _follow_up(payment: Payment, origin: Origin, kind: K, amount_minor: int) -> Operation:
-    return Operation(
+    return make_operation(
         merchant_id=payment.merchant_id,
         operation_id=origin.operation_id,
         payment_id=payment.payment_id,
@@ -734,9 +746,7 @@ def _follow_up(payment: Payment, origin: Origin, kind: K, amount_minor: int) -> 
 
 
 def _authorization(aggregate: Aggregate) -> Operation:
-    return next(
-        operation for operation in aggregate.operations if operation.kind in (K.AUTHORIZE, K.VERIFY)
-    )
+    return next(operation for operation in aggregate.operations if operation.kind in _BEGINNINGS)
 
 
 def _is_money(payment: Payment) -> bool:
@@ -791,14 +801,10 @@ def _answered(attempt: Attempt, answer: ConnectorAnswer) -> Attempt:
         attempt.number,
         attempt.connector,
         attempt.connector_account_id,
-        delivery=answer.delivery,
-        connector_transaction_id=(
-            answer.connector_transaction_id or attempt.connector_transaction_id
-        ),
-        outcome=answer.outcome or attempt.outcome,
-        processing_ms=(
-            attempt.processing_ms if answer.processing_ms is None else answer.processing_ms
-        ),
+        answer.delivery,
+        answer.connector_transaction_id or attempt.connector_transaction_id,
+        answer.outcome or attempt.outcome,
+        attempt.processing_ms if answer.processing_ms is None else answer.processing_ms,
     )
 
 
@@ -823,7 +829,7 @@ def _settle_authorization(
     settled: Settled, answer: ConnectorAnswer, event: Event, at: datetime, new_operation_id: str
 ) -> None:
     operation, payment = settled.operation, settled.payment
-    if event is not Event.APPROVED:
+    if event is not _APPROVED:
         if event is Event.EXPIRED and payment.authorized_minor:
             # What was captured or released stays, and what is being captured; the rest has expired.
             payment.capture_closed = True
@@ -837,7 +843,7 @@ def _settle_authorization(
     payment.auth_code = outcome.auth_code
     payment.network_transaction_id = outcome.network_transaction_id
     payment.authorization_expires_at = answer.authorization_expires_at
-    if operation.kind is K.VERIFY:
+    if operation.kind is _VERIFY:
         payment.state = PaymentState.VERIFIED
         return
     approved = operation.amount_minor
@@ -854,12 +860,12 @@ def _settle_authorization(
             _refuse_partial_approval(settled, answer, reported, at, new_operation_id)
             return
     payment.authorized_minor = approved
-    if payment.capture_method is CaptureMethod.AUTOMATIC:
+    if payment.capture_method is _AUTOMATIC:
         payment.captured_minor = approved
         payment.captured_reported_minor = payment.authorized_reported_minor
         payment.capture_closed = True
         settled.companions.append(
-            Operation(
+            make_operation(
                 merchant_id=operation.merchant_id,
                 operation_id=new_operation_id,
                 payment_id=operation.payment_id,
@@ -910,7 +916,7 @@ def _reversal(
     reversed_ = next(
         each for each in attempts if f"{operation.operation_id}-{each.number}" == reference
     )
-    return Operation(
+    return make_operation(
         merchant_id=operation.merchant_id,
         operation_id=new_operation_id,
         payment_id=operation.payment_id,
@@ -945,7 +951,7 @@ def _begin_release(settled: Settled, new_operation_id: str, at: datetime) -> Non
         return
     attempt = capture.attempt
     settled.companions.append(
-        Operation(
+        make_operation(
             merchant_id=capture.merchant_id,
             operation_id=new_operation_id,
             payment_id=capture.payment_id,

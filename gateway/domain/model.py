@@ -9,6 +9,8 @@ from datetime import datetime
 from enum import IntEnum
 from typing import Any, TypeVar, cast
 
+from gateway.domain.making import copier, maker
+
 _T = TypeVar("_T")
 
 
@@ -339,6 +341,10 @@ class Operation:
         """The reference of the present attempt at the PSP."""
         return f"{self.operation_id}-{self.attempt.number}"
 
+    def copy(self) -> "Operation":
+        """A copy, whose fields may be changed one by one: for less than `copy_with` costs."""
+        return _copy_operation(self)
+
     def copy_with(self, **changes: Any) -> "Operation":
         """A copy in which the named fields are changed."""
         new = _copy_operation(self)
@@ -384,6 +390,10 @@ class Payment:
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
+    def copy(self) -> "Payment":
+        """A copy, whose fields may be changed one by one: for less than `copy_with` costs."""
+        return _copy_payment(self)
+
     def copy_with(self, **changes: Any) -> "Payment":
         """A copy in which the named fields are changed."""
         new = _copy_payment(self)
@@ -392,35 +402,25 @@ class Payment:
         return new
 
 
-def _copier(cls: type[_T]) -> Callable[[_T], _T]:
-    """A function that copies an instance: one assignment for each field, written out.
-
-    Every outcome copies an operation and a payment. dataclasses.replace runs __init__ and copy.copy
-    takes pickle's way; they cost five times as much.
-    """
-    lines = [f"    new.{each.name} = value.{each.name}\n" for each in fields(cast("Any", cls))]
-    source = f"def copy(value):\n    new = create(cls)\n{''.join(lines)}    return new\n"
-    names: dict[str, Any] = {"create": object.__new__, "cls": cls}
-    exec(source, names)  # noqa: S102 (as the module of dataclasses makes its methods)
-    return cast("Callable[[_T], _T]", names["copy"])
-
-
 def _teller(cls: type[_T]) -> Callable[[_T], dict[str, Any]]:
     """A function that gives an instance's fields that are not at their defaults, which are all None
-    or false: written out too, since most of many fields are at their defaults.
+    or false: written out, since most of many fields are at their defaults.
     """
     lines = ["def tell(value):\n    told = {}\n"]
     for each in fields(cast("Any", cls)):
         condition = f"value.{each.name}" + (" is not None" if each.default is None else "")
         lines.append(f"    if {condition}:\n        told[{each.name!r}] = value.{each.name}\n")
     names: dict[str, Any] = {}
-    exec("".join(lines) + "    return told\n", names)  # noqa: S102 (as above)
+    exec("".join(lines) + "    return told\n", names)  # noqa: S102 (as in `making`)
     return cast("Callable[[_T], dict[str, Any]]", names["tell"])
 
 
 _told_of_outcome = _teller(Outcome)
-_copy_operation = _copier(Operation)
-_copy_payment = _copier(Payment)
+_copy_operation = copier(Operation)
+_copy_payment = copier(Payment)
+
+make_operation = maker(Operation)
+make_payment = maker(Payment)
 
 
 @dataclass(slots=True)

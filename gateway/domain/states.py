@@ -95,13 +95,16 @@ VERDICT_EVENTS: dict[Verdict, Event] = {
 }
 
 
+_MOVES = {
+    (kind, *move): after
+    for move, after in OPERATION_TRANSITIONS.items()
+    for kind in EVENT_KINDS.get(move, frozenset(K))
+}
+
+
 def next_state(kind: K, state: S, event: Event) -> S | None:
     """The state of an operation after an event, or None where the event is not allowed."""
-    after = OPERATION_TRANSITIONS.get((state, event))
-    if after is None:
-        return None
-    kinds = EVENT_KINDS.get((state, event))
-    return after if kinds is None or kind in kinds else None
+    return _MOVES.get((kind, state, event))
 
 
 _AUTHORIZED = frozenset({P.AUTHORIZED, P.CAPTURED, P.VERIFIED})

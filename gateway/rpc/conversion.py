@@ -37,7 +37,15 @@ from payments.v1.payment_service_pb2 import (
 )
 
 from gateway.application.accounts import RateLimit
-from gateway.application.commands import Answer, Authorize, Capture, Increment, Refund, Void
+from gateway.application.commands import (
+    Answer,
+    Authorize,
+    Capture,
+    Increment,
+    Refund,
+    Void,
+    make_authorize,
+)
 from gateway.application.ports import CARD, NETWORK_TOKEN, Found, ListFilter
 from gateway.domain.model import (
     Aggregate,
@@ -181,7 +189,7 @@ def to_authorize(request: AuthorizePaymentRequest, caller: Caller) -> Authorize:
     which = request.payment_method.WhichOneof("method")
     method = _CARD if which in (None, "token") else _method(request.payment_method, which)
     details = canonical(request)
-    return Authorize(
+    return make_authorize(
         merchant_id=caller.merchant_id,
         mode=caller.mode,
         idempotency_key=idempotency_key,

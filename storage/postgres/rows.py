@@ -34,12 +34,15 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
     Voucher,
+    make_operation,
+    make_payment,
 )
 
 T = TypeVar("T")
 Row = tuple[Any, ...]
 """A composite value: what a statement takes an array of."""
 
+_PROCESSING = OperationState.PROCESSING
 _OUTCOME_ENUMS = {
     "response_code": ResponseCode,
     "advice_action": AdviceAction,
@@ -207,14 +210,15 @@ def answer_of(text: str | None) -> ConnectorAnswer | None:
 
 # --- to rows --------------------------------------------------------------------------------------
 # In the order of the attributes of the types in the migrations. One array of composite values costs
-# a quarter of an array for each column: see docs/performance.md.
+# a quarter of an array for each column: see docs/performance.md. An enum's member goes in as its
+# number, `_value_`: asyncpg would look twice at what is no plain int, and `value` is a function.
 
 
 def _changing(operation: Operation) -> Row:
     """What of an operation can change, but for its epoch."""
     attempt = operation.attempt
     return (
-        operation.state,
+        operation.state._value_,
         operation.amount_minor,
         operation.final,
         operation.request_id,
@@ -225,7 +229,7 @@ def _changing(operation: Operation) -> Row:
         attempt.number,
         attempt.connector,
         attempt.connector_account_id,
-        attempt.delivery,
+        attempt.delivery._value_,
         clean(attempt.connector_transaction_id),
         outcome_json(attempt.outcome),
         attempt.processing_ms,
@@ -239,8 +243,8 @@ def _new(operation: Operation) -> Row:
         operation.merchant_id,
         operation.operation_id,
         operation.payment_id,
-        operation.kind,
-        operation.origin,
+        operation.kind._value_,
+        operation.origin._value_,
         operation.currency,
         operation.epoch,
         operation.parent_operation_id,
@@ -255,7 +259,7 @@ def _payment(payment: Payment) -> Row:
     """What of a payment can change."""
     return (
         payment.version,
-        payment.state,
+        payment.state._value_,
         payment.requested_minor,
         payment.authorized_minor,
         payment.capture_pending_minor,
@@ -306,9 +310,9 @@ def authorize_row(intent: Intent) -> Row:
     return (
         *_new(intent.operation),
         intent.recover_after_s,
-        payment.mode,
-        payment.state,
-        payment.capture_method,
+        payment.mode._value_,
+        payment.state._value_,
+        payment.capture_method._value_,
         payment.requested_minor,
         payment.version,
         payment.merchant_order_id,
@@ -330,15 +334,13 @@ def followup_row(intent: Intent) -> Row:
 def change_row(change: Change) -> Row:
     """A payment_change."""
     operation, payment = change.operation, change.payment
-    recover_after_s = (
-        change.recover_after_s if operation.state is OperationState.PROCESSING else None
-    )
+    recover_after_s = change.recover_after_s if operation.state is _PROCESSING else None
     return (
         operation.merchant_id,
         operation.operation_id,
         operation.payment_id,
         change.expected_epoch,
-        change.expected_state,
+        change.expected_state._value_,
         change.expected_version,
         operation.epoch,
         recover_after_s,
@@ -405,7 +407,7 @@ def superseded_rows(operations: Iterable[Operation]) -> list[Row]:
             attempt.number,
             attempt.connector,
             attempt.connector_account_id,
-            attempt.delivery,
+            attempt.delivery._value_,
             clean(attempt.connector_transaction_id),
             outcome_json(attempt.outcome),
             attempt.processing_ms,
@@ -440,7 +442,7 @@ def operation_of(row: asyncpg.Record) -> Operation:
     """The operation in a row with `operation_columns` of reads.sql."""
     earlier = row["superseded_attempts"]
     allocations = row["allocations"]
-    return Operation(
+    return make_operation(
         merchant_id=row["merchant_id"],
         operation_id=row["operation_id"],
         payment_id=row["payment_id"],
@@ -495,7 +497,7 @@ def _attempt_of(document: dict[str, Any]) -> Attempt:
 
 def payment_of(row: asyncpg.Record) -> Payment:
     """The payment in a row with `payment_columns` of reads.sql."""
-    return Payment(
+    return make_payment(
         merchant_id=row["payment_merchant_id"],
         payment_id=row["payment_payment_id"],
         mode=Mode(row["mode"]),

@@ -83,6 +83,10 @@ _LIST_DOUBTS = query("reads", "list_doubts")
 _LIST_DISCREPANCIES = query("admin", "list_discrepancies")
 _FIND_RESOLUTION = query("admin", "find_resolution")
 
+# For what every authorization goes through, as in `gateway.domain.decisions`.
+_WRITTEN: Final = Stored.WRITTEN
+_PROCESSING: Final = OperationState.PROCESSING
+
 _UNFINISHED: Final = sorted(UNFINISHED)
 _OF_UNKNOWN_OUTCOME: Final = [OperationState.PROCESSING, OperationState.IN_DOUBT]
 
@@ -700,13 +704,14 @@ async def _intent_results(
             operation_id=[operation.operation_id for operation in lost],
         )
         earlier = {record["operation_id"]: record["created_at"] for record in found}
+    written_now = IntentResult(_WRITTEN, at)
     results = []
     for row in batch:
         operation_id = row.value.operation.operation_id
         if operation_id in inserted:
-            results.append(IntentResult(Stored.WRITTEN, at))
+            results.append(written_now)
         elif operation_id in earlier:
-            results.append(IntentResult(Stored.WRITTEN, earlier[operation_id]))
+            results.append(IntentResult(_WRITTEN, earlier[operation_id]))
         elif locked is None or operation_id in locked:
             results.append(IntentResult(Stored.DUPLICATE_KEY))
         else:
@@ -730,8 +735,8 @@ def _is_plain(change: Change) -> bool:
         and not change.discrepancies
         and not change.operation.superseded_attempts
         and change.expected_epoch == 1
-        and change.expected_state is OperationState.PROCESSING
-        and change.operation.state is not OperationState.PROCESSING
+        and change.expected_state is _PROCESSING
+        and change.operation.state is not _PROCESSING
     )
 
 
@@ -766,7 +771,7 @@ async def _write_changes(
         )
         written.update(record["operation_id"] for record in found)
     return [
-        Stored.WRITTEN if change.operation.operation_id in written else Stored.CONFLICT
+        _WRITTEN if change.operation.operation_id in written else Stored.CONFLICT
         for change in changes
     ]
 
