@@ -320,7 +320,7 @@ class Payments:
             answer = await self._answer_claimed(command, claim)
             if answer is not None:
                 return answer
-        return await self._detach(command.merchant_id, self._guarded(command, start, claim))
+        return await self._detach(command, self._guarded(command, start, claim))
 
     async def _answer_claimed(self, command: Command, claim: ClaimResult) -> Answer | None:
         """What a claim that is not new answers; None: nothing, PostgreSQL decides."""
@@ -342,12 +342,14 @@ class Payments:
                 return await self._answer_existing(command, found)
         return None
 
-    async def _detach(self, merchant_id: str, work: Coroutine[Any, Any, Answer]) -> Answer:
+    async def _detach(self, command: Command, work: Coroutine[Any, Any, Answer]) -> Answer:
         """What comes of `work`, which goes on where its caller is cancelled.
 
         As asyncio.shield, but its caller goes on a turn of the event loop earlier: not by a
         callback of the task's.
         """
+        if command.detached:
+            return await self._here(work)
         loop = asyncio.get_running_loop()
         told: asyncio.Future[Answer] = loop.create_future()
         task = loop.create_task(_tell(told, work))
@@ -357,9 +359,19 @@ class Payments:
             return await told
         except asyncio.CancelledError:
             if told.cancelled():  # or both ended in the same turn
-                self._occupancy.carry(merchant_id)
-                task.add_done_callback(lambda _: self._occupancy.release(merchant_id))
+                self._occupancy.carry(command.merchant_id)
+                task.add_done_callback(lambda _: self._occupancy.release(command.merchant_id))
             raise
+
+    async def _here(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """What comes of `work` in the present task."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._detached.add(task)
+        try:
+            return await work
+        finally:
+            self._detached.discard(task)
 
     async def _guarded(
         self,
@@ -420,7 +432,7 @@ class Payments:
             self._observer.replayed("postgres")
             return Answer(operation.response, True, operation.request_id, operation.payment_id)
         if operation.state is OperationState.NOT_SENT:
-            return await self._detach(command.merchant_id, self._restart(command, found))
+            return await self._detach(command, self._restart(command, found))
         return Answer(
             self._encoder.response(operation, found.payment),
             True,

@@ -455,6 +455,7 @@ class PaymentService:
     def start(self, call: _Call, item: _Item, earlier: "asyncio.Task[Any] | None") -> None:
         """Begin an item's authorization, after an earlier one with the same key."""
         if item.command is not None:
+            item.command.detached = True
             item.task = self._detach(self._perform(call, item, item.command, earlier))
 
     def _detach(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
