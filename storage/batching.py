@@ -20,8 +20,10 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
+
+from gateway.domain.making import maker
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
@@ -115,8 +117,11 @@ class _Entry(Generic[Row, Result]):
     partition: Hashable
     exclusive: Hashable | None
     submitted_s: float
-    traced: object | None = field(init=False)
+    traced: object | None
     """Set only where there is a tracer."""
+
+
+_make_entry = maker(_Entry)
 
 
 class Lane(Generic[Row, Result]):
@@ -252,28 +257,29 @@ class Lane(Generic[Row, Result]):
             raise LaneClosed(f"lane {self.name} is closed")
         if not reserved and self._ready_rows + self._parked_rows >= self._queue_max:
             raise QueueFull(f"lane {self.name} has {self._queue_max} rows waiting")
-        entry: _Entry[Row, Result] = _Entry(
+        future: asyncio.Future[Result] = self._loop.create_future()
+        exclusive = None if self._exclusive is None else self._exclusive(row)
+        entry = _make_entry(
             row,
-            self._loop.create_future(),
-            self._partition(row) if self._partition is not None else None,
-            self._exclusive(row) if self._exclusive is not None else None,
+            future,
+            None if self._partition is None else self._partition(row),
+            exclusive,
             self._clock_s(),
+            None if self._tracer is None else self._tracer.carried(),
         )
-        if self._tracer is not None:
-            entry.traced = self._tracer.carried()
         self._arrived += 1
-        if entry.exclusive is not None:
-            if entry.exclusive in self._held:
+        if exclusive is not None:
+            if exclusive in self._held:
                 self._park(entry)
-                return entry.future
-            self._held[entry.exclusive] = None
+                return future
+            self._held[exclusive] = None
         self._make_ready(entry)
         if not self._taker_begun:
             if self._in_flight < self._in_flight_max:
                 self._begin_taker()
         elif self._linger_end is not None and self._ready_rows >= self._rows_max:
             self._stop_lingering()
-        return entry.future
+        return future
 
     async def put(self, row: Row, *, reserved: bool = False) -> Result:
         """Submit a row and wait for its result. Cancelling the waiter does not cancel the row.
@@ -371,7 +377,7 @@ class Lane(Generic[Row, Result]):
         if self._ready and self._in_flight < self._in_flight_max:
             self._begin_taker()
         try:
-            wait_s = self._clock_s() - min(entry.submitted_s for entry in batch)
+            wait_s = self._clock_s() - min([entry.submitted_s for entry in batch])
             self._metrics.batch_sent(self.name, len(batch), wait_s)
             await self._flush_all(batch)
         except asyncio.CancelledError:

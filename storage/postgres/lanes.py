@@ -11,6 +11,7 @@ import asyncpg
 
 from gateway.application.ports import StoreUnavailable
 from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.making import maker
 from storage.batching import Failure, Lane, LaneClosed, LaneMetrics, LaneTracer, QueueFull
 from storage.postgres.errors import NotDurable, SchemaError, classify, refusal
 from storage.postgres.pool import Connection, HeldConnections
@@ -41,6 +42,9 @@ class LaneRow(Generic[Value]):
     def is_retry(self) -> bool:
         """An earlier try may have been committed."""
         return self.tries > 1
+
+
+_make_row = maker(LaneRow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,7 @@ class PostgresLane(Generic[Value, Result]):
         away, and RowRefused for a value that PostgreSQL does not take.
         """
         limit_s = self._retry_s_max if retry_s_max is None else retry_s_max
-        row = LaneRow(value, time.monotonic() + limit_s)
+        row = _make_row(value, time.monotonic() + limit_s)
         try:
             return await self._lane.submit(row, reserved=reserved)
         except (StoreUnavailable, NotDurable, SchemaError):
@@ -138,11 +142,13 @@ class PostgresLane(Generic[Value, Result]):
         await self._lane.close()
         await self._connections.close()
 
-    async def _flush(self, rows: Sequence[LaneRow[Value]]) -> Sequence[Result | BaseException]:
+    def _flush(self, rows: Sequence[LaneRow[Value]]) -> Awaitable[Sequence[Result | BaseException]]:
+        # All of a batch were tried before, or none.
+        return self._repeat(rows) if rows[0].tries else self._run(rows)
+
+    async def _repeat(self, rows: Sequence[LaneRow[Value]]) -> Sequence[Result | BaseException]:
         now_s = time.monotonic()
-        given_up = [row.tries > 0 and now_s > row.give_up_s for row in rows]
-        if not any(given_up):
-            return await self._run(rows)
+        given_up = [now_s > row.give_up_s for row in rows]
         unavailable = StoreUnavailable("PostgreSQL did not answer in time")
         live = [row for row, over in zip(rows, given_up, strict=True) if not over]
         results = iter(await self._run(live) if live else ())

@@ -5,11 +5,11 @@ text that `{{name}}` brings into the sections of the same file). Parameters are 
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import asyncpg
@@ -30,16 +30,16 @@ class Query:
     parameters: tuple[str, ...]
     """The names of $1, $2, …"""
 
-    def arguments(self, values: Mapping[str, object]) -> Iterator[object]:
+    def arguments(self, values: Mapping[str, object]) -> list[object]:
         """The values in the order of the parameters; raises KeyError for one that is missing."""
-        return (values[name] for name in self.parameters)
+        return [values[name] for name in self.parameters]
 
 
-async def run(
+def run(
     connection: "asyncpg.Connection[asyncpg.Record]", statement: Query, /, **values: object
-) -> "list[asyncpg.Record]":
+) -> "Coroutine[Any, Any, list[asyncpg.Record]]":
     """The rows of a statement, its parameters given by name."""
-    return await connection.fetch(statement.text, *statement.arguments(values))
+    return connection.fetch(statement.text, *statement.arguments(values))
 
 
 def query(file: str, name: str) -> Query:

@@ -1,7 +1,7 @@
 """The durable store: every write through a lane, every lane on connections of its own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -348,22 +348,22 @@ class PostgresStore:
 
     # --- writes ---
 
-    async def write_intent(self, intent: Intent) -> IntentResult:
+    def write_intent(self, intent: Intent) -> Coroutine[Any, Any, IntentResult]:
         """See Store. Raises ValueError for a new payment that already holds something."""
         if intent.expected_version is None:
             rows.check_new_payment(intent)
-            return await self._intents.put(intent)
-        return await self._follow_ups.put(intent)
+            return self._intents.put(intent)
+        return self._follow_ups.put(intent)
 
-    async def write_change(self, change: Change) -> Stored:
+    def write_change(self, change: Change) -> Coroutine[Any, Any, Stored]:
         """See Store. Raises ValueError where the operation is not one of the payment."""
         operation, payment = change.operation, change.payment
-        if (operation.merchant_id, operation.payment_id) != (
-            payment.merchant_id,
-            payment.payment_id,
+        if (
+            operation.merchant_id != payment.merchant_id
+            or operation.payment_id != payment.payment_id
         ):
             raise ValueError("the operation is not one of the payment")
-        return await self._changes.put(change, reserved=True)
+        return self._changes.put(change, reserved=True)
 
     # --- reads ---
 

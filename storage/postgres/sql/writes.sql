@@ -261,7 +261,7 @@ changed AS (
 ),
 paid AS (
     UPDATE payments AS payment
-    SET {{payment_set}}, updated_at = coalesce(source.payment_updated_at, now())
+    SET {{payment_set}}, updated_at = coalesce(source.payment_updated_at, source.updated_at, now())
     FROM changed AS source
     WHERE payment.merchant_id = source.merchant_id AND payment.payment_id = source.payment_id
 ),
