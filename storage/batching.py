@@ -325,7 +325,8 @@ class Lane(Generic[Row, Result]):
     def _begin_taker(self) -> None:
         # A task, since it begins in the loop's next turn: its batch has all that this one submits.
         self._taker_begun = True
-        task = self._loop.create_task(self._send(), name=self._task_name)
+        # Made without the loop's help, which would make up another name first.
+        task = asyncio.Task(self._send(), loop=self._loop, name=self._task_name)
         self._sending.add(task)
         task.add_done_callback(self._sending.discard)
 

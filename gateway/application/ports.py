@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import Enum
+from enum import Enum, StrEnum
 from types import MappingProxyType
 from typing import Final, NamedTuple, Protocol
 
@@ -185,7 +185,7 @@ class Connector(Described, Protocol):
         """Close the connections."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Route:
     """Where a merchant's payments of one mode go."""
 
@@ -452,7 +452,7 @@ class Store(Protocol):
 # --- claims ---------------------------------------------------------------------------------------
 
 
-class ClaimOutcome(Enum):
+class ClaimOutcome(StrEnum):
     """What a claim met."""
 
     NEW = "NEW"

@@ -352,7 +352,8 @@ class Payments:
             return await self._here(work)
         loop = asyncio.get_running_loop()
         told: asyncio.Future[Answer] = loop.create_future()
-        task = loop.create_task(_tell(told, work))
+        # With a name, or one would be made up.
+        task = asyncio.Task(_tell(told, work), loop=loop, name="payment")
         self._detached.add(task)
         task.add_done_callback(self._detached.discard)
         try:

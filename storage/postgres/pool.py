@@ -264,6 +264,7 @@ class HeldConnections:
         on_generation: Callable[[str], None] | None = None,
     ) -> None:
         self._settings = settings
+        self._answer_timeout_s = settings.answer_timeout_s
         self._name = name
         self._on_generation = on_generation
         self._free = [_Slot() for _ in range(size)]
@@ -310,7 +311,7 @@ class HeldConnections:
             # Cut, not cancelled: a commit whose wait for a standby is cancelled is seen by all, and
             # what was seen could be lost with the server.
             limit = asyncio.get_running_loop().call_later(
-                self._settings.answer_timeout_s, connection.terminate
+                self._answer_timeout_s, connection.terminate
             )
             try:
                 result = await work(connection)

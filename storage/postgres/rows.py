@@ -43,6 +43,8 @@ Row = tuple[Any, ...]
 """A composite value: what a statement takes an array of."""
 
 _PROCESSING = OperationState.PROCESSING
+_BACKSLASH = ord("\\")
+"""A number: to look for bytes within bytes costs Python 3.11 an exception."""
 _OUTCOME_ENUMS = {
     "response_code": ResponseCode,
     "advice_action": AdviceAction,
@@ -93,8 +95,8 @@ def outcome_json(outcome: Outcome | None) -> str | None:
         text = orjson.dumps(outcome.told())
     except TypeError:  # half a surrogate pair
         return _json(_outcome_document(outcome))
-    # As ASCII, but for NUL, a text is clean.
-    if text.isascii() and b"\\u0000" not in text:
+    # As ASCII, but for NUL, a text is clean; what is written with a backslash may be one.
+    if text.isascii() and _BACKSLASH not in text:
         return text.decode()
     return _json(_outcome_document(outcome))
 

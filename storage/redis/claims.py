@@ -112,7 +112,10 @@ _SETTLE = _read_script("settle.lua")
 _KEY_DIGEST = hashlib.blake2b(digest_size=KEY_DIGEST_BYTES)
 """Of nothing yet: it costs less to copy than to make."""
 
-_NEW = ClaimOutcome.NEW
+# As in `gateway.domain.decisions`.
+_NEW, _IN_FLIGHT = ClaimOutcome.NEW, ClaimOutcome.IN_FLIGHT
+_REPLAY, _CONFLICT = ClaimOutcome.REPLAY, ClaimOutcome.CONFLICT
+_RATE_LIMITED, _UNAVAILABLE = ClaimOutcome.RATE_LIMITED, ClaimOutcome.UNAVAILABLE
 
 
 @dataclass(slots=True)
@@ -294,8 +297,8 @@ class Claims:
         """
         generation = self._generation
         if generation is None or not self._available:
-            self._metrics.claims_answered(ClaimOutcome.UNAVAILABLE, 1)
-            return ClaimResult(ClaimOutcome.UNAVAILABLE)
+            self._metrics.claims_answered(_UNAVAILABLE, 1)
+            return ClaimResult(_UNAVAILABLE)
         nonce = os.urandom(NONCE_BYTES)
         try:
             bucket, key = self._place(merchant_id, idempotency_key, generation)
@@ -306,8 +309,8 @@ class Claims:
             row = _Claim(bucket, key, nonce, fingerprint, generation, limit)
             return await self._claim_lane.submit(row)
         except Exception:  # noqa: BLE001 (queue full, lane closed, text that is none)
-            self._metrics.claims_answered(ClaimOutcome.UNAVAILABLE, 1)
-            return ClaimResult(ClaimOutcome.UNAVAILABLE, nonce, generation)
+            self._metrics.claims_answered(_UNAVAILABLE, 1)
+            return ClaimResult(_UNAVAILABLE, nonce, generation)
 
     def release(
         self,
@@ -403,10 +406,8 @@ class Claims:
             reply = await self._run(_CLAIM, keys, args)
             return self._read_claims(rows, reply)
         except Exception:  # noqa: BLE001 (whatever it is, PostgreSQL decides)
-            self._metrics.claims_answered(ClaimOutcome.UNAVAILABLE, len(rows))
-            return [
-                ClaimResult(ClaimOutcome.UNAVAILABLE, row.nonce, row.generation) for row in rows
-            ]
+            self._metrics.claims_answered(_UNAVAILABLE, len(rows))
+            return [ClaimResult(_UNAVAILABLE, row.nonce, row.generation) for row in rows]
 
     def _read_claims(self, rows: Sequence[_Claim], reply: list[bytes]) -> list[ClaimResult]:
         """Results of the rows from the reply of claim.lua, counted.
@@ -425,20 +426,18 @@ class Claims:
             if letter == 0x4E:  # N
                 result = ClaimResult(_NEW, row.nonce, row.generation)
             elif letter == 0x46:  # F
-                result = ClaimResult(ClaimOutcome.IN_FLIGHT, b"", row.generation)
+                result = ClaimResult(_IN_FLIGHT, b"", row.generation)
             elif letter == 0x4C:  # L
-                result = ClaimResult(
-                    ClaimOutcome.RATE_LIMITED, retry_after_s=_pause_s(int(next(next_entry)))
-                )
+                result = ClaimResult(_RATE_LIMITED, retry_after_s=_pause_s(int(next(next_entry))))
             else:
                 frozen = _decode(next(next_entry)) if letter == 0x52 else None  # R
                 if frozen is None:
                     unknown += 1
-                    result = ClaimResult(ClaimOutcome.UNAVAILABLE, row.nonce, row.generation)
+                    result = ClaimResult(_UNAVAILABLE, row.nonce, row.generation)
                 elif frozen.fingerprint == row.fingerprint:
                     replays += 1
                     result = ClaimResult(
-                        ClaimOutcome.REPLAY,
+                        _REPLAY,
                         b"",
                         row.generation,
                         frozen.response,
@@ -447,19 +446,19 @@ class Claims:
                 else:
                     conflicts += 1
                     result = ClaimResult(
-                        ClaimOutcome.CONFLICT,
+                        _CONFLICT,
                         b"",
                         row.generation,
                         first_request_id=frozen.first_request_id,
                     )
             results.append(result)
         for outcome, claims in (
-            (ClaimOutcome.NEW, letters.count(b"N")),
-            (ClaimOutcome.IN_FLIGHT, letters.count(b"F")),
-            (ClaimOutcome.REPLAY, replays),
-            (ClaimOutcome.CONFLICT, conflicts),
-            (ClaimOutcome.RATE_LIMITED, limited),
-            (ClaimOutcome.UNAVAILABLE, unknown),
+            (_NEW, letters.count(b"N")),
+            (_IN_FLIGHT, letters.count(b"F")),
+            (_REPLAY, replays),
+            (_CONFLICT, conflicts),
+            (_RATE_LIMITED, limited),
+            (_UNAVAILABLE, unknown),
         ):
             if claims:
                 self._metrics.claims_answered(outcome, claims)
