@@ -237,7 +237,7 @@ class Lane(Generic[Row, Result]):
             linger_s *= self._arrivals_per_s / self._linger_whole_at_per_s
         return linger_s if self._arrivals_per_s * linger_s >= LINGER_ROWS_MIN else 0.0
 
-    def submit(self, row: Row, *, reserved: bool = False) -> asyncio.Future[Result]:
+    def submit(self, row: Row, reserved: bool = False) -> asyncio.Future[Result]:
         """Take a row; the future gets its result, or the exception it failed with.
 
         Cancelling the future forgets the answer and nothing else: the row is sent all the same.
@@ -273,7 +273,8 @@ class Lane(Generic[Row, Result]):
                 self._park(entry)
                 return future
             self._held[exclusive] = None
-        self._make_ready(entry)
+        self._queue_of(entry).append(entry)
+        self._ready_rows += 1
         if not self._taker_begun:
             if self._in_flight < self._in_flight_max:
                 self._begin_taker()
@@ -288,7 +289,7 @@ class Lane(Generic[Row, Result]):
             QueueFull, LaneClosed: as `submit`; the row was not taken.
             Exception: what the row failed with.
         """
-        return await self.submit(row, reserved=reserved)
+        return await self.submit(row, reserved)
 
     async def close(self) -> None:
         """Refuse new rows, reserved ones too, and return when every row taken has its answer.
@@ -312,15 +313,11 @@ class Lane(Generic[Row, Result]):
         parked.append(entry)
         self._parked_rows += 1
 
-    def _make_ready(self, entry: _Entry[Row, Result], *, first: bool = False) -> None:
+    def _queue_of(self, entry: _Entry[Row, Result]) -> deque[_Entry[Row, Result]]:
         queue = self._ready.get(entry.partition)
         if queue is None:
             queue = self._ready[entry.partition] = deque()
-        if first:
-            queue.appendleft(entry)
-        else:
-            queue.append(entry)
-        self._ready_rows += 1
+        return queue
 
     def _begin_taker(self) -> None:
         # A task, since it begins in the loop's next turn: its batch has all that this one submits.
@@ -464,8 +461,10 @@ class Lane(Generic[Row, Result]):
             if not parked:
                 del self._held[entry.exclusive]
                 continue
+            oldest = parked.popleft()
             self._parked_rows -= 1
-            self._make_ready(parked.popleft(), first=True)
+            self._queue_of(oldest).appendleft(oldest)
+            self._ready_rows += 1
 
 
 def _answer(part: list[_Entry[Row, Result]], results: Sequence[Result | BaseException]) -> None:

@@ -123,7 +123,7 @@ class PostgresLane(Generic[Value, Result]):
         limit_s = self._retry_s_max if retry_s_max is None else retry_s_max
         row = _make_row(value, time.monotonic() + limit_s)
         try:
-            return await self._lane.submit(row, reserved=reserved)
+            return await self._lane.submit(row, reserved)
         except (StoreUnavailable, NotDurable, SchemaError):
             raise
         except QueueFull:
