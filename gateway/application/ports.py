@@ -487,6 +487,9 @@ class ClaimResult:
     """RATE_LIMITED: when there will be room."""
 
 
+make_claim_result = maker(ClaimResult)
+
+
 class Claims(Protocol):
     """The fast path of idempotency. Nothing here is the last word, and nothing here raises."""
 

@@ -51,7 +51,6 @@ from gateway.domain.decisions import Begun, Origin, Settled
 from gateway.domain.errors import GatewayError, Reason, refuse
 from gateway.domain.model import (
     Aggregate,
-    Attempt,
     CaptureMethod,
     ConnectorAnswer,
     Delivery,
@@ -502,7 +501,7 @@ class Payments:
         started = time.monotonic()
         self._check_deadline(command, started)
         if await self._write_intent(begun, connector, None) is _WRITTEN:
-            return await self._perform(command, begun, None, started, plan)
+            return await self._perform(command, begun, connector, None, started, plan)
         return await self._duplicate(command)
 
     async def _new_follow_up(self, command: FollowUp, again: Operation | None = None) -> Answer:
@@ -538,7 +537,7 @@ class Payments:
             else:
                 stored = await self._write_intent(begun, connector, aggregate.payment.version)
             if stored is Stored.WRITTEN:
-                return await self._perform(command, begun, aggregate, started)
+                return await self._perform(command, begun, connector, aggregate, started)
             if stored is Stored.DUPLICATE_KEY:
                 return await self._duplicate(command)
             if again is not None:
@@ -578,7 +577,7 @@ class Payments:
             started = time.monotonic()
             self._check_deadline(command, started)
             if await self._write_again(found.operation, begun, connector) is Stored.WRITTEN:
-                return await self._perform(command, begun, None, started, plan)
+                return await self._perform(command, begun, connector, None, started, plan)
             return await self._duplicate(command)
         except StoreUnavailable as error:
             raise _store_unavailable() from error
@@ -648,13 +647,13 @@ class Payments:
             )
         return found.payment.payment_id
 
-    def _connector(self, of: Payment | Attempt) -> Connector:
-        connector = self._router.connector(of.connector, of.connector_account_id)
+    def _connector(self, payment: Payment) -> Connector:
+        connector = self._router.connector(payment.connector, payment.connector_account_id)
         if connector is None:
             raise refuse(
                 Reason.CONNECTOR_UNAVAILABLE,
                 "The payment's connector is not configured here.",
-                connector=of.connector,
+                connector=payment.connector,
             )
         return connector
 
@@ -683,6 +682,7 @@ class Payments:
         self,
         command: Command,
         begun: Begun,
+        connector: Connector,
         aggregate: Aggregate | None,
         started: float,
         plan: Plan | None = None,
@@ -692,13 +692,13 @@ class Payments:
         if begun.cancel_request:
             found = await self._outcomes.accept_cancel_request(begun.operation, begun.payment)
         else:
-            answer, psp_s = await self._ask(command, begun, aggregate, started, plan)
+            answer, psp_s = await self._ask(command, begun, connector, aggregate, started, plan)
             while plan is not None and plan.more:
                 again = await self._elsewhere(command, begun, answer, plan)
                 if again is None:
                     break
-                (begun, started), before_s, before = again, psp_s, answer
-                answer, psp_s = await self._ask(command, begun, None, started, plan)
+                (begun, connector, started), before_s, before = again, psp_s, answer
+                answer, psp_s = await self._ask(command, begun, connector, None, started, plan)
                 self._observer.cascaded(before, answer)
                 if before_s is not None:
                     psp_s = before_s + (psp_s or 0.0)
@@ -725,6 +725,7 @@ class Payments:
         self,
         command: Command,
         begun: Begun,
+        connector: Connector,
         aggregate: Aggregate | None,
         started: float,
         plan: Plan | None,
@@ -743,7 +744,6 @@ class Payments:
             by_window = send_before == window_ends
             late = Reason.SEND_WINDOW_PASSED if by_window else Reason.DEADLINE_TOO_SHORT
             return ConnectorAnswer(Delivery.NOT_SENT, reason=late), None
-        connector = self._connector(operation.attempt)
         request = connector_request(self._encoder, operation, begun.payment, aggregate)
         if isinstance(command, Authorize):
             request.secrets = command.secrets
@@ -759,9 +759,9 @@ class Payments:
 
     async def _elsewhere(
         self, command: Command, begun: Begun, answer: ConnectorAnswer, plan: Plan
-    ) -> tuple[Begun, float] | None:
-        """The next attempt of a cascade, durable, and when its write began; None where the answer
-        stands.
+    ) -> tuple[Begun, Connector, float] | None:
+        """The next attempt of a cascade, durable, whom it asks, and when its write began; None
+        where the answer stands.
 
         What the last attempt came to is written with it, so that whoever finds the operation finds
         one attempt that may have an effect, the latest.
@@ -793,7 +793,7 @@ class Payments:
             self._observer.outcome_lost(begun.operation)
             raise
         # Otherwise somebody changed the payment, as by a void: the answer stands.
-        return (again, started) if stored is Stored.WRITTEN else None
+        return (again, connector, started) if stored is Stored.WRITTEN else None
 
     async def _may_reattempt(self, command: Command, plan: Plan) -> bool:
         """Whether the networks' limits let the card be tried again; no where nobody knows."""

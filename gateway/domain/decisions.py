@@ -29,6 +29,7 @@ from gateway.domain.model import (
     PaymentState,
     ResponseCode,
     Verdict,
+    make_attempt,
     make_operation,
     make_payment,
 )
@@ -117,7 +118,7 @@ def begin_authorization(
         state=_PROCESSING,
         amount_minor=amount_minor,
         currency=currency,
-        attempt=Attempt(1, connector, connector_account_id),
+        attempt=make_attempt(1, connector, connector_account_id),
         idempotency_key=origin.idempotency_key,
         fingerprint=origin.fingerprint,
         request_id=origin.request_id,
@@ -372,7 +373,7 @@ def _next_attempt(
     return operation.copy_with(
         state=S.PROCESSING,
         epoch=operation.epoch + 1,
-        attempt=Attempt(old.number + 1, connector, connector_account_id),
+        attempt=make_attempt(old.number + 1, connector, connector_account_id),
         superseded_attempts=(*operation.superseded_attempts, old),
         reason="",
         response=None,
@@ -490,7 +491,7 @@ def bounce(
 
 def accept_cancel_request(payment: Payment, operation: Operation, at: datetime) -> Settled:
     """A void that waits for an unfinished authorization: PENDING; recovery carries it out."""
-    attempt = Attempt(
+    attempt = make_attempt(
         operation.attempt.number,
         operation.attempt.connector,
         operation.attempt.connector_account_id,
@@ -592,7 +593,7 @@ def record_elsewhere(
         state=S.SUCCEEDED,
         amount_minor=amount_minor,
         currency=payment.currency,
-        attempt=_answered(Attempt(1, payment.connector, payment.connector_account_id), answer),
+        attempt=_answered(make_attempt(1, payment.connector, payment.connector_account_id), answer),
         parent_operation_id=authorization.operation_id,
         allocations=allocate(parts, amount_minor),
         created_at=at,
@@ -653,7 +654,7 @@ def record_dispute(
         state=state,
         amount_minor=amount_minor,
         currency=payment.currency,
-        attempt=_answered(Attempt(1, payment.connector, payment.connector_account_id), answer),
+        attempt=_answered(make_attempt(1, payment.connector, payment.connector_account_id), answer),
         parent_operation_id=authorization.operation_id,
         created_at=at,
         updated_at=at,
@@ -737,7 +738,7 @@ def _follow_up(payment: Payment, origin: Origin, kind: K, amount_minor: int) -> 
         state=S.PROCESSING,
         amount_minor=amount_minor,
         currency=payment.currency,
-        attempt=Attempt(1, payment.connector, payment.connector_account_id),
+        attempt=make_attempt(1, payment.connector, payment.connector_account_id),
         idempotency_key=origin.idempotency_key,
         fingerprint=origin.fingerprint,
         request_id=origin.request_id,
@@ -797,7 +798,7 @@ def _check_matrix(kind: K, aggregate: Aggregate) -> Beside:
 
 
 def _answered(attempt: Attempt, answer: ConnectorAnswer) -> Attempt:
-    return Attempt(
+    return make_attempt(
         attempt.number,
         attempt.connector,
         attempt.connector_account_id,
@@ -925,7 +926,7 @@ def _reversal(
         state=S.PROCESSING,
         amount_minor=amount_minor,
         currency=operation.currency,
-        attempt=Attempt(
+        attempt=make_attempt(
             1,
             reversed_.connector,
             reversed_.connector_account_id,
@@ -960,7 +961,7 @@ def _begin_release(settled: Settled, new_operation_id: str, at: datetime) -> Non
             state=S.PROCESSING,
             amount_minor=left,
             currency=capture.currency,
-            attempt=Attempt(
+            attempt=make_attempt(
                 1, attempt.connector, attempt.connector_account_id, delivery=Delivery.NOT_SENT
             ),
             parent_operation_id=capture.operation_id,

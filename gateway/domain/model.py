@@ -419,6 +419,7 @@ _told_of_outcome = _teller(Outcome)
 _copy_operation = copier(Operation)
 _copy_payment = copier(Payment)
 
+make_attempt = maker(Attempt)
 make_operation = maker(Operation)
 make_payment = maker(Payment)
 

@@ -34,6 +34,7 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
     Voucher,
+    make_attempt,
     make_operation,
     make_payment,
 )
@@ -454,7 +455,7 @@ def operation_of(row: asyncpg.Record) -> Operation:
         state=OperationState(row["state"]),
         amount_minor=row["amount_minor"],
         currency=row["currency"],
-        attempt=Attempt(
+        attempt=make_attempt(
             number=row["attempt_number"],
             connector=row["connector"],
             connector_account_id=row["connector_account_id"],
@@ -487,7 +488,7 @@ def operation_of(row: asyncpg.Record) -> Operation:
 
 def _attempt_of(document: dict[str, Any]) -> Attempt:
     outcome = document["outcome"]
-    return Attempt(
+    return make_attempt(
         number=document["number"],
         connector=document["connector"],
         connector_account_id=document["connector_account_id"],

@@ -27,7 +27,8 @@ from importlib import resources
 from typing import Any, NamedTuple, Protocol
 
 from gateway.application.accounts import RateLimit
-from gateway.application.ports import ClaimOutcome, ClaimResult
+from gateway.application.ports import ClaimOutcome, ClaimResult, make_claim_result
+from gateway.domain.making import maker
 from storage.batching import Lane, LaneMetrics, LaneTracer, NoLaneMetrics, QueueFull
 from storage.redis.connection import Part, RedisAway, RedisClient, RedisRefused
 
@@ -134,6 +135,10 @@ class _Settlement:
     bucket: int
     key: bytes
     entry: bytes
+
+
+_make_claim = maker(_Claim)
+_make_settlement = maker(_Settlement)
 
 
 class _Frozen(NamedTuple):
@@ -306,7 +311,7 @@ class Claims:
             if rate_limit is not None:
                 limit = (f"{{b{bucket}}}:rate:{merchant_id}".encode(), rate_limit)
                 self._limiting = True
-            row = _Claim(bucket, key, nonce, fingerprint, generation, limit)
+            row = _make_claim(bucket, key, nonce, fingerprint, generation, limit)
             return await self._claim_lane.submit(row)
         except Exception:  # noqa: BLE001 (queue full, lane closed, text that is none)
             self._metrics.claims_answered(_UNAVAILABLE, 1)
@@ -378,7 +383,7 @@ class Claims:
             return
         try:
             bucket, key = self._place(merchant_id, idempotency_key, generation)
-            self._settle_lane.submit(_Settlement(bucket, key, entry))
+            self._settle_lane.submit(_make_settlement(bucket, key, entry))
         except QueueFull:
             self._metrics.settlements_dropped("QUEUE_FULL", 1)
         except Exception:  # noqa: BLE001 (lane closed, text that is none)
@@ -424,7 +429,7 @@ class Claims:
         replays = conflicts = unknown = 0
         for row, letter in zip(rows, letters, strict=True):
             if letter == 0x4E:  # N
-                result = ClaimResult(_NEW, row.nonce, row.generation)
+                result = make_claim_result(_NEW, row.nonce, row.generation)
             elif letter == 0x46:  # F
                 result = ClaimResult(_IN_FLIGHT, b"", row.generation)
             elif letter == 0x4C:  # L
