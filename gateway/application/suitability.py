@@ -34,7 +34,7 @@ def check_authorization(command: Authorize, connector: Described) -> None:
             method=command.method,
         )
     _check_method(command, rule, connector)
-    _check_kind(_AUTHORIZE if command.amount_minor else _VERIFY, connector)
+    _check_kind(_AUTHORIZE if command.amount_minor else _VERIFY, connector, capabilities)
     _check_amount(command.amount_minor, command.currency, connector, capabilities)
 
 
@@ -70,14 +70,14 @@ def _check_method(command: Authorize, rule: MethodRule, connector: Described) ->
 
 def check_follow_up(operation: Operation, connector: Described) -> None:
     """Raises GatewayError for what the connector cannot do with an existing payment."""
-    _check_kind(operation.kind, connector)
     capabilities = connector.capabilities
+    _check_kind(operation.kind, connector, capabilities)
     if operation.kind is not OperationKind.VOID:  # which carries no amount to the PSP
         _check_amount(operation.amount_minor, operation.currency, connector, capabilities)
 
 
-def _check_kind(kind: OperationKind, connector: Described) -> None:
-    if kind not in connector.capabilities.operations:
+def _check_kind(kind: OperationKind, connector: Described, capabilities: Capabilities) -> None:
+    if kind not in capabilities.operations:
         raise refuse(
             Reason.OPERATION_NOT_SUPPORTED,
             f"The connector {connector.name} has no such operation.",

@@ -491,7 +491,7 @@ class Payments:
             amount_minor=command.amount_minor,
             currency=command.currency,
             capture_method=command.capture_method,
-            connector=connector.name,
+            connector=candidate.connector,
             connector_account_id=candidate.connector_account_id,
             merchant_order_id=command.merchant_order_id,
             allow_partial_approval=command.allow_partial_approval,
@@ -570,7 +570,7 @@ class Payments:
                 found.payment,
                 found.operation,
                 command.request_id,
-                connector=connector.name,
+                connector=candidate.connector,
                 connector_account_id=candidate.connector_account_id,
                 route=plan.note,
             )
@@ -753,7 +753,7 @@ class Payments:
         finally:
             self._occupancy.come_back(command.merchant_id)
         psp_s = time.monotonic() - sent
-        self._observer.connector_called(connector.name, operation.kind, answer, psp_s)
+        self._observer.connector_called(operation.attempt.connector, operation.kind, answer, psp_s)
         self._routing.observed(plan, command.mode, operation, answer, psp_s)
         return answer, psp_s
 

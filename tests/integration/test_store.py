@@ -146,6 +146,15 @@ async def test_everything_of_an_operation_and_its_payment_comes_back_as_it_was_w
     assert await stored(store, operation) == (change.operation, change.payment)
 
 
+async def test_a_payment_keeps_a_time_of_its_own(store: PostgresStore) -> None:
+    intent = authorize()
+    assert (await store.write_intent(intent)).stored is Stored.WRITTEN
+    change = outcome(*await stored(store, intent.operation))
+    change.payment.updated_at = EXPIRES_AT
+    assert await store.write_change(change) is Stored.WRITTEN
+    assert await stored(store, intent.operation) == (change.operation, change.payment)
+
+
 def test_every_field_of_a_payment_that_can_change_is_tried_above(dsn: str) -> None:
     never = {"merchant_id", "payment_id", "mode", "currency", "capture_method"}
     never |= {"merchant_order_id", "allow_partial_approval", "details", "created_at"}

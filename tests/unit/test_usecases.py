@@ -597,6 +597,22 @@ async def test_cancelled_caller_leaves_the_work_to_be_finished() -> None:
     assert gateway.payments.in_flight == 0
 
 
+async def test_work_of_a_task_of_its_own_begins_no_other_and_is_waited_for() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    command = gateway.authorize()
+    command.detached = True
+    call = in_background(gateway.payments.authorize(command))
+    await gate.reached.wait()
+    assert asyncio.all_tasks() == {asyncio.current_task(), call}
+    assert gateway.payments.in_flight == 1
+    draining = asyncio.ensure_future(gateway.payments.drain())
+    gate.opened.set()
+    await draining
+    assert call.done()
+    assert gateway.payments.in_flight == 0
+
+
 async def test_failure_in_the_turn_of_its_callers_cancellation_is_nobodys_surprise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
