@@ -341,14 +341,28 @@ class Payments:
                 return await self._answer_existing(command, found)
         return None
 
-    async def _detach(self, command: Command, work: Coroutine[Any, Any, Answer]) -> Answer:
-        """What comes of `work`, which goes on where its caller is cancelled.
+    def _detach(
+        self, command: Command, work: Coroutine[Any, Any, Answer]
+    ) -> Coroutine[Any, Any, Answer]:
+        """What comes of `work`, which goes on where its caller is cancelled."""
+        return self._here(work) if command.detached else self._apart(command.merchant_id, work)
+
+    async def _here(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """What comes of `work` in the present task, which nobody cancels."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._detached.add(task)
+        try:
+            return await work
+        finally:
+            self._detached.discard(task)
+
+    async def _apart(self, merchant_id: str, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """What comes of `work` in a task of its own.
 
         As asyncio.shield, but its caller goes on a turn of the event loop earlier: not by a
         callback of the task's.
         """
-        if command.detached:
-            return await self._here(work)
         loop = asyncio.get_running_loop()
         told: asyncio.Future[Answer] = loop.create_future()
         # With a name, or one would be made up.
@@ -359,19 +373,9 @@ class Payments:
             return await told
         except asyncio.CancelledError:
             if told.cancelled():  # or both ended in the same turn
-                self._occupancy.carry(command.merchant_id)
-                task.add_done_callback(lambda _: self._occupancy.release(command.merchant_id))
+                self._occupancy.carry(merchant_id)
+                task.add_done_callback(lambda _: self._occupancy.release(merchant_id))
             raise
-
-    async def _here(self, work: Coroutine[Any, Any, Answer]) -> Answer:
-        """What comes of `work` in the present task."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._detached.add(task)
-        try:
-            return await work
-        finally:
-            self._detached.discard(task)
 
     async def _guarded(
         self,
