@@ -117,7 +117,7 @@ class _Entry(Generic[Row, Result]):
     partition: Hashable
     exclusive: Hashable | None
     submitted_s: float
-    traced: object | None
+    traced: object | None = None
     """Set only where there is a tracer."""
 
 
@@ -265,8 +265,9 @@ class Lane(Generic[Row, Result]):
             None if self._partition is None else self._partition(row),
             exclusive,
             self._clock_s(),
-            None if self._tracer is None else self._tracer.carried(),
         )
+        if self._tracer is not None:
+            entry.traced = self._tracer.carried()
         self._arrived += 1
         if exclusive is not None:
             if exclusive in self._held:
