@@ -360,7 +360,7 @@ def _restart_of_a_doubt() -> _Patches:
 
     async def mutated(self: Payments, command: Any, found: Any) -> Any:
         if found.operation.state.name == "IN_DOUBT":
-            return await self._detach(command.merchant_id, self._restart(command, found))
+            return await self._detach(command, self._restart(command, found))
         return await answer_existing(self, command, found)
 
     return [patch.object(Payments, "_answer_existing", mutated)]
