@@ -43,7 +43,7 @@ FIRST_SEEDS: Final = {
     "restart-of-a-doubt": 7,
     "sends-after-a-conflict": 4,
     "cascade-after-a-doubt": 21,
-    "cascade-is-not-recorded": 208,
+    "cascade-is-not-recorded": 332,
     "earlier-attempt-as-the-present": 5,
     "older-notifications-count": 138,
     "notification-done-before-recovery": 136,
