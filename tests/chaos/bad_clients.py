@@ -44,6 +44,10 @@ AT_ONCE: Final = 12
 """Fuzzed messages under way on each of them."""
 SEEDS: Final = 64
 """Valid messages that are made once, to be mutated."""
+KINDS: Final = ("fuzz", "idle", "stream", "message", "metadata", "deadline", "cancel", "reset")
+"""Of attacks."""
+KIND_AT_ONCE: Final = 6
+"""Attacks under way where there are none of another kind."""
 OTHERS_AT_ONCE: Final = 2
 """Of each other attack by calls."""
 MESSAGES_BETWEEN: Final = 200
@@ -76,6 +80,8 @@ class Orders:
     """That are opened and left idle, half of them in the middle of a frame."""
     certificate: str = ""
     """A PEM file, where the address speaks TLS."""
+    storm: int = 0
+    """Connections that open and reset streams all at once, before the rest."""
 
 
 class Attack:
@@ -91,25 +97,26 @@ class Attack:
             call_headers(f"/{SERVICE.full_name}/{name}", orders.api_key, TIMEOUT_S)
             for name in UNARY
         ]
+        self._others: dict[str, Callable[[], Awaitable[None]]] = {
+            "stream": self._fuzz_stream,
+            "message": self._large_message,
+            "metadata": self._large_metadata,
+            "deadline": self._short_deadline,
+            "cancel": self._cancelled,
+            "reset": self._resets,
+        }
         self.statuses: dict[str, Counter[str]] = {
-            name: Counter()
-            for name in ("fuzz", "stream", "message", "metadata", "deadline", "cancel", "reset")
+            name: Counter() for name in ("fuzz", *self._others)
         }
 
     async def run(self) -> None:
         """Carry out the orders."""
         orders = self._orders
-        idle = await self._open_idle_connections()
+        idle = await self._open_idle_connections(orders.connections)
+        await asyncio.gather(*(self._resets() for _ in range(orders.storm)))
         others = [
             asyncio.ensure_future(self._again(attack))
-            for attack in (
-                self._fuzz_stream,
-                self._large_message,
-                self._large_metadata,
-                self._short_deadline,
-                self._cancelled,
-                self._resets,
-            )
+            for attack in self._others.values()
             for _ in range(OTHERS_AT_ONCE)
         ]
         async with self._channel() as self._shared:
@@ -125,6 +132,24 @@ class Attack:
         for end in ended:
             if isinstance(end, Exception):
                 raise end
+
+    async def repeat(self, kind: str, times: int) -> None:
+        """Carry out attacks of one kind only: one of `KINDS`, so many times."""
+        if kind == "idle":
+            for each in await self._open_idle_connections(times):
+                each.close()
+            return
+        self._left = times
+        async with self._channel() as self._shared:
+            if kind == "fuzz":
+                await asyncio.gather(*(self._fuzz() for _ in range(CONNECTIONS_OF_FUZZ)))
+            else:
+                await asyncio.gather(*(self._spend(kind) for _ in range(KIND_AT_ONCE)))
+
+    async def _spend(self, kind: str) -> None:
+        while self._left > 0:
+            self._left -= 1
+            await self._others[kind]()
 
     async def _again(self, attack: Callable[[], Awaitable[None]]) -> None:
         # Asked for, since `_cancelled` cannot tell its own cancellation from ours.
@@ -264,7 +289,7 @@ class Attack:
             context.set_alpn_protocols(["h2"])
         return host, int(port), context
 
-    async def _open_idle_connections(self) -> list[socket.socket]:
+    async def _open_idle_connections(self, count: int) -> list[socket.socket]:
         """Connections on which nothing more will come: without TLS, which is no matter here."""
         host, port, _ = self._endpoint()
         room = asyncio.Semaphore(CONNECTIONS_AT_ONCE)
@@ -280,7 +305,7 @@ class Attack:
                 await loop.sock_sendall(connection, begun if number % 2 else begun[:-4])
                 return connection
 
-        return list(await asyncio.gather(*map(one, range(self._orders.connections))))
+        return list(await asyncio.gather(*map(one, range(count))))
 
     async def _resets(self) -> None:
         host, port, context = self._endpoint()
