@@ -45,6 +45,7 @@ from gateway.connectors.registry import ConnectorRegistry
 from gateway.connectors.simulator.connector import ProfileMismatch, SimulatorConnector
 from gateway.connectors.simulator.launch import SimulatorFailed
 from gateway.connectors.simulator.profiles import PROFILES
+from gateway.heap import share_one_heap
 from gateway.jwks import read_jwks
 from gateway.local import LocalServers, LocalState, write_state
 from gateway.receiver import Receiver, ReceiverLimits
@@ -764,6 +765,7 @@ def run_server(
 
     `connectors` are served beside those that the settings name.
     """
+    share_one_heap()
     start_logging(settings)
 
     def announce(gateway: Gateway) -> None:
@@ -799,6 +801,7 @@ def _raise_open_files_limit() -> None:
 
 def run_local(settings: Settings) -> None:
     """`gateway run`: embedded servers where the settings name none, and a demo merchant."""
+    share_one_heap()
     start_logging(settings)
     folder = Path(settings.embedded_dir)
     dsn = settings.postgres_dsn.get_secret_value()

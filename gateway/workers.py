@@ -33,6 +33,7 @@ from prometheus_client import (
 from pydantic import SecretStr
 
 from gateway import __version__
+from gateway.heap import share_one_heap
 from gateway.settings import Settings, SettingsError, load_settings, split_address
 from gateway.telemetry.http import MetricsServer
 from gateway.telemetry.logs import loop_exception_handler
@@ -577,6 +578,7 @@ def work(descriptor: int) -> int:
     except SettingsError as error:
         channel.sendall(_frame({"failed": str(error)}))
         return 1
+    share_one_heap()
     logs = start_logging(settings)
 
     def mark(record: logging.LogRecord) -> bool:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
 
 import grpc
 import pytest
 
 from tests.chaos.attack import resident_bytes
+from tests.chaos.bad_clients import Attack, Orders
 from tests.harness import authorize_request, calling, running_system
-from tests.workers import TRANSPORTS
+from tests.workers import TRANSPORTS, until_logged, worker_pids
 
 if TYPE_CHECKING:
     from storage.embedded import EmbeddedRedis
@@ -19,6 +21,24 @@ if TYPE_CHECKING:
 MESSAGE_BYTES = 3_000_000
 MESSAGES = 60
 """Few enough that the collector of cycles does not come between."""
+STORM: Final = 20
+"""Connections that reset their streams at once: more calls than grpc core lets wait."""
+HEAP_BYTES: Final = 64 * 1024 * 1024
+"""The addresses that glibc sets aside, aligned alike, for each heap but the first."""
+
+
+def further_heaps(pid: int) -> int:
+    """How many heaps a process has beside its first, by its mappings; proc(5)."""
+    count, begun, ended = 0, 0, 0
+    for line in Path(f"/proc/{pid}/maps").read_text("ascii").splitlines():
+        addresses, access, *_ = line.split()
+        start, end = (int(each, 16) for each in addresses.split("-"))
+        if access == "rw-p" and start % HEAP_BYTES == 0:
+            begun, ended = start, end
+        # Above what is in use, the rest is set aside.
+        elif access == "---p" and start == ended and end == begun + HEAP_BYTES:
+            count += 1
+    return count
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -42,3 +62,21 @@ async def test_messages_that_are_refused_do_not_pile_up(
                 await refused()
             kept = resident_bytes(gateway.pid) - before
     assert kept < MESSAGES * size / 2
+
+
+@pytest.mark.parametrize(
+    ("transport", "workers"), [*((each, 1) for each in TRANSPORTS), ("grpcio", 2)]
+)
+async def test_what_calls_took_on_one_thread_is_of_use_to_all_when_they_are_reset(
+    postgres: PostgresForTests, redis: EmbeddedRedis, transport: str, workers: int
+) -> None:
+    with running_system(postgres, redis, trusted_front=True) as system:
+        gateway = await asyncio.to_thread(
+            system.start_gateway, transport=transport, workers=workers
+        )
+        address = await gateway.serving()
+        if workers > 1:
+            await until_logged(gateway, "worker serving", workers)
+        await Attack(Orders(address, system.shop.api_key, 1, 0, 0, storm=STORM)).run()
+        for pid in worker_pids(gateway).values() or (gateway.pid,):
+            assert further_heaps(pid) == 0
