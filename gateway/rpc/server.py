@@ -26,6 +26,7 @@ from gateway.rpc.admin import AdminService
 from gateway.rpc.events import REQUEST_TYPES as EVENT_REQUEST_TYPES
 from gateway.rpc.events import SERVICE_NAME as EVENT_SERVICE_NAME
 from gateway.rpc.events import EventService
+from gateway.rpc.receiving import finish_cancelled_receives
 from gateway.rpc.routing import REQUEST_TYPES as ROUTING_REQUEST_TYPES
 from gateway.rpc.routing import SERVICE_NAME as ROUTING_SERVICE_NAME
 from gateway.rpc.routing import RoutingService
@@ -152,6 +153,8 @@ class GrpcServer:
             )
         )
         options = self._options
+        # Native's streams are grpc.aio's too.
+        finish_cancelled_receives()
         if options.transport == "native":
             _remove_litter()
             server: aio.Server = pygrpc_native.aio.server(options=_channel_options(options))
