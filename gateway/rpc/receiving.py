@@ -92,6 +92,10 @@ class _ExecuteBatch:
 
 
 def finish_cancelled_receives() -> None:
-    """Let grpc.aio's servers of this process do so. Safe to repeat."""
-    if not isinstance(cygrpc.execute_batch, _ExecuteBatch):
-        cygrpc.execute_batch = _ExecuteBatch(cygrpc.execute_batch)
+    """Let grpc.aio's servers of this process do so, where they are made as those that lose memory.
+
+    Safe to repeat.
+    """
+    original = getattr(cygrpc, "execute_batch", None)
+    if original is not None and not isinstance(original, _ExecuteBatch):
+        cygrpc.execute_batch = _ExecuteBatch(original)
