@@ -14,7 +14,13 @@ import uvloop
 from hypothesis import HealthCheck, settings
 
 from tests.nursery import Nursery, forking
-from tests.servers import PostgresForTests, postgres_server, redis_server
+from tests.servers import (
+    DIRECTORY_VARIABLE,
+    PostgresForTests,
+    initialised_once,
+    postgres_server,
+    redis_server,
+)
 
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
@@ -29,6 +35,10 @@ _KINDS = ("unit", "integration", "contract", "faults", "acceptance")
 
 WORKERS_MAX: Final = 8
 """Each worker has a PostgreSQL and a Redis of its own."""
+
+MEMORY_DIRECTORY: Final = "/dev/shm"
+MEMORY_FREE_BYTES_MIN: Final = 4 * 1024**3
+"""Where servers have their files in memory: several times what a run was seen to hold there."""
 
 _stderr: Final = pytest.StashKey[int]()
 
@@ -98,8 +108,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep the standard error: while tests run, it is captured."""
+    """Keep the standard error, which is captured while tests run; choose where servers live."""
     config.stash[_stderr] = os.dup(2)
+    directory = _directory_of_servers()
+    if directory is not None:
+        os.environ.setdefault(DIRECTORY_VARIABLE, directory)
 
 
 def _end_if_it_hangs(config: pytest.Config) -> None:
@@ -122,6 +135,27 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 # --- servers --------------------------------------------------------------------------------------
+#
+# Tests kill processes and never the machine, so a file that the kernel holds in memory lasts as
+# long as one on a disk, and a disk's slowness proves nothing.
+
+
+def _directory_of_servers() -> str | None:
+    """Memory, where there is enough; None for the directory of temporary files."""
+    try:
+        found = os.statvfs(MEMORY_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    # Programs are compiled and run there, too.
+    usable = not found.f_flag & os.ST_NOEXEC and os.access(MEMORY_DIRECTORY, os.W_OK)
+    free_bytes = found.f_bavail * found.f_frsize
+    return MEMORY_DIRECTORY if usable and free_bytes >= MEMORY_FREE_BYTES_MIN else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _servers_begin_as_copies() -> Iterator[None]:
+    with initialised_once():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,13 @@ from urllib.parse import urlsplit, urlunsplit
 from asyncpg.connect_utils import SessionAttribute
 
 from storage.embedded import EmbeddedPostgres
-from tests.servers import PostgresForTests, fetch, release_shared_memory, temporary_directory
+from tests.servers import (
+    PostgresForTests,
+    fetch,
+    initialise,
+    release_shared_memory,
+    temporary_directory,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +110,7 @@ def replicated_postgres() -> Iterator[ReplicatedPostgres]:
     with temporary_directory() as directory:
         servers = [EmbeddedPostgres(directory / name) for name in ("a", "b")]
         try:
+            initialise(servers[0])
             servers[0].start()
             pair = ReplicatedPostgres(*servers)
             pair.build_standby()

@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from storage.embedded import EmbeddedPostgres, EmbeddedRedis
-from tests.servers import PostgresForTests, release_shared_memory, temporary_directory
+from tests.servers import (
+    PostgresForTests,
+    initialise,
+    release_shared_memory,
+    temporary_directory,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -166,6 +171,7 @@ def shimmed_postgres(shims: Shims) -> Iterator[PostgresForTests]:
     """A PostgreSQL with the library, for as long as the context lasts."""
     with temporary_directory() as directory:
         server = _Postgres(directory / "postgres", shims)
+        initialise(server)
         try:
             server.start()
             yield PostgresForTests(server)

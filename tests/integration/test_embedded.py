@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -31,7 +32,13 @@ from storage.embedded import (
     _server,
     free_port,
 )
-from storage.embedded._process import SELF, Identity, launch_command, other_user
+from storage.embedded._process import (
+    SELF,
+    Identity,
+    children_of,
+    launch_command,
+    other_user,
+)
 from tests.servers import (
     PostgresForTests,
     fetch,
@@ -47,6 +54,10 @@ NAMELESS = 12345
 # Generous: what is waited for here happens, or the rule is broken.
 WAIT_S = 60.0
 REPOSITORY = Path(__file__).parents[2]
+
+DYNAMIC_SEGMENT = re.compile(r"/dev/shm/PostgreSQL\.\d+")
+POSTMASTER_SEGMENT = re.compile(r"^ *\d+ +(\d+)$", re.MULTILINE)
+"""The line of postmaster.pid with the key and the id of a System V segment."""
 
 BACKGROUND_PROCESSES = "SELECT pid FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
 
@@ -105,6 +116,12 @@ def place() -> Iterator[Cleanup]:
 def shared() -> Iterator[PostgresForTests]:
     with postgres_server() as postgres:
         yield postgres
+
+
+def segments() -> set[str]:
+    """The ids of all System V segments."""
+    _, *rows = Path("/proc/sysvipc/shm").read_text().splitlines()
+    return {row.split()[1] for row in rows}
 
 
 @contextmanager
@@ -183,6 +200,26 @@ def test_committed_rows_survive_sigkill_of_the_server_and_all_its_children(place
     postgres.start()
     assert postgres.dsn == dsn, "clients find it where it was"
     assert fetch(dsn, "SELECT value FROM kept")[0]["value"] == 7
+
+
+def test_what_a_killed_server_leaves_in_the_kernel_is_removed_without_another_start(
+    place: Cleanup,
+) -> None:
+    postgres = place.postgres()
+    postgres.start()
+    mapped = set()
+    for pid in children_of(postgres.pid):
+        mapped |= set(DYNAMIC_SEGMENT.findall(Path(f"/proc/{pid}/maps").read_text()))
+    segment = POSTMASTER_SEGMENT.search((postgres.data_dir / "pgdata/postmaster.pid").read_text())
+    assert segment is not None
+    shmid = segment[1]
+    postgres.kill()
+    assert mapped
+    assert all(Path(name).exists() for name in mapped)
+    assert shmid in segments()
+    release_shared_memory(postgres)
+    assert not any(Path(name).exists() for name in mapped)
+    assert shmid not in segments()
 
 
 def test_a_postmaster_killed_from_outside_starts_again(place: Cleanup) -> None:
