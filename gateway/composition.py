@@ -88,8 +88,6 @@ from storage.redis import Claims, Reattempts, RedisBreakers, RedisClient, RedisC
 if TYPE_CHECKING:
     from gateway.telemetry.tracing import Tracing
 
-READINESS_INTERVAL_S: Final = 2.0
-"""How often readiness is looked at, and what is in doubt and in the outbox is counted."""
 EVENT_LAG_INTERVAL_S: Final = 10.0
 """How often the events' consumers are looked at."""
 EVENT_CONSUMERS_SHOWN_MAX: Final = 100
@@ -642,7 +640,7 @@ class Gateway:
                 _log.exception("not ready")
                 self.ready = False
             await self.server.set_serving(self.ready)
-            await asyncio.sleep(READINESS_INTERVAL_S)
+            await asyncio.sleep(self.settings.readiness_interval_s)
 
     async def _look_at_events(self) -> None:
         """Tell how far the events' consumers are behind."""

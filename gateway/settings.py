@@ -196,6 +196,13 @@ class Settings(BaseSettings):
     embedded_dir: str = _field(
         ".local/embedded", "Where the embedded PostgreSQL and Redis keep their data."
     )
+    readiness_interval_s: float = _field(
+        2.0,
+        "The pause between two looks whether the database can be served from; what is in doubt and"
+        " in the outbox is counted then, too.",
+        ge=0.05,
+        le=60,
+    )
 
     # Redis.
     redis_url: SecretStr = _field(

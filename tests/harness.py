@@ -315,6 +315,7 @@ def running_system(
             "recovery_lease_s": 2,
             # Tests of failures make more of them than a breaker would let through.
             "breaker_enabled": False,
+            "readiness_interval_s": 0.2,
             # Each database has a system of its own on the shared Redis: apart by merchant ids.
             **settings,
         }

@@ -85,6 +85,8 @@ SETTINGS: Final[dict[str, object]] = {
     "redis_timeout_ms": 5_000,
     "redis_connect_timeout_ms": 5_000,
     "send_window_s": 1.5,
+    # Its looks are no sites, and work for a machine that is busy with starts.
+    "readiness_interval_s": 10,
 }
 DEAD_SENDER_TIMES: Final = {"send_window_s": "0.5", "simulator_answer_timeout_s": "0.5"}
 """Recovery may take over soon what a gateway with these settings leaves."""
