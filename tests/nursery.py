@@ -276,9 +276,9 @@ def _serve_nursery(channel: socket.socket) -> None:
     import gateway.composition  # noqa: PLC0415 - what the children need is imported once
     import gateway.connectors.simulator.server  # noqa: F401, PLC0415 - the same
     from gateway.connectors.http import public_tls_context  # noqa: PLC0415
-    from gateway.rpc import validation  # noqa: PLC0415
+    from gateway.rpc import admin, events, routing, validation  # noqa: PLC0415
 
-    validation.warm()
+    validation.warm((*admin.REQUEST_TYPES, *routing.REQUEST_TYPES, *events.REQUEST_TYPES))
     public_tls_context()
     gc.collect()
     gc.freeze()  # or a child's first collection would copy every page
