@@ -92,6 +92,11 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--no-search", action="store_true", help="default numbers of callers")
     options.add_argument(
+        "--no-warm-up",
+        action="store_true",
+        help="no round of each side before those that count: to see that it can be measured at all",
+    )
+    options.add_argument(
         "--budget",
         type=_positive,
         default=BUDGET_S,
@@ -158,7 +163,12 @@ def _measure(options: argparse.Namespace, until: float, progress: Progress) -> i
     with running_system() as system:
         bench = Bench(system, progress)
         sides = [side for figure in in_rounds for side in _sides(figure)]
-        bench.prepare(sides, dict(options.concurrency), search=not options.no_search)
+        bench.prepare(
+            sides,
+            dict(options.concurrency),
+            search=not options.no_search,
+            warm_up=not options.no_warm_up,
+        )
         open_s = options.open_seconds + CLOSING_S if in_open else 0
         rounds = bench.alternate(sides, options.pairs, options.seconds, "round", until - open_s)
         # Before the rest of the time is spent on what is invalid.

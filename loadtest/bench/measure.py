@@ -128,14 +128,17 @@ class Bench:
             postgres.bin_dir / "pgbench", self._pgbench, clients, seconds + WARM_UP_S
         )
 
-    def prepare(self, sides: Sequence[str], fixed: Mapping[str, int], *, search: bool) -> None:
-        """Start the sides, warm them up and settle their concurrency."""
+    def prepare(
+        self, sides: Sequence[str], fixed: Mapping[str, int], *, search: bool, warm_up: bool
+    ) -> None:
+        """Start the sides, warm them up and settle their concurrency; what is searched is warm."""
         for side in self.ordered(sides):
             if search and side not in fixed:
                 concurrency = self._search(side)
             else:
                 concurrency = fixed.get(side, STARTS[side])
-                self.run_once(side, concurrency, SEARCH_S)
+                if warm_up:
+                    self.run_once(side, concurrency, SEARCH_S)
             self.concurrency[side] = concurrency
         self._system.analyze()
 

@@ -61,7 +61,7 @@ def test_it_measures_every_kind_of_side_and_leaves_nothing_behind(folder: Path) 
     bench = start(
         folder,
         *("--only", "authorize_over_echo,naive_rps,batch_over_pgbench,stream_items_per_s"),
-        *("--pairs", "1", "--seconds", "1"),
+        *("--pairs", "1", "--seconds", "1", "--no-warm-up"),
         *("--concurrency", "echo=8", "--concurrency", "authorize=8", "--concurrency", "naive=8"),
         *("--concurrency", "batch=1", "--concurrency", "stream=1", "--concurrency", "pgbench=4"),
     )
@@ -83,7 +83,11 @@ def test_it_measures_every_kind_of_side_and_leaves_nothing_behind(folder: Path) 
 
 
 def test_it_ends_all_that_it_started_when_it_is_stopped(folder: Path) -> None:
-    bench = start(folder, "--only", "echo_rps", "--pairs", "1000", "--concurrency", "echo=2")
+    bench = start(
+        folder,
+        *("--only", "echo_rps", "--pairs", "1000", "--seconds", "1", "--no-warm-up"),
+        *("--concurrency", "echo=2"),
+    )
     assert bench.stderr is not None
     assert "round 1/1000" in bench.stderr.readline()
     assert processes_of(folder)

@@ -49,7 +49,7 @@ def test_the_search_goes_uphill_and_away_from_refusals(
         return Load(rate, 100, 0 if rate else 10, {})
 
     monkeypatch.setattr(bench, "run_once", run_once)
-    bench.prepare(["echo"], {}, search=True)
+    bench.prepare(["echo"], {}, search=True, warm_up=True)
     assert bench.concurrency == {"echo": chosen}
     assert bench.tries["echo"].items() <= rates.items()
 
@@ -65,6 +65,8 @@ def test_a_given_number_of_callers_is_taken_without_a_search(
         return Load(1.0, 1, 0, {})
 
     monkeypatch.setattr(bench, "run_once", run_once)
-    bench.prepare(["echo", "authorize"], {"echo": 7}, search=False)
+    bench.prepare(["echo", "authorize"], {"echo": 7}, search=False, warm_up=True)
     assert bench.concurrency == {"echo": 7, "authorize": 256}
+    assert ran == [7, 256]
+    bench.prepare(["echo", "authorize"], {"echo": 7}, search=False, warm_up=False)
     assert ran == [7, 256]
