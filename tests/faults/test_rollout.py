@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from tests.servers import PostgresForTests
 
 PODS: Final = 3
-RATE: Final = 60.0
+RATE: Final = 120.0
 """Sends a second, whatever comes back: many in flight at every step, on a machine that is busy."""
 ANSWERS: Final = 90
 """So many calls are answered between two steps of the rollout."""
