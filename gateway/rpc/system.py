@@ -112,11 +112,12 @@ class Health:
             first = True
             while True:
                 watcher.clear()
-                serving = self._serving.get(request.service)
+                # What changes while this one is written is told before the end.
+                closed, serving = self._closed, self._serving.get(request.service)
                 if first or serving is not last:
                     await context.write(_encode(_health(serving)))
                 first, last = False, serving
-                if self._closed:
+                if closed:
                     raise GatewayError(Reason.DRAINING, "This server is shutting down.")
                 await watcher.wait()
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
