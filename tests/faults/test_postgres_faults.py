@@ -220,6 +220,8 @@ async def test_when_a_gateway_dies_with_the_answer_of_its_commit_another_one_fin
             redis,
             profile=profile,
             simulator_answer_timeout_s=1,
+            # The other may take over when this, the answer's time and the margin have run out.
+            send_window_s=1.5,
             recover_margin_s=0.2,
             trusted_front=True,
         ) as system,
