@@ -107,19 +107,21 @@ def install(
     batches that leave the lanes of these names on such a flow's behalf.
     """
 
-    def factory(
-        loop: asyncio.AbstractEventLoop,
-        coroutine: Coroutine[Any, Any, Any] | Generator[Any, None, Any],
-        **options: Any,
-    ) -> asyncio.Future[Any]:
-        # Extension modules have coroutines of their own, which hide what they await.
-        if inspect.iscoroutine(coroutine) and (
-            coroutine.__qualname__ in flows or (_in_flow.get() and _lane(coroutine) in lanes)
-        ):
-            return asyncio.Task(stepped(coroutine, visit), loop=loop, **options)
-        return asyncio.Task(coroutine, loop=loop, **options)
+    class Task(asyncio.Task[T]):
+        """Also what our code makes past the loop's factory."""
 
-    loop.set_task_factory(factory)
+        def __init__(
+            self, coroutine: Generator[Any, None, T] | Coroutine[Any, Any, T], **options: Any
+        ) -> None:
+            # Extension modules have coroutines of their own, which hide what they await.
+            if inspect.iscoroutine(coroutine) and (
+                coroutine.__qualname__ in flows or (_in_flow.get() and _lane(coroutine) in lanes)
+            ):
+                coroutine = stepped(coroutine, visit)
+            super().__init__(coroutine, **options)
+
+    asyncio.Task = Task  # type: ignore[assignment, misc]
+    loop.set_task_factory(lambda loop, coroutine, **options: Task(coroutine, loop=loop, **options))
 
 
 def _lane(coroutine: CoroutineType[Any, Any, Any]) -> str:

@@ -326,6 +326,7 @@ async def _sites_of_call(trial: Trial, flow: Flow) -> list[str]:
     async with _calling_a_gateway(trial, flow) as (gateway, client, call):
         await client.call(*call)
         visits = gateway.visits()
+        assert any(site.startswith("_tell:") for site in visits), "the call's own work goes unseen"
         key = call[1].idempotency_key
         trial.client.told[key] += client.told[key]
     trial.done.append((flow, "", call))
@@ -376,7 +377,7 @@ async def _cancel_request_of_a_doubt(trial: Trial) -> AsyncIterator[Call]:
 
 
 RECOVERY_FLOWS: Final = (
-    Flow("unsent", _authorization(), Books(1000, 0, 0), dies_at=f"write_intent:{AFTER}"),
+    Flow("unsent", _authorization(), Books(1000, 0, 0), dies_at=f"_write_intent:{AFTER}"),
     Flow("unanswered", _authorization(), Books(1000, 0, 0), dies_at=f"_answer:{BEFORE}"),
     Flow("authorize", _authorization(token="tok_garbage"), Books(1000, 0, 0)),
     Flow(
