@@ -27,10 +27,11 @@ from gateway.domain.invariants import Finding
 from gateway.domain.model import DoubtOutcome
 from gateway.rpc import conversion
 from gateway.rpc.auth import resolve_merchant
-from gateway.rpc.conversion import Caller, to_timestamp
+from gateway.rpc.conversion import Caller
 from gateway.rpc.paging import decode_page_token, encode_page_token, filter_digest
 from gateway.rpc.service import Context, PaymentService
 from gateway.rpc.unary import Reply, Unary, checked
+from gateway.rpc.wire import to_timestamp
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["AdminService"].full_name
 VERIFY: Final = "VerifyInvariants"

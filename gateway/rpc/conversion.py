@@ -25,9 +25,9 @@ from payments.v1.payment_method_pb2 import (
     PaymentMethod,
     RedirectPaymentMethod,
 )
-from payments.v1.payment_method_pb2 import CaptureMethod as CaptureMethodPb
 from payments.v1.payment_service_pb2 import (
     AuthorizePaymentRequest,
+    AuthorizePaymentResponse,
     CapturePaymentRequest,
     IncrementAuthorizationRequest,
     ListPaymentsRequest,
@@ -63,6 +63,15 @@ from gateway.routing import record
 from gateway.routing.model import RouteDecision
 from gateway.routing.rules import Facts
 from gateway.rpc.fingerprint import canonical, fingerprint, take_secrets
+from gateway.rpc.wire import (
+    EPOCH,
+    OCTETS,
+    Octets,
+    length_delimited,
+    octets_of,
+    to_timestamp,
+    writer,
+)
 
 EVENT_VERSION: Final = 1
 """The version of PaymentEvent that `ContractEncoder.event` writes."""
@@ -71,41 +80,8 @@ PAGE_SIZE_DEFAULT: Final = 50
 DETAILS_CACHED_MAX: Final = 1024
 """How many payments' details are kept decoded: each is needed for the PSP, the answer and the
 events, within milliseconds."""
-TIMES_CACHED_MAX: Final = 256
-"""How many times are kept as messages: those of an operation and its payment are the same, and all
-of a batch have the same intent's time."""
-
 ROUTES_CACHED_MAX: Final = 1024
 """How many route decisions are kept decoded: payments that were decided alike share one."""
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-# --- wire format ----------------------------------------------------------------------------------
-# https://protobuf.dev/programming-guides/encoding: a length-delimited field is its number shifted
-# by three with the type 2, the length as a varint, the bytes.
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value >= 0x80:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
-LENGTHS_KEPT: Final = 4096
-"""Lengths below this are not encoded anew each time: those of nearly all parts of an answer."""
-_LENGTHS = tuple(_varint(length) for length in range(LENGTHS_KEPT))
-_TAGS = tuple(bytes((field_number << 3 | 2,)) for field_number in range(16))
-
-
-def length_delimited(field_number: int, payload: bytes) -> bytes:
-    """A length-delimited field: a string, bytes or a message. Field numbers up to 15."""
-    length = len(payload)
-    encoded_length = _LENGTHS[length] if length < LENGTHS_KEPT else _varint(length)
-    return _TAGS[field_number] + encoded_length + payload
-
 
 # --- requests to commands -------------------------------------------------------------------------
 
@@ -186,8 +162,9 @@ def _method(method: PaymentMethod, name: str) -> _Method:
 def to_authorize(request: AuthorizePaymentRequest, caller: Caller) -> Authorize:
     """The command of a valid request. The request is used up: see `fingerprint.canonical`."""
     idempotency_key = request.idempotency_key
-    which = request.payment_method.WhichOneof("method")
-    method = _CARD if which in (None, "token") else _method(request.payment_method, which)
+    amount, payment_method = request.amount, request.payment_method
+    which = payment_method.WhichOneof("method")
+    method = _CARD if which in (None, "token") else _method(payment_method, which)
     details = canonical(request)
     return make_authorize(
         merchant_id=caller.merchant_id,
@@ -199,10 +176,10 @@ def to_authorize(request: AuthorizePaymentRequest, caller: Caller) -> Authorize:
         request_id=caller.request_id,
         deadline=caller.deadline,
         rate_limit=caller.rate_limit,
-        amount_minor=request.amount.amount_minor,
-        currency=request.amount.currency_code,
+        amount_minor=amount.amount_minor,
+        currency=amount.currency_code,
         capture_method=CaptureMethod(request.capture_method),
-        payment_method_token=request.payment_method.token,
+        payment_method_token=payment_method.token,
         allow_partial_approval=request.allow_partial_approval,
         merchant_order_id=request.merchant_order_id,
         merchant_transaction_id=request.merchant_transaction_id,
@@ -371,78 +348,75 @@ _SECONDS_MAX = int(datetime.max.replace(tzinfo=UTC).timestamp())
 
 def to_microseconds(at: datetime) -> int:
     """Microseconds after 1970."""
-    since = at - _EPOCH
+    since = at - EPOCH
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 # --- values to messages ---------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=TIMES_CACHED_MAX)
-def to_timestamp(at: datetime | None) -> Timestamp | None:
-    """For reading only: it is copied where it is assigned."""
-    if at is None:
-        return None
-    seconds, microseconds = divmod(to_microseconds(at), 1_000_000)
-    return Timestamp(seconds=seconds, nanos=microseconds * 1000)
+_write_duration = writer(Duration, "seconds", "nanos")
 
 
-# The numbers of the domain's enums are those of the contract, which a test compares; to the type
-# checker, `ValueType` makes one the other.
+def _duration(microseconds: int) -> Octets:
+    seconds, rest = divmod(microseconds, 1_000_000)
+    return _write_duration(seconds, rest * 1000)
 
 
-_ADVICE = ("advice_action", "advice_code", "advice_scheme", "advice_retry_after_s")
+# The numbers of the domain's enums are those of the contract, and so are the names of its
+# attributes; tests compare both.
+
+_write_advice = writer(
+    outcome_pb2.Advice,
+    "retry_after",
+    of=Outcome,
+    names={"action": "advice_action", "code": "advice_code", "scheme": "advice_scheme"},
+)
+_write_outcome = writer(outcome_pb2.Outcome, "advice", of=Outcome)
+_write_attempt = writer(
+    payment_pb2.Attempt,
+    "connector_reference",
+    "outcome",
+    "connector_processing_time",
+    of=Attempt,
+)
+_write_money = writer(money_pb2.Money, of=Operation, names={"currency_code": "currency"})
+_write_allocation = writer(payment_pb2.RefundAllocation, "capture_operation_id", "amount_minor")
+_write_operation = writer(
+    payment_pb2.Operation,
+    "amount",
+    "outcome",
+    "attempts",
+    "allocations",
+    "next_action",
+    "route",
+    of=Operation,
+)
 
 
-def _outcome(outcome: Outcome) -> outcome_pb2.Outcome:
-    told = outcome.told()
-    for name in _ADVICE:
-        told.pop(name, None)
-    # The contract's names are the domain's, which a test compares.
-    message = outcome_pb2.Outcome(**told)
+def _outcome(outcome: Outcome) -> Octets:
+    advice = None
     if outcome.advice_action or outcome.advice_code:
-        advice = message.advice
-        advice.action = outcome_pb2.AdviceAction.ValueType(outcome.advice_action)
-        advice.code = outcome.advice_code
-        advice.scheme = outcome.advice_scheme
-        if outcome.advice_retry_after_s is not None:
-            advice.retry_after.seconds = outcome.advice_retry_after_s
-    return message
+        retry_after_s = outcome.advice_retry_after_s
+        advice = _write_advice(
+            outcome,
+            None if retry_after_s is None else _duration(retry_after_s * 1_000_000),
+        )
+    return _write_outcome(outcome, advice)
 
 
-def _duration(milliseconds: float) -> Duration:
-    seconds, microseconds = divmod(round(milliseconds * 1000), 1_000_000)
-    return Duration(seconds=seconds, nanos=microseconds * 1000)
-
-
-# Some messages are joined as bytes, in the order of their fields' numbers as protobuf writes them:
-# each is encoded once, where messages that are assigned to messages are copied each time.
-_ATTEMPT_OUTCOME, _ATTEMPT_PROCESSING_TIME = 7, 8
-_OPERATION_OUTCOME, _OPERATION_ATTEMPTS = 12, 13
-_EVENT_PAYMENT, _EVENT_OPERATION, _EVENT_ID = 3, 4, 5
-
-
-def _encode_attempt(operation_id: str, attempt: Attempt, outcome: bytes | None) -> bytes:
+def _attempt(operation_id: str, attempt: Attempt, outcome: Octets | None) -> Octets:
     """An attempt with its encoded outcome."""
-    encoded = payment_pb2.Attempt(
-        number=attempt.number,
-        connector=attempt.connector,
-        connector_account_id=attempt.connector_account_id,
-        connector_reference=f"{operation_id}-{attempt.number}",
-        delivery=payment_pb2.Delivery.ValueType(attempt.delivery),
-        connector_transaction_id=attempt.connector_transaction_id,
-    ).SerializeToString()
-    if outcome is not None:
-        encoded += length_delimited(_ATTEMPT_OUTCOME, outcome)
-    if attempt.processing_ms is not None:
-        duration = _duration(attempt.processing_ms).SerializeToString()
-        encoded += length_delimited(_ATTEMPT_PROCESSING_TIME, duration)
-    return encoded
+    took_ms = attempt.processing_ms
+    return _write_attempt(
+        attempt,
+        f"{operation_id}-{attempt.number}",
+        outcome,
+        None if took_ms is None else _duration(round(took_ms * 1000)),
+    )
 
 
-def _next_action(action: NextAction | None) -> payment_pb2.NextAction | None:
-    if action is None:
-        return None
+def _next_action(action: NextAction) -> Octets:
     message = payment_pb2.NextAction(expires_at=to_timestamp(action.expires_at))
     if action.redirect_url:
         message.redirect_url = action.redirect_url
@@ -458,66 +432,47 @@ def _next_action(action: NextAction | None) -> payment_pb2.NextAction | None:
         message.voucher.page_url = voucher.page_url
     elif action.await_approval:
         message.await_approval.SetInParent()
-    return message
+    return octets_of(message)
+
+
+def _operation(operation: Operation) -> Octets:
+    attempts: list[Octets] = []
+    latest: Octets | None = None
+    for attempt in (*operation.superseded_attempts, operation.attempt):
+        outcome = None
+        if attempt.outcome is not None:
+            latest = outcome = _outcome(attempt.outcome)
+        attempts.append(_attempt(operation.operation_id, attempt, outcome))
+    action = operation.next_action
+    return _write_operation(
+        operation,
+        _write_money(operation),
+        latest,
+        attempts,
+        [_write_allocation(*allocation) for allocation in operation.allocations],
+        None if action is None else _next_action(action),
+        _route(operation),
+    )
 
 
 def encode_operation(operation: Operation) -> bytes:
     """An operation as the contract's Operation."""
-    attempts: list[bytes] = []
-    latest: bytes | None = None
-    for attempt in (*operation.superseded_attempts, operation.attempt):
-        outcome = None
-        if attempt.outcome is not None:
-            latest = outcome = _outcome(attempt.outcome).SerializeToString()
-        encoded = _encode_attempt(operation.operation_id, attempt, outcome)
-        attempts.append(length_delimited(_OPERATION_ATTEMPTS, encoded))
-    return b"".join(
-        (
-            payment_pb2.Operation(
-                operation_id=operation.operation_id,
-                payment_id=operation.payment_id,
-                merchant_id=operation.merchant_id,
-                parent_operation_id=operation.parent_operation_id or "",
-                kind=payment_pb2.OperationKind.ValueType(operation.kind),
-                origin=payment_pb2.OperationOrigin.ValueType(operation.origin),
-                state=payment_pb2.OperationState.ValueType(operation.state),
-                amount=money_pb2.Money(
-                    amount_minor=operation.amount_minor, currency_code=operation.currency
-                ),
-                idempotency_key=operation.idempotency_key or "",
-                epoch=operation.epoch,
-                final=operation.final,
-            ).SerializeToString(),
-            b"" if latest is None else length_delimited(_OPERATION_OUTCOME, latest),
-            *attempts,
-            payment_pb2.Operation(
-                allocations=[
-                    payment_pb2.RefundAllocation(
-                        capture_operation_id=capture_id, amount_minor=part_minor
-                    )
-                    for capture_id, part_minor in operation.allocations
-                ],
-                next_action=_next_action(operation.next_action),
-                reason=operation.reason,
-                merchant_transaction_id=operation.merchant_transaction_id,
-                created_at=to_timestamp(operation.created_at),
-                updated_at=to_timestamp(operation.updated_at),
-                route=_route(operation),
-            ).SerializeToString(),
-        )
-    )
+    return _operation(operation).encode(OCTETS)
 
 
-def _route(operation: Operation) -> payment_pb2.Route | None:
-    if not operation.note or operation.kind not in (OperationKind.AUTHORIZE, OperationKind.VERIFY):
+def _route(operation: Operation) -> Octets | None:
+    if not operation.note or operation.kind not in _ROUTED:
         return None
     return _decode_route(operation.note)
 
 
+_ROUTED: Final = (OperationKind.AUTHORIZE, OperationKind.VERIFY)
+
+
 @lru_cache(maxsize=ROUTES_CACHED_MAX)
-def _decode_route(note: str) -> payment_pb2.Route | None:
+def _decode_route(note: str) -> Octets | None:
     decision = record.decode(note)
-    return None if decision is None else route_message(decision)
+    return None if decision is None else octets_of(route_message(decision))
 
 
 def route_message(decision: RouteDecision) -> payment_pb2.Route:
@@ -547,45 +502,24 @@ def route_message(decision: RouteDecision) -> payment_pb2.Route:
     return route
 
 
+_write_amounts = writer(money_pb2.PaymentAmounts, of=Payment, names={"currency_code": "currency"})
+# What is as in the request has the highest field numbers, so the two parts are one encoding.
+_write_own_fields = writer(
+    payment_pb2.Payment,
+    "amounts",
+    of=Payment,
+    number_max=payment_pb2.Payment.UPDATED_AT_FIELD_NUMBER,
+)
+
+
+def _payment(payment: Payment) -> Octets:
+    own_fields = _write_own_fields(payment, _write_amounts(payment))
+    return own_fields + _decode_details(payment.details).echo
+
+
 def encode_payment(payment: Payment) -> bytes:
     """A payment as the contract's Payment."""
-    # What is as in the request has the highest field numbers, so the two parts are one encoding.
-    return _encode_own_fields(payment) + _decode_details(payment.details).echo
-
-
-def _encode_own_fields(payment: Payment) -> bytes:
-    return payment_pb2.Payment(
-        payment_id=payment.payment_id,
-        merchant_id=payment.merchant_id,
-        mode=payment_pb2.Mode.ValueType(payment.mode),
-        state=payment_pb2.PaymentState.ValueType(payment.state),
-        version=payment.version,
-        amounts=money_pb2.PaymentAmounts(
-            currency_code=payment.currency,
-            requested_minor=payment.requested_minor,
-            authorized_minor=payment.authorized_minor,
-            capture_pending_minor=payment.capture_pending_minor,
-            captured_minor=payment.captured_minor,
-            refund_pending_minor=payment.refund_pending_minor,
-            refunded_minor=payment.refunded_minor,
-            voided_minor=payment.voided_minor,
-            increment_pending_minor=payment.increment_pending_minor,
-            authorized_reported_minor=payment.authorized_reported_minor,
-            captured_reported_minor=payment.captured_reported_minor,
-            refunded_reported_minor=payment.refunded_reported_minor,
-        ),
-        capture_method=CaptureMethodPb.ValueType(payment.capture_method),
-        capture_closed=payment.capture_closed,
-        cancel_requested=payment.cancel_requested,
-        authorization_expires_at=to_timestamp(payment.authorization_expires_at),
-        connector=payment.connector,
-        connector_account_id=payment.connector_account_id,
-        connector_transaction_id=payment.connector_transaction_id,
-        auth_code=payment.auth_code,
-        network_transaction_id=payment.network_transaction_id,
-        created_at=to_timestamp(payment.created_at),
-        updated_at=to_timestamp(payment.updated_at),
-    ).SerializeToString(deterministic=True)
+    return _payment(payment).encode(OCTETS)
 
 
 # --- details: what a payment keeps of its request -------------------------------------------------
@@ -593,8 +527,8 @@ def _encode_own_fields(payment: Payment) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Details:
-    echo: bytes
-    """The fields of Payment that are as in the request, encoded."""
+    echo: Octets
+    """The fields of Payment that are as in the request."""
     payment_method_token: str
     connector_fields: Mapping[str, object]
 
@@ -640,7 +574,9 @@ def _decode_details(details: bytes) -> _Details:
             told |= {name: everything[name] for name in sorted(names)}
         fields = MappingProxyType(told)
     return _Details(
-        echo.SerializeToString(deterministic=True), request.payment_method.token, fields
+        echo.SerializeToString(deterministic=True).decode(OCTETS),
+        request.payment_method.token,
+        fields,
     )
 
 
@@ -648,14 +584,20 @@ def _decode_details(details: bytes) -> _Details:
 
 # The five money responses have the same field numbers, and so has GetOperationResponse but for
 # `replay`: one encoding serves them all.
-_OPERATION, _PAYMENT, _REPLAY = 1, 2, 3
+_write_response = writer(
+    AuthorizePaymentResponse,
+    "operation",
+    "payment",
+    number_max=AuthorizePaymentResponse.PAYMENT_FIELD_NUMBER,
+)
+_write_event = writer(
+    payment_pb2.PaymentEvent, "event_version", "event_type", "payment", "operation", "event_id"
+)
 
 
 def encode_found(found: Found) -> bytes:
     """An operation with its payment: a money response without `replay`, or GetOperationResponse."""
-    return length_delimited(_OPERATION, encode_operation(found.operation)) + length_delimited(
-        _PAYMENT, encode_payment(found.payment)
-    )
+    return _write_response(_operation(found.operation), _payment(found.payment)).encode(OCTETS)
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -663,7 +605,9 @@ def encode_answer(answer: Answer) -> bytes:
     if not answer.replayed:
         return answer.response
     replay = payment_pb2.Replay(replayed=True, first_request_id=answer.first_request_id)
-    return answer.response + length_delimited(_REPLAY, replay.SerializeToString())
+    return answer.response + length_delimited(
+        AuthorizePaymentResponse.REPLAY_FIELD_NUMBER, replay.SerializeToString()
+    )
 
 
 def encode_aggregate(aggregate: Aggregate) -> bytes:
@@ -699,28 +643,18 @@ class ContractEncoder:
 
     def response(self, operation: Operation, payment: Payment) -> bytes:
         """A money response without its `replay` field."""
-        return length_delimited(_OPERATION, encode_operation(operation)) + length_delimited(
-            _PAYMENT, encode_payment(payment)
-        )
+        return _write_response(_operation(operation), _payment(payment)).encode(OCTETS)
 
     def change(
         self, event_id: str, event_type: str, operation: Operation, payment: Payment
     ) -> tuple[bytes, bytes]:
         """A money response without its `replay` field, and a PaymentEvent."""
-        encoded_operation, encoded_payment = encode_operation(operation), encode_payment(payment)
-        response = length_delimited(_OPERATION, encoded_operation) + length_delimited(
-            _PAYMENT, encoded_payment
+        written_operation, written_payment = _operation(operation), _payment(payment)
+        response = _write_response(written_operation, written_payment)
+        event = _write_event(
+            EVENT_VERSION, event_type, written_payment, written_operation, event_id
         )
-        head = payment_pb2.PaymentEvent(event_version=EVENT_VERSION, event_type=event_type)
-        event = b"".join(
-            (
-                head.SerializeToString(),
-                length_delimited(_EVENT_PAYMENT, encoded_payment),
-                length_delimited(_EVENT_OPERATION, encoded_operation),
-                length_delimited(_EVENT_ID, event_id.encode()),
-            )
-        )
-        return response, event
+        return response.encode(OCTETS), event.encode(OCTETS)
 
     def connector_fields(self, payment: Payment) -> tuple[str, Mapping[str, object]]:
         """The payment method's token (empty for another method) and the fields of the request that

@@ -24,9 +24,10 @@ from gateway.application.events import (
     encode_cursor,
 )
 from gateway.domain.errors import GatewayError, Reason
-from gateway.rpc.conversion import Caller, length_delimited, to_timestamp
+from gateway.rpc.conversion import Caller
 from gateway.rpc.service import Context, PaymentService
 from gateway.rpc.unary import Reply, Unary, checked
+from gateway.rpc.wire import length_delimited, to_timestamp
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["EventService"].full_name
 STREAM_EVENTS: Final = "StreamEvents"

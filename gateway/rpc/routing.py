@@ -23,9 +23,10 @@ from gateway.domain.ids import new_payment_id
 from gateway.routing.rule_file import Problem
 from gateway.rpc import conversion, validation
 from gateway.rpc.auth import resolve_merchant
-from gateway.rpc.conversion import Caller, to_timestamp
+from gateway.rpc.conversion import Caller
 from gateway.rpc.service import PaymentService
 from gateway.rpc.unary import Reply, Unary
+from gateway.rpc.wire import to_timestamp
 
 SERVICE_NAME: Final = pb.DESCRIPTOR.services_by_name["RoutingService"].full_name
 REQUEST_TYPES: Final[tuple[type[Message], ...]] = (
