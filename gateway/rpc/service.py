@@ -31,7 +31,7 @@ from payments.v1.payment_service_pb2 import (
     VoidPaymentRequest,
 )
 
-from gateway.application.accounts import Principal, Scope
+from gateway.application.accounts import MerchantInfo, Principal, Scope
 from gateway.application.admission import Admission, AdmissionLimits, Gate, Stage, Work, open_gates
 from gateway.application.commands import Answer, Authorize, Capture, Increment, Refund, Void
 from gateway.application.ports import Found, ListFilter, Page
@@ -60,6 +60,8 @@ _ITEMS_BEGUN_AT_ONCE: Final = 50
 """After so many items of a batch, other calls have their turn."""
 _PLAIN_REFUSALS_KEPT: Final = 512
 """Refusals that say nothing of their call are encoded once, so that many cost little."""
+
+_ITEM: Final = Work.ITEM  # looked up once, as in `gateway.application.admission`
 
 _log = logging.getLogger(__name__)
 
@@ -434,15 +436,15 @@ class PaymentService:
             # First: what is refused for overload has to be cheap.
             merchant = find_merchant(principal, request.merchant_id)
             if merchant is not None:
-                gate.admit(merchant.merchant_id, Work.ITEM)
+                gate.admit(merchant.merchant_id, _ITEM)
                 admitted = merchant.merchant_id
-            validation.validate_item(item)
+            validation.validate_item(item, prepared.item_ref)
             caller = Caller(call.request_id, "", call.mode, call.deadline)
             if suspect:
                 # Some item's bytes, or where two items meet: whether this one's are is cheaper to
                 # tell than to look at its strings.
                 suspect = validation.is_suspect(request.SerializeToString())
-            check(request, principal, caller, suspect)
+            check(request, principal, merchant, caller, suspect)
             validation.refuse_verification_values(request)
             prepared.command = conversion.to_authorize(request, caller)
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
@@ -469,7 +471,7 @@ class PaymentService:
         self, call: _Call, item: _Item, command: Authorize, earlier: "asyncio.Task[Any] | None"
     ) -> Answer | GatewayError:
         """What an item's authorization comes to. It ends here, whoever still waits for it."""
-        outcome: Answer | GatewayError = _in_flight()
+        outcome: Answer | GatewayError | None = None
         gate = self._admission.payments
         try:
             if earlier is not None:
@@ -483,7 +485,7 @@ class PaymentService:
             outcome = _as_refusal(error, call)
         finally:
             gate.release(command.merchant_id)
-            self._item_ended(call, item, outcome)
+            self._item_ended(call, item, _in_flight() if outcome is None else outcome)
         return outcome
 
     def _item_ended(self, call: _Call, item: _Item, outcome: Answer | GatewayError) -> None:
@@ -682,7 +684,7 @@ class _Unary(Generic[_M]):
                 gate.admit(merchant.merchant_id, kind.work)
                 admitted = merchant.merchant_id
             try:
-                check(request, principal, call, validation.is_suspect(data))
+                check(request, principal, merchant, call, validation.is_suspect(data))
                 began = time.perf_counter()
                 response = await self._perform(call, request)
                 if kind.scope is Scope.PAYMENTS_READ:
@@ -817,15 +819,23 @@ class _Stream:
         self._wake.set()
 
 
-def check(request: Any, principal: Principal, caller: Caller, suspect: bool) -> None:
-    """Check a request with a `merchant_id`, and tell its merchant to `caller`. Raises GatewayError.
+def check(
+    request: Any,
+    principal: Principal,
+    merchant: MerchantInfo | None,
+    caller: Caller,
+    suspect: bool,
+) -> None:
+    """Check a request with a `merchant_id`, and tell its merchant, as `find_merchant` found it, to
+    `caller`. Raises GatewayError.
 
     Card data come first: a card number in the wrong place breaks other rules too.
     """
     if suspect:
-        validation.refuse_card_numbers(request, find_merchant(principal, request.merchant_id))
+        validation.refuse_card_numbers(request, merchant)
     validation.validate(request)
-    merchant = resolve_merchant(principal, request.merchant_id)
+    if merchant is None:
+        merchant = resolve_merchant(principal, request.merchant_id)
     caller.merchant_id, caller.rate_limit = merchant.merchant_id, merchant.rate_limit
 
 

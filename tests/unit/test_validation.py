@@ -402,7 +402,7 @@ def test_an_item_has_a_mark_and_an_authorization(
     item: pb.AuthorizePaymentItem, fields: list[str]
 ) -> None:
     with pytest.raises(GatewayError) as caught:
-        validation.validate_item(item)
+        validation.validate_item(item, validation.echoed_item_ref(item))
     assert [each.field for each in caught.value.violations] == fields
 
 
@@ -532,7 +532,7 @@ def test_a_card_number_is_refused_in_every_key_and_value_of_metadata(text: str) 
 def test_a_card_number_is_refused_as_the_mark_of_an_item(text: str) -> None:
     item = pb.AuthorizePaymentItem(item_ref=text, authorization=authorization())
     with pytest.raises(GatewayError) as caught:
-        validation.validate_item(item)
+        validation.validate_item(item, validation.echoed_item_ref(item))
     assert caught.value.reason is Reason.CARD_DATA_NOT_ALLOWED
     assert [each.field for each in caught.value.violations] == ["item_ref"]
     assert "1111" not in told(caught.value)
