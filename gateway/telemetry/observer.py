@@ -64,12 +64,13 @@ class RpcObserver:
         Of the further successes, and of the calls refused for overload, only the number is logged.
         """
         self._metrics.rpc_finished(method, code, reason, seconds)
-        if reason == Reason.OVERLOADED:
+        if code == "OK":
+            if not self._may_log_success():
+                self._successes_not_logged += 1
+                return
+        elif reason == Reason.OVERLOADED:
             self._overloaded += 1
             self._log_overload()
-            return
-        if code == "OK" and not self._may_log_success():
-            self._successes_not_logged += 1
             return
         extra: dict[str, object] = {
             "method": method,
@@ -146,11 +147,15 @@ class MerchantObserver:
             return
         if self._clock_s() >= self._elect_at:
             self._elect()
-        if merchant_id in self._calls or len(self._calls) < MERCHANTS_COUNTED_MAX:
-            self._calls[merchant_id] = self._calls.get(merchant_id, 0) + 1
-        if merchant_id not in self._shown and len(self._shown) < self._merchants_max:
-            self._shown.add(merchant_id)
-        shown = merchant_id if merchant_id in self._shown else OTHER_MERCHANTS
+        calls = self._calls.get(merchant_id, 0)
+        if calls or len(self._calls) < MERCHANTS_COUNTED_MAX:
+            self._calls[merchant_id] = calls + 1
+        shown = merchant_id
+        if merchant_id not in self._shown:
+            if len(self._shown) < self._merchants_max:
+                self._shown.add(merchant_id)
+            else:
+                shown = OTHER_MERCHANTS
         self._metrics.merchant_finished(shown, code)
 
     def _elect(self) -> None:
