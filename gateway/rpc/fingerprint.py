@@ -7,31 +7,46 @@ and a batch's `item_ref` are left out, so that unary, batch and stream give the 
 """
 
 from collections.abc import Mapping
+from functools import lru_cache
 from hashlib import sha256
 from hmac import digest
-from typing import Final
+from typing import Final, TypeAlias
 
-from google.protobuf.message import Message
 from payments.v1.payment_method_pb2 import (
     CHANNEL_ECOMMERCE,
     INITIATOR_CUSTOMER,
     NetworkToken,
 )
-from payments.v1.payment_service_pb2 import AuthorizePaymentRequest
+from payments.v1.payment_service_pb2 import (
+    AuthorizePaymentRequest,
+    CapturePaymentRequest,
+    IncrementAuthorizationRequest,
+    RefundPaymentRequest,
+    VoidPaymentRequest,
+)
 
 from gateway.domain.model import Mode, OperationKind
+
+MoneyRequest: TypeAlias = (
+    AuthorizePaymentRequest
+    | CapturePaymentRequest
+    | IncrementAuthorizationRequest
+    | RefundPaymentRequest
+    | VoidPaymentRequest
+)
 
 FINGERPRINT_VERSION: Final = b"\x01"
 """Stands first in every fingerprint. A change of this module's encoding needs another version, and
 the old one must still be computed for keys that were stored with it."""
+HEADS_CACHED_MAX: Final = 1024
+"""How many merchants' fingerprints have their beginnings kept encoded."""
 
 
-def canonical(request: Message) -> bytes:
+def canonical(request: MoneyRequest) -> bytes:
     """The canonical encoding of a money request. Changes the request: it is normalised and loses
     its key, its merchant and its unknown fields.
     """
-    request.ClearField("idempotency_key")
-    request.ClearField("merchant_id")
+    request.idempotency_key = request.merchant_id = ""
     if isinstance(request, AuthorizePaymentRequest):
         if not request.channel:
             request.channel = CHANNEL_ECOMMERCE
@@ -63,8 +78,12 @@ def fingerprint(
     found out from a plain digest, by trying all numbers. So it goes in under a key: the cryptogram
     that comes with every number, which is as good as random and is kept nowhere.
     """
-    head = b"%d %d %s " % (kind, mode, merchant_id.encode())
     if secrets:
         key, number = secrets["cryptogram"].encode(), secrets["number"].encode()
         encoding += digest(key, number, "sha256")
-    return FINGERPRINT_VERSION + sha256(head + encoding).digest()
+    return FINGERPRINT_VERSION + sha256(_head(kind, mode, merchant_id) + encoding).digest()
+
+
+@lru_cache(maxsize=HEADS_CACHED_MAX)
+def _head(kind: OperationKind, mode: Mode, merchant_id: str) -> bytes:
+    return b"%d %d %s " % (kind, mode, merchant_id.encode())
