@@ -516,7 +516,7 @@ _write_own_fields = writer(
     payment_pb2.Payment,
     "amounts",
     of=Payment,
-    number_max=payment_pb2.Payment.UPDATED_AT_FIELD_NUMBER,
+    numbers=range(1, payment_pb2.Payment.PAYMENT_METHOD_FIELD_NUMBER),
 )
 
 
@@ -548,28 +548,32 @@ _ECHOED_MESSAGES: Final = (
     "billing_address",
     "amount_details",
 )
+_write_echo = writer(
+    payment_pb2.Payment,
+    *_ECHOED_MESSAGES,
+    of=AuthorizePaymentRequest,
+    numbers=range(
+        payment_pb2.Payment.PAYMENT_METHOD_FIELD_NUMBER,
+        payment_pb2.Payment.METADATA_FIELD_NUMBER,
+    ),
+)
 _NO_CONNECTOR_FIELDS: Mapping[str, object] = MappingProxyType({})
 
 
 @lru_cache(maxsize=DETAILS_CACHED_MAX)
 def _decode_details(details: bytes) -> _Details:
     request = AuthorizePaymentRequest.FromString(details)
-    echo = payment_pb2.Payment(
-        customer_id=request.customer_id,
-        profile_id=request.profile_id,
-        merchant_transaction_id=request.merchant_transaction_id,
-        merchant_order_id=request.merchant_order_id,
-        channel=request.channel,
-        initiator=request.initiator,
-        statement_descriptor=request.statement_descriptor,
-        statement_descriptor_suffix=request.statement_descriptor_suffix,
-        allow_partial_approval=request.allow_partial_approval,
-        return_url=request.return_url,
-        metadata=request.metadata,
+    echo = _write_echo(
+        request,
+        *(
+            octets_of(getattr(request, name)) if request.HasField(name) else None
+            for name in _ECHOED_MESSAGES
+        ),
     )
-    for name in _ECHOED_MESSAGES:
-        if request.HasField(name):
-            getattr(echo, name).CopyFrom(getattr(request, name))
+    if request.metadata:
+        # The highest field, and the only one whose order is not given.
+        metadata = payment_pb2.Payment(metadata=request.metadata)
+        echo += metadata.SerializeToString(deterministic=True).decode(OCTETS)
     used = _used_fields(request, request.payment_method.WhichOneof("method"))
     fields = _NO_CONNECTOR_FIELDS
     if used or request.customer_id:
@@ -582,7 +586,7 @@ def _decode_details(details: bytes) -> _Details:
             told |= {name: everything[name] for name in sorted(names)}
         fields = MappingProxyType(told)
     return _Details(
-        echo.SerializeToString(deterministic=True).decode(OCTETS),
+        echo,
         request.payment_method.token,
         fields,
     )
@@ -596,7 +600,7 @@ _write_response = writer(
     AuthorizePaymentResponse,
     "operation",
     "payment",
-    number_max=AuthorizePaymentResponse.PAYMENT_FIELD_NUMBER,
+    numbers=range(1, AuthorizePaymentResponse.REPLAY_FIELD_NUMBER),
 )
 _write_event = writer(
     payment_pb2.PaymentEvent, "event_version", "event_type", "payment", "operation", "event_id"

@@ -35,6 +35,7 @@ _VARINT, _LENGTH_DELIMITED = 0, 2
 _INTEGERS: Final = (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64)
 _NUMBERS: Final = (FieldDescriptor.TYPE_BOOL, FieldDescriptor.TYPE_ENUM, *_INTEGERS)
 _TIMESTAMP: Final = Timestamp.DESCRIPTOR.full_name
+_ALL_NUMBERS: Final = range(1, 2**29)
 _NO_NAMES: Final[Mapping[str, str]] = MappingProxyType({})
 
 # Seven bits, and the bit that says that more follow.
@@ -106,24 +107,24 @@ def writer(
     *given: str,
     of: type | None = None,
     names: Mapping[str, str] = _NO_NAMES,
-    number_max: int | None = None,
+    numbers: range = _ALL_NUMBERS,
 ) -> Callable[..., Octets]:
-    """A function that writes the fields of `message`, or those with numbers up to `number_max`.
+    """A function that writes the fields of `message` that have these numbers.
 
-    Its arguments are an instance of the dataclass `of`, whose attributes have the fields' names or
-    the ones that `names` gives, and then the fields in `given`, in that order: a string, a number,
-    the octets of a message or None, or the octets of several messages. Raises TypeError where a
-    field comes from neither.
+    Its arguments are an instance of `of`, a dataclass or another message, whose attributes have the
+    fields' names or the ones that `names` gives, and then the fields in `given`, in that order: a
+    string, a number, the octets of a message or None, or the octets of several messages. Raises
+    TypeError where a field comes from neither.
     """
-    attributes = set() if of is None else {each.name for each in fields(cast("Any", of))}
+    attributes = _attributes(of)
     arguments = given if of is None else ("value", *given)
     lines = [f"def write({', '.join(arguments)}):"]
     pieces: list[str] = []
     variables: dict[str, Any] = {"head": _head, "utf8": _utf8, "timestamp": _timestamp}
     described = cast("Mapping[int, FieldDescriptor]", message.DESCRIPTOR.fields_by_number)
     for number, field in sorted(described.items()):
-        if number_max is not None and number > number_max:
-            break
+        if number not in numbers:
+            continue
         attribute = names.get(field.name, field.name)
         if field.name in given:
             source = field.name
@@ -139,6 +140,14 @@ def writer(
     lines.append(f'return "".join(({", ".join(pieces)},))')
     exec("\n    ".join(lines), variables)  # noqa: S102 (as dataclasses makes its methods)
     return cast("Callable[..., Octets]", variables["write"])
+
+
+def _attributes(of: type | None) -> set[str]:
+    if of is None:
+        return set()
+    if issubclass(of, Message):
+        return set(of.DESCRIPTOR.fields_by_name)
+    return {each.name for each in fields(cast("Any", of))}
 
 
 # The source that writes a field: statements, and the pieces that they make, empty where the field
