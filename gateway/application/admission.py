@@ -8,8 +8,8 @@ The limit is off until the gateway's stages have taken `target_s` longer than th
 ticks and with a queue that grows. A database that pauses for a moment is no overload, and neither
 is the queue that it leaves, while that is being worked off; nor are callers that wait for their
 answers before they call again, however many, up to `bulk_target_s`. Then the limit is what keeps
-the time at the target, found by its ratio to the present time; it goes off again when nothing has
-been refused for a while.
+the time at a part of the target (what is refused anyway need not make those wait who are let in),
+found by its ratio to the present time; it goes off again when nothing has been refused for a while.
 
 Pure code: no task, no timer, no I/O. It measures in ticks, which end with the next call. One event
 loop uses it. `docs/decisions/0005-admission.md` says why it is so.
@@ -46,6 +46,8 @@ SHRINK_MIN: Final = 0.7
 """The limit shrinks in one tick to no less than this part."""
 GROW_MAX: Final = 1.1
 """The limit grows in one tick by no more than this factor."""
+HELD_PART: Final = 0.2
+"""The part of the target at which an overload is held."""
 FAIR_EXCESS: Final = 1.5
 """Merchants below their share are admitted beyond the limit, up to this factor."""
 NEWCOMERS_PART: Final = 0.125
@@ -314,7 +316,7 @@ class Gate:
         target_s = self._target_s(now)
         least_s = self._measure(elapsed_s)
         if self.engaged:
-            self._adjust(BASE_FACTOR * self.base_s + target_s)
+            self._adjust(BASE_FACTOR * self.base_s + HELD_PART * target_s)
         else:
             self._learn_base(now, least_s)
             self._watch(BASE_FACTOR * self.base_s + target_s)

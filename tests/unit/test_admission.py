@@ -284,6 +284,17 @@ def test_time_without_calls_does_not_change_what_is_taken_for_unhindered() -> No
 
 
 @pytest.mark.parametrize("load", [1.1, 1.5, 2.0])
+def test_an_overload_is_held_far_below_the_time_that_began_it(load: float) -> None:
+    limits = replace(LIMITS, target_s=0.1, bulk_target_s=1.0)
+    gateway = simulate(limits=limits)
+    gateway.arrive(load * CAPACITY, until=8)
+    gateway.run()
+    assert gateway.refused() > 0
+    assert gateway.latency_s(1.0) > limits.target_s
+    assert gateway.latency_s(0.95, 3.0) < 0.5 * limits.target_s
+
+
+@pytest.mark.parametrize("load", [1.1, 1.5, 2.0])
 def test_beyond_capacity_calls_are_refused_and_the_accepted_keep_their_latency(
     load: float,
 ) -> None:
