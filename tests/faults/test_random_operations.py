@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -62,6 +63,8 @@ DOWN_OPERATIONS_MAX: Final = 4
 """For how many operations the PSP is down at most."""
 DEATHS_MAX: Final = 1
 """How often a gateway dies during an operation: recovery then waits for the dead one's time."""
+SEND_WINDOW_S: Final = 0.5
+"""As long as a stop of the machine may be for a payment to be sent all the same."""
 PICKS: Final = st.integers(0, 7)
 """Which of the latest payments; 0 to 5 of those that allow the operation."""
 ALLOWED_PICKS_MAX: Final = 5
@@ -558,7 +561,10 @@ class Machine(RuleBasedStateMachine):
 
     def _do(self, op: Op) -> None:
         taken = op.payment.plan(op)
+        began = time.monotonic()
         answer = self.world.run(self.world.call(op))
+        # A machine that stood still meanwhile has sent nothing in time.
+        stood_still = time.monotonic() - began > SEND_WINDOW_S
         if not taken:
             assert answer is grpc.StatusCode.FAILED_PRECONDITION, (answer, op)
             self._tick()
@@ -571,7 +577,7 @@ class Machine(RuleBasedStateMachine):
             return
         if answer.operation.state == IN_DOUBT:
             answer = self.world.run(self.world.definite(op.key))
-        self._end(op, answer, may_be_unsent=False)
+        self._end(op, answer, may_be_unsent=stood_still)
 
     def _is_unfinished(self, op: Op, state: int) -> None:
         cancels = op.method == VOID and op.payment.authorization == IN_DOUBT
@@ -646,7 +652,7 @@ def _world(postgres: PostgresForTests, profile: str) -> Iterator[World]:
                 redis,
                 profile=profile,
                 # Recovery takes over what a dead gateway left as soon as it may.
-                send_window_s=0.5,
+                send_window_s=SEND_WINDOW_S,
                 simulator_answer_timeout_s=0.5,
                 recover_margin_s=0.1,
                 recovery_interval_ms=20,

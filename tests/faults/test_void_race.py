@@ -20,7 +20,12 @@ async def test_a_void_refused_because_another_recoverer_has_sent_it_meanwhile_is
     postgres: PostgresForTests, redis: EmbeddedRedis
 ) -> None:
     with running_system(
-        postgres, redis, profile="non_idempotent", recovery_lease_s=1, simulator_answer_timeout_s=8
+        postgres,
+        redis,
+        profile="non_idempotent",
+        recovery_lease_s=1,
+        simulator_answer_timeout_s=8,
+        recovery_first_check_s=3,  # not before its requests are held
     ) as system:
         first, _ = start_on_both(system)
         async with calling(first, system.shop.api_key) as caller:
