@@ -63,7 +63,7 @@ DOWN_OPERATIONS_MAX: Final = 4
 """For how many operations the PSP is down at most."""
 DEATHS_MAX: Final = 1
 """How often a gateway dies during an operation: recovery then waits for the dead one's time."""
-SEND_WINDOW_S: Final = 0.5
+SEND_WINDOW_S: Final = 1.5
 """As long as a stop of the machine may be for a payment to be sent all the same."""
 PICKS: Final = st.integers(0, 7)
 """Which of the latest payments; 0 to 5 of those that allow the operation."""
@@ -653,7 +653,7 @@ def _world(postgres: PostgresForTests, profile: str) -> Iterator[World]:
                 profile=profile,
                 # Recovery takes over what a dead gateway left as soon as it may.
                 send_window_s=SEND_WINDOW_S,
-                simulator_answer_timeout_s=0.5,
+                simulator_answer_timeout_s=1.5,
                 recover_margin_s=0.1,
                 recovery_interval_ms=20,
                 recovery_first_check_s=0,
