@@ -87,7 +87,12 @@ async def _load(
 ) -> None:
     """Calls at the PSP, the fault, their duplicates and new calls; then every key once more."""
     with running_system(
-        postgres, redis, profile=profile, simulator_answer_timeout_s=60, **settings
+        postgres,
+        redis,
+        profile=profile,
+        send_window_s=30,  # however long the machine stands still
+        simulator_answer_timeout_s=60,
+        **settings,
     ) as system:
         ports = [free_port() for _ in TRANSPORTS]
         gateways = [
