@@ -194,7 +194,7 @@ class Engine:
         except grpc.aio.AioRpcError as error:
             latency_ms = 1000 * (time.monotonic() - due)
             code = _CODES[error.code()]
-            self._reasons[_reason(error)] += 1
+            self._reasons[reason_of(error)] += 1
             self._book.unanswered(call, code)
         self._record(
             arrival, call, sent - due, latency_ms, max(0.0, latency_ms - processing_ms), code
@@ -246,7 +246,7 @@ async def _connect(channels: Sequence[grpc.aio.Channel], address: str, timeout_s
         raise ConnectionError(f"no gRPC server answers at {address}") from None
 
 
-def _reason(error: grpc.aio.AioRpcError) -> str:
+def reason_of(error: grpc.aio.AioRpcError) -> str:
     """`CODE REASON`, and ` RetryInfo` where the refusal says when to repeat."""
     text = error.code().name
     for key, value in error.trailing_metadata() or ():

@@ -150,7 +150,7 @@ def evaluate(limits: Limits, summary: Mapping[str, Any]) -> Verdict:
         *_validity(limits, summary),
         *_latency(limits, summary),
         *_memory(limits, summary),
-        *_overload(limits, summary),
+        *overload_gates(limits, summary.get("overload")),
         *_knee(limits, summary),
         *_audit(summary),
     ]
@@ -230,8 +230,12 @@ def _memory(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
     return gates
 
 
-def _overload(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
-    overload = summary.get("overload")
+def overload_gates(limits: Limits, overload: Mapping[str, Any] | None) -> list[Gate]:
+    """What an overload is held to; None: there was none.
+
+    It has `factor`, `goodput_ratio`, `accepted_p99_ratio`, `refusal_p99_ms` and
+    `refusals_without_retry_info`.
+    """
     if overload is None or limits.goodput_ratio_min is None:
         return []
     gates = []
