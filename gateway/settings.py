@@ -247,10 +247,11 @@ class Settings(BaseSettings):
         20_000, "Rows that may wait for a batch, in each lane.", ge=1, le=1_000_000, unit="rows"
     )
     batch_linger_ms_max: float = _field(
-        10.0,
-        "How long a batch waits for more rows on grpcio at 1,500 rows a second and more; in"
-        " proportion less at lower rates, not at all for a lone row. grpcio hands calls over one by"
-        " one; those of native come in bursts and never wait. 0: never.",
+        20.0,
+        "How long a batch waits for more rows on grpcio where the process works for 80 % of its"
+        " time and more; in proportion less down to 60 %, not at all below it nor for a lone row."
+        " grpcio hands calls over one by one; those of native come in bursts and never wait. 0:"
+        " never.",
         ge=0,
         le=100,
     )

@@ -33,17 +33,20 @@ LINGER_ROWS_MIN = 2
 """A lane lingers only when it expects at least so many rows meanwhile. Even two that
 share a round trip cost less than two round trips; a lone row has nothing to wait for."""
 
-LINGER_WHOLE_AT_PER_S = 1_500.0
-"""Rows a second at which a lane lingers for the whole of `linger_ms_max`; below it, in proportion
-less. Where few rows come, waiting gathers few and costs each of them as much."""
+LINGER_FROM_LOAD = 0.6
+LINGER_WHOLE_AT_LOAD = 0.8
+"""A lane begins to linger where the event loop's thread works for the one share of its time, and
+lingers for the whole of `linger_ms_max` where it works for the other; in between, in proportion.
+What a shared round trip saves is CPU: with a thread that has time left, waiting buys nothing. (In
+proportion to the rate of rows a slow machine lingered less than a fast one, and became slower.)"""
 
 LINGER_MS_CAP = 100.0
 """Largest `linger_ms_max`. Lingering is for sharing round trips of a few milliseconds; beyond this
-even a lone row would count as a load (`LINGER_ROWS_MIN`, `ARRIVALS_SMOOTHING_S`)."""
+even a lone row would count as a load (`LINGER_ROWS_MIN`, `SMOOTHING_S`)."""
 
-ARRIVALS_SMOOTHING_S = 0.05
-"""Time constant of the arrival rate: long enough to see through the gaps between bursts, short
-enough that a lane which fell idle is known to be idle."""
+SMOOTHING_S = 0.05
+"""Time constant of the arrival rate and of the thread's load: long enough to see through the gaps
+between bursts, short enough that a lane which fell idle is known to be idle."""
 
 
 class BatchingError(Exception):
@@ -136,10 +139,10 @@ class Lane(Generic[Row, Result]):
         queue_max: most rows waiting, those in flight not counted.
         in_flight_max: most batches in flight, e.g. one for each connection of the lane.
         linger_ms_max: longest time that a row waits for company while there is room in flight.
-            The lane lingers only under a load that fills a batch meanwhile (`LINGER_ROWS_MIN`), so
-            a lone row never waits; 0 turns lingering off, and `LINGER_MS_CAP` is the most.
-        linger_whole_at_per_s: the rate at which it lingers so long, and in proportion below; 0: at
-            every rate.
+            The lane lingers only where rows come meanwhile (`LINGER_ROWS_MIN`), so a lone row
+            never waits; 0 turns lingering off, and `LINGER_MS_CAP` is the most.
+        cpu_s: seconds of CPU that the event loop's thread has used: the busier it is, the longer
+            rows wait (`LINGER_FROM_LOAD`); None: they always wait as long as they may.
         partition: rows of different partitions never share a batch. Partitions take turns.
         exclusive: at most one row of a key is in flight; rows without a key (None) are free.
         classify: decides what happens to a batch whose flush raised.
@@ -160,7 +163,7 @@ class Lane(Generic[Row, Result]):
         queue_max: int,
         in_flight_max: int = 1,
         linger_ms_max: float = 0.0,
-        linger_whole_at_per_s: float = LINGER_WHOLE_AT_PER_S,
+        cpu_s: Callable[[], float] | None = time.thread_time,
         partition: Callable[[Row], Hashable] | None = None,
         exclusive: Callable[[Row], Hashable | None] | None = None,
         classify: Callable[[Exception], Failure] = fail_always,
@@ -173,8 +176,8 @@ class Lane(Generic[Row, Result]):
     ) -> None:
         if min(rows_max, queue_max, in_flight_max) < 1:
             raise ValueError(f"lane {name}: rows_max, queue_max and in_flight_max are at least 1")
-        if min(linger_ms_max, retries_max, backoff_ms, backoff_ms_max, linger_whole_at_per_s) < 0:
-            raise ValueError(f"lane {name}: times, rates and retries_max are not negative")
+        if min(linger_ms_max, retries_max, backoff_ms, backoff_ms_max) < 0:
+            raise ValueError(f"lane {name}: times and retries_max are not negative")
         if linger_ms_max > LINGER_MS_CAP:
             raise ValueError(f"lane {name}: linger_ms_max is at most {LINGER_MS_CAP}")
         self.name = name
@@ -183,7 +186,7 @@ class Lane(Generic[Row, Result]):
         self._queue_max = queue_max
         self._in_flight_max = in_flight_max
         self._linger_s_max = linger_ms_max / 1000
-        self._linger_whole_at_per_s = linger_whole_at_per_s
+        self._cpu_s = cpu_s
         self._partition = partition
         self._exclusive = exclusive
         self._classify = classify
@@ -214,7 +217,9 @@ class Lane(Generic[Row, Result]):
         self._linger_timer: asyncio.TimerHandle | None = None
         self._arrived = 0
         self._arrivals_per_s = 0.0
+        self._load = 0.0 if cpu_s is not None else LINGER_WHOLE_AT_LOAD
         self._measured_s = clock_s()
+        self._measured_cpu_s = cpu_s() if cpu_s is not None else 0.0
 
         self._closed = False
         self._drained = asyncio.Event()
@@ -231,10 +236,11 @@ class Lane(Generic[Row, Result]):
 
     @property
     def linger_s(self) -> float:
-        """How long a row waits for company at the present rate of arrivals; 0: not at all."""
+        """How long a row waits for company at the present load; 0: not at all."""
         linger_s = self._linger_s_max
-        if self._arrivals_per_s < self._linger_whole_at_per_s:
-            linger_s *= self._arrivals_per_s / self._linger_whole_at_per_s
+        if self._load < LINGER_WHOLE_AT_LOAD:
+            part = (self._load - LINGER_FROM_LOAD) / (LINGER_WHOLE_AT_LOAD - LINGER_FROM_LOAD)
+            linger_s *= max(0.0, part)
         return linger_s if self._arrivals_per_s * linger_s >= LINGER_ROWS_MIN else 0.0
 
     def submit(self, row: Row, reserved: bool = False) -> asyncio.Future[Result]:
@@ -333,10 +339,14 @@ class Lane(Generic[Row, Result]):
         now_s = self._clock_s()
         elapsed_s = now_s - self._measured_s
         if elapsed_s > 0:
-            weight = -math.expm1(-elapsed_s / ARRIVALS_SMOOTHING_S)
+            weight = -math.expm1(-elapsed_s / SMOOTHING_S)
             self._arrivals_per_s += weight * (self._arrived / elapsed_s - self._arrivals_per_s)
             self._arrived = 0
             self._measured_s = now_s
+            if self._cpu_s is not None:
+                cpu_s = self._cpu_s()
+                self._load += weight * ((cpu_s - self._measured_cpu_s) / elapsed_s - self._load)
+                self._measured_cpu_s = cpu_s
         if self._closed or self._ready_rows >= self._rows_max:
             return
         oldest = next(iter(self._ready.values()))[0]

@@ -237,7 +237,7 @@ class Claims:
             rows_max=settle_rows_max,
             queue_max=settle_queue_max,
             linger_ms_max=settle_linger_ms_max,
-            linger_whole_at_per_s=0,  # nobody waits for them
+            cpu_s=None,  # nobody waits for them
             partition=_bucket_of_settlement,
             metrics=self._metrics,
             tracer=tracer,

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage.batching import (
+    LINGER_FROM_LOAD,
     LINGER_MS_CAP,
-    LINGER_WHOLE_AT_PER_S,
+    LINGER_WHOLE_AT_LOAD,
     Failure,
     FlushBroken,
     Lane,
@@ -192,6 +193,7 @@ def test_every_row_gets_one_answer_and_no_batch_breaks_a_rule(
             queue_max=1_000,
             in_flight_max=in_flight_max,
             linger_ms_max=linger_ms_max,
+            cpu_s=None,
             partition=lambda row: row.partition,
             exclusive=lambda row: row.payment,
             classify=classify,
@@ -217,8 +219,9 @@ def test_every_row_gets_one_answer_and_no_batch_breaks_a_rule(
 
 
 def make_busy(lane: Lane[int, int]) -> None:
-    """Let the lane believe in a storm of arrivals for good."""
+    """Let the lane believe in a storm of arrivals, and in a busy thread, for good."""
     lane._arrivals_per_s = 1e9
+    lane._load = 1.0
     lane._measured_s = float("inf")
 
 
@@ -287,16 +290,20 @@ def test_no_more_batches_than_in_flight_max_are_sent_at_a_time() -> None:
     run(main)
 
 
-def test_lane_lingers_once_rows_come_thickly_and_no_more_when_it_fell_idle() -> None:
+@pytest.mark.parametrize("work", [0.95, None])
+def test_lane_lingers_once_rows_come_thickly_and_no_more_when_it_fell_idle(
+    work: float | None,
+) -> None:
     async def main() -> None:
         echo = Echo()
-        now_s = 0.0
+        now_s = cpu_s = 0.0
         lane: Lane[int, int] = Lane(
             "test",
             echo.flush,
             rows_max=1_000,
             queue_max=1_000,
             linger_ms_max=LINGER_MS_CAP,
+            cpu_s=None if work is None else lambda: cpu_s,
             clock_s=lambda: now_s,
         )
         futures = [lane.submit(0)]
@@ -305,6 +312,7 @@ def test_lane_lingers_once_rows_come_thickly_and_no_more_when_it_fell_idle() -> 
         while lane._linger_timer is None:
             assert len(futures) < 1_000
             now_s += 0.001
+            cpu_s += 0.001 * (work or 0)
             futures.append(lane.submit(len(futures)))
             await turns()
         await asyncio.gather(*futures)
@@ -317,17 +325,45 @@ def test_lane_lingers_once_rows_come_thickly_and_no_more_when_it_fell_idle() -> 
     run(main)
 
 
-def test_lane_lingers_in_proportion_to_the_rate_up_to_its_most() -> None:
+def test_lane_of_a_thread_with_time_left_lets_nobody_wait_however_many_rows_come() -> None:
+    async def main() -> None:
+        echo = Echo()
+        now_s = cpu_s = 0.0
+        lane: Lane[int, int] = Lane(
+            "test",
+            echo.flush,
+            rows_max=1_000,
+            queue_max=1_000,
+            linger_ms_max=LINGER_MS_CAP,
+            cpu_s=lambda: cpu_s,
+            clock_s=lambda: now_s,
+        )
+        for number in range(1_000):
+            now_s += 0.0001
+            cpu_s += 0.0001 * LINGER_FROM_LOAD
+            future = lane.submit(number)
+            await turns()
+            assert echo.batches[-1] == [number]
+            await future
+
+    run(main)
+
+
+def test_lane_lingers_the_longer_the_busier_its_thread_is_up_to_its_most() -> None:
     async def main() -> None:
         lane: Lane[int, int] = Lane(
             "test", Echo().flush, rows_max=10, queue_max=10, linger_ms_max=10
         )
+        lane._arrivals_per_s = 1_000
+        between = (LINGER_FROM_LOAD + LINGER_WHOLE_AT_LOAD) / 2
         lingers_s = []
-        for part in (0.1, 0.5, 1, 2):
-            lane._arrivals_per_s = part * LINGER_WHOLE_AT_PER_S
-            lingers_s.append(lane.linger_s)
-        # At a tenth of the rate there would be no second row.
-        assert lingers_s == [0, 0.005, 0.01, 0.01]
+        for load in (0.0, LINGER_FROM_LOAD, between, LINGER_WHOLE_AT_LOAD, 1.0):
+            lane._load = load
+            lingers_s.append(round(lane.linger_s, 9))
+        assert lingers_s == [0, 0, 0.005, 0.01, 0.01]
+
+        lane._arrivals_per_s = 100  # no second row would come meanwhile
+        assert lane.linger_s == 0
 
     run(main)
 
