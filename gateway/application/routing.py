@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
 from gateway.application import suitability
@@ -17,6 +18,7 @@ from gateway.application.commands import Authorize
 from gateway.application.ports import Connector, Router, Served
 from gateway.application.refreshing import refresh_forever
 from gateway.domain.errors import GatewayError, Reason, refuse
+from gateway.domain.making import maker
 from gateway.domain.model import ConnectorAnswer, Mode, Operation, ResponseCode
 from gateway.routing import record
 from gateway.routing.cascade import ReattemptLimit
@@ -34,6 +36,8 @@ from gateway.routing.model import (
 from gateway.routing.rule_file import RulesInvalid, read_rules
 from gateway.routing.rules import Facts, Rules, Target, stable_hash
 
+DECISIONS_KEPT: Final = 4_096
+"""Accounts of merchants without rules whose decision is kept as it was made."""
 UNAVAILABLE_RETRY_S: Final = 5.0
 """What a caller is told where every account is out of use and nobody knows for how long, in
 seconds: killed by a person, or half-open with as many probes under way as there may be."""
@@ -149,7 +153,9 @@ class Plan:
     facts: Facts | None = None
     """None without rules."""
     segment: Segment | None = None
-    _taken: int = 0
+    taken: Candidate | None = None
+    """The account that was taken last."""
+    _passed: int = 0
     _attempts: int = 0
 
     def take(self, availability: Availability | None) -> Candidate | None:
@@ -157,19 +163,30 @@ class Plan:
         if self._attempts >= self.attempts_max:
             return None
         candidates = self.decision.candidates
-        while self._taken < len(candidates):
-            candidate = candidates[self._taken]
-            self._taken += 1
+        while self._passed < len(candidates):
+            candidate = candidates[self._passed]
+            self._passed += 1
             method = "" if self.segment is None else self.segment.method
             if availability is None or availability.admit(candidate, method) is None:
                 self._attempts += 1
+                self.taken = candidate
                 return candidate
         return None
 
     @property
     def more(self) -> bool:
         """Whether there may be another attempt."""
-        return self._attempts < self.attempts_max and self._taken < len(self.decision.candidates)
+        return self._attempts < self.attempts_max and self._passed < len(self.decision.candidates)
+
+
+_make_plan = maker(Plan)
+_NO_DECLINES: Final = frozenset[ResponseCode]()
+
+
+@lru_cache(DECISIONS_KEPT)
+def _only(connector: str, account_id: str) -> RouteDecision:
+    """The decision for the one account there is."""
+    return RouteDecision((Candidate(connector, account_id),))
 
 
 class Routing:
@@ -210,15 +227,15 @@ class Routing:
             raise _nowhere(command)
         connector = route.connector
         suitability.check_authorization(command, connector)
-        candidate = Candidate(connector.name, route.connector_account_id)
-        segment = None
-        if self._availability is not None or self._observer is not None:
-            segment = _segment(command, command.facts())
-        if self._availability is not None and segment is not None:
-            refused = self._availability.refusal(candidate, segment.method)
+        decision = _only(connector.name, route.connector_account_id)
+        if self._availability is not None:
+            candidate = decision.candidates[0]
+            refused = self._availability.refusal(candidate, command.method)
             if refused is not None:
-                raise self._unavailable(candidate, segment.method, refused)
-        return Plan(RouteDecision((candidate,)), 1, frozenset(), segment=segment)
+                raise self._unavailable(candidate, command.method, refused)
+        # Nobody learns from it: what a segment has beyond the method tells nothing here.
+        segment = Segment(command.merchant_id, command.mode, command.method)
+        return _make_plan(decision, 1, _NO_DECLINES, segment=segment)
 
     def plan_by(self, version: int, rules: Rules, command: Authorize, payment_id: str) -> Plan:
         """Where a new payment may go by these rules. Raises GatewayError."""
@@ -278,9 +295,9 @@ class Routing:
             tuple(scores),
         )
         attempts_max = 1 if choice is None else choice.rule.attempts_max
-        soft = frozenset[ResponseCode]() if choice is None else choice.rule.cascade_on
+        soft = _NO_DECLINES if choice is None else choice.rule.cascade_on
         note = record.encode(decision)
-        plan = Plan(decision, attempts_max, soft, note, facts, segment)
+        plan = _make_plan(decision, attempts_max, soft, note, facts, segment)
         return plan, None if candidates else self._refusal(
             command, segment.method, decision.excluded, refusals
         )
@@ -389,8 +406,10 @@ class Routing:
         segment = None if plan is None else plan.segment
         if segment is None:
             segment = Segment(operation.merchant_id, mode, "", currency=operation.currency)
-        attempt = operation.attempt
-        candidate = Candidate(attempt.connector, attempt.connector_account_id)
+        candidate = None if plan is None else plan.taken
+        if candidate is None:
+            attempt = operation.attempt
+            candidate = Candidate(attempt.connector, attempt.connector_account_id)
         if self._observer is not None:
             self._observer.observed(segment, candidate, operation.kind, answer, s)
         if self._learner is not None and by_rules:

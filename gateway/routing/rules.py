@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from hashlib import blake2b
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Final, NamedTuple, TypeAlias
 
@@ -302,11 +303,12 @@ class Rules:
         by_weight = not is_ranked or rule.order is not Order.LEARNED
         current: Rule | None = rule
         while current is not None:
-            if by_weight:
+            for group, beginnings in _by_priority(current.name, targets):
+                if not by_weight or len(group) == 1:
+                    groups.append(group)
+                    continue
                 key = _split_key(current.split_by, facts, payment_id)
-                groups += [_by_weight(current.name, group, key) for group in _by_priority(targets)]
-            else:
-                groups += _by_priority(targets)
+                groups.append(_by_weight(group, beginnings, key))
             current = self._by_name.get(current.then)
             targets = () if current is None else current.targets
         return Choice(rule, experiment, arm, tuple(groups))
@@ -322,8 +324,16 @@ def compile_rules(rules: Sequence[Rule]) -> Rules:
 
 def stable_hash(*parts: str) -> int:
     """64 bits that are the same on every machine, for ever: a payment stays in its arm."""
-    digest = blake2b("\0".join(parts).encode("utf-8", "replace"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    return _number(_hashed(*parts))
+
+
+def _hashed(*parts: str) -> bytes:
+    """What is hashed of these parts."""
+    return "\0".join(parts).encode("utf-8", "replace")
+
+
+def _number(octets: bytes) -> int:
+    return int.from_bytes(blake2b(octets, digest_size=8).digest(), "big")
 
 
 def _split_key(split_by: SplitBy, facts: Facts, payment_id: str) -> str:
@@ -342,29 +352,40 @@ def _arm(experiment: Experiment, key: str) -> Arm:
 
 
 @lru_cache(GROUPS_MAX)
-def _by_priority(targets: tuple[Target, ...]) -> tuple[tuple[Target, ...], ...]:
-    """Targets of the same priority together, the lowest number first."""
+def _by_priority(
+    rule: str, targets: tuple[Target, ...]
+) -> tuple[tuple[tuple[Target, ...], tuple[bytes, ...]], ...]:
+    """Targets of the same priority together, the lowest number first, and for each of them what
+    the text begins with that its draws are hashed from.
+    """
     groups: dict[int, list[Target]] = {}
     for target in targets:
         groups.setdefault(target.priority, []).append(target)
-    return tuple(tuple(group) for _, group in sorted(groups.items()))
+    return tuple(
+        (tuple(group), tuple(_hashed("target", rule, target.name, "") for target in group))
+        for _, group in sorted(groups.items())
+    )
 
 
-def _by_weight(rule: str, group: tuple[Target, ...], key: str) -> tuple[Target, ...]:
+def _by_weight(
+    group: tuple[Target, ...], beginnings: tuple[bytes, ...], key: str
+) -> tuple[Target, ...]:
     """Targets of the same priority in the order of weighted rendezvous hashing.
 
     Each target draws from the hash of itself and the key, so that one that is taken away leaves
     the others' payments where they were (Thaler and Ravishankar 1998; the weights as in
     draft-ietf-bess-weighted-hrw). Each is first with the probability of its share of the weights.
     """
-    if len(group) == 1:
-        return group
-    return tuple(sorted(group, key=lambda target: _draw(rule, target, key), reverse=True))
+    octets = _hashed(key)
+    draws: list[tuple[float, Target]] = []
+    for target, beginning in zip(group, beginnings, strict=True):
+        uniform = (_number(beginning + octets) + 0.5) / 2**64
+        draws.append((-target[3] / math.log(uniform) if uniform < 1.0 else math.inf, target))
+    draws.sort(key=_first, reverse=True)
+    return tuple([target for _, target in draws])
 
 
-def _draw(rule: str, target: Target, key: str) -> float:
-    uniform = (stable_hash("target", rule, target.name, key) + 0.5) / 2**64
-    return -target.weight / math.log(uniform) if uniform < 1.0 else math.inf
+_first = itemgetter(0)
 
 
 # --- conditions -----------------------------------------------------------------------------------

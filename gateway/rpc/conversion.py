@@ -211,15 +211,15 @@ def _facts(request: AuthorizePaymentRequest, method_name: str) -> Facts:
     method = request.payment_method
     hints = method.card_hints
     return Facts(
-        method=method_name,
-        scheme=hints.scheme,
-        bin=hints.bin,
-        issuer_country=hints.issuer_country,
-        channel=_CHANNELS[request.channel],
-        customer_id=request.customer_id,
-        metadata=request.metadata,
-        card_type=_CARD_TYPES[hints.card_type],
-        instrument=method.token
+        method_name,
+        hints.scheme,
+        hints.bin,
+        hints.issuer_country,
+        _CARD_TYPES[hints.card_type],
+        _CHANNELS[request.channel],
+        request.customer_id,
+        request.metadata,
+        method.token
         or method.stored.stored_payment_method_id
         or method.network_token.token_reference,
     )
