@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from loadtest.bench.generator import WARM_UP_S, Generator, Load, NoWindow, OpenLoad, Target
 from loadtest.bench.ratios import turns
-from loadtest.bench.system import CALLERS_MAX, System
+from loadtest.bench.system import AT_ONCE_MAX, CALLERS_MAX, System
 
 Progress = Callable[[str], None]
 """Takes a line for the person who waits."""
@@ -36,7 +36,7 @@ _BULK: Final = (1, 2, 4, 8, 16)
 CONCURRENCIES: Final[Mapping[str, tuple[int, ...]]] = {
     **dict.fromkeys(ORDER, _UNARY),
     # Each 1,000 calls a second keep some 150 callers waiting for the PSP; the others are at work.
-    "delayed": (400, 600, 800, 1000, 1500, 2000, 3000),
+    "delayed": (400, 600, 800, 1000, 1500, 2000, AT_ONCE_MAX),
     "batch": _BULK,
     "stream": _BULK,
     "pgbench": (8, 16, 32, 64, 96),

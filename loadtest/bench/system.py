@@ -27,9 +27,12 @@ DELAYS: Final = "120,380"
 
 CALLERS_MAX: Final = 512
 """The most callers of single calls in a closed loop."""
+AT_ONCE_MAX: Final = 3_000
+"""The most calls, or items of batches and streams, under way at once in one: those that wait for a
+delayed PSP."""
 
 _NATIVE: Final = {"transport": "native", "trusted_front": "true"}
-_CLOSED: Final = {"admission_calls_min": str(CALLERS_MAX)}
+_CLOSED: Final = dict.fromkeys(("admission_calls_min", "admission_calls_max"), str(AT_ONCE_MAX))
 """A closed loop is its own bound. Admission would refuse calls where the machine has become slower
 since the number of callers was chosen, and what refuses calls cannot be compared."""
 _SERVERS: Final[dict[str, tuple[str, dict[str, str], tuple[str, ...]]]] = {
