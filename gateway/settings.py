@@ -248,10 +248,10 @@ class Settings(BaseSettings):
     )
     batch_linger_ms_max: float = _field(
         20.0,
-        "How long a batch waits for more rows on grpcio where the process works for 80 % of its"
-        " time and more; in proportion less down to 60 %, not at all below it nor for a lone row."
-        " grpcio hands calls over one by one; those of native come in bursts and never wait. 0:"
-        " never.",
+        "How long a batch waits for more rows on grpcio where the event loop works for 80 % of"
+        " its time and more; in proportion less down to 60 %, not at all below it nor for a lone"
+        " row. grpcio hands calls over one by one; those of native come in bursts and never wait."
+        " 0: never.",
         ge=0,
         le=100,
     )

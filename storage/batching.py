@@ -142,7 +142,7 @@ class Lane(Generic[Row, Result]):
             The lane lingers only where rows come meanwhile (`LINGER_ROWS_MIN`), so a lone row
             never waits; 0 turns lingering off, and `LINGER_MS_CAP` is the most.
         cpu_s: seconds of CPU that the event loop's thread has used: the busier it is, the longer
-            rows wait (`LINGER_FROM_LOAD`); None: they always wait as long as they may.
+            rows wait (`LINGER_FROM_LOAD`); None: as if it worked all the time.
         partition: rows of different partitions never share a batch. Partitions take turns.
         exclusive: at most one row of a key is in flight; rows without a key (None) are free.
         classify: decides what happens to a batch whose flush raised.
@@ -186,7 +186,7 @@ class Lane(Generic[Row, Result]):
         self._queue_max = queue_max
         self._in_flight_max = in_flight_max
         self._linger_s_max = linger_ms_max / 1000
-        self._cpu_s = cpu_s
+        self._cpu_s = clock_s if cpu_s is None else cpu_s
         self._partition = partition
         self._exclusive = exclusive
         self._classify = classify
@@ -217,9 +217,9 @@ class Lane(Generic[Row, Result]):
         self._linger_timer: asyncio.TimerHandle | None = None
         self._arrived = 0
         self._arrivals_per_s = 0.0
-        self._load = 0.0 if cpu_s is not None else LINGER_WHOLE_AT_LOAD
+        self._load = 0.0
         self._measured_s = clock_s()
-        self._measured_cpu_s = cpu_s() if cpu_s is not None else 0.0
+        self._measured_cpu_s = self._cpu_s()
 
         self._closed = False
         self._drained = asyncio.Event()
@@ -343,10 +343,9 @@ class Lane(Generic[Row, Result]):
             self._arrivals_per_s += weight * (self._arrived / elapsed_s - self._arrivals_per_s)
             self._arrived = 0
             self._measured_s = now_s
-            if self._cpu_s is not None:
-                cpu_s = self._cpu_s()
-                self._load += weight * ((cpu_s - self._measured_cpu_s) / elapsed_s - self._load)
-                self._measured_cpu_s = cpu_s
+            cpu_s = self._cpu_s()
+            self._load += weight * ((cpu_s - self._measured_cpu_s) / elapsed_s - self._load)
+            self._measured_cpu_s = cpu_s
         if self._closed or self._ready_rows >= self._rows_max:
             return
         oldest = next(iter(self._ready.values()))[0]

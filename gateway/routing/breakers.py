@@ -34,9 +34,6 @@ PROBE_RIGHT_S: Final = 5.0
 REPORTS_MAX: Final = 1_000
 """What is told others at once, and of others' breakers taken over at once."""
 
-_new = tuple.__new__
-"""Makes a named tuple at half of what its class costs."""
-
 _log = logging.getLogger(__name__)
 
 
@@ -268,6 +265,7 @@ class Breakers:
         self._breakers_max = breakers_max
         self._slice_s = limits.window_s / SLICES
         self._surely_fast_s = min(limits.slow_s_min, limits.slow_s_max)
+        """No call is slow that takes less, whatever the account's median."""
         self._breakers: OrderedDict[BreakerKey, _Breaker] = OrderedDict()
         self._open: set[BreakerKey] = set()
         self._reports: dict[BreakerKey, Report] = {}
@@ -341,7 +339,7 @@ class Breakers:
         """See the port."""
         failed = is_failure(answer)
         now = self._clock()
-        key = _new(BreakerKey, (candidate[0], candidate[1], segment[2]))
+        key = BreakerKey(candidate.connector, candidate.connector_account_id, segment.method)
         breaker = self._breakers.get(key)
         if breaker is None:
             if failed is None:

@@ -43,7 +43,7 @@ AccountKey: TypeAlias = tuple[str, str]
 """Connector and account."""
 
 _new = tuple.__new__
-"""Makes a named tuple at half of what its class costs."""
+"""Makes a named tuple at a third of what its class costs: two for each candidate of a decision."""
 
 _log = logging.getLogger(__name__)
 

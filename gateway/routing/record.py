@@ -22,7 +22,7 @@ def encode(decision: RouteDecision) -> str:
     if decision.excluded:
         document["x"] = [(*each[:2], reason) for each, reason in decision.excluded]
     if decision.scores:
-        # Six decimals, at an eighth of what `round` costs.
+        # Six decimals, at a seventh of what `round` costs.
         document["s"] = [
             (each[0], each[1], floor(score * 1e6 + 0.5) / 1e6) for each, score, _ in decision.scores
         ]

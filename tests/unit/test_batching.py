@@ -290,33 +290,46 @@ def test_no_more_batches_than_in_flight_max_are_sent_at_a_time() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("work", [0.95, None])
-def test_lane_lingers_once_rows_come_thickly_and_no_more_when_it_fell_idle(
-    work: float | None,
-) -> None:
-    async def main() -> None:
-        echo = Echo()
-        now_s = cpu_s = 0.0
-        lane: Lane[int, int] = Lane(
+class Clock:
+    """Time that passes when it is told to, and what the event loop's thread has worked of it."""
+
+    def __init__(self) -> None:
+        self.now_s = self.cpu_s = 0.0
+
+    def pass_(self, seconds: float, work: float = 0.0) -> None:
+        self.now_s += seconds
+        self.cpu_s += seconds * work
+
+    def lane(self, echo: Echo, *, is_asked: bool = True) -> Lane[int, int]:
+        """A lane that may linger; `is_asked`: in proportion to the thread's work."""
+        return Lane(
             "test",
             echo.flush,
             rows_max=1_000,
             queue_max=1_000,
             linger_ms_max=LINGER_MS_CAP,
-            cpu_s=None if work is None else lambda: cpu_s,
-            clock_s=lambda: now_s,
+            cpu_s=(lambda: self.cpu_s) if is_asked else None,
+            clock_s=lambda: self.now_s,
         )
+
+
+@pytest.mark.parametrize("work", [0.95, None])
+def test_lane_lingers_once_rows_come_thickly_and_no_more_when_it_fell_idle(
+    work: float | None,
+) -> None:
+    async def main() -> None:
+        echo, clock = Echo(), Clock()
+        lane = clock.lane(echo, is_asked=work is not None)
         futures = [lane.submit(0)]
         await turns()
         assert echo.batches == [[0]]
         while lane._linger_timer is None:
             assert len(futures) < 1_000
-            now_s += 0.001
-            cpu_s += 0.001 * (work or 0)
+            clock.pass_(0.001, work or 0)
             futures.append(lane.submit(len(futures)))
             await turns()
         await asyncio.gather(*futures)
-        now_s += 10
+        clock.pass_(10)
         last = lane.submit(-1)
         await turns()
         assert echo.batches[-1] == [-1]
@@ -327,20 +340,10 @@ def test_lane_lingers_once_rows_come_thickly_and_no_more_when_it_fell_idle(
 
 def test_lane_of_a_thread_with_time_left_lets_nobody_wait_however_many_rows_come() -> None:
     async def main() -> None:
-        echo = Echo()
-        now_s = cpu_s = 0.0
-        lane: Lane[int, int] = Lane(
-            "test",
-            echo.flush,
-            rows_max=1_000,
-            queue_max=1_000,
-            linger_ms_max=LINGER_MS_CAP,
-            cpu_s=lambda: cpu_s,
-            clock_s=lambda: now_s,
-        )
+        echo, clock = Echo(), Clock()
+        lane = clock.lane(echo)
         for number in range(1_000):
-            now_s += 0.0001
-            cpu_s += 0.0001 * LINGER_FROM_LOAD
+            clock.pass_(0.0001, LINGER_FROM_LOAD)
             future = lane.submit(number)
             await turns()
             assert echo.batches[-1] == [number]

@@ -506,6 +506,17 @@ def test_what_is_learnt_is_told_where_a_decision_has_it() -> None:
     assert (told.score, told.HasField("learned")) == (0.5, False)
 
 
+def test_a_score_is_kept_with_six_decimals() -> None:
+    candidate = Candidate("first", "acc_1")
+    scores = (0.81234567, -12.3456785, 4_000_000.12345678, 0.0)
+    decision = RouteDecision(
+        (candidate,), scores=tuple(Scored(candidate, score) for score in scores)
+    )
+    kept = record.decode(record.encode(decision))
+    assert kept is not None
+    assert [each.score for each in kept.scores] == [0.812346, -12.345678, 4_000_000.123457, 0.0]
+
+
 def test_card_types_are_those_of_the_contract() -> None:
     numbers = payment_method_pb2.CardType.values()
     names = {conversion.facts_of(_card(number)).card_type for number in numbers}
