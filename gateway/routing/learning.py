@@ -42,6 +42,9 @@ and channel."""
 AccountKey: TypeAlias = tuple[str, str]
 """Connector and account."""
 
+_COUNTED: Final = Segment._fields.index("card_type")
+"""So many fields of a Segment are what success is counted by; the last is its costs' alone."""
+
 _new = tuple.__new__
 """Makes a named tuple at a third of what its class costs: two for each candidate of a decision."""
 
@@ -88,15 +91,52 @@ class CountExchange(Protocol):
 class _Counts:
     """What is known of an account in a segment."""
 
-    __slots__ = ("failures", "new_failures", "new_successes", "successes")
+    __slots__ = ("calls", "new_failures", "new_successes", "successes")
 
     def __init__(self) -> None:
-        self.successes = 0.0
+        self.calls = 0.0
         """In the weights of their times: see `SuccessRanking._weight`."""
-        self.failures = 0.0
+        self.successes = 0.0
+        """Of these."""
         self.new_successes = 0.0
         """Those that others have not been told of; without weight."""
         self.new_failures = 0.0
+
+
+class _Level:
+    """What is known of the accounts in a segment, or in a wider one."""
+
+    __slots__ = ("accounts", "key", "lines")
+
+    def __init__(self, key: SegmentKey) -> None:
+        self.key = key
+        self.accounts: dict[AccountKey, _Counts] = {}
+        self.lines = 0
+        """How many lines it stands in."""
+
+    def counts(self, account: AccountKey) -> _Counts:
+        counts = self.accounts.get(account)
+        if counts is None:
+            counts = self.accounts[account] = _Counts()
+        return counts
+
+
+class _Line:
+    """A segment with the wider ones, the widest first: found at once for each payment."""
+
+    __slots__ = ("accounts", "levels")
+
+    def __init__(self, levels: tuple[_Level, ...]) -> None:
+        self.levels = levels
+        self.accounts: dict[AccountKey, tuple[_Counts, ...]] = {}
+        """Of those that were asked for: the counts of each level."""
+
+    def counts(self, account: AccountKey) -> tuple[_Counts, ...]:
+        counts = self.accounts.get(account)
+        if counts is None:
+            counts = tuple([level.counts(account) for level in self.levels])
+            self.accounts[account] = counts
+        return counts
 
 
 _Estimate: TypeAlias = tuple[float, Candidate, float, float, float, float]
@@ -116,8 +156,10 @@ class SuccessRanking:
         self._limits = limits
         self._costs = CostBook() if costs is None else costs
         self._clock = clock
-        self._segments: OrderedDict[SegmentKey, dict[AccountKey, _Counts]] = OrderedDict()
-        self._pending: dict[SegmentKey, None] = {}
+        self._lines: OrderedDict[tuple[object, ...], _Line] = OrderedDict()
+        """By what success is counted by; the one without payments for longest first."""
+        self._levels: dict[SegmentKey, _Level] = {}
+        self._pending: dict[_Level, None] = {}
         """What others are to be told of, or to be asked for."""
         self._weighed_since = clock()
 
@@ -167,10 +209,7 @@ class SuccessRanking:
     def _estimates(
         self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int
     ) -> list[_Estimate]:
-        levels = [self._segments.get(key) for key in _levels(segment)]
-        if levels[-1] is None:
-            self._ask_for(segment)
-        known = [level for level in levels if level]
+        line = self._lines.get(segment[:_COUNTED]) or self._new_line(segment)
         costs = self._costs.costs(segment.merchant_id)
         worth, fees = 1.0, None
         if costs is not None:
@@ -182,17 +221,13 @@ class SuccessRanking:
         for place, candidate in enumerate(candidates):
             # The mean of the account's posterior in the narrowest segment, by way of the wider
             # ones, and how many calls it rests on.
-            success, calls = prior_success, prior
+            success, known = prior_success, 0.0
             account = candidate[:2]
-            for level in known:
-                counts = level.get(account)
-                if counts is None:
-                    calls = prior
-                    continue
-                successes = counts.successes
-                calls = prior + successes + counts.failures
-                success = (success * prior + successes) / calls
-            calls /= weight
+            for counts in line.accounts.get(account) or line.counts(account):
+                known = counts.calls
+                if known:
+                    success = (success * prior + counts.successes) / (prior + known)
+            calls = (prior + known) / weight
             variance = success * (1 - success) / (calls + 1)
             if fees is None:
                 estimates.append((success, candidate, success, calls, variance, 0.0))
@@ -246,18 +281,20 @@ class SuccessRanking:
             return
         weight = self._weight(self._clock())
         account = candidate[:2]
-        for key in _levels(segment):
-            level = self._segment(key)
-            counts = level.get(account)
-            if counts is None:
-                counts = level[account] = _Counts()
-            self._pending[key] = None
+        key = segment[:_COUNTED]
+        line = self._lines.get(key)
+        if line is None:
+            line = self._new_line(segment)
+        else:
+            self._lines.move_to_end(key)
+        for counts in line.accounts.get(account) or line.counts(account):
+            counts.calls += weight
             if success:
                 counts.successes += weight
                 counts.new_successes += 1
             else:
-                counts.failures += weight
                 counts.new_failures += 1
+        self._pending.update(dict.fromkeys(line.levels))
 
     def _weight(self, now: float) -> float:
         """What a call counts now; what was counted before keeps its weight and so fades beside it.
@@ -268,10 +305,10 @@ class SuccessRanking:
         exponent = (now - self._weighed_since) / self._limits.half_life_s
         if exponent > EXPONENT_MAX:
             fading = math.exp2(-exponent)
-            for level in self._segments.values():
-                for counts in level.values():
+            for level in self._levels.values():
+                for counts in level.accounts.values():
+                    counts.calls *= fading
                     counts.successes *= fading
-                    counts.failures *= fading
             self._weighed_since = now
             return 1.0
         return math.exp2(exponent)
@@ -279,24 +316,30 @@ class SuccessRanking:
     @property
     def segments(self) -> int:
         """How many are in memory."""
-        return len(self._segments)
+        return len(self._levels)
 
-    def _segment(self, key: SegmentKey) -> dict[AccountKey, _Counts]:
-        level = self._segments.get(key)
-        if level is not None:
-            self._segments.move_to_end(key)
-            return level
-        if len(self._segments) >= self._limits.segments_max:
-            forgotten, _ = self._segments.popitem(last=False)
-            self._pending.pop(forgotten, None)
-        level = self._segments[key] = {}
-        self._pending[key] = None
+    def _new_line(self, segment: Segment) -> _Line:
+        """Others, or this process before it began anew, may know a segment that is new here, and
+        are asked for it.
+        """
+        levels = tuple([self._level(key) for key in _levels(segment)])
+        line = self._lines[segment[:_COUNTED]] = _Line(levels)
+        while len(self._levels) > self._limits.segments_max and len(self._lines) > 1:
+            _, forgotten = self._lines.popitem(last=False)
+            for level in forgotten.levels:
+                level.lines -= 1
+                if not level.lines:
+                    del self._levels[level.key]
+                    self._pending.pop(level, None)
+        return line
+
+    def _level(self, key: SegmentKey) -> _Level:
+        level = self._levels.get(key)
+        if level is None:
+            level = self._levels[key] = _Level(key)
+            self._pending[level] = None
+        level.lines += 1
         return level
-
-    def _ask_for(self, segment: Segment) -> None:
-        """Others, or this process before it began anew, may know a segment that is new here."""
-        for key in _levels(segment):
-            self._segment(key)
 
     # --- other processes ---
 
@@ -319,7 +362,8 @@ class SuccessRanking:
         Raises ExchangeUnavailable: then what was told may count twice.
         """
         while self._pending:
-            taken = {key: self._take(key) for key in list(self._pending)[:EXCHANGED_MAX]}
+            levels = list(self._pending)[:EXCHANGED_MAX]
+            taken = {level.key: self._take(level) for level in levels}
             try:
                 totals = await exchange.exchange(taken, self._limits.half_life_s)
             except BaseException:
@@ -330,11 +374,11 @@ class SuccessRanking:
             if len(taken) < EXCHANGED_MAX:
                 return
 
-    def _take(self, key: SegmentKey) -> list[Increment]:
+    def _take(self, level: _Level) -> list[Increment]:
         """What others are told of a segment."""
-        del self._pending[key]
+        del self._pending[level]
         increments = []
-        for account, counts in self._segments[key].items():
+        for account, counts in level.accounts.items():
             successes, failures = counts.new_successes, counts.new_failures
             if successes or failures:
                 increments.append(Increment(account, successes, failures))
@@ -342,27 +386,26 @@ class SuccessRanking:
         return increments
 
     def _take_over(self, key: SegmentKey, accounts: Sequence[Increment]) -> None:
-        level = self._segments.get(key)
+        level = self._levels.get(key)
         if level is None:
             return
         weight = self._weight(self._clock())
         for account, successes, failures in accounts:
-            counts = level.get(account)
-            if counts is None:
-                counts = level[account] = _Counts()
+            counts = level.counts(account)
             # And what was counted here since.
             counts.successes = weight * (successes + counts.new_successes)
-            counts.failures = weight * (failures + counts.new_failures)
+            counts.calls = counts.successes + weight * (failures + counts.new_failures)
 
     def _put_back(self, taken: Mapping[SegmentKey, Sequence[Increment]]) -> None:
         for key, increments in taken.items():
-            level = self._segments.get(key)
+            level = self._levels.get(key)
             if level is None:
                 continue
-            self._pending[key] = None
+            self._pending[level] = None
             for account, successes, failures in increments:
-                level[account].new_successes += successes
-                level[account].new_failures += failures
+                counts = level.counts(account)
+                counts.new_successes += successes
+                counts.new_failures += failures
 
 
 _utility = itemgetter(0)

@@ -152,7 +152,7 @@ def test_exploration_never_exceeds_its_budget(counts: list[tuple[int, int]], sha
         for candidate, each in zip(candidates, counts, strict=True)
     }
     world.ranking.rank(SEGMENT, candidates, 1000, 0)
-    for key in list(world.ranking._segments):
+    for key in list(world.ranking._levels):
         world.ranking._take_over(key, list(levels.values()))
     scored = world.ranking.rank(SEGMENT, candidates, 1000, NEVER)
     shares = [each.learned.first_share for each in scored if each.learned is not None]
