@@ -37,7 +37,8 @@ from gateway.routing.rule_file import RulesInvalid, read_rules
 from gateway.routing.rules import Facts, Rules, Target, stable_hash
 
 DECISIONS_KEPT: Final = 4_096
-"""Accounts of merchants without rules whose decision is kept as it was made."""
+"""Accounts of merchants without rules whose decision is kept as it was made; and the candidates
+that rules make of accounts."""
 UNAVAILABLE_RETRY_S: Final = 5.0
 """What a caller is told where every account is out of use and nobody knows for how long, in
 seconds: killed by a person, or half-open with as many probes under way as there may be."""
@@ -180,6 +181,7 @@ class Plan:
 
 
 _make_plan = maker(Plan)
+_candidate = lru_cache(DECISIONS_KEPT)(Candidate)
 _NO_DECLINES: Final = frozenset[ResponseCode]()
 
 
@@ -271,7 +273,7 @@ class Routing:
                     if each.account_id in seen:
                         continue
                     seen.add(each.account_id)
-                    candidate = Candidate(
+                    candidate = _candidate(
                         each.connector_name, each.account_id, target.priority, target.weight
                     )
                     reason = self._exclusion(command, segment, each, candidate, refusals)
