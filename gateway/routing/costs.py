@@ -46,7 +46,7 @@ TEXT_CHARACTERS_MAX: Final = 256 * 1024
 FEES_MAX: Final = 2_000
 INTERCHANGES_MAX: Final = 500
 """Of one fee."""
-MATCHED_MAX: Final = 10_000
+TARIFFS_MAX: Final = 10_000
 """Kinds of payments whose row is remembered."""
 
 _PERCENTAGE: Final = re.compile(r"\d{1,3}(\.\d{1,4})?")
@@ -120,6 +120,24 @@ class Cost(NamedTuple):
     """Where it is approved, besides."""
 
 
+class Tariff(NamedTuple):
+    """What payments of a kind cost at an account on a day, by their amounts."""
+
+    fee: Fee
+    rows: list[Interchange]
+    """Those that may fit: one where the payments say all."""
+
+    def cost(self, amount_minor: int) -> Cost:
+        """What a payment of this amount costs, the dearest of the rows taken."""
+        fee, rows = self
+        approval = max(amount_minor * fee.ppm + fee.fixed_micro, fee.minimum_micro)
+        if len(rows) == 1:
+            approval += rows[0].micro(amount_minor)
+        elif rows:
+            approval += max(row.micro(amount_minor) for row in rows)
+        return Cost(fee.attempt_micro, approval)
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
     """A merchant's costs."""
@@ -128,34 +146,30 @@ class Costs:
     """What an approved payment is worth, of its amount in millionths."""
     fees: Mapping[tuple[str, str], tuple[Fee, ...]]
     """By account and currency, in the order of their validity."""
-    _matched: dict[tuple[object, ...], tuple[Fee, list[Interchange]] | None] = field(
+    _tariffs: dict[tuple[object, ...], Tariff | None] = field(
         default_factory=dict, repr=False, compare=False
     )
 
     def of(self, account_id: str, segment: Segment, amount_minor: int, day: int) -> Cost | None:
         """What a payment costs at an account on a day; None where the file does not say."""
+        tariff = self.tariff(account_id, segment, day)
+        return None if tariff is None else tariff.cost(amount_minor)
+
+    def tariff(self, account_id: str, segment: Segment, day: int) -> Tariff | None:
+        """The same for payments of every amount."""
         known = segment.scheme, segment.issuer_country, segment.card_type
         key = account_id, segment.currency, *known, day
         try:
-            matched = self._matched[key]
+            return self._tariffs[key]
         except KeyError:
-            if len(self._matched) >= MATCHED_MAX:
-                self._matched.clear()
-            matched = self._matched[key] = self._match(account_id, segment.currency, known, day)
-        if matched is None:
-            return None
-        fee, rows = matched
-        approval = max(amount_minor * fee.ppm + fee.fixed_micro, fee.minimum_micro)
-        if len(rows) == 1:
-            approval += rows[0].micro(amount_minor)
-        elif rows:
-            approval += max(row.micro(amount_minor) for row in rows)
-        return Cost(fee.attempt_micro, approval)
+            if len(self._tariffs) >= TARIFFS_MAX:
+                self._tariffs.clear()
+            tariff = self._tariffs[key] = self._match(account_id, segment.currency, known, day)
+            return tariff
 
     def _match(
         self, account_id: str, currency: str, known: tuple[str, str, str], day: int
-    ) -> tuple[Fee, list[Interchange]] | None:
-        """The fee, and the rows of its interchange that may fit: one where the payment says all."""
+    ) -> Tariff | None:
         for fee in self.fees.get((account_id, currency), ()):
             if fee.valid_from <= day < fee.valid_until:
                 rows = []
@@ -164,7 +178,7 @@ class Costs:
                         rows.append(each)
                         if each.is_certain(*known):
                             break  # what stands below it never fits
-                return fee, rows
+                return Tariff(fee, rows)
         return None
 
 

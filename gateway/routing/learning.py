@@ -23,7 +23,7 @@ from typing import Final, NamedTuple, Protocol, TypeAlias
 
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind, Verdict
 from gateway.routing.breakers import ExchangeUnavailable, is_failure
-from gateway.routing.costs import MICRO, CostBook, Costs
+from gateway.routing.costs import MICRO, CostBook, Costs, Tariff
 from gateway.routing.model import Candidate, Learned, Scored, Segment
 
 EXCHANGED_MAX: Final = 100
@@ -63,6 +63,8 @@ class LearningLimits:
     """What a wider segment tells weighs as much as so many payments."""
     prior_success: float = 0.8
     """What is thought of an account that nothing is known of."""
+    ranking_age_s_max: float = 0.1
+    """For so long payments of a kind go by what was known at its beginning."""
     segments_max: int = 100_000
     """In memory, wider ones included; beyond it the one without payments for longest is
     forgotten."""
@@ -86,6 +88,13 @@ class CountExchange(Protocol):
 
         Raises ExchangeUnavailable.
         """
+
+
+_Success: TypeAlias = tuple[Candidate, float, float, float]
+"""A candidate, its success, the calls that this is known from (the prior's included), the success's
+variance."""
+_Ranking: TypeAlias = tuple[tuple[Scored, ...], list[float]]
+"""Candidates, the best one first, and how often each is to be the first."""
 
 
 class _Counts:
@@ -124,12 +133,20 @@ class _Level:
 class _Line:
     """A segment with the wider ones, the widest first: found at once for each payment."""
 
-    __slots__ = ("accounts", "levels")
+    __slots__ = ("accounts", "levels", "priced", "rankings", "stale_at")
 
     def __init__(self, levels: tuple[_Level, ...]) -> None:
         self.levels = levels
         self.accounts: dict[AccountKey, tuple[_Counts, ...]] = {}
         """Of those that were asked for: the counts of each level."""
+        self.rankings: dict[tuple[Candidate, ...], _Ranking] = {}
+        """By the candidates, without costs."""
+        self.priced: dict[
+            tuple[tuple[Candidate, ...], str], tuple[list[_Success], list[Tariff | None]]
+        ] = {}
+        """By the candidates and the card's type, with costs."""
+        self.stale_at = -math.inf
+        """Both hold until then."""
 
     def counts(self, account: AccountKey) -> tuple[_Counts, ...]:
         counts = self.accounts.get(account)
@@ -169,25 +186,43 @@ class SuccessRanking:
         self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int, draw: int
     ) -> Sequence[Scored]:
         """See the port."""
-        estimates = self._estimates(segment, candidates, amount_minor)
-        if len(estimates) > 1:
-            estimates.sort(key=_utility, reverse=True)
-            _break_ties(estimates, draw)
+        line = self._lines.get(segment[:_COUNTED]) or self._new_line(segment)
+        costs = self._costs.costs(segment.merchant_id)
+        now = self._clock()
+        if now >= line.stale_at:
+            line.rankings.clear()
+            line.priced.clear()
+            line.stale_at = now + self._limits.ranking_age_s_max
+        among = tuple(candidates)
+        if costs is not None:
+            estimates = self._with_costs(line, segment, among, amount_minor, costs, now)
+            ranking, _ = self._order(estimates, draw)
+        elif among in line.rankings:
+            ranking = line.rankings[among]
+        else:
+            estimates = [
+                (success, candidate, success, calls, variance, 0.0)
+                for candidate, success, calls, variance in self._successes(line, among, now)
+            ]
+            ranking, has_equals = self._order(estimates, draw)
+            if not has_equals:  # of equals each payment has an order of its own
+                line.rankings[among] = ranking
+        scored, chances = ranking
+        chosen = _drawn(chances, draw)
+        if not chosen:
+            return scored
+        return (scored[chosen], *scored[:chosen], *scored[chosen + 1 :])
+
+    def _order(self, estimates: list[_Estimate], draw: int) -> tuple[_Ranking, bool]:
+        """The ranking, and whether the draw had to decide between equals."""
+        estimates.sort(key=_utility, reverse=True)
+        has_equals = _break_ties(estimates, draw)
         chances = self._chances(estimates)
-        left = draw / (1 << DRAW_BITS)
         scored = []
-        chosen = 0
         for place, (utility, candidate, success, calls, _, cost_minor) in enumerate(estimates):
-            chance = chances[place]
-            if place and not chosen:
-                left -= chance
-                if left < 0:
-                    chosen = place
-            learned = _new(Learned, (success, calls, cost_minor, chance))
+            learned = _new(Learned, (success, calls, cost_minor, chances[place]))
             scored.append(_new(Scored, (candidate, utility, learned)))
-        if chosen:
-            scored.insert(0, scored.pop(chosen))
-        return scored
+        return (tuple(scored), chances), has_equals
 
     def _chances(self, estimates: Sequence[_Estimate]) -> list[float]:
         """How often each is first; the best one comes first here."""
@@ -206,29 +241,43 @@ class SuccessRanking:
         chances[0] = 1 - explored
         return chances
 
-    def _estimates(
-        self, segment: Segment, candidates: Sequence[Candidate], amount_minor: int
-    ) -> list[_Estimate]:
-        line = self._lines.get(segment[:_COUNTED]) or self._new_line(segment)
-        costs = self._costs.costs(segment.merchant_id)
-        worth, fees = 1.0, None
-        if costs is not None:
-            worth = amount_minor * costs.margin_ppm / MICRO
-            fees = self._fees(costs, segment, candidates, amount_minor)
-        prior_success, weight = self._limits.prior_success, self._weight(self._clock())
+    def _successes(
+        self, line: _Line, candidates: Sequence[Candidate], now: float
+    ) -> list[_Success]:
+        """What is thought of each: its posterior in the narrowest segment, by way of the wider."""
+        prior_success, weight = self._limits.prior_success, self._weight(now)
         prior = self._limits.prior_calls * weight
-        estimates: list[_Estimate] = []
-        for place, candidate in enumerate(candidates):
-            # The mean of the account's posterior in the narrowest segment, by way of the wider
-            # ones, and how many calls it rests on.
+        successes = []
+        for candidate in candidates:
             success, known = prior_success, 0.0
-            account = candidate[:2]
-            for counts in line.accounts.get(account) or line.counts(account):
+            for counts in line.counts(candidate[:2]):
                 known = counts.calls
                 if known:
                     success = (success * prior + counts.successes) / (prior + known)
             calls = (prior + known) / weight
-            variance = success * (1 - success) / (calls + 1)
+            successes.append((candidate, success, calls, success * (1 - success) / (calls + 1)))
+        return successes
+
+    def _with_costs(
+        self,
+        line: _Line,
+        segment: Segment,
+        candidates: tuple[Candidate, ...],
+        amount_minor: int,
+        costs: Costs,
+        now: float,
+    ) -> list[_Estimate]:
+        key = candidates, segment.card_type
+        priced = line.priced.get(key)
+        if priced is None:
+            day = self._costs.today()
+            tariffs = [costs.tariff(each[1], segment, day) for each in candidates]
+            priced = line.priced[key] = self._successes(line, candidates, now), tariffs
+        successes, tariffs = priced
+        fees = _fees(tariffs, amount_minor)
+        worth = amount_minor * costs.margin_ppm / MICRO
+        estimates: list[_Estimate] = []
+        for place, (candidate, success, calls, variance) in enumerate(successes):
             if fees is None:
                 estimates.append((success, candidate, success, calls, variance, 0.0))
                 continue
@@ -236,32 +285,9 @@ class SuccessRanking:
             gain = worth - approval
             cost_minor = attempt + success * approval
             utility = success * gain - attempt
-            variance *= gain * gain
-            estimates.append((utility, candidate, success, calls, variance, cost_minor))
+            spread = variance * gain * gain
+            estimates.append((utility, candidate, success, calls, spread, cost_minor))
         return estimates
-
-    def _fees(
-        self, costs: Costs, segment: Segment, candidates: Sequence[Candidate], amount_minor: int
-    ) -> list[tuple[float, float]] | None:
-        """For an attempt and for an approval, in minor units; None where no candidate's are known.
-
-        A candidate whose fees are not known is as dear as the dearest that are.
-        """
-        day = self._costs.today()
-        found = [costs.of(each[1], segment, amount_minor, day) for each in candidates]
-        if None not in found:
-            return [(cost[0] / MICRO, cost[1] / MICRO) for cost in found if cost is not None]
-        told = [cost for cost in found if cost is not None]
-        if not told:
-            return None
-        dearest = (
-            max(cost.attempt_micro for cost in told),
-            max(cost.approval_micro for cost in told),
-        )
-        return [
-            (attempt / MICRO, approval / MICRO)
-            for attempt, approval in (dearest if cost is None else cost for cost in found)
-        ]
 
     # --- Observer ---
 
@@ -408,19 +434,48 @@ class SuccessRanking:
                 counts.new_failures += failures
 
 
+def _fees(tariffs: Sequence[Tariff | None], amount_minor: int) -> list[tuple[float, float]] | None:
+    """For an attempt and for an approval, in minor units; None where no candidate's are known.
+
+    A candidate whose fees are not known is as dear as the dearest that are.
+    """
+    told = [tariff.cost(amount_minor) for tariff in tariffs if tariff is not None]
+    fees = [(attempt / MICRO, approval / MICRO) for attempt, approval in told]
+    if len(fees) == len(tariffs):
+        return fees
+    if not fees:
+        return None
+    dearest = max(attempt for attempt, _ in fees), max(approval for _, approval in fees)
+    known = iter(fees)
+    return [dearest if tariff is None else next(known) for tariff in tariffs]
+
+
 _utility = itemgetter(0)
 
 
-def _break_ties(estimates: list[_Estimate], draw: int) -> None:
-    """Those of the same utility, as all are that nothing is known of, by a draw of their weights.
+def _drawn(chances: Sequence[float], draw: int) -> int:
+    """Which place is the first: the best one's, but for what is explored."""
+    left = draw / (1 << DRAW_BITS)
+    if chances and left < 1 - chances[0]:
+        for place in range(1, len(chances)):
+            left -= chances[place]
+            if left < 0:
+                return place
+    return 0
+
+
+def _break_ties(estimates: list[_Estimate], draw: int) -> bool:
+    """Those of the same utility, as all are that nothing is known of, by a draw of their weights;
+    whether there were any.
 
     What is in order already is looked at, and no more.
     """
-    start, count = 0, len(estimates)
+    start, count, found = 0, len(estimates), False
     while start < count - 1:
         utility, end = estimates[start][0], start + 1
         while end < count and estimates[end][0] == utility:
             end += 1
+        found = found or end - start > 1
         while start < end - 1:
             draw = (draw * _DRAW_FACTOR + _DRAW_STEP) % (1 << DRAW_BITS)
             weights = sum(each[1].weight for each in estimates[start:end])
@@ -432,6 +487,7 @@ def _break_ties(estimates: list[_Estimate], draw: int) -> None:
             estimates.insert(start, estimates.pop(place))
             start += 1
         start = end
+    return found
 
 
 def _is_success(answer: ConnectorAnswer) -> bool | None:

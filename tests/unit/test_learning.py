@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,7 +21,7 @@ from gateway.routing.model import Candidate, Segment
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-LIMITS = LearningLimits(half_life_s=1000.0)
+LIMITS = LearningLimits(half_life_s=1000.0, ranking_age_s_max=0.0)
 SEGMENT = Segment("mer_1", Mode.TEST, "card", "visa", "EUR", "DE", "ECOMMERCE")
 GOOD, BAD = Candidate("one", "acc_1"), Candidate("two", "acc_2")
 APPROVED = ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED)
@@ -80,7 +81,7 @@ def test_the_cards_type_changes_costs_and_not_what_is_learnt() -> None:
             '[[fee.interchange]]\npercentage = "1.8"\n'
         ),
     )
-    world = _World(costs=book)
+    world = _World(replace(LIMITS, ranking_age_s_max=60.0), book)
     world.count(GOOD, 50, 50)
     world.count(BAD, 50, 50)
     debit, credit = (SEGMENT._replace(card_type=each) for each in ("debit", "credit"))
@@ -145,7 +146,7 @@ def test_the_best_account_after_a_shift_is_found() -> None:
     st.floats(0, 0.3),
 )
 def test_exploration_never_exceeds_its_budget(counts: list[tuple[int, int]], share: float) -> None:
-    world = _World(LearningLimits(exploration_share=share))
+    world = _World(replace(LIMITS, exploration_share=share))
     candidates = [Candidate("psp", f"acc_{number}") for number in range(len(counts))]
     levels = {
         candidate: Increment(candidate[:2], *each)
@@ -178,7 +179,7 @@ def test_the_same_draw_makes_the_same_choice() -> None:
 
 
 def test_accounts_that_nothing_is_known_of_go_by_their_weights() -> None:
-    world = _World()
+    world = _World(replace(LIMITS, ranking_age_s_max=60.0))
     known = Candidate("psp", "acc_known")
     world.count(known, 99, 1)
     new = [Candidate("psp", f"acc_{weight}", 0, weight) for weight in (1, 2, 5)]
@@ -194,12 +195,83 @@ def test_accounts_that_nothing_is_known_of_go_by_their_weights() -> None:
         assert firsts[f"acc_{weight}"] / 4_000 == pytest.approx(share, abs=0.03)
 
 
+def test_a_ranking_holds_for_a_moment_and_no_longer() -> None:
+    world = _World(replace(LIMITS, ranking_age_s_max=0.1))
+    world.count(GOOD, 5, 5)
+    world.count(BAD, 6, 4)
+    assert world.first() == BAD
+    world.count(GOOD, 90, 0)
+    world.now = 0.09
+    assert world.first() == BAD
+    assert world.ranking.rank(SEGMENT, [GOOD], 1000, NEVER)[0].candidate == GOOD
+    world.now = 0.1
+    assert world.first() == GOOD
+
+
+def test_a_ranking_that_holds_explores_by_each_payments_draw() -> None:
+    limits = replace(LIMITS, ranking_age_s_max=60.0, exploration_share=0.25)
+    world = _World(limits)
+    candidates = [Candidate("psp", f"acc_{number}") for number in range(4)]
+    for number, candidate in enumerate(candidates):
+        world.count(candidate, 20 + number, 5)
+    best, *others = world.ranking.rank(SEGMENT, candidates, 1000, NEVER)
+    shares = {each.candidate: each.learned.first_share for each in others if each.learned}
+    assert sum(shares.values()) == pytest.approx(0.25)
+    draws = random.Random(7)
+    firsts: Counter[Candidate] = Counter()
+    for _ in range(20_000):
+        ranked = world.ranking.rank(SEGMENT, candidates, 1000, draws.getrandbits(64))
+        firsts[ranked[0].candidate] += 1
+        rest = [each for each in (best, *others) if each.candidate != ranked[0].candidate]
+        assert list(ranked[1:]) == rest
+    for candidate, share in shares.items():
+        assert firsts[candidate] / 20_000 == pytest.approx(share, abs=0.01)
+
+
+def test_with_costs_each_amount_is_ranked_by_itself() -> None:
+    book = _book("3", 'percentage = "2.5"', "fixed_minor = 30")
+    world = _World(replace(LIMITS, ranking_age_s_max=60.0), book)
+    for candidate in (GOOD, BAD):
+        world.count(candidate, 90, 10)
+    first = {
+        amount: world.ranking.rank(SEGMENT, [GOOD, BAD], amount, NEVER)[0].candidate
+        for amount in (100, 100_000)
+    }
+    assert first == {100: GOOD, 100_000: BAD}
+
+
+def test_new_costs_decide_as_soon_as_a_ranking_no_longer_holds() -> None:
+    book = _book("3", 'percentage = "0.1"', 'percentage = "2"')
+    world = _World(replace(LIMITS, ranking_age_s_max=0.1), book)
+    for candidate in (GOOD, BAD):
+        world.count(candidate, 90, 10)
+    assert world.first() == GOOD
+    [costs] = _book("3", 'percentage = "2"', 'percentage = "0.1"')._costs.values()
+    book.put("mer_1", costs)
+    world.now = 0.1
+    assert world.first() == BAD
+
+
 def test_segments_in_memory_are_bounded() -> None:
-    world = _World(LearningLimits(segments_max=50))
+    world = _World(replace(LIMITS, segments_max=50))
     for number in range(500):
         world.count(GOOD, 1, 0, SEGMENT._replace(issuer_country=f"C{number}"))
     assert world.ranking.segments == 50
     assert len(world.ranking._pending) <= 50
+    # What was learnt of forgotten segments stays in the wider ones, which others are part of.
+    assert world.success(GOOD, SEGMENT._replace(issuer_country="FR")) > 0.99
+
+
+def test_the_segment_without_payments_for_longest_is_forgotten() -> None:
+    world = _World(replace(LIMITS, segments_max=20))
+    used, unused = SEGMENT._replace(issuer_country="US"), SEGMENT._replace(issuer_country="CA")
+    for segment in (used, unused):
+        world.count(GOOD, 0, 100, segment)
+    for number in range(100):
+        world.count(GOOD, 10, 0, SEGMENT._replace(issuer_country=f"C{number}"))
+        world.count(GOOD, 0, 1, used)
+    assert world.success(GOOD, used) < 0.1
+    assert world.success(GOOD, unused) > 0.5
 
 
 # --- costs ----------------------------------------------------------------------------------------
