@@ -347,6 +347,13 @@ REFUSED: Final[tuple[tuple[Object, str], ...]] = (
         "is in settings, too",
     ),
     (_PLAIN | {"transport": "http"}, "transport"),
+    (_PLAIN | {"updateStrategy": {"rollingUpdate": {"maxSurge": 0}}}, "could ever be replaced"),
+    (_PLAIN | {"settings": {"client_identity": "certificate"}}, "needs tls.clientCa"),
+    (_PLAIN | {"settings": {"client_identity": "forwarded"}}, "it is certificate"),
+    (
+        _PLAIN | {"transport": "native", "settings": {"client_identity": "certificate"}},
+        "it is forwarded",
+    ),
     (_PLAIN | {"extraEnv": [{"name": "GATEWAY_WORKERS", "value": "2"}]}, "extraEnv"),
     (_PLAIN | {"securityContext": {"readOnlyRootFilesystem": False}}, "readOnlyRootFilesystem"),
     (_PLAIN | {"podSecurityContext": {"runAsUser": 0}}, "runAsUser"),
@@ -544,8 +551,9 @@ def envoy_problems(objects: list[Object], envoy: Path) -> Iterator[str]:
         if not name.endswith("-envoy"):
             continue
         with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "envoy.yaml"
-            path.write_text(chart_live.with_test_files(config["data"]["envoy.yaml"]))
+            folder = Path(directory)
+            path = folder / "envoy.yaml"
+            path.write_text(chart_live.with_test_files(config["data"], folder))
             checked = subprocess.run(
                 [envoy, "--mode", "validate", "--config-path", path, "--log-level", "error"],
                 capture_output=True,
@@ -659,7 +667,7 @@ def main() -> int:
         problems += chart_live.embedded_problems(variables(rendered["embedded"]))
         if envoy is not None:
             problems += chart_live.native_problems(
-                variables(rendered["tls"]), envoy_config(rendered["tls"]), envoy
+                variables(rendered["tls"]), envoy_files(rendered["tls"]), envoy
             )
     if live and "--image" in sys.argv[1:]:
         print("== what the image holds")
@@ -678,11 +686,10 @@ def variables(objects: list[Object]) -> dict[str, str]:
     return data
 
 
-def envoy_config(objects: list[Object]) -> str:
-    """Envoy's configuration."""
-    config = named(objects, "ConfigMap")[f"{RELEASE}-payment-gateway-envoy"]
-    text: str = config["data"]["envoy.yaml"]
-    return text
+def envoy_files(objects: list[Object]) -> dict[str, str]:
+    """Envoy's configuration, and the files that it names."""
+    data: dict[str, str] = named(objects, "ConfigMap")[f"{RELEASE}-payment-gateway-envoy"]["data"]
+    return data
 
 
 if __name__ == "__main__":

@@ -9,13 +9,17 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
+
+import trustme
 
 from gateway.settings import PREFIX
 
@@ -24,17 +28,38 @@ IMAGE_TREE: Final = Path(__file__).parent / "image_tree.sh"
 TEST_DATA: Final = Path(__file__).parents[1] / "tests" / "data"
 STOP_S_MAX: Final = 120.0
 SCRIPT_S_MAX: Final = 120.0
+ROTATION_S_MAX: Final = 60.0
+HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
+"""With empty SETTINGS (RFC 9113, 3.4)."""
 
 
-def with_test_files(config: str) -> str:
-    """Envoy's configuration with the tests' certificate in the place of the mounted ones."""
-    certificate, key = TEST_DATA / "localhost.pem", TEST_DATA / "localhost.key"
-    return (
-        config.replace("/tls/tls.crt", str(certificate))
-        .replace("/tls/tls.key", str(key))
-        .replace("{path: /tls}", f"{{path: {TEST_DATA}}}")
-        .replace("/client-ca/ca.crt", str(certificate))
-    )
+def with_test_files(files: Mapping[str, str], folder: Path) -> str:
+    """Envoy's configuration; what it names is in `folder`, the tests' certificate among it."""
+    certificate, key = (TEST_DATA / f"localhost.{kind}" for kind in ("pem", "key"))
+    mount(folder / "tls", {"tls.crt": certificate.read_bytes(), "tls.key": key.read_bytes()})
+    mount(folder / "client-ca", {"ca.crt": certificate.read_bytes()})
+    texts = {
+        name: text.replace("/etc/envoy", str(folder))
+        .replace(": /tls", f": {folder}/tls")
+        .replace(": /client-ca", f": {folder}/client-ca")
+        for name, text in files.items()
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return texts["envoy.yaml"]
+
+
+def mount(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put a Secret's files into a folder, or others in their place, as the kubelet does."""
+    version = folder / f"..{time.monotonic_ns()}"
+    version.mkdir(parents=True)
+    for name, content in files.items():
+        (version / name).write_bytes(content)
+    (folder / "..new").symlink_to(version.name)
+    (folder / "..new").rename(folder / "..data")
+    for name in files:
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(Path("..data", name))
 
 
 def with_local_addresses(config: str, front: int, gateway: int, admin: int) -> str:
@@ -77,11 +102,14 @@ def embedded_problems(
             yield from drain_problems(gateway)
 
 
-def native_problems(settings: dict[str, str], config: str, envoy: Path) -> Iterator[str]:
+def native_problems(
+    settings: dict[str, str], files: Mapping[str, str], envoy: Path
+) -> Iterator[str]:
     """The TLS case: the same through Envoy with client certificates, which then leads them away."""
     with tempfile.TemporaryDirectory() as directory:
         port, metrics, front, admin = free_ports(4)
-        config = with_local_addresses(with_test_files(config), front, port, admin)
+        mounted = Path(directory) / "mounted"
+        config = with_local_addresses(with_test_files(files, mounted), front, port, admin)
         path = Path(directory) / "envoy.yaml"
         path.write_text(config)
         tls = Path(directory) / "tls"
@@ -110,10 +138,48 @@ def native_problems(settings: dict[str, str], config: str, envoy: Path) -> Itera
             yield from script_problems(
                 "chart_test.py", variables | {"CALL_TIMEOUT_S": "2"}, fails=True
             )
+            yield from rotation_problems(front, mounted)
             yield from script_problems(
                 "drain_front.py", {}, "0", "5", f"http://127.0.0.1:{admin}", quiet=True
             )
             yield from drain_problems(gateway)
+
+
+def rotation_problems(front: int, mounted: Path) -> Iterator[str]:
+    """Whether Envoy serves a renewed certificate, and asks for those of a new authority."""
+    ca = trustme.CA()
+    server, client = ca.issue_cert("localhost"), ca.issue_cert("client.example")
+    chain = b"".join(each.bytes() for each in server.cert_chain_pems)
+    mount(mounted / "tls", {"tls.crt": chain, "tls.key": server.private_key_pem.bytes()})
+    mount(mounted / "client-ca", {"ca.crt": ca.cert_pem.bytes()})
+    new, old = (ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) for _ in range(2))
+    for context in (new, old):
+        ca.configure_trust(context)
+        context.set_alpn_protocols(["h2"])
+    client.configure_cert(new)
+    old.load_cert_chain(TEST_DATA / "localhost.pem", TEST_DATA / "localhost.key")
+    until = time.monotonic() + ROTATION_S_MAX
+    while not is_accepted(front, new):
+        if time.monotonic() > until:
+            yield "live: Envoy did not read a new certificate and a new authority of clients"
+            return
+        time.sleep(0.1)
+    if is_accepted(front, old):
+        yield "live: Envoy accepts a client of an authority that was replaced"
+
+
+def is_accepted(port: int, context: ssl.SSLContext) -> bool:
+    """Whether the server proves itself, and begins HTTP/2 with the client."""
+    try:
+        with (
+            socket.create_connection(("127.0.0.1", port), timeout=5) as connection,
+            context.wrap_socket(connection, server_hostname="localhost") as tls,
+        ):
+            # With TLS 1.3 a refusal of the client's certificate comes after the handshake.
+            tls.sendall(HTTP2_PREFACE)
+            return bool(tls.recv(1))
+    except OSError:
+        return False
 
 
 def probe_problems(metrics: int) -> Iterator[str]:

@@ -126,14 +126,17 @@ def running_envoy(
         process.stop()
 
 
-def sidecar_config(front: int, gateway: int, admin: int) -> str:
-    """What the chart renders for `native` with TLS and client certificates, on these ports."""
+def sidecar_config(front: int, gateway: int, admin: int, folder: Path) -> str:
+    """What the chart renders for `native` with TLS and client certificates, on these ports.
+
+    What it names is put into `folder`.
+    """
     golden = (ROOT / "helm" / "golden" / "tls.yaml").read_text("utf-8")
-    found = re.search(r"^  envoy\.yaml: \|\n((?:    .*\n|\n)+)", golden, re.MULTILINE)
-    assert found is not None, "the golden file has no Envoy"
+    found = re.findall(r"^  (\w+\.yaml): \|\n((?:    .*\n|\n)+)", golden, re.MULTILINE)
+    files = {name: textwrap.dedent(text) for name, text in found}
     live = load(ROOT / "helm" / "chart_live.py")
     config: str = live.with_local_addresses(
-        live.with_test_files(textwrap.dedent(found[1])), front, gateway, admin
+        live.with_test_files(files, folder), front, gateway, admin
     )
     return config
 

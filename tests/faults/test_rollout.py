@@ -74,7 +74,7 @@ class Pod:
     async def start(self) -> None:
         """Start it, and wait until it serves."""
         if self.transport == "native":
-            config = sidecar_config(self.port, self._inner_port, self._admin_port)
+            config = sidecar_config(self.port, self._inner_port, self._admin_port, self.folder)
             self._sidecar = self.ends.enter_context(
                 running_envoy(
                     *(config, self.address, self._admin_port, self.folder),

@@ -74,7 +74,10 @@ async def test_quick_resets_of_one_client_end_no_call_of_another(
         system = stack.enter_context(running_system(postgres, redis))
         envoy = stack.enter_context(
             running_envoy(
-                sidecar_config(front, inner, admin), f"localhost:{front}", admin, tmp_path / "envoy"
+                sidecar_config(front, inner, admin, tmp_path / "envoy"),
+                f"localhost:{front}",
+                admin,
+                tmp_path / "envoy",
             )
         )
         gateway = system.start_gateway(

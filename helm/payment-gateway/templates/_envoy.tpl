@@ -5,6 +5,8 @@
 {{- $metadata := 16384 }}{{- if hasKey $settings "metadata_bytes_max" }}{{- $metadata = $settings.metadata_bytes_max | int }}{{- end }}
 {{- $streams := 1000 }}{{- if hasKey $settings "concurrent_streams_max" }}{{- $streams = $settings.concurrent_streams_max | int }}{{- end }}
 {{- $route := "{cluster: gateway, timeout: 0s, max_stream_duration: {grpc_timeout_header_max: 0s}}" -}}
+# Without a name it takes no secrets from files.
+node: {id: gateway, cluster: gateway}
 # On loopback: only containers of this pod reach it.
 admin:
   address: {socket_address: {address: 127.0.0.1, port_value: 9901}}
@@ -99,13 +101,15 @@ static_resources:
               common_tls_context:
                 alpn_protocols: [h2]
                 tls_params: {tls_minimum_protocol_version: TLSv1_2}
-                tls_certificates:
-                  - certificate_chain: {filename: /tls/tls.crt}
-                    private_key: {filename: /tls/tls.key}
-                    watched_directory: {path: /tls}
+                # By files of their own, since Envoy watches only those: a renewed certificate, and
+                # an authority that was replaced, are read when the Secret changes.
+                tls_certificate_sds_secret_configs:
+                  - name: server
+                    sds_config: {path_config_source: {path: /etc/envoy/server.yaml}, resource_api_version: V3}
                 {{- if include "gateway.mutualTLS" . }}
-                validation_context:
-                  trusted_ca: {filename: /client-ca/ca.crt}
+                validation_context_sds_secret_config:
+                  name: clients
+                  sds_config: {path_config_source: {path: /etc/envoy/clients.yaml}, resource_api_version: V3}
                 {{- end }}
           {{- end }}
   clusters:
@@ -132,4 +136,23 @@ static_resources:
           - lb_endpoints:
               - endpoint:
                   address: {socket_address: {address: 127.0.0.1, port_value: 50052}}
+{{- end }}
+
+{{- define "gateway.envoy.server" -}}
+resources:
+  - "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret
+    name: server
+    tls_certificate:
+      certificate_chain: {filename: /tls/tls.crt}
+      private_key: {filename: /tls/tls.key}
+      watched_directory: {path: /tls}
+{{- end }}
+
+{{- define "gateway.envoy.clients" -}}
+resources:
+  - "@type": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret
+    name: clients
+    validation_context:
+      trusted_ca: {filename: /client-ca/ca.crt}
+      watched_directory: {path: /client-ca}
 {{- end }}

@@ -112,6 +112,21 @@ problems are told at once. */}}
 {{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "gateway.fullname" .)) }}
 {{- $problems = append $problems (printf "%s: cannot be a Service's name, which begins with a letter and has no dots; set fullnameOverride" (include "gateway.fullname" .)) }}
 {{- end }}
+{{- with .Values.updateStrategy.rollingUpdate }}
+{{- if and (eq $.Values.updateStrategy.type "RollingUpdate") (has (toString .maxSurge) (list "0" "0%")) (has (toString .maxUnavailable) (list "0" "0%")) }}
+{{- $problems = append $problems "updateStrategy.rollingUpdate: with maxSurge and maxUnavailable 0 no pod could ever be replaced" }}
+{{- end }}
+{{- end }}
+{{- $identity := .Values.settings.client_identity | default "none" }}
+{{- if ne $identity "none" }}
+{{- $needed := ternary "forwarded" "certificate" (eq .Values.transport "native") }}
+{{- if ne $identity $needed }}
+{{- $problems = append $problems (printf "settings.client_identity: with transport %s it is %s" .Values.transport $needed) }}
+{{- end }}
+{{- if not (include "gateway.mutualTLS" .) }}
+{{- $problems = append $problems "settings.client_identity: needs tls.clientCa, by which clients prove who they are" }}
+{{- end }}
+{{- end }}
 {{- if $problems }}
 {{- fail (printf "\n\nThe values cannot be used:\n- %s\n" (join "\n- " $problems)) }}
 {{- end }}
