@@ -319,7 +319,8 @@ class Routing:
         try:
             suitability.check_authorization(command, served.connector)
         except GatewayError as refusal:
-            refusals[candidate] = refusal
+            # With its traceback it would be in a cycle with this very frame.
+            refusals[candidate] = refusal.with_traceback(None)
             return Exclusion(refusal.reason)
         if self._availability is None:
             return None

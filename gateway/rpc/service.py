@@ -37,7 +37,7 @@ from gateway.application.commands import Answer, Authorize, Capture, Increment, 
 from gateway.application.ports import Found, ListFilter, Page
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.ids import new_request_id
-from gateway.domain.model import Aggregate, Mode
+from gateway.domain.model import Aggregate, Mode, OperationState
 from gateway.domain.pan import contains_pan
 from gateway.rpc import conversion, error_map, validation
 from gateway.rpc.auth import Authenticator, find_merchant, require_scope, resolve_merchant
@@ -196,6 +196,8 @@ class _Item:
     """None where the item was refused before there was one."""
     refusal: GatewayError | None = None
     task: "asyncio.Task[Answer | GatewayError] | None" = None
+    is_repeat: bool = False
+    """An earlier item of the same batch or stream has the same key."""
 
 
 class PaymentService:
@@ -458,6 +460,7 @@ class PaymentService:
         """Begin an item's authorization, after an earlier one with the same key."""
         if item.command is not None:
             item.command.detached = True
+            item.is_repeat = earlier is not None
             item.task = self._detach(self._perform(call, item, item.command, earlier))
 
     def _detach(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
@@ -584,7 +587,10 @@ class PaymentService:
         )
 
     async def _unfinished_result(self, item: _Item, command: Authorize) -> bytes:
-        """The result of an item that goes on without its caller: what its operation is now."""
+        """The result of an item that goes on without its caller: what its operation is now.
+
+        An attempt that was never sent says nothing of this one, which may yet be sent.
+        """
         found = await self._payments.get_operation(
             command.merchant_id, command.mode, idempotency_key=command.idempotency_key
         )
@@ -593,11 +599,19 @@ class PaymentService:
             raise GatewayError(
                 Reason.IDEMPOTENCY_KEY_REUSED, "The idempotency key was used with another payload."
             )
-        return conversion.encode_result(
-            item.item_ref, operation.response or conversion.encode_found(found)
-        )
+        if operation.state is OperationState.NOT_SENT:
+            raise _in_flight()
+        response = operation.response
+        if response is None:
+            return conversion.encode_result(item.item_ref, conversion.encode_found(found))
+        is_repeat = item.is_repeat or operation.request_id != command.request_id
+        answer = Answer(response, is_repeat, operation.request_id, operation.payment_id)
+        return conversion.encode_result(item.item_ref, conversion.encode_answer(answer))
 
     def _read_or_in_flight(self, call: _Call, item: _Item, reading: "asyncio.Task[bytes]") -> bytes:
+        if item.task is not None and item.task.done():
+            reading.cancel()
+            return self.result(item)
         if not reading.done():
             reading.cancel()
             return _refused_result(item, _in_flight())
@@ -840,9 +854,13 @@ def check(
 
 
 def _as_refusal(error: BaseException, call: _Call) -> GatewayError:
-    """The refusal that an exception is answered with; what is no refusal is logged."""
+    """The refusal that an exception is answered with; what is no refusal is logged.
+
+    Without its traceback: the frame that keeps the refusal of an item stands in it, and in a cycle
+    all that the frame holds would stay, the whole message among it, until the collector comes.
+    """
     if isinstance(error, GatewayError):
-        return error
+        return error.with_traceback(None)
     _log.error(
         "a call failed unexpectedly",
         exc_info=error,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 import pytest
+from payments.v1 import payment_service_pb2 as pb
 
 from tests.chaos.attack import resident_bytes
 from tests.chaos.bad_clients import Attack, Orders
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from tests.servers import PostgresForTests
 
 MESSAGE_BYTES = 3_000_000
+ITEM_BYTES = 1_900_000
 MESSAGES = 60
 """Few enough that the collector of cycles does not come between."""
 STORM: Final = 20
@@ -62,6 +64,31 @@ async def test_messages_that_are_refused_do_not_pile_up(
                 await refused()
             kept = resident_bytes(gateway.pid) - before
     assert kept < MESSAGES * size / 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_items_that_are_refused_do_not_keep_their_batch(
+    postgres: PostgresForTests, redis: EmbeddedRedis, transport: str
+) -> None:
+    with running_system(postgres, redis, trusted_front=True) as system:
+        gateway = await asyncio.to_thread(system.start_gateway, transport=transport)
+        async with calling(gateway, system.shop.api_key) as caller:
+            item = pb.AuthorizePaymentItem(
+                item_ref="a", authorization=authorize_request(customer_id="x" * ITEM_BYTES)
+            )
+            request = pb.BatchAuthorizePaymentsRequest(items=[item])
+
+            async def refused() -> None:
+                [result] = (await caller.call("BatchAuthorizePayments", request)).results
+                assert result.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+
+            for _ in range(5):
+                await refused()
+            before = resident_bytes(gateway.pid)
+            for _ in range(MESSAGES):
+                await refused()
+            kept = resident_bytes(gateway.pid) - before
+    assert kept < MESSAGES * ITEM_BYTES / 2
 
 
 @pytest.mark.parametrize(

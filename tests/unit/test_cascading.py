@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -164,7 +165,7 @@ class Routed(Bench):
         self.routes = ManyRoutes(self.a, self.b, self.c)
         self.budget, self.closed, self.seen = Budget(reattempts), Closed(), Seen()
         self.book = None if rules is None else RuleBook(Source(rules))
-        routing = Routing(
+        self.routing = Routing(
             self.routes,
             rules=self.book,
             availability=self.closed,
@@ -172,7 +173,7 @@ class Routed(Bench):
             observer=self.seen,
             reattempts=self.budget,
         )
-        super().__init__(router=self.routes, routing=routing, store=store)
+        super().__init__(router=self.routes, routing=self.routing, store=store)
 
     async def pay(self, key: str = "a", **more: Any) -> Operation:
         """The operation of an authorization that was made, or repeated."""
@@ -545,6 +546,30 @@ async def test_accounts_that_cannot_be_asked_are_left_out_and_the_operation_says
         ("a", Exclusion.DISABLED),
         ("b", Exclusion.BREAKER_OPEN),
     ]
+
+
+async def test_an_account_that_does_not_suit_leaves_nothing_to_the_collector() -> None:
+    """A cycle of its refusal would hold the payment, secrets too, and halt the event loop later."""
+    gateway = Routed()
+    fields = frozenset({"three_ds"})
+    gateway.a.capabilities = replace(CAPABLE, supported_fields=frozenset())
+    gateway.b.capabilities = gateway.c.capabilities = replace(CAPABLE, supported_fields=fields)
+    assert gateway.book is not None
+    await gateway.book.refresh()
+
+    def plan() -> None:
+        made = gateway.routing.plan(gateway.authorize("a", used_fields=fields), "pay_1")
+        assert made.decision.excluded
+
+    plan()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            plan()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 async def test_an_account_that_cannot_use_the_request_is_left_out() -> None:
