@@ -297,6 +297,33 @@ async def test_only_the_process_that_was_granted_the_probes_tries() -> None:
     assert exchange.reports == [Report(ReportKind.CLOSED, KEY, version=7)]
 
 
+async def test_calls_that_come_when_the_right_to_probe_has_lapsed_close_a_breaker_too() -> None:
+    world = _World()
+    exchange = _Exchange([Shared(KEY, 7, 0.0, 1, False)])
+    await world.breakers.synchronize(exchange)
+    tried = []
+    for _ in range(2 * LIMITS.probes_good):
+        tried.append(world.probe(APPROVED))
+        world.now += PROBE_RIGHT_S
+        await world.breakers.synchronize(exchange)
+    assert tried == [Exclusion.BREAKER_OPEN, None] * LIMITS.probes_good
+    assert [each.kind for each in exchange.reports][-1] is ReportKind.CLOSED
+
+
+async def test_without_the_right_one_call_at_a_time_is_a_probe_and_only_after_a_while() -> None:
+    world = _World()
+    await world.breakers.synchronize(_Exchange([Shared(KEY, 7, 0.0, 1, False)]))
+    assert world.refusal() is Exclusion.BREAKER_OPEN
+    world.now += PROBE_RIGHT_S / 2
+    assert world.breakers.admit(PSP, "card") is Exclusion.BREAKER_OPEN
+    world.now += PROBE_RIGHT_S / 2
+    assert world.refusal() is None
+    assert world.breakers.admit(PSP, "card") is None
+    assert world.breakers.admit(PSP, "card") is Exclusion.BREAKER_OPEN
+    world.now += PROBE_RIGHT_S
+    assert world.breakers.admit(PSP, "card") is Exclusion.PROBES_TAKEN
+
+
 async def test_a_process_that_hears_of_nobody_probes_itself() -> None:
     world = _World()
     exchange = _Exchange([Shared(KEY, 7, 0.0, 1, False)])
