@@ -124,6 +124,7 @@ class Gateway:
         self.metrics = Metrics(_trace_id_source(settings))
         self.ready = False
         """Whether calls are served: started, not draining, and the database is there."""
+        self.metrics.watch_readiness(lambda: self.ready)
         self._receiver: Receiver | None = None
         self._stack = AsyncExitStack()
         self._background: list[asyncio.Task[None]] = []

@@ -182,7 +182,9 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
         ),
         Reason.CONNECTOR_UNAVAILABLE: Rule(
             _C.FAILED_PRECONDITION,
-            "No connector serves the merchant in this mode; have one configured.",
+            "No connector serves the merchant in this mode: have one configured. With RetryInfo "
+            "its accounts are out of use for now (a breaker, a maintenance window): repeat with "
+            "the same key after the pause, which the service config does not do.",
         ),
         Reason.EVENT_CURSOR_UNKNOWN: Rule(
             _C.FAILED_PRECONDITION,
@@ -339,9 +341,11 @@ A refused call ends with a gRPC status whose `grpc-status-details-bin` trailer i
 `google.rpc.Status`: an `ErrorInfo` with the reason and the domain `payments.v1`, a `BadRequest`
 with one violation for each field that is wrong, a `RetryInfo` where the same call may be repeated.
 The pause is also in the trailer `grpc-retry-pushback-ms`, which gRPC clients with a retry policy
-obey; `-1` there forbids the retry (the native transport cannot send it). Every call, refused or
-not, ends with the trailer `x-request-id`. No text holds values of the request, card data or the
-text of an exception.
+obey; `-1` there forbids the retry (the native transport cannot send it). Every call that
+reaches the gateway, refused or not, ends with the trailer `x-request-id`; what gRPC itself refuses
+does not (headers above `GATEWAY_METADATA_BYTES_MAX`, a message of twice
+`GATEWAY_MESSAGE_BYTES_MAX`), and has no details. No text holds values of the request, card data
+or the text of an exception.
 
 A decline and an unknown outcome are answers, not errors: see `operation.state`. Repeating a call
 with the same idempotency key and payload is always safe, whatever the error was.

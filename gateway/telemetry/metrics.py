@@ -200,6 +200,9 @@ class Metrics:
     def _add_events(self) -> None:
         counter, gauge = self._counter, self._gauge
         self._event_streams = gauge("event_streams", "Streams of events that are open.")
+        self._ready = gauge(
+            "ready", "Whether calls are served, as readiness says: 1 or 0.", over_workers="max"
+        )
         self._events_read = counter(
             "events_read",
             "Events read from the outbox, by the `tail` that streams share, or by a `stream` that "
@@ -563,6 +566,10 @@ class Metrics:
         for gauge in (self._events_behind, self._event_lag_s):
             for gone in set(gauge.labels_shown()) - shown:
                 gauge.remove(gone)
+
+    def watch_readiness(self, is_ready: Callable[[], bool]) -> None:
+        """Read whether calls are served when it is asked for."""
+        self._families.readers.append(lambda: self._ready.set(is_ready()))
 
     def watch_event_streams(self, count: Callable[[], int]) -> None:
         """Read the number of open streams when it is asked for."""

@@ -48,6 +48,7 @@ async def test_metrics_tell_calls_claims_batches_and_psp_calls(
         "gateway_operations_in_doubt 0.0",
         'gateway_batch_rows_count{lane="intents"}',
         "gateway_redis_up 1.0",
+        "gateway_ready 1.0",
     ):
         assert line in text
     assert system.shop.merchant_id not in text

@@ -213,6 +213,10 @@ def test_every_bad_field_has_one_violation_and_no_good_one_has_any() -> None:
             ["amount_details"],
         ),
         (redirecting(method_type="ideal"), ["return_url"]),
+        (authorization(return_url="https://"), ["return_url"]),
+        (authorization(return_url="https:///path"), ["return_url"]),
+        (authorization(return_url="https://shop.example/a b"), ["return_url"]),
+        (authorization(return_url="https://shop.example/\x01"), ["return_url"]),
         (
             redirecting(method_type="cash", country_code="nl", bank="a b", customer_email="me"),
             [

@@ -214,6 +214,29 @@ imagePullSecrets:
 {{- end }}
 {{- end }}
 
+{{- /* Which nodes every pod of the release may run on. */}}
+{{- define "gateway.placement" -}}
+{{- with .Values.priorityClassName }}
+priorityClassName: {{ . | quote }}
+{{- end }}
+{{- with .Values.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
+{{- /* Of `affinity` what is about nodes: the rest is about the gateway's pods. */}}
+{{- define "gateway.nodeAffinity" -}}
+{{- with (.Values.affinity | default dict).nodeAffinity }}
+nodeAffinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{- define "gateway.image.fields" -}}
 image: {{ include "gateway.gatewayImage" . | quote }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
