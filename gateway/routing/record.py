@@ -8,8 +8,8 @@ import orjson
 
 from gateway.routing.model import Candidate, Excluded, RouteDecision, Scored
 
-TEXTS_KEPT: Final = 4_096
-"""Many payments have the same decision."""
+TEXTS_KEPT: Final = 512
+"""Many payments have the same decision, but with costs, where each amount has scores of its own."""
 
 
 @lru_cache(TEXTS_KEPT)
