@@ -220,9 +220,9 @@ class _Breaker:
     """Others leave the probing to this process."""
     wanted: bool = False
     """A call came since the others were told of the last one, and after the pause was over."""
-    asked_at: float = math.inf
-    """Since when calls wait for the right to probe. Where they come so seldom that each comes when
-    the right has lapsed, one of them is a probe without it."""
+    had_right: bool = False
+    """The probing was left to this process, and no probe was sent since. Where calls come so seldom
+    that each comes when the right has lapsed, one of them is a probe without it."""
     half_open_told: bool = False
     probes: list[float] = field(default_factory=list)
     """When each probe under way gives its place back, should nobody tell its end."""
@@ -301,7 +301,7 @@ class Breakers:
         refusal = self._refusal(key, breaker, now)
         if refusal is None:
             breaker.probes.append(now + self._limits.probe_life_s)
-            breaker.asked_at = math.inf
+            breaker.had_right = False
         return refusal
 
     def pause_s(self, candidate: Candidate, method: str) -> float | None:
@@ -320,15 +320,13 @@ class Breakers:
         if waits and not breaker.wanted:
             self._told.set()
         breaker.wanted = True
-        if waits:
-            breaker.asked_at = min(breaker.asked_at, now)
-            if now < breaker.asked_at + PROBE_RIGHT_S:
-                return Exclusion.BREAKER_OPEN
+        if waits and not breaker.had_right:
+            return Exclusion.BREAKER_OPEN
         if not breaker.half_open_told:
             breaker.half_open_told = True
             self._observer.breaker_changed(key, BreakerState.HALF_OPEN)
         breaker.probes = [until for until in breaker.probes if until > now]
-        if len(breaker.probes) >= (1 if waits else self._limits.probes_max):
+        if len(breaker.probes) >= self._limits.probes_max:
             return Exclusion.PROBES_TAKEN
         return None
 
@@ -426,8 +424,7 @@ class Breakers:
     def _opened(self, key: BreakerKey, breaker: _Breaker, until: float) -> None:
         breaker.is_open = True
         breaker.open_until = until
-        breaker.granted = breaker.wanted = breaker.half_open_told = False
-        breaker.asked_at = math.inf
+        breaker.granted = breaker.wanted = breaker.had_right = breaker.half_open_told = False
         breaker.probes.clear()
         breaker.good_probes = 0
         self._open.add(key)
@@ -529,6 +526,7 @@ class Breakers:
             if each.remaining_s > 0:
                 breaker.open_until = until
             breaker.granted = each.mine
+            breaker.had_right = breaker.had_right or each.mine
 
     def _report(self, report: Report) -> None:
         if len(self._reports) < REPORTS_MAX or report.key in self._reports:

@@ -112,6 +112,9 @@ class _Counts:
         self.new_failures = 0.0
 
 
+_NOTHING: Final = _Counts()
+
+
 class _Level:
     """What is known of the accounts in a segment, or in a wider one."""
 
@@ -133,27 +136,26 @@ class _Level:
 class _Line:
     """A segment with the wider ones, the widest first: found at once for each payment."""
 
-    __slots__ = ("accounts", "levels", "priced", "rankings", "stale_at")
+    __slots__ = ("accounts", "levels")
 
     def __init__(self, levels: tuple[_Level, ...]) -> None:
         self.levels = levels
         self.accounts: dict[AccountKey, tuple[_Counts, ...]] = {}
-        """Of those that were asked for: the counts of each level."""
-        self.rankings: dict[tuple[Candidate, ...], _Ranking] = {}
-        """By the candidates, without costs."""
-        self.priced: dict[
-            tuple[tuple[Candidate, ...], str], tuple[list[_Success], list[Tariff | None]]
-        ] = {}
-        """By the candidates and the card's type, with costs."""
-        self.stale_at = -math.inf
-        """Both hold until then."""
+        """Of those with calls here: the counts of each level."""
 
     def counts(self, account: AccountKey) -> tuple[_Counts, ...]:
+        """To count in."""
         counts = self.accounts.get(account)
         if counts is None:
             counts = tuple([level.counts(account) for level in self.levels])
             self.accounts[account] = counts
         return counts
+
+    def known(self, account: AccountKey) -> tuple[_Counts, ...]:
+        """To read, and nothing is kept of an account without calls."""
+        return self.accounts.get(account) or tuple(
+            [level.accounts.get(account, _NOTHING) for level in self.levels]
+        )
 
 
 _Estimate: TypeAlias = tuple[float, Candidate, float, float, float, float]
@@ -178,6 +180,14 @@ class SuccessRanking:
         self._levels: dict[SegmentKey, _Level] = {}
         self._pending: dict[_Level, None] = {}
         """What others are to be told of, or to be asked for."""
+        self._rankings: dict[tuple[_Line, tuple[Candidate, ...]], _Ranking] = {}
+        """Without costs."""
+        self._priced: dict[
+            tuple[_Line, tuple[Candidate, ...], str], tuple[list[_Success], list[Tariff | None]]
+        ] = {}
+        """With costs, by the card's type too."""
+        self._stale_at = -math.inf
+        """All of both hold until then."""
         self._weighed_since = clock()
 
     # --- Ranking ---
@@ -189,16 +199,16 @@ class SuccessRanking:
         line = self._lines.get(segment[:_COUNTED]) or self._new_line(segment)
         costs = self._costs.costs(segment.merchant_id)
         now = self._clock()
-        if now >= line.stale_at:
-            line.rankings.clear()
-            line.priced.clear()
-            line.stale_at = now + self._limits.ranking_age_s_max
+        if now >= self._stale_at:
+            self._rankings.clear()
+            self._priced.clear()
+            self._stale_at = now + self._limits.ranking_age_s_max
         among = tuple(candidates)
         if costs is not None:
             estimates = self._with_costs(line, segment, among, amount_minor, costs, now)
             ranking, _ = self._order(estimates, draw)
-        elif among in line.rankings:
-            ranking = line.rankings[among]
+        elif (line, among) in self._rankings:
+            ranking = self._rankings[line, among]
         else:
             estimates = [
                 (success, candidate, success, calls, variance, 0.0)
@@ -206,7 +216,7 @@ class SuccessRanking:
             ]
             ranking, has_equals = self._order(estimates, draw)
             if not has_equals:  # of equals each payment has an order of its own
-                line.rankings[among] = ranking
+                self._rankings[line, among] = ranking
         scored, chances = ranking
         chosen = _drawn(chances, draw)
         if not chosen:
@@ -250,7 +260,7 @@ class SuccessRanking:
         successes = []
         for candidate in candidates:
             success, known = prior_success, 0.0
-            for counts in line.counts(candidate[:2]):
+            for counts in line.known(candidate[:2]):
                 known = counts.calls
                 if known:
                     success = (success * prior + counts.successes) / (prior + known)
@@ -267,12 +277,12 @@ class SuccessRanking:
         costs: Costs,
         now: float,
     ) -> list[_Estimate]:
-        key = candidates, segment.card_type
-        priced = line.priced.get(key)
+        key = line, candidates, segment.card_type
+        priced = self._priced.get(key)
         if priced is None:
             day = self._costs.today()
             tariffs = [costs.tariff(each[1], segment, day) for each in candidates]
-            priced = line.priced[key] = self._successes(line, candidates, now), tariffs
+            priced = self._priced[key] = self._successes(line, candidates, now), tariffs
         successes, tariffs = priced
         fees = _fees(tariffs, amount_minor)
         worth = amount_minor * costs.margin_ppm / MICRO

@@ -16,6 +16,8 @@ from tests.harness import authorize_request, calling, running_system
 from tests.workers import TRANSPORTS, until_logged, worker_pids
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from storage.embedded import EmbeddedRedis
     from tests.servers import PostgresForTests
 
@@ -43,6 +45,16 @@ def further_heaps(pid: int) -> int:
     return count
 
 
+async def growth(pid: int, refused: Callable[[], Awaitable[None]]) -> int:
+    """By how many bytes a process is larger after MESSAGES refused calls."""
+    for _ in range(5):  # buffers grow
+        await refused()
+    before = resident_bytes(pid)
+    for _ in range(MESSAGES):
+        await refused()
+    return resident_bytes(pid) - before
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("size", [MESSAGE_BYTES, MESSAGE_BYTES // 2], ids=["too long", "malformed"])
 async def test_messages_that_are_refused_do_not_pile_up(
@@ -57,12 +69,7 @@ async def test_messages_that_are_refused_do_not_pile_up(
                 with pytest.raises(grpc.aio.AioRpcError):
                     await caller.call("AuthorizePayment", request)
 
-            for _ in range(5):  # buffers grow
-                await refused()
-            before = resident_bytes(gateway.pid)
-            for _ in range(MESSAGES):
-                await refused()
-            kept = resident_bytes(gateway.pid) - before
+            kept = await growth(gateway.pid, refused)
     assert kept < MESSAGES * size / 2
 
 
@@ -82,12 +89,7 @@ async def test_items_that_are_refused_do_not_keep_their_batch(
                 [result] = (await caller.call("BatchAuthorizePayments", request)).results
                 assert result.error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
 
-            for _ in range(5):
-                await refused()
-            before = resident_bytes(gateway.pid)
-            for _ in range(MESSAGES):
-                await refused()
-            kept = resident_bytes(gateway.pid) - before
+            kept = await growth(gateway.pid, refused)
     assert kept < MESSAGES * ITEM_BYTES / 2
 
 

@@ -299,29 +299,36 @@ async def test_only_the_process_that_was_granted_the_probes_tries() -> None:
 
 async def test_calls_that_come_when_the_right_to_probe_has_lapsed_close_a_breaker_too() -> None:
     world = _World()
-    exchange = _Exchange([Shared(KEY, 7, 0.0, 1, False)])
+    others, mine = ([Shared(KEY, 7, 0.0, 1, each)] for each in (False, True))
+    exchange = _Exchange(others)
     await world.breakers.synchronize(exchange)
     tried = []
-    for _ in range(2 * LIMITS.probes_good):
+    for _ in range(LIMITS.probes_good):
         tried.append(world.probe(APPROVED))
-        world.now += PROBE_RIGHT_S
-        await world.breakers.synchronize(exchange)
+        for exchange.shared in (mine, others):  # granted, and lapsed before the next call
+            await world.breakers.synchronize(exchange)
+            world.now += PROBE_RIGHT_S
+        tried.append(world.probe(APPROVED))
+    await world.breakers.synchronize(exchange)
     assert tried == [Exclusion.BREAKER_OPEN, None] * LIMITS.probes_good
-    assert [each.kind for each in exchange.reports][-1] is ReportKind.CLOSED
+    assert exchange.reports[-1].kind is ReportKind.CLOSED
 
 
-async def test_without_the_right_one_call_at_a_time_is_a_probe_and_only_after_a_while() -> None:
+async def test_where_the_right_to_probe_has_lapsed_one_call_alone_is_a_probe() -> None:
     world = _World()
-    await world.breakers.synchronize(_Exchange([Shared(KEY, 7, 0.0, 1, False)]))
-    assert world.refusal() is Exclusion.BREAKER_OPEN
-    world.now += PROBE_RIGHT_S / 2
-    assert world.breakers.admit(PSP, "card") is Exclusion.BREAKER_OPEN
-    world.now += PROBE_RIGHT_S / 2
+    for is_mine in (True, False):
+        await world.breakers.synchronize(_Exchange([Shared(KEY, 7, 0.0, 1, is_mine)]))
     assert world.refusal() is None
     assert world.breakers.admit(PSP, "card") is None
     assert world.breakers.admit(PSP, "card") is Exclusion.BREAKER_OPEN
-    world.now += PROBE_RIGHT_S
-    assert world.breakers.admit(PSP, "card") is Exclusion.PROBES_TAKEN
+
+
+async def test_a_process_that_others_probe_for_waits_however_long_that_takes() -> None:
+    world = _World()
+    for _ in range(10):
+        await world.breakers.synchronize(_Exchange([Shared(KEY, 7, 0.0, 1, False)]))
+        assert world.refusal() is Exclusion.BREAKER_OPEN
+        world.now += PROBE_RIGHT_S
 
 
 async def test_a_process_that_hears_of_nobody_probes_itself() -> None:
