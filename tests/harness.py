@@ -481,14 +481,16 @@ def holder_of(message: Any, path: str) -> tuple[Any, str]:
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The reason of a refusal; empty where it has none."""
+    """The reason of a refusal; empty where it has none. What is wrong with a request has a field."""
     status = rpc_status.from_call(error)
-    info = error_details_pb2.ErrorInfo()
+    info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     for detail in () if status is None else status.details:
-        if detail.Unpack(info):
-            reason: str = info.reason
-            return reason
-    return ""
+        detail.Unpack(info)
+        detail.Unpack(bad)
+    reason: str = info.reason
+    if error.code() is grpc.StatusCode.INVALID_ARGUMENT and reason != "MESSAGE_MALFORMED":
+        assert bad.field_violations, f"{reason} names no field"
+    return reason
 
 
 def bytes_without_replay(response: Any) -> bytes:

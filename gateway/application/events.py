@@ -17,7 +17,7 @@ from hashlib import sha256
 from typing import Final, NamedTuple, Protocol, TypeVar
 
 from gateway.application.ports import StoreUnavailable
-from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.errors import GatewayError, Reason, Violation, refuse
 from gateway.domain.model import Mode
 
 CONSUMERS_MAX: Final = 50
@@ -245,7 +245,11 @@ def decode_cursor(text: str) -> Cursor:
         or not data.startswith(_CURSOR_VERSION)
         or data.hex() != text
     ):
-        raise GatewayError(Reason.EVENT_CURSOR_INVALID, "The cursor is none that was given out.")
+        raise refuse(
+            Reason.EVENT_CURSOR_INVALID,
+            "The cursor is none that was given out.",
+            violation=Violation("cursor", "is none that was given out"),
+        )
     xact_id = int.from_bytes(data[head : head + _XACT_BYTES])
     return Cursor(xact_id, data[head + _XACT_BYTES :])
 
@@ -531,7 +535,11 @@ class Events:
         Raises GatewayError as `consumer_position` and `position_of` do.
         """
         if not cursor and reset is None:
-            raise GatewayError(Reason.EVENT_CURSOR_INVALID, "The cursor is missing.")
+            raise refuse(
+                Reason.EVENT_CURSOR_INVALID,
+                "The cursor is missing.",
+                violation=Violation("cursor", "is missing"),
+            )
         position = await self.position_of(cursor) if cursor else ORIGIN
         moved = await told(self.consumer_store.acknowledge(name, merchant_ids, position, reset))
         if not moved:

@@ -163,7 +163,8 @@ class RoutingAdministration:
         """Put a version into force, or (0) none; the one that was in force before.
 
         It is checked anew: accounts may have gone since it was put. Raises GatewayError;
-        CONTENTION where another version than `expected` is in force.
+        ROUTING_RULES_CHANGED where another version than `expected` is in force, CONTENTION where
+        others were faster every time.
         """
         if version:
             found = await self.get(merchant_id, mode, version)
@@ -172,7 +173,7 @@ class RoutingAdministration:
             before = await self._store.active(merchant_id, mode)
             if expected is not None and before != expected:
                 raise GatewayError(
-                    Reason.CONTENTION,
+                    Reason.ROUTING_RULES_CHANGED,
                     "Another version is in force than was expected.",
                     metadata={"active_version": str(before)},
                 )

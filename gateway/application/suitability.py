@@ -30,6 +30,7 @@ def check_authorization(command: Authorize, connector: Described) -> None:
         raise refuse(
             Reason.METHOD_NOT_SUPPORTED,
             f"The connector {connector.name} does not take this payment method.",
+            violation=Violation("payment_method", "not taken by the connector"),
             connector=connector.name,
             method=command.method,
         )
@@ -45,6 +46,7 @@ def _check_method(command: Authorize, rule: MethodRule, connector: Described) ->
         raise refuse(
             Reason.COUNTRY_NOT_SUPPORTED,
             "The payment method is not offered to customers of this country.",
+            violation=Violation("payment_method.redirect.country_code", "not a country of it"),
             connector=connector.name,
             method=command.method,
         )
@@ -52,6 +54,7 @@ def _check_method(command: Authorize, rule: MethodRule, connector: Described) ->
         raise refuse(
             Reason.CURRENCY_NOT_SUPPORTED,
             "The payment method takes no payments in this currency.",
+            violation=Violation("amount.currency_code", "not taken for the payment method"),
             connector=connector.name,
             method=command.method,
         )
@@ -73,7 +76,8 @@ def check_follow_up(operation: Operation, connector: Described) -> None:
     capabilities = connector.capabilities
     _check_kind(operation.kind, connector, capabilities)
     if operation.kind is not OperationKind.VOID:  # which carries no amount to the PSP
-        _check_amount(operation.amount_minor, operation.currency, connector, capabilities)
+        field = "additional_amount" if operation.kind is OperationKind.INCREMENT else "amount"
+        _check_amount(operation.amount_minor, operation.currency, connector, capabilities, field)
 
 
 def _check_kind(kind: OperationKind, connector: Described, capabilities: Capabilities) -> None:
@@ -87,7 +91,11 @@ def _check_kind(kind: OperationKind, connector: Described, capabilities: Capabil
 
 
 def _check_amount(
-    amount_minor: int, currency: str, connector: Described, capabilities: Capabilities
+    amount_minor: int,
+    currency: str,
+    connector: Described,
+    capabilities: Capabilities,
+    field: str = "amount",
 ) -> None:
     if capabilities.amounts is None:
         return
@@ -96,12 +104,14 @@ def _check_amount(
         raise refuse(
             Reason.CURRENCY_NOT_SUPPORTED,
             f"The connector {connector.name} takes no payments in this currency.",
+            violation=Violation(f"{field}.currency_code", "not taken by the connector"),
             connector=connector.name,
         )
     if amount_minor % rule.step_minor or amount_minor > rule.amount_minor_max:
         raise refuse(
             Reason.AMOUNT_NOT_SUPPORTED,
             f"The connector {connector.name} cannot express this amount of the currency.",
+            violation=Violation(f"{field}.amount_minor", "not a multiple of the step, or too much"),
             connector=connector.name,
             step_minor=str(rule.step_minor),
             amount_minor_max=str(rule.amount_minor_max),

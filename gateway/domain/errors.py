@@ -39,6 +39,8 @@ class Reason(StrEnum):
     # Idempotency.
     IDEMPOTENCY_KEY_REUSED = "IDEMPOTENCY_KEY_REUSED"
     IDEMPOTENCY_KEY_IN_FLIGHT = "IDEMPOTENCY_KEY_IN_FLIGHT"
+    # What other people changed meanwhile.
+    ROUTING_RULES_CHANGED = "ROUTING_RULES_CHANGED"
     # What the payment's state does not allow.
     PAYMENT_NOT_AUTHORIZED = "PAYMENT_NOT_AUTHORIZED"
     PAYMENT_CLOSED_FOR_CAPTURE = "PAYMENT_CLOSED_FOR_CAPTURE"
@@ -112,6 +114,9 @@ class GatewayError(Exception):
         """When a repeat makes sense, in seconds from now; None where it makes none."""
 
 
-def refuse(reason: Reason, message: str, **metadata: str) -> GatewayError:
-    """The refusal of an operation that the payment's state does not allow."""
-    return GatewayError(reason, message, metadata=metadata)
+def refuse(
+    reason: Reason, message: str, *, violation: Violation | None = None, **metadata: str
+) -> GatewayError:
+    """A refusal with facts about it, and the one field that it is for where there is one."""
+    violations = () if violation is None else (violation,)
+    return GatewayError(reason, message, metadata=metadata, violations=violations)

@@ -23,7 +23,7 @@ from typing import Final, Protocol, TypeVar
 
 from gateway.application.accounts import KeyRecord, MerchantInfo, Principal, Scope, parse_key
 from gateway.application.ports import StoreUnavailable
-from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.errors import GatewayError, Reason, Violation, refuse
 from gateway.rpc.peers import PeerIdentity
 from gateway.rpc.tokens import TokenClaims
 
@@ -298,7 +298,8 @@ def resolve_merchant(principal: Principal, merchant_id: str) -> MerchantInfo:
         raise GatewayError(
             Reason.MERCHANT_NOT_FOUND, "The credential reaches no merchant of this id."
         )
-    raise GatewayError(
+    raise refuse(
         Reason.MERCHANT_REQUIRED,
         "The request has to name its merchant: the credential reaches not exactly one.",
+        violation=Violation("merchant_id", "is needed with this credential"),
     )

@@ -137,6 +137,11 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
             "The first call with this key is still running; repeat with the same key.",
             retry_after_s=0.2,
         ),
+        Reason.ROUTING_RULES_CHANGED: Rule(
+            _C.ABORTED,
+            "Another version is in force than was expected, the one of the metadata's "
+            "`active_version`: look at it with GetRoutingRules first.",
+        ),
         Reason.PAYMENT_NOT_AUTHORIZED: Rule(_C.FAILED_PRECONDITION, _DIFFERENTLY),
         Reason.PAYMENT_CLOSED_FOR_CAPTURE: Rule(
             _C.FAILED_PRECONDITION, "The payment takes no further capture."

@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 from payments.v1.admin_service_pb2 import ListDiscrepanciesRequest, ListInDoubtRequest
 from payments.v1.payment_service_pb2 import ListPaymentsRequest
 
-from gateway.domain.errors import GatewayError, Reason
+from gateway.domain.errors import GatewayError, Reason, Violation, refuse
 from gateway.domain.ids import is_payment_id
 from gateway.rpc.conversion import Caller, from_microseconds, to_microseconds
 
@@ -70,6 +70,8 @@ def decode_page_token(
 
 
 def _invalid() -> GatewayError:
-    return GatewayError(
-        Reason.PAGE_TOKEN_INVALID, "The page token is none, or was given for other filters."
+    return refuse(
+        Reason.PAGE_TOKEN_INVALID,
+        "The page token is none, or was given for other filters.",
+        violation=Violation("page_token", "is none that was given out for these filters"),
     )

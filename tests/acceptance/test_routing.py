@@ -207,7 +207,7 @@ async def test_rules_are_listed_explained_replaced_and_put_out_of_force(shop: Sh
         )
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await router.call("ActivateRoutingRules", activate)
-        assert reason_of(raised.value) == "CONTENTION"
+        assert reason_of(raised.value) == "ROUTING_RULES_CHANGED"
         activate.expected_active_version = second.version
         replaced = await router.call("ActivateRoutingRules", activate)
         assert replaced.previous_version == second.version

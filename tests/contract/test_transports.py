@@ -380,7 +380,10 @@ def refused(error: aio.AioRpcError) -> Refused:
     if details:
         assert status.code == error.code().value[0]
         assert status.message == error.details()
-    return Refused(error.code(), error.details() or "", *unpacked(status), trailers)
+    told = Refused(error.code(), error.details() or "", *unpacked(status), trailers)
+    if told.code is StatusCode.INVALID_ARGUMENT and told.reason != "MESSAGE_MALFORMED":
+        assert told.violations, "which field is wrong"
+    return told
 
 
 def unpacked(status: Status) -> tuple[str, dict[str, str], dict[str, str], float | None]:

@@ -140,7 +140,7 @@ async def test_another_version_than_the_expected_one_is_not_replaced(
     version, _ = await administration.put(merchant_id, Mode.TEST, OTHER, WHY, activate=False)
     assert await refused(
         administration.activate(merchant_id, Mode.TEST, version, WHY, expected=0)
-    ) is (Reason.CONTENTION)
+    ) is (Reason.ROUTING_RULES_CHANGED)
     assert await administration.activate(merchant_id, Mode.TEST, version, WHY, expected=1) == 1
 
 

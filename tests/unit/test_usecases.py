@@ -264,15 +264,16 @@ async def test_what_the_connector_cannot_express_is_refused_before_the_intent() 
             amounts={"EUR": AmountRule(step_minor=10, amount_minor_max=2000)},
         )
     )
-    for reason, more in (
-        (Reason.CURRENCY_NOT_SUPPORTED, {"currency": "USD"}),
-        (Reason.AMOUNT_NOT_SUPPORTED, {"amount_minor": 1005}),
-        (Reason.AMOUNT_NOT_SUPPORTED, {"amount_minor": 2010}),
-        (Reason.OPERATION_NOT_SUPPORTED, {"amount_minor": 0}),
-        (Reason.FIELD_NOT_SUPPORTED, {"capture_method": AUTOMATIC}),
+    for reason, fields, more in (
+        (Reason.CURRENCY_NOT_SUPPORTED, ["amount.currency_code"], {"currency": "USD"}),
+        (Reason.AMOUNT_NOT_SUPPORTED, ["amount.amount_minor"], {"amount_minor": 1005}),
+        (Reason.AMOUNT_NOT_SUPPORTED, ["amount.amount_minor"], {"amount_minor": 2010}),
+        (Reason.OPERATION_NOT_SUPPORTED, [], {"amount_minor": 0}),
+        (Reason.FIELD_NOT_SUPPORTED, ["capture_method"], {"capture_method": AUTOMATIC}),
     ):
         command = replace(gateway.authorize("a", 100, MANUAL), **more)
-        await refused(reason, gateway.payments.authorize(command))
+        error = await refused(reason, gateway.payments.authorize(command))
+        assert [violation.field for violation in error.violations] == fields
     assert gateway.store.operations == {}
     answer = await gateway.payments.authorize(gateway.authorize("a", 2000, MANUAL))
     payment_id = answer.payment_id

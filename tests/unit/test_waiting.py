@@ -286,6 +286,8 @@ async def test_a_method_is_refused_for_what_the_connectors_rule_does_not_allow(
     with pytest.raises(GatewayError) as caught:
         await gateway.payments.authorize(replace(command, **changes))
     assert caught.value.reason is reason
+    assert all(violation.field for violation in caught.value.violations)
+    assert caught.value.violations
     assert gateway.store.operations == {}
     await gateway.payments.authorize(command)
     assert gateway.store.by_key("a").state is S.SUCCEEDED
