@@ -848,6 +848,17 @@ def _run_local(settings: Settings, welcome: Callable[[str], None]) -> None:
         raise StartError(str(error)) from error
 
 
+_DEMO_SCOPES: Final = (
+    "payments:read",
+    "payments:write",
+    "payments:admin",
+    "routing:read",
+    "routing:write",
+    "events:read",
+)
+"""What there is to try with the demo's key: all that a merchant's own key can open."""
+
+
 async def _prepare_local(settings: Settings, state: LocalState) -> LocalState:
     dsn = settings.postgres_dsn.get_secret_value()
     await migrate(dsn)
@@ -859,7 +870,7 @@ async def _prepare_local(settings: Settings, state: LocalState) -> LocalState:
         merchant_id = await accounts.create_merchant(organisation_id, "Demo shop")
         key = await accounts.create_key(
             organisation_id,
-            scopes=("payments:read", "payments:write"),
+            scopes=_DEMO_SCOPES,
             mode="test",
             merchant_ids=(merchant_id,),
             name="demo",

@@ -43,6 +43,8 @@ NETWORK_TOKEN_NUMBER: Final = "payment_method.network_token.number"  # noqa: S10
 REQUEST_ID_CHARACTERS_MAX: Final = 128
 """A longer x-request-id is not taken over."""
 
+_PATHS_TOLD_MAX: Final = 5  # in an error's text; its details have them all
+
 REQUEST_TYPES: Final[tuple[type[Message], ...]] = (
     AuthorizePaymentRequest,
     CapturePaymentRequest,
@@ -128,8 +130,15 @@ def validate(request: Message) -> None:
 
 
 def _invalid(violations: Sequence[Violation]) -> GatewayError:
+    # Whoever sees the text alone learns at least which fields are wrong. (A rule of the message as a
+    # whole may have no field.)
+    paths = [violation.field for violation in violations if violation.field]
+    fields = ", ".join(paths[:_PATHS_TOLD_MAX])
+    more = f" and {len(paths) - _PATHS_TOLD_MAX} more" if len(paths) > _PATHS_TOLD_MAX else ""
     return GatewayError(
-        Reason.INVALID_REQUEST, "The request breaks rules of the contract.", violations=violations
+        Reason.INVALID_REQUEST,
+        f"The request breaks rules of the contract{': ' if fields else ''}{fields}{more}.",
+        violations=violations,
     )
 
 
@@ -156,6 +165,8 @@ def _translated(violation: RuleViolation) -> Violation:
                 in_map = True
         path.append(name)
     description = proto.message or "is not valid"
+    if proto.rule_id.startswith(("string.", "enum.")) and not violation.field_value:
+        description = "value is required"  # rather than which pattern the empty text does not match
     if in_map:
         description = f"a {'key' if proto.for_key else 'value'} {description}"
     return Violation(".".join(path) or _MESSAGE_RULE_FIELDS.get(proto.rule_id, ""), description)

@@ -126,6 +126,29 @@ STRINGS = [
 # --- rules ----------------------------------------------------------------------------------------
 
 
+def test_what_is_missing_is_told_as_missing_and_the_text_alone_names_the_fields() -> None:
+    error = refusal(pb.AuthorizePaymentRequest())
+    assert {
+        violation.field: violation.description for violation in error.violations
+    } == dict.fromkeys(
+        ("idempotency_key", "amount", "capture_method", "payment_method"), "value is required"
+    )
+    assert error.message == (
+        "The request breaks rules of the contract: "
+        "idempotency_key, amount, capture_method, payment_method."
+    )
+    wrong = pb.AuthorizePaymentRequest(
+        idempotency_key="\n",
+        amount=money(currency="eur"),
+        profile_id="x" * 999,
+        merchant_order_id="x" * 999,
+        statement_descriptor="x" * 999,
+    )
+    error = refusal(wrong)
+    assert error.message.endswith(f" and {len(error.violations) - 5} more.")
+    assert error.violations[0].description != "value is required"
+
+
 def test_every_request_of_the_service_is_tested_here_and_warmed() -> None:
     methods = pb.DESCRIPTOR.services_by_name["PaymentService"].methods
     unary = {each.input_type.name for each in methods if "Batch" not in each.name}
