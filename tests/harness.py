@@ -481,7 +481,7 @@ def holder_of(message: Any, path: str) -> tuple[Any, str]:
 
 
 def reason_of(error: grpc.aio.AioRpcError) -> str:
-    """The reason of a refusal; empty where it has none. What is wrong with a request has a field."""
+    """The reason of a refusal, empty where it has none; a wrong request has a wrong field."""
     status = rpc_status.from_call(error)
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     for detail in () if status is None else status.details:

@@ -130,8 +130,7 @@ def validate(request: Message) -> None:
 
 
 def _invalid(violations: Sequence[Violation]) -> GatewayError:
-    # Whoever sees the text alone learns at least which fields are wrong. (A rule of the message as a
-    # whole may have no field.)
+    # Whoever sees the text alone learns at least which fields are wrong.
     paths = [violation.field for violation in violations if violation.field]
     fields = ", ".join(paths[:_PATHS_TOLD_MAX])
     more = f" and {len(paths) - _PATHS_TOLD_MAX} more" if len(paths) > _PATHS_TOLD_MAX else ""
