@@ -231,6 +231,8 @@ class Applier:
         operation = found.operation
         if _attempt_of(notification.reference) is None:
             result = await self._from_elsewhere(received, found.payment.payment_id, number, tries)
+        elif notification.kind is N.REVERSAL:
+            result = await self._of_reversal(received, found, number, tries)
         elif operation.kind in _KINDS.get(notification.kind, ()):
             assert notification.answer is not None
             result = await self._ours(received, found, number, notification.answer, tries)
@@ -309,6 +311,46 @@ class Applier:
         if event is not Event.APPROVED:
             return await self._ended(found, answer, event)
         return await self._confirmed(received.notification, found, tries)
+
+    async def _of_reversal(
+        self, received: Received, found: Found, number: int, tries: int
+    ) -> Applied:
+        """What became of the taking back of an attempt: of its reversal, or of the void for which
+        a charge in flight is taken back. A refusal ends it, and what returns after its success is
+        shown to a person: the customer has no money.
+        """
+        notification, target = received.notification, found.operation
+        assert notification.answer is not None
+        aggregate = await self._store.load(target.merchant_id, target.payment_id)
+        if aggregate is None:
+            raise StoreUnavailable("the payment's row is missing")
+        event = decisions.event_of(notification.answer)
+        # That a charge is gone is told as a void.
+        of_void = target.attempt.number == number and event in _RETURNED
+        takings_back = [
+            *(
+                each
+                for each in aggregate.operations
+                if each.kind is K.REVERSAL and each.note == notification.reference
+            ),
+            *(each for each in aggregate.operations if each.kind is K.VOID and of_void),
+        ]
+        for operation in takings_back:
+            taking_back = Found(operation, aggregate.payment)
+            if operation.state in states.UNFINISHED:
+                applied = await self._ours(
+                    received, taking_back, operation.attempt.number, notification.answer, tries
+                )
+            elif operation.state is not S.SUCCEEDED or event not in _RETURNED:
+                continue
+            elif await self._notifications.is_outdated(received, event):
+                applied = _NO_NEWS
+            else:
+                state = operation.state.name
+                await self._report(taking_back, "reversal_failed", state, event.name)
+                applied = Applied(Result.RECORDED)
+            return replace(applied, operation_id=operation.operation_id)
+        return _NO_NEWS
 
     async def _automatic_capture(self, received: Received, found: Found, number: int) -> Applied:
         """What is told of the capture that came with an authorization, under its reference."""

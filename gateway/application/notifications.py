@@ -22,6 +22,8 @@ class NotificationKind(IntEnum):
     REFUND = 4
     INCREMENT = 5
     DISPUTE = 6
+    REVERSAL = 7
+    """What takes an attempt of ours back: `reference` is that attempt's."""
 
 
 class DisputeStage(IntEnum):

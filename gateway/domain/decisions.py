@@ -468,6 +468,11 @@ def settle(
         _settle_void(settled)
     elif operation.kind is K.INCREMENT:
         _settle_increment(settled)
+    elif operation.kind is K.REVERSAL and event in _DENIALS:
+        # What was to be taken back stands, and nobody waits for an answer to hear of it.
+        settled.discrepancies.append(
+            _discrepancy(operation, "reversal_failed", S.SUCCEEDED.name, event.name)
+        )
     return settled
 
 

@@ -298,10 +298,29 @@ def test_cancellation_without_effect_is_acted_on_by_nobody(event: str) -> None:
     assert told(event, success="false").kind is N.UNKNOWN
 
 
-def test_refund_that_gave_a_capture_back_is_no_refund_of_the_merchants() -> None:
-    notification = told("REFUND", merchantReference=f"{REFERENCE}-refund")
+@pytest.mark.parametrize(
+    ("event", "suffix", "success", "verdict"),
+    [
+        ("REFUND", "refund", "true", Verdict.APPROVED),
+        ("REFUND", "refund", "false", Verdict.FAILED),
+        ("REFUND_FAILED", "refund", "true", Verdict.FAILED),
+        ("CANCEL_OR_REFUND", "reversal", "false", Verdict.FAILED),
+        ("REFUND_FAILED", "reversal", "true", Verdict.FAILED),
+        ("REFUNDED_REVERSED", "reversal", "true", Verdict.FAILED),
+    ],
+)
+def test_what_became_of_a_reversal_of_ours_is_no_refund_of_the_merchants(
+    event: str, suffix: str, success: str, verdict: Verdict
+) -> None:
+    notification = told(event, merchantReference=f"{REFERENCE}-{suffix}", success=success)
+    assert (notification.kind, notification.reference) == (N.REVERSAL, REFERENCE)
+    assert notification.answer is not None
+    assert notification.answer.verdict is verdict
+
+
+def test_what_else_has_the_reference_of_a_reversal_is_acted_on_by_nobody() -> None:
+    notification = told("PAYOUT_DECLINE", merchantReference=f"{REFERENCE}-reversal")
     assert notification.kind is N.UNKNOWN
-    assert notification.payment_reference == REFERENCE
 
 
 def test_payment_that_nobody_came_back_to_has_expired() -> None:

@@ -730,6 +730,97 @@ async def test_a_charge_voided_in_flight_is_gone_though_only_the_notification_te
     assert (payment.captured_minor, payment.voided_minor) == (0, 100)
 
 
+async def partial_approval_taken_back() -> tuple[NotifiedBench, str, str]:
+    """A payment that was approved for less than asked, whose reversal its PSP has received, and the
+    reference of what is reversed.
+    """
+    gateway = bench(Step(decides=answered(Verdict.APPROVED, 40)), capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    gateway.connector.asks.append(PENDING)
+    await gateway.recover()
+    assert only(gateway, payment_id, K.REVERSAL).state is S.PENDING
+    return gateway, payment_id, only(gateway, payment_id, K.AUTHORIZE).reference
+
+
+async def test_a_reversal_that_the_psp_refuses_in_the_end_is_shown_to_a_person() -> None:
+    gateway, payment_id, reference = await partial_approval_taken_back()
+    await gateway.tell(gateway.told(N.REVERSAL, FAILED, reference=reference))
+    assert only(gateway, payment_id, K.REVERSAL).state is S.FAILED
+    [discrepancy] = gateway.store.discrepancies
+    assert discrepancy.operation_id == only(gateway, payment_id, K.REVERSAL).operation_id
+    assert (discrepancy.kind, discrepancy.reported) == ("reversal_failed", "FAILED")
+    assert payment_of(gateway, payment_id).state is PaymentState.DECLINED
+    assert findings(gateway, payment_id) == []
+    # It is told again, by another event of the same: there is nothing left to do.
+    await gateway.tell(gateway.told(N.REVERSAL, FAILED, reference=reference))
+    assert len(gateway.store.discrepancies) == 1
+
+
+@pytest.mark.parametrize("told_as", [N.VOID, N.REVERSAL])
+async def test_a_reversal_whose_money_comes_back_after_its_success_is_shown_to_a_person(
+    told_as: N,
+) -> None:
+    gateway, payment_id, reference = await partial_approval_taken_back()
+    of = {"payment_reference": reference} if told_as is N.VOID else {"reference": reference}
+    await gateway.tell(gateway.told(told_as, APPROVED, **of))
+    assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
+    assert not gateway.store.discrepancies
+    returned = gateway.told(N.REVERSAL, FAILED, reference=reference, after_s=60)
+    [applied] = await gateway.tell(returned)
+    assert applied is not None
+    assert applied.result is Result.RECORDED
+    assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
+    assert [each.kind for each in gateway.store.discrepancies] == ["reversal_failed"]
+    # What is older than the success says nothing against it.
+    older = gateway.told(N.REVERSAL, FAILED, reference=reference, after_s=-60)
+    await gateway.tell(older)
+    expected = 2 if told_as is N.VOID else 1  # events of two kinds have no order
+    assert len(gateway.store.discrepancies) == expected
+
+
+@pytest.mark.parametrize("last", [APPROVED, FAILED])
+async def test_the_reversal_of_a_capture_ends_by_what_became_of_its_refund(
+    last: ConnectorAnswer,
+) -> None:
+    gateway = bench(Step(), Step(decides=PENDING), capabilities=TELLING)
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.CAPTURE).reference
+    await gateway.tell(gateway.told(N.CAPTURE, FAILED, reference=reference))
+    gateway.connector.asks.append(PENDING)
+    await gateway.tell(gateway.told(N.CAPTURE, APPROVED, reference=reference, after_s=1))
+    await gateway.recover()
+    assert only(gateway, payment_id, K.REVERSAL).state is S.PENDING
+    await gateway.tell(gateway.told(N.REVERSAL, last, reference=reference, after_s=2))
+    expected = S.SUCCEEDED if last is APPROVED else S.FAILED
+    assert only(gateway, payment_id, K.REVERSAL).state is expected
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_void_in_flight_fails_where_its_charge_could_not_be_taken_back() -> None:
+    gateway, payment_id = await charge_voided_in_flight(TELLING)
+    gateway.connector.asks.extend([PENDING] * 5)
+    await gateway.recover()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.REVERSAL, FAILED, reference=reference))
+    await gateway.recover()
+    assert only(gateway, payment_id, K.VOID).state is S.FAILED
+    assert payment_of(gateway, payment_id).state is PaymentState.CAPTURED
+    assert payment_of(gateway, payment_id).captured_minor == 100
+    assert findings(gateway, payment_id) == []
+
+
+async def test_the_taking_back_of_what_has_no_reversal_is_no_news() -> None:
+    gateway = bench(Step(), capabilities=TELLING)
+    payment_id = await gateway.authorized()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    for answer in (APPROVED, FAILED, PENDING):
+        [applied] = await gateway.tell(gateway.told(N.REVERSAL, answer, reference=reference))
+        assert applied is not None
+        assert applied.result is Result.NO_NEWS
+    assert payment_of(gateway, payment_id).state is PaymentState.AUTHORIZED
+
+
 async def test_what_was_looked_at_before_the_end_was_told_reverses_nothing_after_it() -> None:
     gateway = bench(Step(decides=ACTION), capabilities=TELLING)
     payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id

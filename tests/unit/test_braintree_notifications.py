@@ -236,7 +236,17 @@ def test_refund_from_the_control_panel_is_one_of_the_payment() -> None:
     assert (notification.reference, notification.payment_reference) == ("", REFERENCE)
 
 
-@pytest.mark.parametrize("order_id", ["", "order-7", f"{REFERENCE}-reversal", f"x{REFERENCE}"])
+def test_refund_within_a_reversal_of_ours_that_bounces_fails_the_reversal() -> None:
+    order_id = f"{REFERENCE}-reversal"
+    notification = told(about("refund_failed", transaction(type="credit", order_id=order_id)))
+    assert (notification.kind, notification.reference) == (NotificationKind.REVERSAL, REFERENCE)
+    assert answer_of(notification).verdict is Verdict.FAILED
+    # A reversal may be of several refunds: that one was settled says nothing of the others.
+    settled = told(about("transaction_settled", transaction(type="credit", order_id=order_id)))
+    assert settled.kind is NotificationKind.UNKNOWN
+
+
+@pytest.mark.parametrize("order_id", ["", "order-7", f"x{REFERENCE}"])
 def test_order_id_that_is_not_ours_is_no_reference(order_id: str) -> None:
     for kind, type_ in (("transaction_settled", "sale"), ("refund_failed", "credit")):
         notification = told(about(kind, transaction(type=type_, order_id=order_id)))

@@ -293,10 +293,17 @@ def test_a_refund_is_told_with_its_reference_or_its_payment(status: str, verdict
         assert (told.answer.verdict, told.answer.connector_transaction_id) == (verdict, "re_1")
 
 
-def test_what_a_reversal_gave_back_is_no_refund_from_elsewhere() -> None:
-    refund = refund_of(metadata={"gateway_reference": f"{REFERENCE}-refund"})
-    [told] = read(event_of("refund.created", refund))
-    assert told.kind is N.UNKNOWN
+@pytest.mark.parametrize(
+    ("status", "verdict"), [("succeeded", Verdict.APPROVED), ("failed", Verdict.FAILED)]
+)
+def test_what_a_reversal_gave_back_is_no_refund_from_elsewhere(
+    status: str, verdict: Verdict
+) -> None:
+    refund = refund_of(status=status, metadata={"gateway_reference": f"{REFERENCE}-refund"})
+    [told] = read(event_of("refund.updated", refund))
+    assert (told.kind, told.reference, told.payment_transaction_id) == (N.REVERSAL, REFERENCE, "")
+    assert told.answer is not None
+    assert told.answer.verdict is verdict
 
 
 def test_a_charge_tells_its_refunds_where_it_holds_them() -> None:

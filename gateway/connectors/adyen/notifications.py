@@ -2,7 +2,8 @@
 
 Sources: Adyen's "Verify HMAC signatures" and "Webhook types" (standard and dispute webhooks). The
 signature covers the ids, the account, the reference, the amount, the event and its success, and
-nothing else of an item: what is not signed decides on no payment.
+nothing else of an item: what is not signed decides on no payment, but for whether what somebody
+took back in Adyen's Customer Area is told as a void or as a refund.
 """
 
 import binascii
@@ -62,6 +63,8 @@ _MODIFIED: Final = {
 """What our own requests cause, under the reference that they had."""
 _RETURNED: Final = frozenset({"CAPTURE_FAILED", "REFUND_FAILED", "REFUNDED_REVERSED"})
 """What had succeeded has not; `success` says only that this is so."""
+_GONE: Final = frozenset({"CANCEL_OR_REFUND", "TECHNICAL_CANCEL", "EXPIRE"})
+"""With `success`, nothing stands any more, or nothing is held."""
 _DISPUTES: Final = {
     "REQUEST_FOR_INFORMATION": (DisputeStage.PRE_DISPUTE, DisputeStatus.OPENED),
     "NOTIFICATION_OF_CHARGEBACK": (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED),
@@ -181,9 +184,13 @@ def _read(
     if event_type == "OFFER_CLOSED" and success:
         answer = ConnectorAnswer(Delivery.ANSWERED, Verdict.EXPIRED)
         return Notification(kind=N.AUTHORIZATION, reference=reference, answer=answer, **told)
+    if reference.endswith(REFUND_SUFFIX) or (
+        reference.endswith(REVERSAL_SUFFIX) and not (event_type in _GONE and success)
+    ):
+        return _reversed(item, told, reference, own_id, success=success)
     if event_type in _MODIFIED:
         return _modified(item, told, reference, own_id, success=success)
-    if event_type in ("CANCEL_OR_REFUND", "TECHNICAL_CANCEL", "EXPIRE") and success:
+    if event_type in _GONE and success:
         return _gone(item, told, reference, own_id)
     if event_type in _DISPUTES:
         return Notification(
@@ -201,9 +208,6 @@ def _modified(
 ) -> Notification:
     """The outcome of a request of ours, or of the like made in Adyen's Customer Area."""
     event_type = told["event_type"]
-    if reference.endswith(REFUND_SUFFIX):
-        # It gave a capture back, and is no refund of the merchant's.
-        return Notification(**told, payment_reference=reference.removesuffix(REFUND_SUFFIX))
     # In the Customer Area it is the payment's reference.
     told = {**told, "payment_reference": reference}
     took_effect = success and event_type not in _RETURNED
@@ -217,6 +221,24 @@ def _modified(
         answer.outcome.amount_reported_minor = amount["amount_minor"]
         answer.currency = amount["currency"]
     return Notification(kind=kind, reference=reference, answer=answer, **told, **amount)
+
+
+def _reversed(
+    item: Mapping[str, Any], told: dict[str, Any], reference: str, own_id: str, *, success: bool
+) -> Notification:
+    """What became of the taking back of an attempt of ours, which is no void or refund of the
+    merchant's: a payment's reversal that was refused or returned, or a capture's refund.
+    """
+    event_type = told["event_type"]
+    if event_type not in _GONE and event_type not in _MODIFIED:
+        return Notification(**told)
+    took_effect = success and event_type not in _RETURNED
+    return Notification(
+        kind=N.REVERSAL,
+        reference=reference.removesuffix(REFUND_SUFFIX).removesuffix(REVERSAL_SUFFIX),
+        answer=_answer(item, own_id, Verdict.APPROVED if took_effect else Verdict.FAILED),
+        **told,
+    )
 
 
 def _gone(

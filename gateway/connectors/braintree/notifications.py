@@ -17,7 +17,7 @@ from xml.parsers import expat
 
 from gateway.connectors import values
 from gateway.connectors.braintree import amounts
-from gateway.connectors.braintree.connector import NAME, REFUND_SUFFIX
+from gateway.connectors.braintree.connector import NAME, REFUND_SUFFIX, REVERSAL_SUFFIX
 from gateway.connectors.notifications import (
     OUR_REFERENCE,
     BadSignature,
@@ -240,6 +240,16 @@ def _of_transaction(bare: Notification, told: _Element) -> Notification:
         connector_transaction_id=transaction_id,
         currency=currency,
     )
+    if is_refund and order_id.endswith(REVERSAL_SUFFIX):
+        # A reversal is of several refunds perhaps: one that failed fails it, none alone succeeds it.
+        failed = replace(
+            bare,
+            kind=NotificationKind.REVERSAL,
+            reference=order_id.removesuffix(REVERSAL_SUFFIX),
+            answer=answer,
+        )
+        of_reversal = failed if verdict is Verdict.FAILED else bare
+        return replace(of_reversal, event_id=_event_id(bare.event_type, told, status))
     # A refund that was made elsewhere has the order ID of what it is a refund of.
     elsewhere = is_refund and not of_refund
     return replace(

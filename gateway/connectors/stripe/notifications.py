@@ -29,7 +29,8 @@ from gateway.connectors.stripe.connector import NAME
 from gateway.connectors.values import part
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, Verdict
 
-_GIVEN_BACK: Final = re.compile(OUR_REFERENCE.pattern + "-refund")
+_GIVEN_BACK_SUFFIX: Final = "-refund"
+_GIVEN_BACK: Final = re.compile(OUR_REFERENCE.pattern + _GIVEN_BACK_SUFFIX)
 """What a reversal of the gateway's own refunds (see the connector's `_give_back`)."""
 
 _S = DisputeStatus
@@ -184,7 +185,15 @@ def _of_captures(one: Notification, intent: Mapping[str, Any]) -> Iterator[Notif
 def _of_refund(bare: Notification, told: Mapping[str, Any]) -> Iterator[Notification]:
     reference = _reference(told)
     intent_id = values.identifier(told.get("payment_intent"))
-    if _GIVEN_BACK.fullmatch(reference) or not (reference or intent_id):
+    if not (reference or intent_id):
+        return
+    if _GIVEN_BACK.fullmatch(reference):
+        yield replace(
+            bare,
+            kind=NotificationKind.REVERSAL,
+            reference=reference.removesuffix(_GIVEN_BACK_SUFFIX),
+            answer=answers.refund(told),
+        )
         return
     currency = answers.currency_of(told)
     yield replace(
