@@ -122,6 +122,8 @@ class ConnectorRequest:
     is."""
     authorized_minor: int = 0
     """For INCREMENT: what is authorized before it, in minor units, as the PSP reported it."""
+    captured_minor: int = 0
+    """For VOID: what is captured, and so stays, in minor units, as the PSP reported it."""
     fields: Mapping[str, object] = field(default_factory=dict)
     """The contract's fields that a connector must support, where they are used, and `customer_id`,
     in the JSON form of the contract with its field names."""

@@ -1153,6 +1153,9 @@ def connector_request(
     if operation.kind is OperationKind.INCREMENT:
         reported = payment.authorized_reported_minor
         request.authorized_minor = payment.authorized_minor if reported is None else reported
+    elif operation.kind is OperationKind.VOID:
+        reported = payment.captured_reported_minor
+        request.captured_minor = payment.captured_minor if reported is None else reported
     elif operation.kind is OperationKind.REVERSAL:
         request.target_reference = operation.note
         request.target_transaction_id = operation.attempt.connector_transaction_id

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import trustme
@@ -23,7 +23,11 @@ from gateway.connectors.iso8583.connector import Iso8583Connector, capabilities_
 from gateway.connectors.iso8583.host import AcquirerHost, Event, HostAddress, HostLimits
 from gateway.connectors.iso8583.identity import identity_of
 from gateway.connectors.iso8583.kind import Iso8583Kind, open_hosts
-from gateway.connectors.iso8583.specification import Specification, load_specification
+from gateway.connectors.iso8583.specification import (
+    Specification,
+    answer_mti,
+    load_specification,
+)
 from gateway.connectors.kinds import AccountRefused
 from gateway.connectors.simulator.launch import SimulatorProcess
 from gateway.domain.errors import Reason
@@ -762,6 +766,60 @@ async def test_host_knows_after_a_restart_what_it_knew(tmp_path: Path) -> None:
         (standing,) = standings_of(simulator, order.reference)
         assert (standing.account, standing.payment_id) == ("TERM0001", "pay_1")
         assert not standing.stands
+
+
+class ApprovingInPart:
+    """A host that approves 6.00 of whatever is asked for."""
+
+    def __init__(self, specification: Specification, code: str) -> None:
+        self.specification = specification
+        self.sent: list[dict[str, str]] = []
+        self._code = code
+
+    async def exchange(self, fields: dict[str, str], **_: object) -> dict[str, str]:
+        """Implements AcquirerHost."""
+        self.sent.append(fields)
+        kept = ("11", "37", "41", "49")
+        echoed: dict[str, str] = {each: fields[each] for each in kept if each in fields}
+        return {**echoed, "t": answer_mti(fields["t"]), "39": self._code, "4": f"{600:012}"}
+
+
+@pytest.mark.parametrize(
+    ("specification", "code", "told"),
+    [
+        ("reference-binary", "10", {"95": "{:012}000000000000D00000000D00000000"}),
+        ("reference-1993", "002", {"4": "{:012}"}),
+    ],
+)
+@pytest.mark.parametrize("captured_minor", [0, 200])
+async def test_a_void_says_what_stands_afterwards_whatever_was_approved_of_the_original_amount(
+    specification: str, code: str, told: dict[str, str], captured_minor: int
+) -> None:
+    host = ApprovingInPart(load_specification(specification), code)
+    connector = connector_to(cast("AcquirerHost", host), WAIT_S)
+    approved = await send(connector, request_of(amount_minor=1000))
+    assert approved.outcome is not None
+    assert approved.outcome.amount_reported_minor == 600
+    target = approved.connector_transaction_id
+    void = request_of(
+        K.VOID,
+        600 - captured_minor,
+        target_transaction_id=target,
+        captured_minor=captured_minor,
+    )
+    await send(connector, void)
+    expected = {number: text.format(captured_minor) for number, text in told.items()}
+    assert {number: host.sent[-1][number] for number in told} == expected
+
+
+async def test_the_host_refuses_a_void_that_says_something_else_of_what_stands(
+    binary: SimulatorProcess,
+) -> None:
+    async with connected(binary) as connector:
+        target = (await send(connector, request_of())).connector_transaction_id
+        for captured_minor, verdict in ((1, Verdict.FAILED), (0, Verdict.APPROVED)):
+            void = request_of(K.VOID, target_transaction_id=target, captured_minor=captured_minor)
+            assert (await send(connector, void)).verdict is verdict
 
 
 async def test_partial_approval_and_another_amount_are_told(binary: SimulatorProcess) -> None:

@@ -761,7 +761,9 @@ async def test_a_reversal_whose_money_comes_back_after_its_success_is_shown_to_a
     told_as: N,
 ) -> None:
     gateway, payment_id, reference = await partial_approval_taken_back()
-    of = {"payment_reference": reference} if told_as is N.VOID else {"reference": reference}
+    of: dict[str, Any] = {
+        "payment_reference" if told_as is N.VOID else "reference": reference,
+    }
     await gateway.tell(gateway.told(told_as, APPROVED, **of))
     assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
     assert not gateway.store.discrepancies

@@ -286,7 +286,7 @@ def test_codes_after_which_visa_forbids_another_try_are_known_by_their_meaning()
         ("[network.echo]", "[network.ping]", "ping"),
         ("[messages.reversal]", "[messages.undo]", "undo"),
         ('[messages.void]\nmti = "0400"', '[messages.void]\nmti = "0410"', "mti"),
-        ('60 = "FINAL"', '60 = "$remaining_amount"', "not known"),
+        ('60 = "FINAL"', '60 = "$remaining_amount"', "cannot have"),
         ('match = ["11"', 'currencies = ["XTS"]\nmatch = ["11"', "no currency"),
     ],
 )

@@ -193,13 +193,12 @@ def _read(
     if event_type in _GONE and success:
         return _gone(item, told, reference, own_id)
     if event_type in _DISPUTES:
-        return Notification(
-            kind=N.DISPUTE,
-            payment_reference=reference,
-            dispute=_dispute(item, event_type, own_id),
-            **told,
+        told |= {
+            "kind": N.DISPUTE,
+            "payment_reference": reference,
+            "dispute": _dispute(item, event_type, own_id),
             **_amount(item),
-        )
+        }
     return Notification(**told)
 
 

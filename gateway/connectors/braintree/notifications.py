@@ -241,7 +241,7 @@ def _of_transaction(bare: Notification, told: _Element) -> Notification:
         currency=currency,
     )
     if is_refund and order_id.endswith(REVERSAL_SUFFIX):
-        # A reversal is of several refunds perhaps: one that failed fails it, none alone succeeds it.
+        # It may be of several refunds: one that failed fails it, none alone succeeds it.
         failed = replace(
             bare,
             kind=NotificationKind.REVERSAL,

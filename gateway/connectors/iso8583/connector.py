@@ -227,7 +227,7 @@ class Iso8583Connector(AccountConnector):
                 "original_rrn": original.rrn,
                 "original_auth_code": original.auth_code,
                 "original_amount": f"{original.amount_minor:012}",
-                "remaining_amount": f"{max(0, original.amount_minor - request.amount_minor):012}",
+                "remaining_amount": f"{request.captured_minor if name == 'void' else 0:012}",
             }
         return self._specification.build(self._specification.messages[name], told)
 

@@ -135,6 +135,7 @@ _OF_ORIGINALS: Final = frozenset(name for name in VARIABLES if "original" in nam
     "remaining_amount"
 }
 _FIRST: Final = frozenset({"authorize", "sale", "verify"})
+_RELEASES: Final = frozenset({"void", "reversal"})
 ANSWER_NAMES: Final = (
     "amount",
     "auth_code",
@@ -399,12 +400,12 @@ class Specification:
             template = Template(text)
             used = set(template.get_identifiers())
             allowed = set(VARIABLES) - ({"token"} if name not in _FIRST else _OF_ORIGINALS)
+            if name not in _RELEASES:
+                allowed -= {"remaining_amount"}
             if name in self.network:
                 allowed = {"stan", "transmission_time", "local_time", "local_date", "year"}
             if not template.is_valid() or used - allowed:
                 raise SpecificationError(f"{name} cannot have {text!r} in DE {number}")
-            if "remaining_amount" in used and "increment" in self.messages:
-                raise SpecificationError("with increments the remaining amount is not known")
 
     def _require(self, number: str) -> None:
         if number not in self._formats:

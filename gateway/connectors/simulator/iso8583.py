@@ -152,6 +152,7 @@ class Iso8583Front:
             currency = transactions[-1].currency
         if currency is None:
             return None
+        remaining = values.get("remaining_amount") if name == "void" else None
         return Send(
             kind=_KINDS[name],
             reference=reference,
@@ -163,6 +164,7 @@ class Iso8583Front:
             capture=name == "sale",
             final=name == "capture",
             target_transaction_id=transactions[-1].transaction_id if transactions else "",
+            remaining_minor=int(remaining) if remaining else None,
         )
 
     def _kind_of(self, reference: str, mti: str) -> str:

@@ -47,6 +47,7 @@ _MESSAGES: Final = {
     "amount_exceeds_captured": "the amount exceeds what is captured and not yet refunded",
     "already_captured": "a part is captured already",
     "nothing_to_void": "nothing is left to void",
+    "remaining_amount_differs": "not what stands after the void",
     "nothing_to_reverse": "nothing is left to reverse",
     "reference_reused": "the reference was used for another request",
     "reference_canceled": "the reference was cancelled",
@@ -75,6 +76,8 @@ class Send:
     method: str = ""
     """The redirect method; empty for a token."""
     return_url: str = ""
+    remaining_minor: int | None = None
+    """For a void: what is to stand after it, where the request tells that."""
 
     def same_as(self, other: "Transaction") -> bool:
         """Whether a repeat of a reference asks for the same thing."""
@@ -551,6 +554,8 @@ class Ledger:
             left_minor = self._free_minor(standing)
             if left_minor <= 0:
                 raise _Rejected("nothing_to_void")
+            if send.remaining_minor not in (None, standing.captured_minor):
+                raise _Rejected("remaining_amount_differs")
             record["amount_minor"] = record["answer"]["amount_minor"] = left_minor
         elif send.kind == "refund":
             self._prepare_refund(standing, send)
