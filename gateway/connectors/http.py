@@ -601,14 +601,21 @@ class _Connection(asyncio.Protocol):
             return None
         if len(self._buffer) < self._whole:
             return None
-        self.reusable = head.keep and not self.closed and len(self._buffer) == self._whole
+        self.reusable = head.keep and len(self._buffer) == self._whole and self._is_quiet()
         return Response(head.status, bytes(self._buffer[self._body_at : self._whole]), head.headers)
 
     def _finish_chunked(self, head: "_Head", chunks: "_Chunks", data: bytes) -> Response | None:
         if not chunks.feed(data):
             return None
-        self.reusable = head.keep and not self.closed and not chunks.surplus
+        self.reusable = head.keep and not chunks.surplus and self._is_quiet()
         return Response(head.status, bytes(chunks.body), head.headers)
+
+    def _is_quiet(self) -> bool:
+        """Whether it is open and all that was to be written is: who answers before it has read the
+        whole request would find the next one in the midst of it.
+        """
+        transport = self._transport
+        return transport is not None and not self.closed and transport.get_write_buffer_size() == 0
 
     def _read_head(self) -> "_Head | None":
         end = self._buffer.find(b"\r\n\r\n")

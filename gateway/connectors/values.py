@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import orjson
 
-from gateway.domain.pan import contains_pan, mask_pans
+from gateway.domain.pan import PAN_DIGITS_MAX, SEPARATORS_MAX, contains_pan, mask_pans
 
 CODE_LENGTH_MAX: Final = 64
 MESSAGE_LENGTH_MAX: Final = 255
@@ -16,7 +16,8 @@ CODE_DATA_LENGTH_MAX: Final = 2048
 """Of what a code says that is to be scanned; more fits into no such code."""
 AMOUNT_ABS_MAX: Final = 2**62
 """No amount that a PSP reports may come near the end of int64."""
-
+_BEYOND: Final = PAN_DIGITS_MAX * (1 + SEPARATORS_MAX)
+"""The characters that a card number may take, all its separators among them."""
 
 _EMPTY: Final[Mapping[str, Any]] = {}
 
@@ -44,10 +45,13 @@ def amount(value: object) -> int | None:
 
 
 def text(value: object, length_max: int = CODE_LENGTH_MAX) -> str:
-    """A text, cut to its length; empty for anything else."""
+    """A text, cut to its length; empty for anything else. A card number that the cut would go
+    through is masked before it.
+    """
     if not isinstance(value, str):
         return ""
-    return mask_pans("".join(filter(str.isprintable, value[:length_max])))
+    longer = "".join(filter(str.isprintable, value[: length_max + _BEYOND]))
+    return mask_pans(longer)[:length_max]
 
 
 def identifier(value: object) -> str:

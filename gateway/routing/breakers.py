@@ -142,14 +142,18 @@ class BreakerObserver(Protocol):
 def is_failure(answer: ConnectorAnswer) -> bool | None:
     """Whether a PSP failed, by what it answered; None where that says nothing of it.
 
-    Where there was no connection, or no usable answer, the PSP failed. A decline is an answer as
+    Where there was no connection, or no usable answer, or its rate limiter had enough, the PSP
+    failed. A decline is an answer as
     good as any, and what the gateway itself did not send is no fault of the PSP.
     """
     if answer.delivery is Delivery.ANSWERED:
         return False
     if answer.delivery is Delivery.MAY_HAVE_BEEN_SENT:
         return True
-    return True if answer.reason == Reason.CONNECT_FAILED else None
+    return True if answer.reason in _FAILURES else None
+
+
+_FAILURES: Final = frozenset({Reason.CONNECT_FAILED, Reason.CONNECTOR_RATE_LIMITED})
 
 
 class _Latencies:

@@ -263,6 +263,7 @@ OPERATION_REASONS: Final[Mapping[Reason, str]] = MappingProxyType(
         Reason.CONNECTION_LOST: "It may have been sent; the connection broke before an answer.",
         Reason.ANSWER_UNUSABLE: "The PSP's answer could not be understood.",
         Reason.CONNECTOR_BUSY: "No connection to the PSP was free in time; nothing was sent.",
+        Reason.CONNECTOR_RATE_LIMITED: "The PSP's rate limiter turned it away; nothing was done.",
         Reason.REFERENCE_CANCELED: "Its reference was made unusable at the PSP.",
         Reason.RECOVERED: "Recovery took it over after its sender had died.",
         Reason.RESOLVED_BY_PERSON: "A person found out what became of it at the PSP.",

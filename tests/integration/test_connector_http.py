@@ -167,6 +167,30 @@ async def test_an_address_is_verified_as_such(
         assert (await post(client)).status == 200
 
 
+async def test_a_request_never_begins_within_one_that_was_answered_before_it_was_read(
+    clients: Clients,
+) -> None:
+    heard: list[asyncio.StreamWriter] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answers by the head alone, and leaves the body where it is."""
+        heard.append(writer)
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 429 Slow Down\r\nContent-Length: 2\r\n\r\n{}")
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0, limit=1024)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        client = clients(f"http://127.0.0.1:{port}")
+        # More than the socket's buffers on both sides hold.
+        assert (await post(client, bytes(32 << 20))).status == 429
+        assert (await post(client)).status == 429
+        await client.close()
+        for writer in heard:
+            writer.transport.abort()
+    assert len(heard) == 2
+
+
 async def test_long_requests_and_answers_pass_through_tls(
     ca: trustme.CA, ca_file: str, clients: Clients
 ) -> None:

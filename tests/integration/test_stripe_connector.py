@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from gateway.connectors.http import Response
 from gateway.connectors.stripe import answers
 from gateway.connectors.stripe.connector import API_VERSION, KEY_VALIDITY_S
 from gateway.domain.errors import Reason
@@ -24,6 +26,7 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
 )
+from gateway.routing.breakers import is_failure
 from gateway.routing.cascade import Next
 from gateway.routing.cascade import after as cascade_after
 from tests.connector_conformance import (
@@ -449,6 +452,55 @@ async def test_refused_request_failed_and_tells_stripes_code(psp: StripePsp) -> 
     assert outcome_of(answer).connector_code == "resource_missing"
 
 
+@pytest.mark.parametrize(
+    ("codes", "sent"),
+    [
+        (["rate_limit", "rate_limit"], False),
+        (["rate_limit", "lock_timeout"], True),
+        (["lock_timeout", "rate_limit"], True),
+    ],
+)
+async def test_what_the_rate_limiter_turned_away_each_time_was_surely_not_done(
+    psp: StripePsp, monkeypatch: pytest.MonkeyPatch, codes: list[str], sent: bool
+) -> None:
+    answers_left = list(codes)
+
+    async def limited(*_args: object, **_more: object) -> Response:
+        error = {"error": {"type": "invalid_request_error", "code": answers_left.pop(0)}}
+        return Response(429, json.dumps(error).encode(), {})
+
+    connector = psp.connect(5)
+    with monkeypatch.context() as patched:
+        patched.setattr(connector, "_request", limited)
+        answer = await send(connector, request_of())
+    assert not answers_left
+    if sent:
+        assert is_doubt(answer)
+        return
+    assert (answer.delivery, answer.verdict) == (Delivery.NOT_SENT, Verdict.UNKNOWN)
+    assert answer.reason is Reason.CONNECTOR_RATE_LIMITED
+    assert cascade_after(answer) is Next.ANOTHER
+    assert is_failure(answer)  # so that a breaker opens where it lasts
+
+
+async def test_a_refusal_after_the_rate_limiters_is_the_requests_own(
+    psp: StripePsp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector = psp.connect(5)
+    through = connector._request
+    left = [1]
+
+    async def limited_once(*args: Any, **more: Any) -> Response:
+        if left:
+            left.pop()
+            return Response(429, b'{"error": {"code": "rate_limit"}}', {})
+        return await through(*args, **more)
+
+    monkeypatch.setattr(connector, "_request", limited_once)
+    answer = await send(connector, request_of(K.CAPTURE, target_transaction_id="pi_none"))
+    assert (answer.delivery, answer.verdict) == (Delivery.ANSWERED, Verdict.FAILED)
+
+
 async def test_refused_credentials_fail_the_request(psp: StripePsp) -> None:
     answer = await send(psp.connect(5, secret_key="sk_test_another12345"), request_of())
     assert answer.verdict is Verdict.FAILED
@@ -481,6 +533,15 @@ async def test_card_number_in_a_message_is_masked(psp: StripePsp) -> None:
     answer = await send(psp.connector, request_of())
     assert answer.verdict is Verdict.DECLINED
     assert "4242424242424242" not in repr(answer)
+
+
+async def test_refund_of_a_capture_from_the_dashboard_names_the_payment(psp: StripePsp) -> None:
+    request = await prepared(psp, K.REFUND)
+    request.payment_transaction_id = request.target_transaction_id
+    request.target_transaction_id = "ch_from_the_dashboard"
+    answer = await send(psp.connector, request)
+    assert answer.verdict is Verdict.APPROVED
+    assert await psp.connector.query(K.REFUND, request.reference, request) == answer
 
 
 async def test_captured_payment_cannot_be_voided(psp: StripePsp) -> None:

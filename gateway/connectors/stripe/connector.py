@@ -156,16 +156,29 @@ class StripeConnector(HttpConnector):
         call = await self._prepare(request, send_before)
         if isinstance(call, ConnectorAnswer):
             return call
+        sendings = limited = 0
+
+        async def post(send_before: float, answer_before: float) -> Response:
+            nonlocal sendings, limited
+            sendings += 1
+            try:
+                response = await self._post(call, request.reference, send_before, answer_before)
+            except NotSent:
+                sendings -= 1
+                raise
+            limited += _is_rate_limited(response)
+            return response
+
         response, repeated = await self._request_and_repeat(
-            lambda send_before, answer_before: self._post(
-                call, request.reference, send_before, answer_before
-            ),
+            post,
             send_before,
             is_uncertain=_is_uncertain,
             # Stripe may say that a repeat is of no use ("Advanced error handling").
             may_repeat=lambda answer: answer.headers.get("stripe-should-retry") != "false",
         )
-        return self._answer(request, call, response, repeated=repeated)
+        if limited == sendings:
+            raise NotSent(Reason.CONNECTOR_RATE_LIMITED)
+        return self._answer(request, call, response, repeated=repeated and not limited)
 
     async def _prepare(
         self, request: ConnectorRequest, send_before: float
@@ -212,7 +225,7 @@ class StripeConnector(HttpConnector):
                 return _Call(f"/v1/payment_intents/{_id(request)}/cancel", b"")
             case K.REFUND:
                 form = {
-                    "payment_intent": request.target_transaction_id,
+                    "payment_intent": _intent_id(request),
                     "amount": str(_amount(request)),
                     f"metadata[{REFERENCE}]": request.reference,
                 }
@@ -391,7 +404,7 @@ class StripeConnector(HttpConnector):
     ) -> ConnectorAnswer | None:
         """By the list of the payment's refunds, which is read as it is."""
         query = {
-            "payment_intent": request.target_transaction_id,
+            "payment_intent": _intent_id(request),
             "limit": str(PAGE_LENGTH),
         }
         for _ in range(PAGES_MAX):
@@ -600,6 +613,14 @@ def _is_uncertain(response: Response) -> bool:
     return response.status in (409, 429) or response.status >= 500
 
 
+def _is_rate_limited(response: Response) -> bool:
+    """Whether the request was turned away before anything looked at it or its key: "rate limiters
+    run before the API's idempotency layer" ("Advanced error handling"). The code `lock_timeout`,
+    of the same status, comes later.
+    """
+    return response.status == 429 and answers.read_error(response).code == "rate_limit"
+
+
 def _encode(form: Mapping[str, str]) -> bytes:
     return urlencode(form).encode("ascii")
 
@@ -612,6 +633,13 @@ def _amount(request: ConnectorRequest) -> int:
 def _id(request: ConnectorRequest) -> str:
     """The id that a request acts on, fit for a path. Raises NotSent."""
     return quote(target_of(request), safe="")
+
+
+def _intent_id(refund: ConnectorRequest) -> str:
+    """The PaymentIntent that a refund is of. What it acts on may be a capture from Stripe's
+    Dashboard, which goes by its Charge.
+    """
+    return refund.payment_transaction_id or refund.target_transaction_id
 
 
 def _payment_method(request: ConnectorRequest) -> dict[str, str]:

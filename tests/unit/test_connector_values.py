@@ -1,0 +1,25 @@
+"""What a PSP says is kept bounded, and without card numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.connectors import values
+
+CARD = "4111111111111111"
+
+
+@pytest.mark.parametrize("card", [CARD, " - ".join(CARD), "4111\r\n1111\r\n1111\r\n1111"])
+@pytest.mark.parametrize("limit", [values.CODE_LENGTH_MAX, values.MESSAGE_LENGTH_MAX])
+def test_a_card_number_is_masked_wherever_the_text_is_cut(card: str, limit: int) -> None:
+    for before in range(limit - len(card) - 1, limit + 2):
+        text = values.text(f"{'x' * before} {card} declined", limit)
+        assert len(text) <= limit
+        digits = "".join(filter(str.isdigit, text))
+        assert len(digits) <= 4, before
+
+
+def test_a_text_is_cut_to_its_length_and_what_is_none_is_empty() -> None:
+    assert values.text("x" * 300) == "x" * values.CODE_LENGTH_MAX
+    assert values.text("a\x00b\u200b") == "ab"
+    assert values.text(None) == values.text(5) == ""
