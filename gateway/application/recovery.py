@@ -32,7 +32,6 @@ from gateway.application.usecases import Outcomes, connector_request
 from gateway.domain import decisions, states
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
-    CaptureMethod,
     ConnectorAnswer,
     Delivery,
     DoubtCause,
@@ -296,7 +295,7 @@ class Recovery:
         if lease.operation.origin is OperationOrigin.GATEWAY:
             return await self._release(lease, connector)
         capabilities = connector.capabilities
-        charged = _takes_charge_back(payment)
+        charged = decisions.takes_charge_back(payment)
         acknowledged = lease.operation.attempt.delivery is Delivery.ANSWERED
         if capabilities.tells_by_notification and acknowledged and not charged:
             return None  # a notification tells
@@ -353,7 +352,7 @@ class Recovery:
     async def _bounce_what_was_voided(self, lease: Lease, evidence: ConnectorAnswer) -> None:
         """The charge of an automatic authorization that was voided in flight is gone too."""
         is_void = lease.operation.kind is K.VOID and decisions.event_of(evidence) is Event.APPROVED
-        if is_void and _takes_charge_back(lease.aggregate.payment):
+        if is_void and decisions.takes_charge_back(lease.aggregate.payment):
             await self._bounce_captures(lease, evidence)
 
     async def _bounce_captures(self, lease: Lease, answer: ConnectorAnswer) -> None:
@@ -431,11 +430,6 @@ class Recovery:
         schedule = self._schedule
         pause_s: float = schedule.backoff_s_min * 2 ** min(tries, 30)
         return min(pause_s, schedule.backoff_s_max) * random.uniform(0.8, 1.2)
-
-
-def _takes_charge_back(payment: Payment) -> bool:
-    """Whether a void was asked for while the authorization, and its capture, were in flight."""
-    return payment.cancel_requested and payment.capture_method is CaptureMethod.AUTOMATIC
 
 
 def _is_last_word(lease: Lease, connector: Connector, evidence: ConnectorAnswer) -> bool:

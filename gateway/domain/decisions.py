@@ -209,6 +209,13 @@ def begin_void(aggregate: Aggregate, origin: Origin, note: str) -> Begun:
     )
 
 
+def takes_charge_back(payment: Payment) -> bool:
+    """Whether a void was asked for while the authorization, and its capture, were in flight: it
+    is the charge that is given back then, as a whole.
+    """
+    return payment.cancel_requested and payment.capture_method is _AUTOMATIC
+
+
 def begin_refund(
     aggregate: Aggregate,
     origin: Origin,
@@ -789,6 +796,9 @@ def _check_matrix(kind: K, aggregate: Aggregate) -> Beside:
         if operation.state not in states.UNFINISHED:
             continue
         beside = states.may_start_beside(kind, operation.kind, operation.state)
+        if kind is K.REFUND and operation.kind is K.VOID and takes_charge_back(aggregate.payment):
+            # It gives back the whole charge: the refund would be given besides.
+            beside = Beside.REFUSED
         if beside is Beside.REFUSED:
             raise refuse(
                 Reason.OPERATION_IN_PROGRESS,

@@ -73,7 +73,9 @@ a payment, and a `REVERSAL` is begun by the gateway alone: they have no rows.
 
 _AMOUNTS = """\
 Whatever the matrix says, a `MANUAL` payment takes one capture, and every amount is held to
-`captured + capture_pending <= authorized` and `refunded + refund_pending <= captured`.
+`captured + capture_pending <= authorized` and `refunded + refund_pending <= captured`. No `REFUND`
+starts beside a `VOID` that was asked for while an `AUTOMATIC` authorization was in flight: that
+void gives the whole charge back.
 """
 
 

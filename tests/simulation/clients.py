@@ -158,9 +158,9 @@ class Clients:
             void = _Request(
                 Call(cancel.idempotency_key, K.VOID, "", None), cancel.SerializeToString()
             )
-            await asyncio.gather(authorizing, self._later(void))
-            return
-        answer = await authorizing
+            answer, _ = await asyncio.gather(authorizing, self._later(void))
+        else:
+            answer = await authorizing
         if answer is None or not await self._succeeds(answer):
             return
         for kind, amount in self._plan(method, amount_minor):

@@ -272,6 +272,20 @@ async def charge_voided_in_flight(capabilities: Capabilities) -> tuple[NotifiedB
     return gateway, (await call).payment_id
 
 
+async def test_no_refund_starts_beside_the_void_that_gives_the_whole_charge_back() -> None:
+    gateway, payment_id = await charge_voided_in_flight(CAPABLE)
+    assert payment_of(gateway, payment_id).state is PaymentState.CAPTURED
+    for amount_minor in (None, 40):
+        refund = gateway.refund(payment_id, amount_minor=amount_minor)
+        with pytest.raises(GatewayError) as refused:
+            await gateway.payments.refund(refund)
+        assert refused.value.reason is Reason.OPERATION_IN_PROGRESS
+    await gateway.recover()
+    assert only(gateway, payment_id, K.VOID).state is S.SUCCEEDED
+    assert payment_of(gateway, payment_id).captured_minor == 0
+    assert findings(gateway, payment_id) == []
+
+
 @pytest.mark.parametrize("capabilities", [CAPABLE, TELLING])
 async def test_the_capture_of_a_charge_that_was_voided_in_flight_is_no_news(
     capabilities: Capabilities,
