@@ -124,6 +124,13 @@ class DoubtRow:
         """Whether evidence came since the last lease."""
         return self.evidence is not None and not self.evidence_leased
 
+    def is_evidence_for_more_than(self, operation: Operation) -> bool:
+        """Whether it outlasts an outcome of the operation: unseen, or of an earlier attempt."""
+        return self.evidence is not None and (
+            not self.evidence_leased
+            or self.evidence.attempt_number not in (None, operation.attempt.number)
+        )
+
 
 def owned(operation: Operation) -> Operation:
     """A copy of an operation that shares nothing with it that anybody changes."""
@@ -270,9 +277,7 @@ class MemoryStore:
                 check_after_s = change.recover_after_s
         row = self.doubts.get(key)
         if check_after_s is None:
-            if row is not None and row.has_unseen_evidence:
-                row.cancel_begun = False
-            elif row is not None:
+            if row is not None and not row.is_evidence_for_more_than(change.operation):
                 del self.doubts[key]
             return
         check_at = self.now + timedelta(seconds=check_after_s)
@@ -282,6 +287,8 @@ class MemoryStore:
             sending = change.operation.state is OperationState.PROCESSING
             row.check_at = self.now if row.has_unseen_evidence and not sending else check_at
             row.lease_until = None
+            if change.operation.epoch != change.expected_epoch:
+                row.cancel_begun = False
 
     # --- reads ---
 

@@ -153,6 +153,20 @@ def outcome(
     )
 
 
+def restarted(
+    operation: Operation, payment: Payment, *, recover_after_s: float = NEVER_S
+) -> Change:
+    """The change by which a repeat begins the next attempt of what was not sent."""
+    attempt = Attempt(operation.attempt.number + 1, "simulator", "a")
+    return outcome(
+        operation,
+        payment,
+        OperationState.PROCESSING,
+        changed_operation={"epoch": operation.epoch + 1, "response": None, "attempt": attempt},
+        recover_after_s=recover_after_s,
+    )
+
+
 def capture(payment: Payment, amount_minor: int = 1_000, key: str | None = None) -> Intent:
     """The intent of a capture, with its reservation."""
     operation = authorize(payment.merchant_id, key, amount_minor=amount_minor).operation

@@ -553,6 +553,7 @@ class PostgresStore:
         await self._direct.fetch(
             _FORGET,
             merchant_id=operation.merchant_id,
+            payment_id=operation.payment_id,
             operation_id=operation.operation_id,
             unfinished=_UNFINISHED,
         )

@@ -65,6 +65,7 @@ from tests.store_data import (
     authorized,
     capture,
     outcome,
+    restarted,
     stored,
 )
 
@@ -756,13 +757,7 @@ async def test_a_new_attempt_of_an_old_operation_has_its_recovery_too(
     await store.write_intent(intent)
     await store.write_change(outcome(intent.operation, intent.payment, S.NOT_SENT))
     operation, payment = await stored(store, intent.operation)
-    restart = outcome(
-        operation,
-        payment,
-        S.PROCESSING,
-        changed_operation={"epoch": 2, "response": None, "attempt": Attempt(2, "simulator", "a")},
-        recover_after_s=-1.0,
-    )
+    restart = restarted(operation, payment, recover_after_s=-1.0)
     assert await store.write_change(restart) is Stored.WRITTEN
     fetch(dsn, "UPDATE recovery_watermark SET created_before = now()")
     [lease] = await due(store)
@@ -782,12 +777,7 @@ async def test_evidence_of_an_earlier_attempt_leaves_the_new_ones_sender_its_tim
     settled = outcome(lease.operation, lease.aggregate.payment, S.NOT_SENT)
     assert await store.write_change(settled) is Stored.WRITTEN
     operation, payment = await stored(store, intent.operation)
-    attempt = Attempt(2, "simulator", "a")
-    again = {"epoch": operation.epoch + 1, "response": None, "attempt": attempt}
-    restart = outcome(
-        operation, payment, S.PROCESSING, changed_operation=again, recover_after_s=NEVER_S
-    )
-    assert await store.write_change(restart) is Stored.WRITTEN
+    assert await store.write_change(restarted(operation, payment)) is Stored.WRITTEN
     # An answer to an attempt that is over is no evidence for the present one: its sender, who held
     # the operation as it was, hears that, and reverses a success at once.
     assert not await store.add_evidence(lease.operation, ANSWER)
@@ -840,6 +830,29 @@ async def test_a_fenced_out_senders_answer_is_handed_to_recovery(store: Postgres
     await store.write_change(outcome(again.operation, again.aggregate.payment))
     assert (await store.count_doubts())[0] == 0
     assert not await store.add_evidence(again.operation, ANSWER)
+
+
+async def test_evidence_of_an_attempt_outlasts_a_recoverer_that_died_and_the_next_ones_success(
+    store: PostgresStore,
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    evidence = replace(ANSWER, attempt_number=1)
+    assert await store.add_evidence(intent.operation, evidence)
+    change = outcome(intent.operation, intent.payment, S.NOT_SENT)
+    assert await store.write_change(change) is Stored.WRITTEN
+    [seen] = await due(store, lease_s=0)  # by a recoverer that dies before it reverses it
+    assert seen.evidence == evidence
+    operation, payment = await stored(store, intent.operation)
+    assert await store.write_change(restarted(operation, payment)) is Stored.WRITTEN
+    operation, payment = await stored(store, intent.operation)
+    assert await store.write_change(outcome(operation, payment)) is Stored.WRITTEN
+    await store.hasten(operation)
+    [again] = await due(store)
+    assert (again.operation.state, again.operation.attempt.number) == (S.SUCCEEDED, 2)
+    assert again.evidence == evidence
+    await store.forget(again.operation)
+    assert (await store.count_doubts())[0] == 0
 
 
 async def test_evidence_is_refused_where_the_operation_was_taken_over_since_it_was_read(

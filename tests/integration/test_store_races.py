@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -14,6 +15,7 @@ import pytest
 
 from gateway.application.ports import IntentResult, Stored, StoreUnavailable
 from gateway.domain import ids
+from gateway.domain.errors import Reason
 from gateway.domain.model import (
     ConnectorAnswer,
     Delivery,
@@ -22,8 +24,11 @@ from gateway.domain.model import (
     Payment,
     Verdict,
 )
-from storage.postgres import LaneLimits, PostgresStore
+from storage.postgres import LaneLimits, PostgresStore, rows
+from storage.postgres.lanes import LaneRow
 from storage.postgres.pool import ConnectionSettings, connect
+from storage.postgres.queries import run
+from storage.postgres.store import _ADD_EVIDENCE, _UNFINISHED, _write_changes
 from tests.servers import fetch, postgres_server
 from tests.store_data import (
     MERCHANT,
@@ -32,6 +37,7 @@ from tests.store_data import (
     authorized,
     capture,
     outcome,
+    restarted,
     stored,
 )
 
@@ -65,6 +71,18 @@ class Failures:
 
     def batch_failed(self, lane: str, rows: int, failure: Failure) -> None:
         self.seen.append((lane, failure))
+
+
+@asynccontextmanager
+async def transaction(dsn: str) -> AsyncIterator[tuple[Any, Callable[[], Awaitable[None]]]]:
+    """A connection as the store's are, within a transaction, and how to commit it."""
+    connection = await connect(ConnectionSettings(dsn), "test")
+    open_ = connection.transaction()
+    await open_.start()
+    try:
+        yield connection, open_.commit
+    finally:
+        await connection.close()
 
 
 # --- deadlocks ---
@@ -260,6 +278,68 @@ async def test_evidence_waits_for_a_change_and_is_refused_by_its_definite_outcom
             await holder.execute("UPDATE operations SET state = $1", int(S.NOT_SENT))
         assert not await asyncio.wait_for(adding, WAIT_S)
         assert (await store.count_doubts())[0] == 0
+
+
+async def test_what_recovery_forgets_is_never_an_attempt_that_begins_at_that_moment(
+    dsn: str,
+) -> None:
+    async with PostgresStore(dsn) as store, transaction(dsn) as (holder, committed):
+        intent = authorize(recover_after_s=-1)
+        await store.write_intent(intent)
+        assert await store.expired(10) == 1
+        change = outcome(intent.operation, intent.payment, S.NOT_SENT)
+        assert await store.write_change(change) is Stored.WRITTEN
+        [lease] = await store.lease(10, NEVER_S)
+        operation, payment = await stored(store, intent.operation)
+        change = restarted(operation, payment, recover_after_s=-1)
+        await _write_changes(holder, [LaneRow(change, time.monotonic() + WAIT_S)])
+        forgetting = asyncio.ensure_future(store.forget(lease.operation))
+        await until_waiting(dsn)
+        await committed()
+        await asyncio.wait_for(forgetting, WAIT_S)
+        [found] = await store.lease(10, NEVER_S)
+        assert (found.operation.state, found.operation.attempt.number) == (S.PROCESSING, 2)
+
+
+async def test_that_an_attempt_was_being_cancelled_is_forgotten_with_it_whatever_comes_between(
+    dsn: str,
+) -> None:
+    answer = ConnectorAnswer(Delivery.NOT_SENT, reason=Reason.CONNECT_FAILED, attempt_number=1)
+    async with PostgresStore(dsn) as store, transaction(dsn) as (holder, committed):
+        intent = authorize()
+        await store.write_intent(intent)
+        await store.write_change(
+            outcome(intent.operation, intent.payment, S.IN_DOUBT, check_after_s=-1)
+        )
+        [lease] = await store.lease(10, NEVER_S)
+        assert await store.begin_cancel(lease.operation)
+        operation, payment = await stored(store, intent.operation)
+        added = await run(
+            holder,
+            _ADD_EVIDENCE,
+            merchant_id=operation.merchant_id,
+            payment_id=operation.payment_id,
+            operation_id=operation.operation_id,
+            attempt_number=1,
+            epoch=operation.epoch,
+            evidence=rows.answer_json(answer),
+            unfinished=_UNFINISHED,
+        )
+        assert added
+        settling = asyncio.ensure_future(
+            store.write_change(outcome(operation, payment, S.NOT_SENT))
+        )
+        await until_waiting(dsn)
+        await committed()
+        assert await asyncio.wait_for(settling, WAIT_S) is Stored.WRITTEN
+        # The client repeats, and the next attempt waits for its customer.
+        operation, payment = await stored(store, operation)
+        await store.write_change(restarted(operation, payment))
+        operation, payment = await stored(store, operation)
+        await store.write_change(outcome(operation, payment, S.REQUIRES_ACTION, check_after_s=-1))
+        [lease] = await store.lease(10, NEVER_S)
+        assert lease.operation.attempt.number == 2
+        assert not lease.cancel_begun
 
 
 # --- lost answers ---

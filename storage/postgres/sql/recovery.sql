@@ -181,15 +181,26 @@ WHERE merchant_id = :merchant_id::text
     AND (check_at > now()) IS TRUE;
 
 -- :name forget
--- Only what is definite, and only where no evidence has come since the lease.
+-- Only what is definite, and only where no evidence has come since the lease. The payment is locked first
+-- and the operation looked at under the lock, so that no attempt can begin meanwhile that is forgotten
+-- with it.
 DELETE FROM doubts AS doubt
-USING operations AS operation
+USING (
+    SELECT merchant_id, payment_id
+    FROM payments
+    WHERE merchant_id = :merchant_id::text AND payment_id = :payment_id::text
+    FOR NO KEY UPDATE
+) AS payment
+CROSS JOIN LATERAL (
+    SELECT FROM operations
+    WHERE merchant_id = payment.merchant_id
+        AND operation_id = :operation_id::text
+        AND state <> ALL (:unfinished::int2[])
+    FOR NO KEY UPDATE
+) AS operation
 WHERE doubt.merchant_id = :merchant_id::text
     AND doubt.operation_id = :operation_id::text
-    AND (doubt.evidence IS NULL OR doubt.evidence_leased)
-    AND operation.merchant_id = doubt.merchant_id
-    AND operation.operation_id = doubt.operation_id
-    AND operation.state <> ALL (:unfinished::int2[]);
+    AND (doubt.evidence IS NULL OR doubt.evidence_leased);
 
 -- :name add_evidence
 -- The payment is locked first and the operation looked at under the lock, so that no change can

@@ -174,27 +174,32 @@ doubted AS (
             ) THEN now()
             ELSE excluded.check_at
         END,
+        -- What was begun to be cancelled is an attempt. It is here that the next one begins, on the
+        -- row as it is by now, whoever changed it last.
+        cancel_begun = doubt.cancel_begun AND NOT EXISTS (
+            SELECT FROM changed
+            WHERE changed.merchant_id = excluded.merchant_id
+                AND changed.operation_id = excluded.operation_id
+                AND changed.epoch <> changed.expected_epoch
+        ),
         lease_until = NULL
 ),
 forgotten AS (
+    -- A recoverer that has seen the evidence of an earlier attempt may have died before it acted on it.
     DELETE FROM doubts AS doubt
     USING changed
     WHERE doubt.merchant_id = changed.merchant_id
         AND doubt.operation_id = changed.operation_id
         AND changed.check_after_s IS NULL
-        AND (doubt.evidence IS NULL OR doubt.evidence_leased)
-),
-kept AS (
-    -- For the evidence alone: what was begun to be cancelled has ended, and another attempt may begin.
-    UPDATE doubts AS doubt
-    SET cancel_begun = false
-    FROM changed
-    WHERE doubt.merchant_id = changed.merchant_id
-        AND doubt.operation_id = changed.operation_id
-        AND changed.check_after_s IS NULL
-        AND doubt.evidence IS NOT NULL
-        AND NOT doubt.evidence_leased
-        AND doubt.cancel_begun
+        AND (
+            doubt.evidence IS NULL
+            OR (
+                doubt.evidence_leased
+                AND coalesce(
+                    (doubt.evidence ->> 'attempt_number')::int4, changed.attempt_number
+                ) = changed.attempt_number
+            )
+        )
 )
 SELECT array(SELECT operation_id FROM changed) AS changed;
 
