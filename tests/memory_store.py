@@ -309,12 +309,24 @@ class MemoryStore:
         await self.before("find_by_key")
         return self._found(self._with_key(merchant_id, idempotency_key))
 
-    async def find_operation(self, merchant_id: str, operation_id: str) -> Found | None:
+    async def find_operation(
+        self,
+        merchant_id: str,
+        operation_id: str,
+        *,
+        for_outcome: bool = False,
+    ) -> Found | None:
         """See the port."""
         await self.before("find_operation")
         return self._found(self.operations.get((merchant_id, operation_id)))
 
-    async def load(self, merchant_id: str, payment_id: str) -> Aggregate | None:
+    async def load(
+        self,
+        merchant_id: str,
+        payment_id: str,
+        *,
+        for_outcome: bool = False,
+    ) -> Aggregate | None:
         """See the port."""
         await self.before("load")
         if (merchant_id, payment_id) not in self.payments:

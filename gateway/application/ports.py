@@ -402,11 +402,17 @@ class Store(Protocol):
     async def find_by_key(self, merchant_id: str, idempotency_key: str) -> Found | None:
         """The operation that has this idempotency key."""
 
-    async def find_operation(self, merchant_id: str, operation_id: str) -> Found | None:
-        """The operation with this id."""
+    async def find_operation(
+        self, merchant_id: str, operation_id: str, *, for_outcome: bool = False
+    ) -> Found | None:
+        """The operation with this id. `for_outcome`: whoever asks has a PSP's answer in hand, so it
+        is never refused for lack of room, and repeated for as long as a change is.
+        """
 
-    async def load(self, merchant_id: str, payment_id: str) -> Aggregate | None:
-        """A payment with all its operations."""
+    async def load(
+        self, merchant_id: str, payment_id: str, *, for_outcome: bool = False
+    ) -> Aggregate | None:
+        """A payment with all its operations. `for_outcome`: see `find_operation`."""
 
     async def list_payments(self, filter_: ListFilter) -> Page:
         """A page of payments."""

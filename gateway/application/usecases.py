@@ -862,9 +862,7 @@ class Outcomes:
                 return await self._fenced_out(owned, answer)
             if await self._commit(operation, payment, settled) is _WRITTEN:
                 return Found(settled.operation, settled.payment)
-            found = await self._store.find_operation(owned.merchant_id, owned.operation_id)
-            if found is None:
-                raise StoreUnavailable("the operation's row is missing")
+            found = await self._present(owned)
             operation, payment = found.operation, found.payment
             if (operation.epoch, operation.attempt.number) != (owned.epoch, owned.attempt.number):
                 return await self._fenced_out(owned, answer)
@@ -903,9 +901,7 @@ class Outcomes:
             )
             if await self._commit(operation, payment, settled, record) is Stored.WRITTEN:
                 return Found(settled.operation, settled.payment)
-            again = await self._store.find_operation(operation.merchant_id, operation.operation_id)
-            if again is None:
-                raise StoreUnavailable("the operation's row is missing")
+            again = await self._present(operation)
             found = again
 
     async def accept_cancel_request(self, operation: Operation, payment: Payment) -> Found:
@@ -917,9 +913,7 @@ class Outcomes:
             )
             if await self._commit(operation, payment, settled) is Stored.WRITTEN:
                 return Found(settled.operation, settled.payment)
-            found = await self._store.find_operation(owned.merchant_id, owned.operation_id)
-            if found is None:
-                raise StoreUnavailable("the operation's row is missing")
+            found = await self._present(owned)
             operation, payment = found.operation, found.payment
             if operation.epoch != owned.epoch or operation.state is not OperationState.PROCESSING:
                 return found
@@ -929,9 +923,7 @@ class Outcomes:
     ) -> None:
         """Begin the durable reversal of a success that must not stand, once for each attempt."""
         while True:
-            aggregate = await self._store.load(operation.merchant_id, operation.payment_id)
-            if aggregate is None:
-                raise StoreUnavailable("the payment's row is missing")
+            aggregate = await self._whole(operation.merchant_id, operation.payment_id)
             reference = f"{operation.operation_id}-{attempt_number}"
             if any(
                 other.kind is OperationKind.REVERSAL and other.note == reference
@@ -970,9 +962,7 @@ class Outcomes:
     ) -> None:
         """Write what a later answer makes of an operation, whoever owns it, where it does."""
         while True:
-            found = await self._store.find_operation(operation.merchant_id, operation.operation_id)
-            if found is None:
-                raise StoreUnavailable("the operation's row is missing")
+            found = await self._present(operation)
             if found.operation.attempt.number != operation.attempt.number:
                 return  # a repeat has executed since, and this is nothing of its attempt
             settled = decide(
@@ -993,9 +983,7 @@ class Outcomes:
         False where that is nothing. Raises StoreUnavailable.
         """
         while True:
-            aggregate = await self._store.load(merchant_id, payment_id)
-            if aggregate is None:
-                raise StoreUnavailable("the payment's row is missing")
+            aggregate = await self._whole(merchant_id, payment_id)
             at = self._clock.after(aggregate.payment.updated_at)
             settled = decide(aggregate, at, ids.new_operation_id())
             if settled is None:
@@ -1056,6 +1044,22 @@ class Outcomes:
     def _companions(self, settled: Settled) -> list[Companion]:
         return [self._companion(each, settled.payment) for each in settled.companions]
 
+    async def _present(self, operation: Operation) -> Found:
+        """The operation as it is now. Raises StoreUnavailable."""
+        found = await self._store.find_operation(
+            operation.merchant_id, operation.operation_id, for_outcome=True
+        )
+        if found is None:
+            raise StoreUnavailable("the operation's row is missing")
+        return found
+
+    async def _whole(self, merchant_id: str, payment_id: str) -> Aggregate:
+        """The payment as it is now. Raises StoreUnavailable."""
+        aggregate = await self._store.load(merchant_id, payment_id, for_outcome=True)
+        if aggregate is None:
+            raise StoreUnavailable("the payment's row is missing")
+        return aggregate
+
     def _companion(self, operation: Operation, payment: Payment) -> Companion:
         event_id, event_type = ids.new_event_id(), _event_type(operation)
         _, event = self._encoder.change(event_id, event_type, operation, payment)
@@ -1065,9 +1069,7 @@ class Outcomes:
         """Another owner has the operation. A definite answer is a fact, and is never dropped."""
         event = decisions.event_of(answer)
         while True:
-            found = await self._store.find_operation(owned.merchant_id, owned.operation_id)
-            if found is None:
-                raise StoreUnavailable("the operation's row is missing")
+            found = await self._present(owned)
             current = found.operation
             if event is Event.DOUBTED:
                 return found

@@ -547,13 +547,18 @@ class _TracedStore:
         """See Store."""
         return await self._read(self._inner.find_by_key(merchant_id, idempotency_key))
 
-    async def find_operation(self, merchant_id: str, operation_id: str) -> Found | None:
+    async def find_operation(
+        self, merchant_id: str, operation_id: str, *, for_outcome: bool = False
+    ) -> Found | None:
         """See Store."""
-        return await self._read(self._inner.find_operation(merchant_id, operation_id))
+        reading = self._inner.find_operation(merchant_id, operation_id, for_outcome=for_outcome)
+        return await self._read(reading)
 
-    async def load(self, merchant_id: str, payment_id: str) -> Aggregate | None:
+    async def load(
+        self, merchant_id: str, payment_id: str, *, for_outcome: bool = False
+    ) -> Aggregate | None:
         """See Store."""
-        return await self._read(self._inner.load(merchant_id, payment_id))
+        return await self._read(self._inner.load(merchant_id, payment_id, for_outcome=for_outcome))
 
     async def list_payments(self, filter_: ListFilter) -> Page:
         """See Store."""

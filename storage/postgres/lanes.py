@@ -201,10 +201,14 @@ class DirectLane:
         return self._lane.depth
 
     async def run(
-        self, call: Callable[[Connection], Awaitable[T]], *, retry_s_max: float | None = None
+        self,
+        call: Callable[[Connection], Awaitable[T]],
+        *,
+        reserved: bool = False,
+        retry_s_max: float | None = None,
     ) -> T:
         """What `call` returns; it may be repeated. Raises as PostgresLane.put."""
-        return cast(T, await self._lane.put(call, retry_s_max=retry_s_max))
+        return cast(T, await self._lane.put(call, reserved=reserved, retry_s_max=retry_s_max))
 
     async def fetch(self, statement: Query, /, **values: object) -> list[asyncpg.Record]:
         """The rows of a statement, its parameters given by name. Otherwise as `run`."""

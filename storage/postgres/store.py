@@ -371,13 +371,25 @@ class PostgresStore:
         """See Store."""
         return _found(await self._reads.put((_FIND_BY_KEY, merchant_id, idempotency_key)))
 
-    async def find_operation(self, merchant_id: str, operation_id: str) -> Found | None:
+    async def find_operation(
+        self, merchant_id: str, operation_id: str, *, for_outcome: bool = False
+    ) -> Found | None:
         """See Store."""
-        return _found(await self._reads.put((_FIND_OPERATION, merchant_id, operation_id)))
+        return _found(
+            await self._look_up(
+                (_FIND_OPERATION, merchant_id, operation_id), for_outcome=for_outcome
+            )
+        )
 
-    async def load(self, merchant_id: str, payment_id: str) -> Aggregate | None:
+    async def load(
+        self, merchant_id: str, payment_id: str, *, for_outcome: bool = False
+    ) -> Aggregate | None:
         """See Store."""
-        return await self._reads.put((_LOAD, merchant_id, payment_id))
+        return await self._look_up((_LOAD, merchant_id, payment_id), for_outcome=for_outcome)
+
+    async def _look_up(self, read: "_Read", *, for_outcome: bool) -> Aggregate | None:
+        retry_s_max = self._outcome_retry_s_max if for_outcome else None
+        return await self._reads.put(read, reserved=for_outcome, retry_s_max=retry_s_max)
 
     async def list_payments(self, filter_: ListFilter) -> Page:
         """See Store. A page may be short, or empty, and yet not be the last one."""
@@ -425,7 +437,7 @@ class PostgresStore:
     # --- recovery ---
 
     async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
-        """See Store. Repeated for as long as an outcome is."""
+        """See Store. Repeated for as long as an outcome is, and as an outcome never refused."""
 
         async def add(connection: Connection) -> bool:
             added = await run(
@@ -441,7 +453,7 @@ class PostgresStore:
             )
             return bool(added)
 
-        return await self._direct.run(add, retry_s_max=self._outcome_retry_s_max)
+        return await self._direct.run(add, reserved=True, retry_s_max=self._outcome_retry_s_max)
 
     async def expired(self, limit: int) -> int:
         """See Store. 0 also while another gateway is looking."""

@@ -7,13 +7,14 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
 
-from gateway.application.ports import IntentResult, Stored, StoreUnavailable
+from gateway.application.ports import Change, IntentResult, Stored, StoreUnavailable
 from gateway.domain import ids
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
@@ -28,7 +29,8 @@ from storage.postgres import LaneLimits, PostgresStore, rows
 from storage.postgres.lanes import LaneRow
 from storage.postgres.pool import ConnectionSettings, connect
 from storage.postgres.queries import run
-from storage.postgres.store import _ADD_EVIDENCE, _UNFINISHED, _write_changes
+from storage.postgres.store import _ADD_EVIDENCE, _UNFINISHED, DIRECT, _write_changes
+from tests.memory_store import INCAPABLE, Bench, ScriptedConnector
 from tests.servers import fetch, postgres_server
 from tests.store_data import (
     MERCHANT,
@@ -43,6 +45,7 @@ from tests.store_data import (
 
 if TYPE_CHECKING:
     from storage.batching import Failure
+    from tests.memory_store import MemoryStore
     from tests.servers import PostgresForTests
 
 S = OperationState
@@ -340,6 +343,42 @@ async def test_that_an_attempt_was_being_cancelled_is_forgotten_with_it_whatever
         [lease] = await store.lease(10, NEVER_S)
         assert lease.operation.attempt.number == 2
         assert not lease.cancel_begun
+
+
+async def test_every_answer_in_hand_is_kept_where_another_gateway_took_all_of_them_over(
+    dsn: str,
+) -> None:
+    """More of them at once than the lane of rare calls has room for."""
+    calls = DIRECT.queue_max + 50
+    psp = ScriptedConnector(replace(INCAPABLE, answer_timeout_s=0.0))
+    async with PostgresStore(dsn) as near, PostgresStore(dsn) as far:
+        here, there = (Bench(psp, store=cast("MemoryStore", each)) for each in (near, far))
+        reached, back = asyncio.Semaphore(0), asyncio.Event()
+        write = near.write_change
+
+        async def cut_off(change: Change) -> Stored:
+            reached.release()
+            await back.wait()
+            return await write(change)
+
+        near.write_change = cut_off  # type: ignore[method-assign]
+        answers = [
+            asyncio.ensure_future(here.payments.authorize(here.authorize(f"key-{number}")))
+            for number in range(calls)
+        ]
+        for _ in range(calls):
+            await reached.acquire()
+        past = "now() - interval '1 second'"
+        await asyncio.to_thread(fetch, dsn, f"UPDATE operations SET recover_after = {past}")
+        while (await far.count_doubts())[0] < calls:
+            await there.recovery.run_once()
+        back.set()
+        await asyncio.gather(*answers)  # which raises what one of them was refused for
+        while await there.recovery.run_once():
+            pass
+        states = await asyncio.to_thread(fetch, dsn, "SELECT DISTINCT state FROM operations")
+        assert [S(row["state"]) for row in states] == [S.SUCCEEDED]
+        assert (await far.count_doubts())[0] == 0
 
 
 # --- lost answers ---

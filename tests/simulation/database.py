@@ -336,14 +336,20 @@ class SimulatedStore:
         found: Found | None = await self._reads.put(("by_key", merchant_id, idempotency_key))
         return found
 
-    async def find_operation(self, merchant_id: str, operation_id: str) -> Found | None:
+    async def find_operation(
+        self, merchant_id: str, operation_id: str, *, for_outcome: bool = False
+    ) -> Found | None:
         """See the port."""
-        found: Found | None = await self._reads.put(("operation", merchant_id, operation_id))
+        read = ("operation", merchant_id, operation_id)
+        found: Found | None = await self._reads.put(read, reserved=for_outcome)
         return found
 
-    async def load(self, merchant_id: str, payment_id: str) -> Aggregate | None:
+    async def load(
+        self, merchant_id: str, payment_id: str, *, for_outcome: bool = False
+    ) -> Aggregate | None:
         """See the port."""
-        loaded: Aggregate | None = await self._reads.put(("load", merchant_id, payment_id))
+        read = ("load", merchant_id, payment_id)
+        loaded: Aggregate | None = await self._reads.put(read, reserved=for_outcome)
         return loaded
 
     async def list_payments(self, filter_: ListFilter) -> Page:
@@ -425,7 +431,7 @@ async def _write_changes(connection: Any, batch: Sequence[LaneRow[Change]]) -> S
 
 async def _read(connection: Any, batch: Sequence[LaneRow[_Read]]) -> Sequence[Any]:
     def look(database: Database) -> list[Any]:
-        methods = {
+        methods: dict[str, Any] = {
             "by_key": database.find_by_key,
             "operation": database.find_operation,
             "load": database.load,
