@@ -15,6 +15,7 @@ from gateway.domain.model import (
     Mode,
     Operation,
     OperationKind,
+    OperationState,
     Outcome,
     PaymentState,
     Verdict,
@@ -187,6 +188,13 @@ def answer_of_person(operation: Operation, decision: Resolution) -> ConnectorAns
         raise refuse(
             Reason.OUTCOME_NOT_ALLOWED,
             "A reversal is repeated until it took effect; nothing else can be said of it.",
+            operation_kind=kind.name,
+        )
+    if outcome is DoubtOutcome.NO_EFFECT and operation.state is OperationState.PENDING:
+        # It was accepted, so that a repeat of the call does not execute it again.
+        raise refuse(
+            Reason.OUTCOME_NOT_ALLOWED,
+            "The void was accepted: it is FAILED where it has no effect.",
             operation_kind=kind.name,
         )
     begins = kind in (OperationKind.AUTHORIZE, OperationKind.VERIFY)

@@ -209,7 +209,12 @@ class Recovery:
         """Look again later; seldom where recovery has asked often enough, and a person has to."""
         operation, schedule = lease.operation, self._schedule
         cause = _cause(lease, connector)
-        is_given_up = operation.state is S.IN_DOUBT and lease.tries + 1 >= schedule.tries_max
+        is_overdue = decisions.is_unconfirmed(operation) and cause is not (
+            DoubtCause.WAITS_FOR_OPERATION
+        )
+        is_given_up = lease.tries + 1 >= schedule.tries_max and (
+            operation.state is S.IN_DOUBT or is_overdue
+        )
         needs_person = is_given_up or (
             operation.state is S.IN_DOUBT and cause is DoubtCause.NO_MEANS
         )
@@ -346,19 +351,14 @@ class Recovery:
             answer = await self._repeat(lease, connector, K.REVERSAL)
             if decisions.event_of(answer) is not Event.APPROVED:
                 return None
-        await self._bounce_captures(lease, answer)
+        await self._outcomes.bounce_captures(lease.aggregate, answer)
         return ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED, answer.outcome)
 
     async def _bounce_what_was_voided(self, lease: Lease, evidence: ConnectorAnswer) -> None:
         """The charge of an automatic authorization that was voided in flight is gone too."""
         is_void = lease.operation.kind is K.VOID and decisions.event_of(evidence) is Event.APPROVED
         if is_void and decisions.takes_charge_back(lease.aggregate.payment):
-            await self._bounce_captures(lease, evidence)
-
-    async def _bounce_captures(self, lease: Lease, answer: ConnectorAnswer) -> None:
-        for capture in lease.aggregate.operations:
-            if capture.kind is K.CAPTURE and capture.state is S.SUCCEEDED:
-                await self._outcomes.bounce(capture, answer)
+            await self._outcomes.bounce_captures(lease.aggregate, evidence)
 
     async def _reverse(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:
         operation = lease.operation

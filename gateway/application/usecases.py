@@ -872,14 +872,25 @@ class Outcomes:
     ) -> Found | None:
         """End an operation's doubt by a person's decision, whoever owns it: the raised epoch fences
         out a live recoverer, whose answer then is as late as any other. None where the attempt is
-        not in doubt any more. Raises StoreUnavailable.
+        not in doubt any more. A void of a whole charge that took effect bounces its capture first,
+        as recovery does. Raises StoreUnavailable.
         """
+        is_charge_void = (
+            found.operation.kind is OperationKind.VOID
+            and answer.verdict is Verdict.APPROVED
+            and decisions.is_unconfirmed(found.operation)
+            and decisions.takes_charge_back(found.payment)
+        )
+        if is_charge_void and found.operation.attempt.number == resolution.attempt_number:
+            merchant_id, payment_id = found.operation.merchant_id, found.operation.payment_id
+            await self.bounce_captures(await self._whole(merchant_id, payment_id), answer)
+            found = await self._present(found.operation)
         while True:
             operation, payment = found.operation, found.payment
-            if (
-                operation.state is not OperationState.IN_DOUBT
-                or operation.attempt.number != resolution.attempt_number
-            ):
+            is_open = operation.state is OperationState.IN_DOUBT or decisions.is_unconfirmed(
+                operation
+            )
+            if not is_open or operation.attempt.number != resolution.attempt_number:
                 return None
             settled = decisions.settle(
                 payment,
@@ -949,6 +960,12 @@ class Outcomes:
     async def bounce(self, operation: Operation, answer: ConnectorAnswer) -> None:
         """A capture or refund that had succeeded was returned."""
         await self._add(operation, answer, decisions.bounce)
+
+    async def bounce_captures(self, aggregate: Aggregate, answer: ConnectorAnswer) -> None:
+        """A whole charge was taken back: what was captured of it is gone, too."""
+        for capture in aggregate.operations:
+            if capture.kind is OperationKind.CAPTURE and capture.state is OperationState.SUCCEEDED:
+                await self.bounce(capture, answer)
 
     async def contradict(self, operation: Operation, answer: ConnectorAnswer) -> None:
         """Record an answer that denies the operation's success, should it do so."""

@@ -209,6 +209,13 @@ def begin_void(aggregate: Aggregate, origin: Origin, note: str) -> Begun:
     )
 
 
+def is_unconfirmed(operation: Operation) -> bool:
+    """Whether it is a void or reversal that was accepted and that the PSP has not confirmed: it
+    releases money, and after a while somebody has to see to it.
+    """
+    return operation.state is S.PENDING and operation.kind in (K.VOID, K.REVERSAL)
+
+
 def takes_charge_back(payment: Payment) -> bool:
     """Whether a void was asked for while the authorization, and its capture, were in flight: it
     is the charge that is given back then, as a whole.

@@ -578,6 +578,7 @@ class PostgresStore:
                 connection,
                 _COUNT_DOUBTS,
                 in_doubt=_OF_UNKNOWN_OUTCOME,
+                accepted=OperationState.PENDING,
                 age_bounds_s=DOUBT_AGE_BOUNDS_S,
             )
             return DoubtCount(
@@ -600,6 +601,7 @@ class PostgresStore:
             merchant_ids=sorted(filter_.merchant_ids or ()),
             mode=filter_.mode,
             states=_OF_UNKNOWN_OUTCOME,
+            accepted=OperationState.PENDING,
             needs_person_only=needs_person_only,
             after_since=after_at,
             after_operation_id=after_id,

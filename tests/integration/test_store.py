@@ -14,6 +14,7 @@ import asyncpg
 import pytest
 
 from gateway.application.accounts import parse_key
+from gateway.application.administration import AdminFilter
 from gateway.application.ports import (
     Companion,
     ListFilter,
@@ -914,6 +915,23 @@ async def test_only_the_present_owner_announces_a_cancellation_and_the_next_one_
     assert after.cancel_begun
     await store.write_change(outcome(after.operation, after.aggregate.payment))
     assert not await store.begin_cancel(after.operation)
+
+
+async def test_what_was_accepted_and_is_never_confirmed_is_listed_once_it_needs_a_person(
+    store: PostgresStore,
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    await store.write_change(outcome(intent.operation, intent.payment, S.PENDING, check_after_s=-1))
+    [lease] = await due(store)
+    everything = AdminFilter(None, None, 10)
+    for needs_person in (False, True):
+        await store.postpone(lease.operation, NEVER_S, needs_person=needs_person)
+        counted = await store.count_doubts()
+        page = await store.list_doubts(everything, needs_person_only=False)
+        assert (counted.operations, counted.needs_person) == (needs_person, needs_person)
+        found = [doubt.operation.operation_id for doubt in page.doubts]
+        assert found == ([intent.operation.operation_id] if needs_person else [])
 
 
 async def test_recovery_never_forgets_what_is_unfinished(store: PostgresStore) -> None:

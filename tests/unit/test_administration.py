@@ -71,6 +71,15 @@ def test_a_reversal_cannot_be_given_up(outcome: DoubtOutcome) -> None:
     assert refused.value.reason is Reason.OUTCOME_NOT_ALLOWED
 
 
+def test_a_void_that_was_accepted_cannot_be_said_never_to_have_been_sent() -> None:
+    accepted = replace(operation(K.VOID), state=OperationState.PENDING)
+    with pytest.raises(GatewayError) as refused:
+        answer_of_person(accepted, decision(DoubtOutcome.NO_EFFECT))
+    assert refused.value.reason is Reason.OUTCOME_NOT_ALLOWED
+    failed = answer_of_person(accepted, decision(DoubtOutcome.FAILED))
+    assert decisions.event_of(failed) is Event.FAILED
+
+
 @pytest.mark.parametrize("kind", [K.AUTHORIZE, K.VERIFY])
 def test_a_payment_that_took_effect_needs_the_psp_s_id(kind: OperationKind) -> None:
     said = decision(DoubtOutcome.TOOK_EFFECT, connector_transaction_id="")

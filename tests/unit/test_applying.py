@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gateway.application.administration import answer_of_person
 from gateway.application.notifications import (
     Applied,
     Dispute,
@@ -18,12 +19,14 @@ from gateway.application.notifications import (
     NotificationKind,
     Result,
 )
+from gateway.application.ports import Resolution
 from gateway.domain import invariants
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
     CaptureMethod,
     ConnectorAnswer,
     Delivery,
+    DoubtOutcome,
     Operation,
     OperationKind,
     OperationOrigin,
@@ -44,6 +47,7 @@ from tests.memory_store import (
     NO_ANSWER,
     PENDING,
     TAKEOVER_S,
+    TRIES_MAX,
     UNSENT,
     Gate,
     ScriptedConnector,
@@ -270,6 +274,42 @@ async def charge_voided_in_flight(capabilities: Capabilities) -> tuple[NotifiedB
     await gateway.payments.void(gateway.void(None, authorize_key="a"))
     gate.opened.set()
     return gateway, (await call).payment_id
+
+
+@pytest.mark.parametrize("capabilities", [CAPABLE, TELLING])
+@pytest.mark.parametrize("outcome", [DoubtOutcome.TOOK_EFFECT, DoubtOutcome.FAILED])
+async def test_a_void_that_the_psp_never_confirms_needs_a_person_who_can_end_it(
+    capabilities: Capabilities, outcome: DoubtOutcome
+) -> None:
+    gateway, payment_id = await charge_voided_in_flight(capabilities)
+    gateway.connector.asks.extend([NO_ANSWER] * 100)
+    await gateway.recover(rounds=TRIES_MAX + 1)
+    void = only(gateway, payment_id, K.VOID)
+    assert void.state is S.PENDING
+    doubt = gateway.store.doubts[void.merchant_id, void.operation_id]
+    assert doubt.needs_person
+    decision = Resolution(1, outcome, "", None, "seen in the PSP's console", "key_1")
+    found = await gateway.store.find_operation(void.merchant_id, void.operation_id)
+    assert found is not None
+    answer = answer_of_person(void, decision)
+    resolved = await gateway.payments.outcomes.resolve(found, answer, decision)
+    assert resolved is not None
+    took_effect = outcome is DoubtOutcome.TOOK_EFFECT
+    assert resolved.operation.state is (S.SUCCEEDED if took_effect else S.FAILED)
+    assert only(gateway, payment_id, K.CAPTURE).state is (S.FAILED if took_effect else S.SUCCEEDED)
+    assert payment_of(gateway, payment_id).captured_minor == (0 if took_effect else 100)
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_void_that_waits_for_its_authorization_needs_nobody() -> None:
+    gateway = bench(Step(decides=ACTION), capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    await gateway.payments.void(gateway.void(payment_id))
+    gateway.connector.asks.extend([NO_ANSWER] * 1000)
+    await gateway.recover(rounds=TRIES_MAX + 1)
+    void = only(gateway, payment_id, K.VOID)
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.REQUIRES_ACTION
+    assert not gateway.store.doubts[void.merchant_id, void.operation_id].needs_person
 
 
 async def test_no_refund_starts_beside_the_void_that_gives_the_whole_charge_back() -> None:

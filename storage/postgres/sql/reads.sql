@@ -117,7 +117,10 @@ CROSS JOIN LATERAL (
 ) AS payment
 WHERE (:all_merchants::bool OR doubt.merchant_id = ANY (:merchant_ids::text[]))
     AND (:mode::int2 IS NULL OR payment.mode = :mode::int2)
-    AND operation.state = ANY (:states::int2[])
+    AND (
+        operation.state = ANY (:states::int2[])
+        OR (operation.state = :accepted::int2 AND doubt.needs_person)
+    )
     AND (doubt.needs_person OR NOT :needs_person_only::bool)
     AND (doubt.since, doubt.operation_id)
         > (coalesce(:after_since::timestamptz, '-infinity'), :after_operation_id::text)

@@ -237,11 +237,12 @@ SET evidence = excluded.evidence,
 RETURNING true AS added;
 
 -- :name count_doubts
--- What waits for a customer or for a PSP's later answer is on recovery's list and in no doubt.
+-- What waits for a customer or for a PSP's later answer is on recovery's list and in no doubt, but for
+-- what recovery has given up: a void or reversal that nobody confirms.
 WITH ages AS MATERIALIZED (
     SELECT extract(epoch FROM now() - since)::float8 AS age_s, needs_person
     FROM doubts JOIN operations USING (merchant_id, operation_id)
-    WHERE state = ANY (:in_doubt::int2[])
+    WHERE state = ANY (:in_doubt::int2[]) OR (state = :accepted::int2 AND needs_person)
 )
 SELECT
     (SELECT count(*) FROM ages) AS doubts,
