@@ -13,6 +13,7 @@ import logging
 import random
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Final, Protocol
 
 from gateway.application.notifications import (
@@ -38,6 +39,7 @@ from gateway.application.ports import (
 )
 from gateway.application.usecases import Outcomes, connector_request
 from gateway.domain import decisions, states
+from gateway.domain.decisions import Settled
 from gateway.domain.ids import is_operation_id
 from gateway.domain.model import (
     Aggregate,
@@ -407,7 +409,7 @@ class Applier:
             await self._outcomes.bounce(operation, answer)
             return Applied(Result.APPLIED)
         if states.next_state(operation.kind, operation.state, event) is not None:
-            return await self._expired(operation, found.payment, answer)
+            return await self._expired(found.payment, answer)
         if operation.kind in (K.VOID, K.REVERSAL):
             return _NO_NEWS  # of several sendings, all but one are refused
         await self._outcomes.contradict(operation, answer)
@@ -569,21 +571,24 @@ class Applier:
         if not stands or reversals:
             return _NO_NEWS
         if expired:
-            return await self._expired(authorization, payment, answer)
+            return await self._expired(payment, answer)
         return await self._voided_elsewhere(aggregate, done)
 
-    async def _expired(
-        self, authorization: Operation, payment: Payment, answer: ConnectorAnswer
-    ) -> Applied:
+    async def _expired(self, payment: Payment, answer: ConnectorAnswer) -> Applied:
         """What is left of an authorization has expired.
 
         A capture under way may open the payment again when it fails, as one that was to be the
         last: the end is written after it.
         """
-        if payment.capture_pending_minor:
-            raise _NotYet("a capture of it is under way")
-        await self._outcomes.write(authorization, payment, answer)
-        return Applied(Result.APPLIED)
+
+        def expire(aggregate: Aggregate, at: datetime, new_id: str) -> Settled | None:
+            if aggregate.payment.capture_pending_minor:
+                raise _NotYet("a capture of it is under way")
+            present = _authorization(aggregate)
+            return decisions.settle(aggregate.payment, present, answer, at, new_id)
+
+        recorded = await self._outcomes.record(payment.merchant_id, payment.payment_id, expire)
+        return Applied(Result.APPLIED) if recorded else _NO_NEWS
 
     async def _voided_elsewhere(self, aggregate: Aggregate, answer: ConnectorAnswer) -> Applied:
         payment = aggregate.payment

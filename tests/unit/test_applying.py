@@ -568,6 +568,37 @@ async def test_an_authorization_expires_when_what_is_being_captured_is_settled(
     assert (payment.state, payment.capture_closed) == (PaymentState.EXPIRED, True)
 
 
+async def test_an_expiry_sees_the_capture_that_begins_while_it_is_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate()
+    gateway = bench(Step(), Step(before=gate, decides=DECLINED))
+    payment_id = await gateway.authorized(100)
+    outcomes = gateway.applier._outcomes
+    captures: list[asyncio.Future[Answer]] = []
+    commit = outcomes._commit
+
+    async def overtaken(*args: Any, **more: Any) -> Any:
+        if not captures:
+            capture = gateway.payments.capture(gateway.capture(payment_id))
+            captures.append(asyncio.ensure_future(capture))
+            await gate.reached.wait()
+        return await commit(*args, **more)
+
+    monkeypatch.setattr(outcomes, "_commit", overtaken)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told = gateway.told(N.VOID, EXPIRED, payment_reference=reference)
+    await gateway.tell(told, recover=False)
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.SUCCEEDED
+    gate.opened.set()
+    await captures[0]
+    assert only(gateway, payment_id, K.CAPTURE).state is S.DECLINED
+    await gateway.applier.run_once()
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.EXPIRED
+    assert payment_of(gateway, payment_id).state is PaymentState.EXPIRED
+    assert findings(gateway, payment_id) == []
+
+
 async def test_what_ended_by_time_at_the_psp_is_no_return_of_a_capture() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
