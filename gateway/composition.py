@@ -591,6 +591,7 @@ class Gateway:
             contention_tries_max=settings.contention_tries_max,
             first_check_s=settings.recovery_first_check_s,
             operations_per_payment_max=settings.operations_per_payment_max,
+            attempts_per_operation_max=settings.attempts_per_operation_max,
             action_timeout_s=settings.action_timeout_s,
         )
 

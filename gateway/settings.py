@@ -304,6 +304,14 @@ class Settings(BaseSettings):
     operations_per_payment_max: int = _field(
         200, "Operations that one payment may have.", ge=1, le=10_000, unit="operations"
     )
+    attempts_per_operation_max: int = _field(
+        200,
+        "Attempts that one operation may have, cascades' and those of repeats of what was NOT_SENT:"
+        " each stands in all later answers and events.",
+        ge=1,
+        le=10_000,
+        unit="attempts",
+    )
     action_timeout_s: float = _field(
         3600.0,
         "How long a customer has to act on a payment that REQUIRES_ACTION, where the PSP does not"

@@ -861,6 +861,7 @@ LIMITS: Final = Limits(
     contention_tries_max=50,
     first_check_s=FIRST_CHECK_S,
     operations_per_payment_max=100,
+    attempts_per_operation_max=100,
     action_timeout_s=ACTION_TIMEOUT_S,
 )
 

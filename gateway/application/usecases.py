@@ -110,6 +110,8 @@ class Limits:
     """How soon recovery looks at an operation in doubt or pending."""
     operations_per_payment_max: int
     """How many operations a payment may have."""
+    attempts_per_operation_max: int
+    """How many attempts an operation may have when a repeat begins another one."""
     action_timeout_s: float
     """How long a customer has to act, where the PSP does not say it."""
 
@@ -436,6 +438,12 @@ class Payments:
             self._observer.replayed("postgres")
             return Answer(operation.response, True, operation.request_id, operation.payment_id)
         if operation.state is OperationState.NOT_SENT:
+            if operation.attempt.number >= self._limits.attempts_per_operation_max:
+                raise refuse(
+                    Reason.TOO_MANY_ATTEMPTS,
+                    "The operation was not sent as often as an operation may be tried.",
+                    attempts=str(operation.attempt.number),
+                )
             return await self._detach(command, self._restart(command, found))
         return Answer(
             self._encoder.response(operation, found.payment),

@@ -182,6 +182,10 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
         Reason.TOO_MANY_OPERATIONS: Rule(
             _C.FAILED_PRECONDITION, "The payment takes no further operation."
         ),
+        Reason.TOO_MANY_ATTEMPTS: Rule(
+            _C.FAILED_PRECONDITION,
+            "It was NOT_SENT every time, so nothing was done: find out why, and use a new key.",
+        ),
         Reason.OPERATION_NOT_SUPPORTED: Rule(
             _C.FAILED_PRECONDITION, "The payment's connector has no such operation."
         ),

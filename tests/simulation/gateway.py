@@ -48,6 +48,7 @@ LIMITS: Final = Limits(
     contention_tries_max=20,
     first_check_s=0.3,
     operations_per_payment_max=50,
+    attempts_per_operation_max=50,
     action_timeout_s=5.0,
 )
 SCHEDULE: Final = Schedule(

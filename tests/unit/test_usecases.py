@@ -714,6 +714,19 @@ async def test_payment_that_changes_all_the_time_is_contention() -> None:
     assert operations_of(gateway, payment_id, K.CAPTURE) == []
 
 
+async def test_operation_is_tried_a_limited_number_of_times() -> None:
+    limits = replace(LIMITS, attempts_per_operation_max=3)
+    gateway = bench(CAPABLE, UNSENT, UNSENT, UNSENT, limits=limits)
+    for number in (1, 2, 3):
+        await gateway.payments.authorize(gateway.authorize())
+        assert gateway.store.by_key("a").attempt.number == number
+    refusal = await refused(
+        Reason.TOO_MANY_ATTEMPTS, gateway.payments.authorize(gateway.authorize())
+    )
+    assert refusal.metadata == {"attempts": "3"}
+    assert gateway.store.by_key("a").state is S.NOT_SENT
+
+
 async def test_payment_takes_a_limited_number_of_operations() -> None:
     gateway = bench(limits=replace(LIMITS, operations_per_payment_max=2))
     payment_id = await gateway.authorized()
