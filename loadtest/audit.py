@@ -1,9 +1,10 @@
 """The audit after a run: what callers were told against PostgreSQL and the PSP's journal.
 
 Callers' answers are the reference: each has to stand in the database once, with the very answer
-that was given, and each success at the PSP once. A call without an answer is unknown, never a
-failure: it may have been charged, once. Books and comparison are in SQLite on the disk
-(`audit.sql`), and both sides are read as streams.
+that was given. What was told and what is stored are held to the PSP, operation by operation: a
+success was done once, what did not happen was not done. A call without an answer is unknown, never
+a failure: it may have been charged, once, as the database has it. Books and comparison are in
+SQLite on the disk (`audit.sql`), and both sides are read as streams.
 """
 
 import asyncio
@@ -40,10 +41,19 @@ JOIN operations o ON o.idempotency_key = told.key AND o.merchant_id = told.merch
 """
 # PROCESSING and IN_DOUBT.
 _UNFINISHED_SQL: Final = "SELECT count(*) FROM operations WHERE state IN (1, 8)"
+# Reversals without a definite outcome.
+_REVERSING_SQL: Final = """
+SELECT DISTINCT payment_id FROM operations WHERE kind = 7 AND state IN (1, 2, 3, 8)
+"""
 _DISCREPANCIES_SQL: Final = "SELECT count(*) FROM discrepancies"
 
 _STATEMENTS: Final = frozenset({"schema", "indexes", "only_merchant"})
 """The parts of audit.sql that are no questions."""
+
+_DOING: Final = frozenset(
+    {"authorization", "charge", "capture", "void", "refund", "increment", "verify"}
+)
+"""The journal's effects that do something; the others only take back."""
 
 Stored = tuple[str, str, str, int, int, str]
 
@@ -58,15 +68,19 @@ class Audit:
     """The same, captures and all else too."""
     missing: int
     """Acknowledged authorizations and operations that are not in the database, and successes
-    without their charge."""
+    that the PSP has not done."""
     missing_rows: int
     repeated_rows: int
     contradicted: int
     unkept: int | None
     uncharged: int | None
+    """Successes of any kind, told or stored, that the PSP has not done with their amount."""
     charged_declines: int | None
+    """What was declined, failed, not sent or cancelled, told or stored, and stands at the PSP."""
     charged_refusals: int | None
     duplicate_charges: int | None
+    repeated_effects: int | None
+    """Captures, voids, refunds and increments that the PSP did beyond the first of each."""
     unrecorded_charges: int | None
     unknown: int
     """Calls without an answer, whose outcome is open. No failure."""
@@ -98,7 +112,7 @@ _NO_FAULT: Final = frozenset(
 )
 _CHARGES: Final = (
     *("uncharged", "charged_declines", "charged_refusals"),
-    *("duplicate_charges", "unrecorded_charges"),
+    *("duplicate_charges", "repeated_effects", "unrecorded_charges"),
 )
 
 
@@ -125,8 +139,12 @@ class Books:
 
     def charge(self, journal: Path) -> None:
         """Enter what the PSP's journal says."""
-        self._enter("INSERT INTO charges VALUES (?, ?, ?)", _charges(journal))
-        self._enter("INSERT OR IGNORE INTO reversed VALUES (?)", _reversed(journal))
+        self._enter("INSERT INTO effects VALUES (?, ?, ?, ?, ?)", _done(journal))
+        self._enter("INSERT OR IGNORE INTO taken_back VALUES (?)", _taken_back(journal))
+
+    def reverse(self, payment_ids: Iterable[str]) -> None:
+        """Enter the payments of which something is being taken back."""
+        self._enter("INSERT OR IGNORE INTO reversing VALUES (?)", ((each,) for each in payment_ids))
 
     def portions(self) -> Iterator[list[tuple[str, str]]]:
         """Merchants and keys of every call, in portions."""
@@ -232,6 +250,7 @@ async def _read_database(books: Books, dsn: str) -> tuple[int, int]:
                 [key for _, key in portion],
             )
             books.store(tuple(row) for row in rows)
+        books.reverse(row[0] for row in await connection.fetch(_REVERSING_SQL))
         return unfinished, int(await connection.fetchval(_DISCREPANCIES_SQL))
     finally:
         await connection.close()
@@ -292,17 +311,24 @@ def _effects(journal: Path) -> Iterator[dict[str, Any]]:
                 yield orjson.loads(line)
 
 
-def _charges(journal: Path) -> Iterator[tuple[str, str, int]]:
+def _done(journal: Path) -> Iterator[tuple[str, str, str, str, int]]:
     for effect in _effects(journal):
-        if effect["effect"] in ("authorization", "charge"):
-            yield effect["authorization_id"], effect["payment_id"], effect["amount_minor"]
+        if effect["effect"] in _DOING:
+            # The reference of an attempt is its operation's id, a dash and its number.
+            operation_id = effect["reference"].rpartition("-")[0]
+            yield (
+                effect["transaction_id"],
+                effect["effect"],
+                operation_id,
+                effect["payment_id"],
+                effect["amount_minor"],
+            )
 
 
-def _reversed(journal: Path) -> Iterator[tuple[str]]:
+def _taken_back(journal: Path) -> Iterator[tuple[str]]:
     for effect in _effects(journal):
         for item in effect.get("takes_back", ()):
-            if item["effect"] in ("authorization", "charge"):
-                yield (item["authorization_id"],)
+            yield (item["transaction_id"],)
 
 
 def _queries(text: str) -> dict[str, str]:

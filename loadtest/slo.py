@@ -278,6 +278,7 @@ def _audit(summary: Mapping[str, Any]) -> list[Gate]:
         "contradicted": "audit: answers contradicted",
         "unkept": "audit: answers not kept",
         "duplicate_charges": "audit: duplicate charges",
+        "repeated_effects": "audit: captures and the like repeated",
         "charged_declines": "audit: declines charged",
         "charged_refusals": "audit: refusals charged",
         "unrecorded_charges": "audit: charges unrecorded",

@@ -18,10 +18,16 @@ STORED: Stored = ("k1", "op_1", "pay_1", 4, 100, "d1")
 CHARGE: dict[str, Any] = {
     "type": "effect",
     "effect": "authorization",
-    "authorization_id": "auth_1",
+    "reference": "op_1-1",
+    "transaction_id": "auth_1",
     "payment_id": "pay_1",
     "amount_minor": 100,
 }
+AGAIN = {**CHARGE, "transaction_id": "auth_2"}
+CAPTURE_TOLD = Acknowledged("CAPTURE", "mer_a", "k2", "op_2", "pay_1", 4, 100, "d2")
+CAPTURE_STORED: Stored = ("k2", "op_2", "pay_1", 4, 100, "d2")
+CAPTURE = {**CHARGE, "effect": "capture", "reference": "op_2-1", "transaction_id": "cap_1"}
+DECLINED, FAILED, NOT_SENT, CANCELED = 5, 6, 7, 9
 
 
 @pytest.fixture
@@ -35,6 +41,7 @@ def compare(
     stored: Iterable[Stored] = (STORED,),
     journal: Iterable[dict[str, Any]] = (CHARGE,),
     *,
+    reversing: Iterable[str] = (),
     charges: bool = True,
     answers: bool = True,
 ) -> Audit:
@@ -45,6 +52,7 @@ def compare(
         books.store(stored)
         if charges:
             books.charge(path)
+        books.reverse(reversing)
         return books.compare(
             "a test", answers=answers, charges=charges, unfinished=0, discrepancies=0
         )
@@ -59,6 +67,11 @@ def faults(audit: Audit) -> set[str]:
 
 def told_with(**changes: Any) -> Acknowledged:
     return TOLD._replace(**changes)
+
+
+def silent(told: Acknowledged) -> Acknowledged:
+    """The same call, timed out."""
+    return told._replace(operation_id="", payment_id="", state=-4, digest="")
 
 
 def test_equal_books_are_clean(folder: Path) -> None:
@@ -86,17 +99,28 @@ def test_equal_books_are_clean(folder: Path) -> None:
         ({"contradicted"}, {"stored": [("k1", "op_2", "pay_1", 4, 100, "d1")]}),
         ({"contradicted"}, {"stored": [("k1", "op_1", "pay_1", 4, 101, "d1")]}),
         ({"contradicted"}, {"stored": [("k1", "op_1", "pay_1", 4, 100, "d2")]}),
-        ({"contradicted"}, {"stored": [("k1", "op_1", "pay_1", 5, 100, "d1")]}),
+        (
+            {"contradicted", "charged_declines"},
+            {"stored": [("k1", "op_1", "pay_1", 5, 100, "d1")]},
+        ),
+        (
+            {"contradicted"},
+            {
+                "told": [told_with(state=9)],
+                "stored": [("k1", "op_1", "pay_1", 6, 100, "d1")],
+                "journal": [],
+            },
+        ),
         ({"contradicted"}, {"told": [TOLD, told_with(digest="d2")]}),
         ({"unkept"}, {"stored": [("k1", "op_1", "pay_1", 4, 100, "")]}),
         ({"repeated_rows"}, {"stored": [STORED, ("k1", "op_1", "pay_1", 4, 100, "")]}),
         (
             {"duplicate_charges"},
-            {"journal": [CHARGE, {**CHARGE, "authorization_id": "auth_2"}]},
+            {"journal": [CHARGE, AGAIN]},
         ),
         (
             {"unrecorded_charges"},
-            {"journal": [CHARGE, {**CHARGE, "authorization_id": "a2", "payment_id": "pay_2"}]},
+            {"journal": [CHARGE, {**AGAIN, "payment_id": "pay_2"}]},
         ),
         (
             {"charged_declines"},
@@ -119,22 +143,114 @@ def test_each_fault_is_found(folder: Path, found: set[str], books: dict[str, Any
         assert faults(audit) == found
 
 
+@pytest.mark.parametrize("state", [DECLINED, FAILED, NOT_SENT, CANCELED])
+@pytest.mark.parametrize("answered", [True, False])
+def test_what_did_not_happen_must_not_stand_at_the_psp(
+    folder: Path, state: int, *, answered: bool
+) -> None:
+    told = told_with(state=state, digest="") if answered else silent(TOLD)
+    stored: list[Stored] = [("k1", "op_1", "pay_1", state, 100, "")]
+    audit = compare(folder, told=[told], stored=stored)
+    assert faults(audit) == {"charged_declines"}
+    assert compare(folder, told=[told], stored=stored, journal=[]).clean
+    # While the gateway takes it back, it may stand.
+    assert compare(folder, told=[told], stored=stored, reversing=["pay_1"]).clean
+
+
+@pytest.mark.parametrize("state", [DECLINED, FAILED, NOT_SENT, CANCELED])
+@pytest.mark.parametrize("answered", [True, False])
+def test_capture_that_did_not_happen_must_not_stand_at_the_psp(
+    folder: Path, state: int, *, answered: bool
+) -> None:
+    told = CAPTURE_TOLD._replace(state=state, digest="") if answered else silent(CAPTURE_TOLD)
+    books: dict[str, Any] = {
+        "told": [TOLD, told],
+        "stored": [STORED, ("k2", "op_2", "pay_1", state, 100, "")],
+    }
+    audit = compare(folder, **books, journal=[CHARGE, CAPTURE])
+    assert faults(audit) == {"charged_declines"}
+    bounced = {"type": "effect", "effect": "bounce", "takes_back": [CAPTURE]}
+    for journal in ([CHARGE], [CHARGE, CAPTURE, bounced]):
+        assert compare(folder, **books, journal=journal).clean
+
+
+def test_stored_success_without_an_answer_needs_its_charge(folder: Path) -> None:
+    assert faults(compare(folder, told=[silent(TOLD)], journal=[])) == {"missing", "uncharged"}
+
+
+def test_answer_not_sent_binds_no_more_once_a_repeat_succeeded(folder: Path) -> None:
+    assert compare(folder, told=[told_with(state=NOT_SENT, digest="")]).clean
+
+
+def test_verification_is_never_charged(folder: Path) -> None:
+    books: dict[str, Any] = {
+        "told": [told_with(kind="VERIFY", amount_minor=0)],
+        "stored": [("k1", "op_1", "pay_1", 4, 0, "d1")],
+    }
+    verified = {**CHARGE, "effect": "verify", "transaction_id": "ver_1", "amount_minor": 0}
+    assert compare(folder, **books, journal=[verified]).clean
+    assert faults(compare(folder, **books, journal=[])) == {"missing", "uncharged"}
+    assert faults(compare(folder, **books, journal=[verified, CHARGE])) == {"charged_declines"}
+
+
+@pytest.mark.parametrize("kind", ["CAPTURE", "VOID", "REFUND", "INCREMENT"])
+def test_each_success_is_done_once_at_the_psp_with_its_amount(folder: Path, kind: str) -> None:
+    effect = {**CAPTURE, "effect": kind.lower()}
+    for told in (CAPTURE_TOLD._replace(kind=kind), silent(CAPTURE_TOLD)._replace(kind=kind)):
+
+        def found(*effects: dict[str, Any], told: Acknowledged = told) -> set[str]:
+            books: dict[str, Any] = {"told": [TOLD, told], "stored": [STORED, CAPTURE_STORED]}
+            return faults(compare(folder, **books, journal=[CHARGE, *effects]))
+
+        assert found(effect) == set()
+        assert found() == {"missing", "uncharged"}
+        assert found({**effect, "amount_minor": 101}) == {"missing", "uncharged"}
+        # Under another attempt of the same operation, too.
+        again = {**effect, "reference": "op_2-2", "transaction_id": "cap_2"}
+        assert found(effect, again) == {"repeated_effects"}
+
+
+@pytest.mark.parametrize("kind", ["CAPTURE", "REFUND", "INCREMENT"])
+def test_money_that_the_database_knows_nothing_of_is_found(folder: Path, kind: str) -> None:
+    audit = compare(folder, journal=[CHARGE, {**CAPTURE, "effect": kind.lower()}])
+    assert faults(audit) == {"unrecorded_charges"}
+
+
+def test_what_the_gateway_voids_by_itself_is_no_fault(folder: Path) -> None:
+    assert compare(folder, journal=[CHARGE, {**CAPTURE, "effect": "void"}]).clean
+
+
+def test_charge_that_a_void_took_back_as_a_whole_is_no_fault(folder: Path) -> None:
+    books: dict[str, Any] = {
+        "told": [TOLD, CAPTURE_TOLD._replace(kind="VOID")],
+        "stored": [STORED, CAPTURE_STORED],
+    }
+    taken_back = {"type": "effect", "effect": "cancel", "takes_back": [CHARGE]}
+    assert compare(folder, **books, journal=[CHARGE, taken_back]).clean
+    assert not compare(folder, **books, journal=[]).clean
+
+
+def test_refused_capture_must_not_stand_at_the_psp(folder: Path) -> None:
+    refused = CAPTURE_TOLD._replace(operation_id="", payment_id="", state=-9, digest="")
+    stored: list[Stored] = [STORED, ("k2", "op_2", "pay_1", 1, 100, "")]
+    audit = compare(folder, told=[TOLD, refused], stored=stored, journal=[CHARGE, CAPTURE])
+    assert faults(audit) == {"charged_refusals"}
+
+
 @pytest.mark.parametrize("code", [1, 2, 4, 10, 13, 14])
 @pytest.mark.parametrize("recorded", [True, False])
 def test_call_without_an_answer_is_unknown_and_no_fault(
     folder: Path, code: int, *, recorded: bool
 ) -> None:
-    silent = told_with(operation_id="", payment_id="", state=-code, digest="")
     books: dict[str, Any] = {} if recorded else {"stored": [], "journal": []}
-    audit = compare(folder, told=[silent], **books)
+    audit = compare(folder, told=[silent(TOLD)._replace(state=-code)], **books)
     assert audit.clean
     assert (audit.acked, audit.unknown, audit.unknown_recorded) == (0, 1, int(recorded))
 
 
 def test_answer_after_time_outs_counts_as_the_answer(folder: Path) -> None:
-    silent = told_with(operation_id="", payment_id="", state=-4, digest="")
     refused = told_with(operation_id="", payment_id="", state=-8, digest="")
-    audit = compare(folder, told=[silent, TOLD, refused])
+    audit = compare(folder, told=[silent(TOLD), TOLD, refused])
     assert audit.clean
     assert (audit.acked, audit.unknown) == (1, 0)
 
@@ -146,9 +262,8 @@ def test_answer_in_doubt_is_held_to_its_ids_alone(folder: Path) -> None:
 
 
 def test_charge_that_was_taken_back_and_made_again_is_one_charge(folder: Path) -> None:
-    again = {**CHARGE, "authorization_id": "auth_2"}
     taken_back = {"type": "effect", "effect": "cancel", "takes_back": [CHARGE]}
-    assert compare(folder, journal=[CHARGE, taken_back, again]).clean
+    assert compare(folder, journal=[CHARGE, taken_back, AGAIN]).clean
 
 
 def test_charges_are_not_judged_without_a_journal(folder: Path) -> None:
@@ -166,10 +281,10 @@ def test_frozen_answers_are_not_judged_where_only_the_gateway_can_be_asked(folde
 
 
 def test_unanswered_call_without_a_merchant_is_of_the_only_one(folder: Path) -> None:
-    silent = told_with(key="k2", merchant_id="", state=-4)
+    unanswered = told_with(key="k2", merchant_id="", state=-4)
     for told, merchants in (
-        ([TOLD, silent], {"mer_a"}),
-        ([TOLD, told_with(key="k3", merchant_id="mer_b"), silent], {"mer_a", "mer_b", ""}),
+        ([TOLD, unanswered], {"mer_a"}),
+        ([TOLD, told_with(key="k3", merchant_id="mer_b"), unanswered], {"mer_a", "mer_b", ""}),
     ):
         with closing(Books(folder / "audit.sqlite")) as books:
             books.tell(told)

@@ -22,7 +22,7 @@ FIGURES = {
 AUDIT = dict.fromkeys(
     (
         *("missing", "repeated_rows", "contradicted", "unkept", "duplicate_charges"),
-        *("charged_declines", "charged_refusals", "unrecorded_charges"),
+        *("charged_declines", "charged_refusals", "unrecorded_charges", "repeated_effects"),
     ),
     0,
 )
