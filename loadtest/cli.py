@@ -36,7 +36,7 @@ exit status:
   1  a gate is missed, or the audit found a fault
   2  the options make no sense
   3  the run is invalid: the control run or the simulator shows that the machine was too busy to
-     say anything, or there was no run
+     say anything, sends left no sample, or there was no run
 
 profiles:
   steady    the rate, for the duration
@@ -316,5 +316,5 @@ def _verdict(summary: Mapping[str, Any]) -> str:
     if not summary["audit"]["clean"]:
         return "FAILED: the audit found what must never be"
     if not summary["valid"]:
-        return "INVALID: the machine was too busy for this run to say anything"
+        return "INVALID: this run says nothing of the gateway"
     return "the SLO is met" if summary["slo_met"] else "FAILED: the SLO is not met"

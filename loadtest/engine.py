@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any, Final
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from loadtest.arrivals import Arrival
@@ -187,7 +188,7 @@ class Engine:
             latency_ms = 1000 * (time.monotonic() - due)
             try:
                 code, processing_ms = call.read(call, data)
-            except ValueError as error:  # protobuf's DecodeError is one
+            except (ValueError, DecodeError) as error:
                 code = CONTRADICTED
                 self._book.unanswered(call, UNKNOWN)
                 self._reasons[f"an answer that does not parse: {error}"] += 1
@@ -250,13 +251,20 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
     """`CODE REASON`, and ` RetryInfo` where the refusal says when to repeat."""
     text = error.code().name
     for key, value in error.trailing_metadata() or ():
-        if key != _STATUS_DETAILS:
-            continue
-        status = status_pb2.Status.FromString(value if isinstance(value, bytes) else value.encode())
-        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
-        for detail in status.details:
-            if detail.Unpack(info):
-                text += f" {info.reason}"
-            elif detail.Unpack(retry):
-                text += " RetryInfo"
+        if key == _STATUS_DETAILS:
+            try:
+                text += _details(value if isinstance(value, bytes) else value.encode())
+            except (ValueError, DecodeError):
+                text += ", details that do not parse"
+    return text
+
+
+def _details(data: bytes) -> str:
+    text = ""
+    info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    for detail in status_pb2.Status.FromString(data).details:
+        if detail.Unpack(info):
+            text += f" {info.reason}"
+        elif detail.Unpack(retry):
+            text += " RetryInfo"
     return text

@@ -80,7 +80,7 @@ def _banner(summary: Mapping[str, Any]) -> str:
     if not summary["audit"]["clean"]:
         kind, text = "bad", "Failed: the audit found what must never be"
     elif not summary["valid"]:
-        kind, text = "doubt", "Invalid: the machine was too busy for this run to say anything"
+        kind, text = "doubt", "Invalid: this run says nothing of the gateway"
     elif summary["slo_met"]:
         kind, text = "good", "The SLO is met"
     else:

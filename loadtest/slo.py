@@ -158,7 +158,8 @@ def evaluate(limits: Limits, summary: Mapping[str, Any]) -> Verdict:
 
 
 def _validity(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
-    gates = []
+    # A send without a sample is one of which nobody knows how long it took.
+    gates = [Gate("sends without a sample", summary["unaccounted"], 0, validity=True)]
     # What was left out on purpose, or is no part of the system, gates nothing.
     if "control" not in summary["left_out"]:
         gates.append(

@@ -31,6 +31,7 @@ AUDIT = dict.fromkeys(
 def summary_of(**changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "duration_s": 300.0,
+        "unaccounted": 0,
         "whole": dict(FIGURES),
         "segments": {"before": dict(FIGURES), "after": dict(FIGURES), "spike": dict(FIGURES)},
         "control_p99_ms": 2.0,
@@ -63,6 +64,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         ({"control_p99_ms": 10.1}, 3),
         ({"psp_lateness_p99_ms": 3.1, "whole__added_p99_ms": 99.0}, 3),
         ({"control_p99_ms": None}, 3),
+        ({"unaccounted": 1}, 3),
         ({"control_p99_ms": None, "left_out": ["control"]}, 0),
         ({"psp_lateness_p99_ms": None, "left_out": ["simulator"]}, 0),
         *(({f"audit__{name}": 1}, 1) for name in AUDIT),

@@ -1,0 +1,78 @@
+"""The generator's engine against a real server: every intended send leaves one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import pytest
+
+from loadtest.calls import CONTRADICTED, OK, SERVICE, UNKNOWN
+from loadtest.engine import Chunk
+from loadtest.measures import Analysis
+from loadtest.plan import API_KEY_VARIABLE, Plan
+from loadtest.samples import unpack_samples
+
+TORN = b"\x0a\xff"
+"""A field that is longer than its message."""
+
+
+async def sent_to(
+    answer: Callable[[bytes, Any], Awaitable[bytes]], plan: Plan
+) -> tuple[Analysis, dict[str, int], list[str]]:
+    """What came of a plan at a server that answers so: figures, reasons, acknowledged lines."""
+    server = grpc.aio.server()
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "AuthorizePayment": grpc.unary_unary_rpc_method_handler(answer)
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    chunks: list[Chunk] = []
+    try:
+        await plan.engine(f"127.0.0.1:{port}", 0).run(chunks.append)
+    finally:
+        await server.stop(0)
+    reasons: dict[str, int] = {}
+    for chunk in chunks:
+        for reason, count in chunk.reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    samples = b"".join(chunk.samples for chunk in chunks)
+    lines = b"".join(chunk.acknowledged for chunk in chunks).decode().splitlines()
+    return Analysis(unpack_samples(samples), plan.schedule.segments), reasons, lines
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setenv(API_KEY_VARIABLE, "key")
+    return Plan(rate=100, duration=1, warm_up=0, run_id="run", merchants="mer_a", control=True)
+
+
+async def test_answer_that_does_not_parse_is_an_error_and_unknown(plan: Plan) -> None:
+    calls = 0
+
+    async def answer(_request: bytes, _context: object) -> bytes:
+        nonlocal calls
+        calls += 1
+        return TORN if calls % 5 == 0 else b""
+
+    analysis, reasons, lines = await sent_to(answer, plan)
+    intended = len(list(plan.schedule.arrivals()))
+    torn = intended // 5
+    assert calls == intended
+    assert analysis.whole.codes == {OK: intended - torn, CONTRADICTED: torn}
+    assert sum(reasons.values()) == torn
+    assert [line.split("\t")[5] for line in lines] == [str(-UNKNOWN)] * torn
+
+
+async def test_refusal_whose_details_do_not_parse_is_counted(plan: Plan) -> None:
+    async def answer(_request: bytes, context: Any) -> bytes:
+        context.set_trailing_metadata((("grpc-status-details-bin", TORN),))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "no")
+        return b""
+
+    analysis, reasons, _ = await sent_to(answer, plan)
+    intended = len(list(plan.schedule.arrivals()))
+    assert analysis.whole.codes == {grpc.StatusCode.UNAVAILABLE.value[0]: intended}
+    assert reasons == {"UNAVAILABLE, details that do not parse": intended}
