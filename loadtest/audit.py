@@ -203,17 +203,27 @@ class Books:
         self._database.execute("COMMIT")
 
 
+def check_database(dsn: str) -> None:
+    """Whether the books can be read there. Raises asyncpg's errors and OSError."""
+    asyncio.run(_look(dsn))
+
+
 def audit_by_database(
-    told: Iterable[Acknowledged], dsn: str, journal: Path | None, scratch: Path
+    told: Iterable[Acknowledged],
+    dsn: str,
+    journal: Path | None,
+    scratch: Path,
+    *,
+    settle_s: float = SETTLE_TIMEOUT_S,
 ) -> Audit:
     """Compare with PostgreSQL, and with the simulator's journal where there is one.
 
-    Waits up to SETTLE_TIMEOUT_S for operations without a definite outcome. Raises asyncpg's errors
-    and OSError.
+    Waits up to `settle_s` seconds for operations without a definite outcome. Raises asyncpg's
+    errors and OSError.
     """
     with closing(Books(scratch)) as books:
         books.tell(told)
-        unfinished, discrepancies = asyncio.run(_read_database(books, dsn))
+        unfinished, discrepancies = asyncio.run(_read_database(books, dsn, settle_s))
         if journal is not None:
             books.charge(journal)
         source = "PostgreSQL" if journal is None else "PostgreSQL and the simulator's journal"
@@ -239,10 +249,19 @@ def audit_by_calls(told: Iterable[Acknowledged], target: Target, scratch: Path) 
         )
 
 
-async def _read_database(books: Books, dsn: str) -> tuple[int, int]:
+async def _look(dsn: str) -> None:
     connection = await asyncpg.connect(dsn)
     try:
-        unfinished = await _settled(connection)
+        await connection.fetchval(_UNFINISHED_SQL)
+        await connection.fetchval(_DISCREPANCIES_SQL)
+    finally:
+        await connection.close()
+
+
+async def _read_database(books: Books, dsn: str, settle_s: float) -> tuple[int, int]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        unfinished = await _settled(connection, settle_s)
         for portion in books.portions():
             rows = await connection.fetch(
                 _STORED_SQL,
@@ -256,9 +275,9 @@ async def _read_database(books: Books, dsn: str) -> tuple[int, int]:
         await connection.close()
 
 
-async def _settled(connection: asyncpg.Connection) -> int:
+async def _settled(connection: asyncpg.Connection, settle_s: float) -> int:
     """How many operations remain unfinished, after a while."""
-    until = asyncio.get_running_loop().time() + SETTLE_TIMEOUT_S
+    until = asyncio.get_running_loop().time() + settle_s
     while True:
         unfinished = int(await connection.fetchval(_UNFINISHED_SQL))
         if not unfinished or asyncio.get_running_loop().time() > until:

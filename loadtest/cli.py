@@ -33,7 +33,7 @@ database for the audit, which otherwise asks GetOperation for every key.
 
 exit status:
   0  every gate is met
-  1  a gate is missed, or the audit found a fault
+  1  a gate is missed, the audit found a fault or could not be done, or the gateway ended
   2  the options make no sense
   3  the run is invalid: the control run or the simulator shows that the machine was too busy to
      say anything, sends left no sample, or there was no run
@@ -52,8 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a load test; returns the exit status."""
     parser = _parser()
     options = _options(parser, parser.parse_args(argv))
+    summary_file = options.folder / SUMMARY_FILE
+    report_file = options.folder / REPORT_FILE
     try:
         outcome = run(options)
+        summary_file.write_text(json.dumps(outcome.summary, indent=1) + "\n", "utf-8")
+        write_report(outcome, report_file)
     except BadSlo as error:
         parser.error(str(error))
     except (ProcessFailed, EmbeddedServerError, OSError, grpc.RpcError) as error:
@@ -62,10 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("loadtest: interrupted, no result\n")
         return INTERRUPTED
-    summary_file = options.folder / SUMMARY_FILE
-    report_file = options.folder / REPORT_FILE
-    summary_file.write_text(json.dumps(outcome.summary, indent=1) + "\n", "utf-8")
-    write_report(outcome, report_file)
     sys.stdout.write(table(outcome))
     sys.stdout.write(f"\nreport   {report_file}\nsummary  {summary_file}\n")
     return outcome.verdict.exit_status
@@ -295,6 +295,8 @@ def _knee(knee: Mapping[str, Any]) -> list[str]:
 
 
 def _audit(audit: Mapping[str, Any]) -> list[str]:
+    if "failure" in audit:
+        return [f"audit: not done: {audit['failure']}"]
     lines = [
         (
             f"audit against {audit['source']}: {audit['acked']:,} authorizations acknowledged,"
@@ -313,8 +315,12 @@ def _audit(audit: Mapping[str, Any]) -> list[str]:
 
 
 def _verdict(summary: Mapping[str, Any]) -> str:
-    if not summary["audit"]["clean"]:
+    if summary["audit"]["clean"] is False:
         return "FAILED: the audit found what must never be"
+    if summary["gateway_ended"]:
+        return "FAILED: the gateway ended during the run"
+    if "failure" in summary["audit"]:
+        return "FAILED: the audit could not be done"
     if not summary["valid"]:
         return "INVALID: this run says nothing of the gateway"
     return "the SLO is met" if summary["slo_met"] else "FAILED: the SLO is not met"

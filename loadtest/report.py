@@ -77,8 +77,12 @@ def render(outcome: Outcome) -> str:
 
 
 def _banner(summary: Mapping[str, Any]) -> str:
-    if not summary["audit"]["clean"]:
+    if summary["audit"]["clean"] is False:
         kind, text = "bad", "Failed: the audit found what must never be"
+    elif summary["gateway_ended"]:
+        kind, text = "bad", "Failed: the gateway ended during the run"
+    elif "failure" in summary["audit"]:
+        kind, text = "bad", "Failed: the audit could not be done"
     elif not summary["valid"]:
         kind, text = "doubt", "Invalid: this run says nothing of the gateway"
     elif summary["slo_met"]:
@@ -91,9 +95,6 @@ def _banner(summary: Mapping[str, Any]) -> str:
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:
-    audit = summary["audit"]
-    duplicates = audit["duplicate_charges"]
-    charged = "charges not compared" if duplicates is None else f"{duplicates:,} charged twice"
     tiles = [
         (
             f"{summary['achieved_rps']:,.0f}",
@@ -107,11 +108,7 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         ),
         (f"{summary['added_p99_ms']:,.1f}", "ms added, p99", f"max {summary['added_max_ms']:,.1f}"),
         (f"{summary['errors']:,}", "errors", f"{summary['dropped']:,} dropped"),
-        (
-            f"{audit['missing']:,}",
-            "payments missing",
-            f"of {audit['acked']:,} acknowledged; {charged}",
-        ),
+        _missing_tile(summary["audit"]),
     ]
     if "knee" in summary:
         tiles.insert(0, (f"{summary['knee']['rate']:,.0f}", "sends/s at the knee", ""))
@@ -122,6 +119,18 @@ def _tiles(summary: Mapping[str, Any]) -> str:
             for value, name, more in tiles
         )
         + "</div>"
+    )
+
+
+def _missing_tile(audit: Mapping[str, Any]) -> tuple[str, str, str]:
+    if "failure" in audit:
+        return "–", "payments missing", "not audited"
+    duplicates = audit["duplicate_charges"]
+    charged = "charges not compared" if duplicates is None else f"{duplicates:,} charged twice"
+    return (
+        f"{audit['missing']:,}",
+        "payments missing",
+        f"of {audit['acked']:,} acknowledged; {charged}",
     )
 
 
@@ -298,6 +307,8 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _audit(audit: Mapping[str, Any]) -> str:
+    if "failure" in audit:
+        return f"<p>Not done: {escape(audit['failure'])}</p>"
     rows = [
         (name.replace("_", " "), "not compared" if value is None else f"{value:,}")
         for name, value in audit.items()

@@ -12,13 +12,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
+import asyncpg
 import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 from payments.v1.payment_service_pb2 import AuthorizePaymentResponse
 
 from loadtest import environment
-from loadtest.audit import Audit, audit_by_calls, audit_by_database
+from loadtest.audit import SETTLE_TIMEOUT_S, audit_by_calls, audit_by_database, check_database
 from loadtest.calls import SERVICE, Acknowledged, sample_request
 from loadtest.children import Process, ProcessFailed
 from loadtest.engine import Target
@@ -49,6 +50,9 @@ REMOTE_PORT: Final = 5557
 GENERATOR: Final = "generator"
 PARTS: Final = ("control", "simulator", "gateway")
 """What a summary may name as left out."""
+
+
+_NO_AUDIT: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, grpc.RpcError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,11 @@ class System:
     api_key: str = field(repr=False)
     merchants: Path | None
     stack: Stack | None
+
+    @property
+    def gateway_ended(self) -> bool | None:
+        """Whether the gateway has ended by itself; None where it is not ours."""
+        return None if self.stack is None else not self.stack.gateway.running
 
     @property
     def pids(self) -> Mapping[str, int]:
@@ -124,10 +133,18 @@ class Outcome:
 def run(options: Options) -> Outcome:
     """Do it all, and say so as it goes on.
 
-    Raises ProcessFailed, BadSlo, OSError and AioRpcError.
+    The files of a run before go first, so that none is taken for this one's. Raises ProcessFailed,
+    BadSlo and OSError.
     """
     limits = Limits.load(options.profile, options.slo)
     options.folder.mkdir(parents=True, exist_ok=True)
+    for name in (SUMMARY_FILE, REPORT_FILE):
+        (options.folder / name).unlink(missing_ok=True)
+    if options.target and options.audit_dsn:
+        try:
+            check_database(options.audit_dsn)
+        except _NO_AUDIT as error:
+            raise ProcessFailed(f"the audit's database cannot be read: {error}") from None
     with ExitStack() as exit_stack:
         system = _system(options, exit_stack)
         plan = replace(
@@ -146,10 +163,8 @@ def run(options: Options) -> Outcome:
             )
             steps, knee = [_send(options, plan, system, "run")], None
         audit = _audit(options, plan, system, chain([first], _told(steps)))
-        if system.stack is not None:
-            system.stack.gateway.check()
         step = _shown(steps, knee)
-        summary = summarize(options, step, control, audit.figures(), system)
+        summary = summarize(options, step, control, audit, system)
         if knee is not None:
             summary["knee"] = knee
         verdict = evaluate(limits, summary)
@@ -388,6 +403,8 @@ def _search(
             f"  {'holds' if verdict.met else 'does not hold: ' + ', '.join(missed)};"
             f" machine {summary['machine_percent']:.0f} % busy, most of it {used[0][0]}"
         )
+        if system.gateway_ended:
+            break
     failing = [each for each in told if not each["held"]]
     first = min(failing, key=lambda each: float(each["rate"]), default=None)
     return steps, {
@@ -413,20 +430,37 @@ def _told(steps: Iterable[Step]) -> Iterable[Acknowledged]:
     return chain.from_iterable(read_acknowledged(each.folder / ACKNOWLEDGED_FILE) for each in steps)
 
 
-def _audit(options: Options, plan: Plan, system: System, told: Iterable[Acknowledged]) -> Audit:
+def _audit(
+    options: Options, plan: Plan, system: System, told: Iterable[Acknowledged]
+) -> dict[str, Any]:
+    """What the audit found, for a summary; where it could not be done, `failure` says why."""
     scratch = options.folder / "audit.sqlite"
+    stack = system.stack
     began = time.monotonic()
-    if system.stack is not None:
-        audit = audit_by_database(told, system.stack.dsn, system.stack.simulator.journal, scratch)
-    elif options.audit_dsn:
-        audit = audit_by_database(told, options.audit_dsn, None, scratch)
-    else:
-        audit = audit_by_calls(told, _target(system, plan), scratch)
+    try:
+        if stack is not None:
+            audit = audit_by_database(
+                told,
+                stack.dsn,
+                stack.simulator.journal,
+                scratch,
+                # Nobody brings anything to an end once the gateway has ended.
+                settle_s=0 if system.gateway_ended else SETTLE_TIMEOUT_S,
+            )
+        elif options.audit_dsn:
+            audit = audit_by_database(told, options.audit_dsn, None, scratch)
+        else:
+            audit = audit_by_calls(told, _target(system, plan), scratch)
+    except _NO_AUDIT as error:
+        # What was measured is kept: whoever went away during the run is the reason to look at it.
+        failure = _refusal(error) if isinstance(error, grpc.RpcError) else str(error)
+        _say(f"audit: not done: {failure}")
+        return {"clean": None, "failure": failure}
     _say(
         f"audit: {audit.acked} acknowledged authorizations against {audit.source},"
         f" {time.monotonic() - began:.1f} s"
     )
-    return audit
+    return audit.figures()
 
 
 def measured(step: Step) -> list[Observation]:
@@ -468,6 +502,7 @@ def summarize(
         "psp_lateness": step.lateness,
         "audit": audit if audit is not None else {},
         "left_out": left_out,
+        "gateway_ended": system.gateway_ended,
         "whole": whole,
         "segments": {name: each.figures() for name, each in analysis.of_segment.items()},
         "kinds": {name: each.figures() for name, each in analysis.of_kind.items()},

@@ -94,6 +94,8 @@ class Gate:
     """Whether the limit is a lower one."""
     validity: bool = False
     """Missed, it makes the run invalid, not failed."""
+    absolute: bool = False
+    """Missed, the run has failed on whatever machine."""
 
     @property
     def met(self) -> bool:
@@ -132,8 +134,8 @@ class Verdict:
 
     @property
     def exit_status(self) -> int:
-        """0 met, 1 missed, 3 invalid. A failed audit is a failure on whatever machine."""
-        if any(gate.name.startswith("audit") and not gate.met for gate in self.gates):
+        """0 met, 1 missed, 3 invalid."""
+        if any(gate.absolute and not gate.met for gate in self.gates):
             return 1
         if not self.valid:
             return 3
@@ -152,6 +154,7 @@ def evaluate(limits: Limits, summary: Mapping[str, Any]) -> Verdict:
         *_memory(limits, summary),
         *overload_gates(limits, summary.get("overload")),
         *_knee(limits, summary),
+        *_alive(summary),
         *_audit(summary),
     ]
     return Verdict(tuple(gates))
@@ -269,10 +272,17 @@ def floor_for(floors: Mapping[str, float], factor: float) -> float | None:
     return floors[min(at_or_above, key=float)] if at_or_above else None
 
 
+def _alive(summary: Mapping[str, Any]) -> list[Gate]:
+    ended = summary["gateway_ended"]
+    return [] if ended is None else [Gate("gateway that ended", int(ended), 0, absolute=True)]
+
+
 def _audit(summary: Mapping[str, Any]) -> list[Gate]:
     audit = summary["audit"]
     if not audit:  # a step of a search: the audit follows the last one
         return []
+    if "failure" in audit:
+        return [Gate("audit: done", None, 1, at_least=True, absolute=True)]
     faults = {
         "missing": "audit: acknowledged and missing",
         "repeated_rows": "audit: keys stored twice",
@@ -285,5 +295,7 @@ def _audit(summary: Mapping[str, Any]) -> list[Gate]:
         "unrecorded_charges": "audit: charges unrecorded",
     }
     return [
-        Gate(title, audit[name], 0) for name, title in faults.items() if audit[name] is not None
+        Gate(title, audit[name], 0, absolute=True)
+        for name, title in faults.items()
+        if audit[name] is not None
     ]

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 from loadtest.arrivals import Schedule
@@ -228,6 +229,47 @@ def load_test(*arguments: str, **variables: str) -> subprocess.CompletedProcess[
     )
 
 
+def spoiled_load_test(
+    spoil: Callable[[int], None], *arguments: str, **variables: str
+) -> tuple[int, str]:
+    """A load test that something is done to once answers came: exit status and output.
+
+    `spoil` gets its process id.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loadtest", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    assert process.stdout is not None
+    # Ends the reading, too.
+    watchdog = threading.Timer(RUN_TIMEOUT_S, process.terminate)
+    watchdog.start()
+    said: list[str] = []
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if sum(" answers/s " in each for each in said) == 1 and " answers/s " in line:
+                spoil(process.pid)
+        return process.wait(RUN_TIMEOUT_S), "".join(said)
+    finally:
+        watchdog.cancel()
+        process.terminate()
+        process.wait(RUN_TIMEOUT_S)
+        process.stdout.close()
+
+
+def kill_gateway_of(pid: int) -> None:
+    [gateway] = [
+        each
+        for each in psutil.Process(pid).children(recursive=True)
+        if each.cmdline()[-3:] == ["-m", "gateway", "serve"]
+    ]
+    gateway.kill()
+
+
 def summary_in(folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text("utf-8"))
     return summary
@@ -285,3 +327,39 @@ def test_deployed_gateway_is_called_by_several_generators_and_audited_by_its_own
     plan = Plan(rate=40, duration=3, warm_up=0)
     assert summary["offered"] == len(list(plan.schedule.arrivals()))
     assert system.shop.api_key not in done.stdout + done.stderr + json.dumps(summary)
+
+
+def test_gateway_that_ends_during_the_run_fails_it_and_leaves_its_figures(tmp_path: Path) -> None:
+    status, said = spoiled_load_test(
+        kill_gateway_of,
+        *("--rate", "20", "--duration", "4", "--warm-up", "0", "--control", "0"),
+        *("--deadline", "2", "--folder", str(tmp_path)),
+    )
+    assert status == 1, said
+    assert "the gateway ended during the run" in said
+    summary = summary_in(tmp_path)
+    assert summary["gateway_ended"]
+    assert not summary["slo_met"]
+    assert summary["errors"] > 0
+    assert summary["audit"]["clean"], summary["audit"]
+    report = (tmp_path / "report.html").read_text("utf-8")
+    assert "Failed: the gateway ended during the run" in report
+
+
+def test_target_that_goes_away_fails_the_run_and_leaves_its_figures(
+    system: System, tmp_path: Path
+) -> None:
+    gateway = system.start_gateway()
+    status, said = spoiled_load_test(
+        lambda _: gateway.kill(),
+        *("--target", gateway.address, "--merchants", system.shop.merchant_id),
+        *("--rate", "20", "--duration", "3", "--warm-up", "0", "--control", "0"),
+        *("--deadline", "2", "--folder", str(tmp_path)),
+        **{API_KEY_VARIABLE: system.shop.api_key},
+    )
+    assert status == 1, said
+    assert "the audit could not be done" in said
+    summary = summary_in(tmp_path)
+    assert summary["audit"]["clean"] is None
+    assert summary["errors"] > 0
+    assert "Failed: the audit could not be done" in (tmp_path / "report.html").read_text("utf-8")

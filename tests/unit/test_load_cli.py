@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from loadtest.charts import Band, Limit, Line, bar_chart, line_chart, percentile_place, thinned
-from loadtest.cli import main
+from loadtest.cli import DSN_VARIABLE, main
 from loadtest.plan import API_KEY_VARIABLE, BadPlan, Plan, add_options
 
 
@@ -64,9 +64,30 @@ def test_target_that_is_not_there_is_no_result(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, "key")
+    left_over = [tmp_path / name for name in ("summary.json", "report.html")]
+    for path in left_over:
+        path.write_text('{"slo_met": true}', "utf-8")
     # Port 1 is nobody's on a loopback interface.
     assert main(["--target", "127.0.0.1:1", "--folder", str(tmp_path)]) == 3
     assert "127.0.0.1:1 refuses a payment: UNAVAILABLE" in capsys.readouterr().err
+    assert not any(path.exists() for path in left_over)
+
+
+@pytest.mark.parametrize(
+    "dsn", ["postgresql://reader:hush@127.0.0.1:1/payments", "nonsense://reader:hush@127.0.0.1:1"]
+)
+def test_audit_s_database_that_cannot_be_read_is_found_before_anything_is_sent(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    dsn: str,
+) -> None:
+    monkeypatch.setenv(API_KEY_VARIABLE, "key")
+    monkeypatch.setenv(DSN_VARIABLE, dsn)
+    assert main(["--target", "127.0.0.1:1", "--folder", str(tmp_path)]) == 3
+    said = capsys.readouterr().err
+    assert "the audit's database cannot be read" in said
+    assert "hush" not in said
 
 
 def test_help_names_exit_statuses_and_profiles(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
     base: dict[str, Any] = {
         "duration_s": 300.0,
         "unaccounted": 0,
+        "gateway_ended": False,
         "whole": dict(FIGURES),
         "segments": {"before": dict(FIGURES), "after": dict(FIGURES), "spike": dict(FIGURES)},
         "control_p99_ms": 2.0,
@@ -70,6 +71,10 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         *(({f"audit__{name}": 1}, 1) for name in AUDIT),
         ({"audit__missing": 1, "control_p99_ms": 99.0}, 1),
         ({"audit__duplicate_charges": None}, 0),
+        ({"audit": {"clean": None, "failure": "gone"}, "control_p99_ms": 99.0}, 1),
+        ({"gateway_ended": True}, 1),
+        ({"gateway_ended": True, "control_p99_ms": 99.0}, 1),
+        ({"gateway_ended": None}, 0),
     ],
 )
 def test_exit_status_says_met_missed_or_invalid(changes: dict[str, Any], status: int) -> None:
