@@ -2,9 +2,11 @@
 
 import math
 from array import array
+from bisect import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Final
 
 import grpc
@@ -158,11 +160,15 @@ class Analysis:
         """Of what is measured: all but the warm-up."""
         self.of_segment = {segment.name: Stats() for segment in segments}
         self.of_kind: dict[str, Stats] = defaultdict(Stats)
+        self.answered: Counter[str] = Counter()
+        """Answers as expected by the segment in which they came, whenever they were sent; what came
+        after the last segment is in none."""
         self.refusals = Distribution()
         """Latencies of what was refused with RESOURCE_EXHAUSTED."""
         self._added: dict[int, array[float]] = defaultdict(lambda: array("f"))
         self._latencies: dict[int, array[float]] = defaultdict(lambda: array("f"))
         self._counts: dict[str, Counter[int]] = defaultdict(Counter)
+        self._ends_s = list(accumulate(segment.duration_s for segment in segments))
         measured = [segment.name != WARM_UP for segment in segments]
         for sample in samples:
             self.of_segment[segments[sample.segment].name].add(sample)
@@ -179,13 +185,23 @@ class Analysis:
         """Of what is measured."""
         return sum(each.duration_s for each in self.segments if each.name != WARM_UP)
 
+    def answered_rps(self, name: str = "") -> float:
+        """Answers as expected a second that came in a segment, or in all that is measured."""
+        names = {name} if name else self.of_segment.keys() - {WARM_UP}
+        duration_s = sum(each.duration_s for each in self.segments if each.name in names)
+        return sum(self.answered[each] for each in names) / duration_s
+
     def _add_to_timeline(self, sample: Sample) -> None:
         second = int(sample.at_s)
         self._counts["offered"][second] += 1
         if sample.code == OK:
             self._added[second].append(sample.added_ms)
             self._latencies[second].append(sample.latency_ms)
-            self._counts["answered"][int(sample.at_s + sample.latency_ms / 1000)] += 1
+            answered_s = sample.at_s + sample.latency_ms / 1000
+            self._counts["answered"][int(answered_s)] += 1
+            segment = bisect(self._ends_s, answered_s)
+            if segment < len(self.segments):
+                self.answered[self.segments[segment].name] += 1
         else:
             self._counts["dropped" if sample.code == DROPPED else "errors"][second] += 1
 

@@ -492,7 +492,7 @@ def summarize(
     summary: dict[str, Any] = {
         "profile": options.profile,
         "offered_rps": round(whole["offered"] / duration_s, 2),
-        "achieved_rps": round(whole["ok"] / duration_s, 2),
+        "achieved_rps": round(analysis.answered_rps(), 2),
         "duration_s": duration_s,
         **{name: value for name, value in whole.items() if name != "offered"},
         "offered": whole["offered"],
@@ -548,9 +548,8 @@ def _memory(observations: Sequence[Observation]) -> dict[str, float | None]:
 
 def _overload(step: Step, summary: Mapping[str, Any]) -> dict[str, Any]:
     base, beyond = summary["segments"]["base"], summary["segments"]["overload"]
-    durations = {each.name: each.duration_s for each in step.analysis.segments}
-    base_rps = base["ok"] / durations["base"]
-    goodput_rps = beyond["ok"] / durations["overload"]
+    base_rps = step.analysis.answered_rps("base")
+    goodput_rps = step.analysis.answered_rps("overload")
     refusals = step.analysis.refusals
     return {
         "factor": step.plan.overload_factor,

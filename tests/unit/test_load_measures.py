@@ -80,6 +80,28 @@ def test_answers_stand_in_the_second_of_the_answer_and_latencies_in_that_of_the_
     assert timeline[1].latency_max_ms == 2000
 
 
+def test_answers_after_their_segment_are_no_throughput_of_it() -> None:
+    segments = (
+        Segment(WARM_UP, 1, 10, 10),
+        Segment("base", 2, 10, 10),
+        Segment("overload", 2, 30, 30),
+    )
+    analysis = Analysis(
+        [
+            sample(0.5, latency_ms=600),  # sent in the warm-up, answered in the base
+            sample(1.5),
+            sample(2.5, latency_ms=1000, segment=1),
+            *(sample(4.0, latency_ms=1001 + late_ms, segment=2) for late_ms in range(50)),
+            sample(4.0, code=8, segment=2),
+        ],
+        segments,
+    )
+    assert analysis.answered_rps("base") == 1
+    assert analysis.answered_rps("overload") == 0.5
+    assert analysis.answered_rps() == 0.75
+    assert analysis.of_segment["overload"].ok == 50
+
+
 def test_samples_and_acknowledgements_survive_their_files(tmp_path: Path) -> None:
     samples = [sample(1.5, 10.25, kind=Kind.BATCH), sample(2.0, code=DROPPED)]
     path = tmp_path / "samples"
