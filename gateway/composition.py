@@ -822,6 +822,8 @@ def run_local(settings: Settings) -> None:
             postgres_dsn=dsn or state.postgres_dsn,
             redis_url=redis_url or state.redis_url,
             simulator_url=settings.simulator_url or state.simulator_url,
+            # An option of the command, of which the environment knows nothing.
+            workers=settings.workers,
         )
         state = replace(state, listen_address=settings.listen_address)
         try:

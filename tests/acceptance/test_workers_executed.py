@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import pytest
 
 from storage.embedded import free_port
@@ -133,6 +134,8 @@ async def test_run_serves_with_several_workers(tmp_path: Path) -> None:
         async for line in process.stdout:
             if b"Stop with Ctrl-C" in line:
                 break
+        commands = [each.cmdline() for each in psutil.Process(process.pid).children()]
+        assert sum(command[1:4] == ["-m", "gateway", "worker"] for command in commands) == 2
         demo = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "gateway", "demo"), cwd=tmp_path, stdout=subprocess.DEVNULL
         )
