@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=20.0,
         metavar="SECONDS",
-        help="of the control run against an echo; 0: none (default 20)",
+        help="of the control run against an echo, at most --duration; 0: none (default 20)",
     )
     how.add_argument("--web-port", type=int, default=0, help="show Locust's web UI there")
     where = parser.add_argument_group("against what")

@@ -153,10 +153,13 @@ def run(options: Options) -> Outcome:
             shares=options.generators,
         )
         first, reply = _first_payment(system, plan)
-        control = _control(options, plan, reply)
         if options.profile == "knee":
-            steps, knee = _search(options, plan, system, limits, control)
+            steps, knee = _search(options, plan, system, limits)
+            controls = _controls(
+                options, [replace(plan, rate=rate) for rate in controlled_rates(knee)], reply
+            )
         else:
+            controls = _controls(options, [plan], reply)
             _say(
                 f"{options.profile}: {plan.rate:g} sends/s for {plan.duration:g} s after"
                 f" {plan.warm_up:g} s of warm-up, mix {plan.mix}"
@@ -164,7 +167,7 @@ def run(options: Options) -> Outcome:
             steps, knee = [_send(options, plan, system, "run")], None
         audit = _audit(options, plan, system, chain([first], _told(steps)))
         step = _shown(steps, knee)
-        summary = summarize(options, step, control, audit, system)
+        summary = summarize(options, step, controls, audit, system)
         if knee is not None:
             summary["knee"] = knee
         verdict = evaluate(limits, summary)
@@ -266,12 +269,34 @@ def _refusal(error: Any) -> str:
 # --- sending --------------------------------------------------------------------------------------
 
 
-def _control(options: Options, plan: Plan, reply: bytes) -> Step | None:
-    """The same schedule against an echo, for as long as the control lasts."""
+def control_of(plan: Plan, control_s: float) -> Plan:
+    """The same schedule for an echo: its profile, within `control_s` seconds."""
+    return replace(
+        plan,
+        duration=min(control_s, plan.duration),
+        mix="authorize",
+        control=True,
+        tls=False,
+        ca_file="",
+        merchants="mer_control",
+    )
+
+
+def controlled_rates(knee: Mapping[str, Any]) -> list[float]:
+    """What a search's control runs send: the rate that held, and the next one that did not.
+
+    Where the machine is too busy for the one, the knee is none; where it is for the other, the knee
+    is the machine's.
+    """
+    failing = [float(each["rate"]) for each in knee["steps"] if not each["held"]]
+    above = [rate for rate in failing if rate > knee["rate"]]
+    return [rate for rate in (round(knee["rate"], 1), min(above, default=0.0)) if rate]
+
+
+def _controls(options: Options, plans: Sequence[Plan], reply: bytes) -> list[Step]:
+    """Each schedule against an echo, for as long as a control lasts; none without a control."""
     if not options.control_s:
-        return None
-    duration = min(options.control_s, plan.duration)
-    _say(f"control: {plan.rate:g} sends/s for {duration:g} s against an empty echo")
+        return []
     reply_file = options.folder / "echo.bin"
     reply_file.write_bytes(reply)
     echo = Process.python(
@@ -281,19 +306,16 @@ def _control(options: Options, plan: Plan, reply: bytes) -> Step | None:
         options.folder,
     )
     try:
-        address = echo.await_serving()
-        against = System(address, "", None, None)
-        control = replace(
-            plan,
-            profile="steady",
-            duration=duration,
-            mix="authorize",
-            control=True,
-            tls=False,
-            ca_file="",
-            merchants="mer_control",
-        )
-        return _send(options, control, against, "control")
+        against = System(echo.await_serving(), "", None, None)
+        steps: list[Step] = []
+        for plan in plans:
+            control = control_of(plan, options.control_s)
+            _say(
+                f"control: {control.profile}, {control.rate:g} sends/s for {control.duration:g} s"
+                " against an empty echo"
+            )
+            steps.append(_send(options, control, against, f"control-{len(steps) + 1}"))
+        return steps
     finally:
         echo.stop()
 
@@ -368,7 +390,7 @@ def _launch(
 
 
 def _search(
-    options: Options, plan: Plan, system: System, limits: Limits, control: Step | None
+    options: Options, plan: Plan, system: System, limits: Limits
 ) -> tuple[list[Step], dict[str, Any]]:
     """Step by step to the highest rate that holds the SLO."""
     search = KneeSearch(plan.rate)
@@ -380,7 +402,7 @@ def _search(
         _say(f"knee, step {search.steps + 1}: {rate:g} sends/s for {plan.duration:g} s")
         attempt = replace(plan, rate=rate, profile="steady", warm_up=KNEE_WARM_UP_S)
         step = _send(options, attempt, system, f"step-{search.steps + 1}")
-        summary = summarize(options, step, control, None, system)
+        summary = summarize(options, step, [], None, system)
         verdict = evaluate(single, summary)
         missed = [gate.name for gate in verdict.gates if not gate.met]
         search.record(held=verdict.met)
@@ -475,7 +497,7 @@ def measured(step: Step) -> list[Observation]:
 def summarize(
     options: Options,
     step: Step,
-    control: Step | None,
+    controls: Sequence[Step],
     audit: dict[str, Any] | None,
     system: System,
 ) -> dict[str, Any]:
@@ -485,7 +507,7 @@ def summarize(
     duration_s = analysis.duration_s
     observations = measured(step)
     left_out = []
-    if control is None:
+    if not controls:
         left_out.append("control")
     if system.stack is None:
         left_out += ["simulator", "gateway"]
@@ -497,7 +519,7 @@ def summarize(
         **{name: value for name, value in whole.items() if name != "offered"},
         "offered": whole["offered"],
         "unaccounted": step.unaccounted,
-        "control_p99_ms": None if control is None else _control_p99(control),
+        "control_p99_ms": max((control_p99_ms(each) for each in controls), default=None),
         "psp_lateness_p99_ms": None if step.lateness is None else step.lateness["p99_ms"],
         "psp_lateness": step.lateness,
         "audit": audit if audit is not None else {},
@@ -524,7 +546,7 @@ def summarize(
     return summary
 
 
-def _control_p99(control: Step) -> float:
+def control_p99_ms(control: Step) -> float:
     """From the intended times; what was not answered at all makes it infinite in effect."""
     figures = control.analysis.whole.figures()
     if figures["ok"] < figures["offered"] or control.unaccounted:

@@ -1,0 +1,41 @@
+"""What a load test decides before it sends: its control runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loadtest.plan import Plan
+from loadtest.runner import control_of, controlled_rates
+
+
+@pytest.mark.parametrize("profile", ["steady", "ramp", "spike", "soak", "overload"])
+def test_control_is_the_same_schedule_in_less_time(profile: str) -> None:
+    plan = Plan(rate=40, duration=60, profile=profile, overload_factor=2, mix="realistic")
+    control = control_of(plan, 20)
+    assert control.control
+    for mine, theirs in zip(control.schedule.segments, plan.schedule.segments, strict=True):
+        assert (mine.name, mine.rate_from, mine.rate_to) == (
+            theirs.name,
+            theirs.rate_from,
+            theirs.rate_to,
+        )
+    assert control.schedule.duration_s == pytest.approx(20 + plan.warm_up)
+    assert control_of(plan, 90).duration == 60
+
+
+@pytest.mark.parametrize(
+    ("knee", "tried", "rates"),
+    [
+        (100.0, [(100, True), (150, False), (122, False)], [100, 122]),
+        (100.0, [(200, False), (100, True), (141, False)], [100, 141]),
+        (150.0, [(100, True), (150, True)], [150]),
+        (0.0, [(20, False), (13.3, False)], [13.3]),
+    ],
+)
+def test_knee_is_controlled_on_both_of_its_sides(
+    knee: float, tried: list[tuple[float, bool]], rates: list[float]
+) -> None:
+    steps: list[dict[str, Any]] = [{"rate": rate, "held": held} for rate, held in tried]
+    assert controlled_rates({"rate": knee, "steps": steps}) == rates
