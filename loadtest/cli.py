@@ -13,7 +13,8 @@ import grpc
 
 from loadtest.arrivals import Process, Profile
 from loadtest.children import ProcessFailed
-from loadtest.plan import API_KEY_VARIABLE, BadPlan, Plan
+from loadtest.knee import RATE_MIN
+from loadtest.plan import API_KEY_VARIABLE, DURATION_S_MIN, BadPlan, Plan
 from loadtest.report import write_report
 from loadtest.runner import REPORT_FILE, SUMMARY_FILE, Options, Outcome, run
 from loadtest.slo import SLO_FILE, BadSlo
@@ -24,6 +25,7 @@ MET, FAILED, USAGE, INVALID = 0, 1, 2, 3
 INTERRUPTED: Final = 130
 SOAK_S: Final = 3600.0
 KNEE_STEP_S: Final = 20.0
+PORT_MAX: Final = 65_535
 
 _EPILOG: Final = f"""\
 The gateway, an embedded PostgreSQL and Redis and the PSP simulator are started here, unless
@@ -173,10 +175,14 @@ def _options(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Opti
     for name, low, high in (
         ("workers", 0, 256),
         ("control", 0, 3600),
-        ("web_port", 0, 65_535),
+        ("web_port", 0, PORT_MAX),
     ):
         if not low <= getattr(given, name) <= high:
             parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}")
+    if 0 < given.control < DURATION_S_MIN:
+        parser.error(f"--control must be 0 or at least {DURATION_S_MIN:g}")
+    if given.profile == "knee" and given.rate < RATE_MIN:
+        parser.error(f"--profile knee searches from a --rate of {RATE_MIN:g} or more")
     if given.web_port and given.profile == "knee":
         parser.error("--web-port shows one run; --profile knee makes many")
     if given.remote_generators and given.generators < 2:
@@ -205,7 +211,8 @@ def _check_target(parser: argparse.ArgumentParser, given: argparse.Namespace) ->
             if getattr(given, name):
                 parser.error(f"--{name.replace('_', '-')} is for a --target")
         return
-    if re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):[0-9]{1,5}", given.target) is None:
+    matched = re.fullmatch(r"(?:\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):([0-9]{1,5})", given.target)
+    if matched is None or not 0 < int(matched[1]) <= PORT_MAX:
         parser.error(f"--target must be HOST:PORT, not {given.target!r}")
     if not os.environ.get(API_KEY_VARIABLE):
         parser.error(f"--target needs an API key of mode test in {API_KEY_VARIABLE}")

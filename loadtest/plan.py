@@ -23,6 +23,7 @@ from loadtest.mixes import BadMix, load_mix
 API_KEY_VARIABLE: Final = "PAYMENTS_API_KEY"
 CONNECTIONS_MAX: Final = 256
 IN_FLIGHT_MAX: Final = 100_000
+DURATION_S_MIN: Final = 0.1
 DEADLINE_S_MAX: Final = 300.0
 BATCH_ITEMS_MAX: Final = 100
 """What one message of a stream takes at most."""
@@ -66,7 +67,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         _between("rate", self.rate, 0.01, 100_000)
-        _between("duration", self.duration, 0.1, 86_400)
+        _between("duration", self.duration, DURATION_S_MIN, 86_400)
         _between("warm_up", self.warm_up, 0, 3600)
         _between("overload_factor", self.overload_factor, 1, 100)
         _between("connections", self.connections, 1, CONNECTIONS_MAX)

@@ -4,7 +4,9 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Self, cast
+
+from loadtest.arrivals import Profile, segments_of
 
 SLO_FILE: Final = Path(__file__).with_name("slo.toml")
 PROFILES: Final = ("ramp", "spike", "soak", "overload", "knee")
@@ -55,10 +57,22 @@ class Limits:
             _check(path, name, value)
         if "gated_segments" in values:
             values["gated_segments"] = tuple(values["gated_segments"])
+            measured = _segments(profile)
+            if not measured.issuperset(values["gated_segments"]):
+                raise BadSlo(
+                    f"{path}: gated_segments of {profile} can be {', '.join(sorted(measured))},"
+                    f" not {', '.join(values['gated_segments'])}"
+                )
         try:
             return cls(**values)
         except TypeError as error:
             raise BadSlo(f"{path}: a limit of [validity] or [slo] is missing: {error}") from error
+
+
+def _segments(profile: str) -> set[str]:
+    """What a profile measures; a search is made of steady steps."""
+    steady = "steady" if profile == "knee" else profile
+    return {each.name for each in segments_of(cast("Profile", steady), 1.0, 1.0)}
 
 
 def _check(path: Path, name: str, value: object) -> None:

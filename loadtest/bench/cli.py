@@ -139,6 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, value in QUICK.items():
             setattr(options, name, value)
         options.no_search = True
+    try:
+        options.summary.parent.mkdir(parents=True, exist_ok=True)
+        if options.summary.is_dir():
+            raise IsADirectoryError(f"{options.summary} is a directory")
+    except OSError as error:
+        parser().error(f"--summary: {error}")
     began = time.monotonic()
 
     def progress(line: str) -> None:
@@ -187,7 +193,6 @@ def _measure(options: argparse.Namespace, until: float, progress: Progress) -> i
     for name, count in missing.items():
         print(f"\nLOST: {count:,} acknowledged authorizations of {name} are not in its database")
     summary = report.summary(results, rounds, bench.tries, open_load, missing)
-    options.summary.parent.mkdir(parents=True, exist_ok=True)
     options.summary.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     print(f"\nsummary: {options.summary}")
     return report.exit_status(results, missing)

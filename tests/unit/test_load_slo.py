@@ -139,6 +139,7 @@ def test_floor_of_goodput_is_that_of_the_next_factor() -> None:
         ("[slo]\ndropped_max = -1", "dropped_max has a value"),
         ("[slo]\ndropped_max = true", "dropped_max has a value"),
         ("[spike]\ngated_segments = 1", "gated_segments has a value"),
+        ('[spike]\ngated_segments = ["befor"]', "can be after, before, spike, not befor"),
         ("[spike]\ngoodput_ratio_min = {x = 1}", "goodput_ratio_min has a value"),
         ("[slo]\ndropped_max = 1", "is missing"),
     ],
