@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how it is sent")
     how.add_argument("--generators", type=int, default=1, help="Locust workers (default 1)")
     how.add_argument(
-        "--remote-generators", action="store_true", help="they are started on other machines"
+        "--remote-generators",
+        action="store_true",
+        help="they are started on other machines; there is no control run",
     )
     how.add_argument("--connections", type=int, default=4, help="of each generator (default 4)")
     how.add_argument(
@@ -185,6 +187,8 @@ def _options(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Opti
         parser.error(f"--profile knee searches from a --rate of {RATE_MIN:g} or more")
     if given.web_port and given.profile == "knee":
         parser.error("--web-port shows one run; --profile knee makes many")
+    if given.remote_generators and given.profile == "knee":
+        parser.error("--remote-generators end with one run; --profile knee makes many")
     if given.remote_generators and given.generators < 2:
         parser.error("--remote-generators needs --generators 2 or more")
     if not given.slo.is_file():

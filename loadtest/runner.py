@@ -78,6 +78,13 @@ class Options:
     """Where Locust's web UI is shown; 0: nowhere."""
     command: tuple[str, ...] = ("-m", "gateway", "serve")
 
+    @property
+    def controlled(self) -> bool:
+        """Whether there is a control run. Generators on other machines reach no echo of ours, and
+        end with the first schedule that they have sent.
+        """
+        return self.control_s > 0 and not self.remote_generators
+
 
 @dataclass(frozen=True, slots=True)
 class System:
@@ -295,7 +302,7 @@ def controlled_rates(knee: Mapping[str, Any]) -> list[float]:
 
 def _controls(options: Options, plans: Sequence[Plan], reply: bytes) -> list[Step]:
     """Each schedule against an echo, for as long as a control lasts; none without a control."""
-    if not options.control_s:
+    if not options.controlled:
         return []
     reply_file = options.folder / "echo.bin"
     reply_file.write_bytes(reply)
@@ -368,7 +375,8 @@ def _launch(
         if options.remote_generators:
             _say(
                 f"waiting for {plan.shares} generators: on each machine, with {API_KEY_VARIABLE}"
-                " set, locust -f loadtest/locustfile.py --worker --master-host <this machine>"
+                " set, locust -f loadtest/locustfile.py --worker --master-host <this machine>;"
+                " there is no control run"
             )
     process = Process("generator", [sys.executable, *command], variables, None)
     exit_stack.callback(process.stop)

@@ -40,6 +40,7 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--web-port", "70000"), "--web-port must be"),
         (("--web-port", "8089", "--profile", "knee"), "--web-port shows one run"),
         (("--remote-generators",), "needs --generators 2"),
+        (("--remote-generators", "--profile", "knee"), "--profile knee makes many"),
         (("--slo", "nowhere.toml"), "there is no file nowhere.toml"),
         (("--target", "gateway"), "--target must be HOST:PORT"),
         (("--target", "http://gateway:443"), "--target must be HOST:PORT"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loadtest.plan import Plan
-from loadtest.runner import control_of, controlled_rates
+from loadtest.runner import Options, control_of, controlled_rates
+from loadtest.slo import SLO_FILE
 
 
 @pytest.mark.parametrize("profile", ["steady", "ramp", "spike", "soak", "overload"])
@@ -23,6 +25,25 @@ def test_control_is_the_same_schedule_in_less_time(profile: str) -> None:
         )
     assert control.schedule.duration_s == pytest.approx(20 + plan.warm_up)
     assert control_of(plan, 90).duration == 60
+
+
+@pytest.mark.parametrize(
+    ("control_s", "remote", "controlled"),
+    [(20.0, False, True), (0.0, False, False), (20.0, True, False)],
+)
+def test_generators_elsewhere_have_no_control(
+    control_s: float, *, remote: bool, controlled: bool
+) -> None:
+    options = Options(
+        Plan(),
+        "steady",
+        Path("folder"),
+        SLO_FILE,
+        generators=2,
+        remote_generators=remote,
+        control_s=control_s,
+    )
+    assert options.controlled == controlled
 
 
 @pytest.mark.parametrize(
