@@ -73,10 +73,17 @@ _HINT = re.compile(
 )
 _SECRET_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?i)gwk_[\w.~+/=-]+"), "gwk_" + REDACTED),
-    # A JWT: its first part is base64 of {".
-    (re.compile(r"eyJ[\w-]{8,}\.[\w-]*(?:\.[\w-]*)?"), REDACTED),
+    # A JWT: its first part is base64 of {". With all that it is joined to, so that a run of such
+    # beginnings is read once, not from each of them.
+    (
+        re.compile(r"(?<![\w-])(?=[\w-]*?eyJ[\w-]{8})[\w-]++\.[\w-]*(?:\.[\w-]*)?"),
+        REDACTED,
+    ),
     # scheme://user:password@host; to the last @, since passwords hold unescaped ones.
-    (re.compile(r"(?i)([a-z][a-z0-9+.-]{0,30}://[^\s:/@]{0,200}:)[^\s\"'<>]+@"), rf"\1{REDACTED}@"),
+    (
+        re.compile(r"(?i)([a-z][a-z0-9+.-]{0,30}://[^\s:/@]{0,200}:)[^\s\"'<>]{1,1000}@"),
+        rf"\1{REDACTED}@",
+    ),
     (re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{4,}"), rf"\1 {REDACTED}"),
     # "the basic idea" is no credential: base64 has more than small letters.
     (re.compile(r"\b((?i:basic))\s+(?=[\w+/]*[A-Z0-9=])[\w+/=-]{4,}"), rf"\1 {REDACTED}"),

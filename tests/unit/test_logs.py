@@ -433,3 +433,18 @@ def test_a_process_that_dies_of_an_exception_logs_it_redacted_to_stderr(tmp_path
     assert PAN not in shown
     assert SPACED not in shown
     assert "S3cr3t" not in shown
+
+
+def test_long_hostile_text_is_redacted_in_linear_time() -> None:
+    # Beginnings of secrets that are none: a search that reads on from each of them would not end.
+    for text in ("eyJ", "eyJ-", "a://b:", "://", "\\", "bearer ", "authorization", "cvv-"):
+        redact(text * (200_000 // len(text)))
+
+
+def test_a_token_is_redacted_with_what_it_is_joined_to() -> None:
+    token = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2lnbmF0dXJl"
+    assert redact(f"of x-{token}, then") == "of [REDACTED], then"
+    assert redact(f"({token})") == "([REDACTED])"
+    assert redact("eyJhbGciOiJIUzI1NiJ9 without a second part") == (
+        "eyJhbGciOiJIUzI1NiJ9 without a second part"
+    )

@@ -276,5 +276,8 @@ def test_masking_keeps_the_last_four_digits_and_all_other_text(text: str, masked
 
 def test_long_hostile_text_is_read_in_linear_time() -> None:
     # Tokens, runs and gaps that would make a backtracking search quadratic; it would not end.
-    for text in ("4 " * 200_000, "4" * 1_000_000 + "a", ("4" + " " * 5) * 100_000, "%25" * 300_000):
+    for text in (
+        *("4 " * 200_000, "4" * 1_000_000 + "a", ("4" + " " * 5) * 100_000, "%25" * 300_000),
+        *("\\" * 1_000_000, "\\u" * 300_000, "\\u003" * 200_000, "%" * 1_000_000),
+    ):
         mask_pans(text)
