@@ -58,6 +58,8 @@ _DEADLINE_S_MAX: Final = 1e9
 """A deadline farther away is none: the native transport says 9e18 s where there is none."""
 _ITEMS_BEGUN_AT_ONCE: Final = 50
 """After so many items of a batch, other calls have their turn."""
+_BYTES_LOOKED_AT_AT_ONCE: Final = 8_192
+"""The same, after so many bytes of items whose strings are looked at one by one."""
 _PLAIN_REFUSALS_KEPT: Final = 512
 """Refusals that say nothing of their call are encoded once, so that many cost little."""
 
@@ -559,8 +561,15 @@ class PaymentService:
             until = min(until, call.deadline - margin_s)
         items: list[_Item] = []
         latest: dict[tuple[str, str], asyncio.Task[Any]] = {}
+        looked_at_bytes = 0
         for request in requests:
-            if len(items) % _ITEMS_BEGUN_AT_ONCE == _ITEMS_BEGUN_AT_ONCE - 1:
+            if suspect:
+                looked_at_bytes += request.ByteSize()
+            if (
+                len(items) % _ITEMS_BEGUN_AT_ONCE == _ITEMS_BEGUN_AT_ONCE - 1
+                or looked_at_bytes > _BYTES_LOOKED_AT_AT_ONCE
+            ):
+                looked_at_bytes = 0
                 await asyncio.sleep(0)
             item = self.prepare(call, principal, request, suspect)
             items.append(item)
@@ -810,7 +819,13 @@ class _Stream:
             request = validation.parse(StreamAuthorizePaymentsRequest, data)
             validation.validate_items(request.items, validation.STREAM_ITEMS_MAX)
             suspect = validation.is_suspect(data)
+            looked_at_bytes = 0
             for each in request.items:
+                if suspect:
+                    looked_at_bytes += each.ByteSize()
+                    if looked_at_bytes > _BYTES_LOOKED_AT_AT_ONCE:
+                        looked_at_bytes = 0
+                        await asyncio.sleep(0)
                 await self._wait_for_room()
                 self._start(service.prepare(call, principal, each, suspect))
         raise GatewayError(Reason.DRAINING, "This server is shutting down.")

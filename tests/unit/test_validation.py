@@ -8,12 +8,20 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
+from buf.validate import validate_pb2 as rules
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import given
 from hypothesis import strategies as st
-from payments.v1 import money_pb2, payment_method_pb2, payment_pb2
+from payments.v1 import (
+    admin_service_pb2,
+    event_service_pb2,
+    money_pb2,
+    payment_method_pb2,
+    payment_pb2,
+    routing_service_pb2,
+)
 from payments.v1 import payment_service_pb2 as pb
 
 from gateway.application.accounts import MerchantInfo
@@ -502,6 +510,40 @@ def test_no_refusal_repeats_a_key_or_a_value_of_metadata() -> None:
 
 
 # --- card data ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("request_", "path"), STRINGS)
+def test_a_text_longer_than_any_may_be_is_refused_without_searching_it(
+    request_: Message, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = with_string(request_, path, "4" * (validation.TEXT_CHARACTERS_MAX + 1))
+    assert validation.is_suspect(request.SerializeToString())
+    monkeypatch.setattr(validation, "contains_pan", lambda text: len(text) > 2048)
+    with pytest.raises(GatewayError) as caught:
+        validation.refuse_card_numbers(request, None)
+    assert caught.value.reason is Reason.INVALID_REQUEST
+    assert [each.field for each in caught.value.violations] == [path]
+
+
+def test_no_rule_of_the_contract_allows_a_longer_text_than_is_searched() -> None:
+    services = (
+        pb.DESCRIPTOR,
+        admin_service_pb2.DESCRIPTOR,
+        event_service_pb2.DESCRIPTOR,
+        routing_service_pb2.DESCRIPTOR,
+    )
+    seen = 0
+    for file in services:
+        for service in file.services_by_name.values():
+            for method in service.methods:
+                for path, field in descriptors(method.input_type):
+                    given_ = field.GetOptions().Extensions[rules.field].string
+                    allowed = max(given_.max_len, given_.max_bytes)
+                    seen += bool(allowed)
+                    longest = validation.LONGER_TEXTS.get(path, validation.TEXT_CHARACTERS_MAX)
+                    assert allowed <= longest, path
+    assert seen > 50
+
 
 WRITTEN = [
     PAN,
