@@ -93,8 +93,13 @@ class Checked(NamedTuple):
     """A file that may be put into force."""
 
     file: RuleFile
-    warnings: tuple[Problem, ...]
-    """Those of the file and those of the accounts that it names."""
+    of_accounts: tuple[Problem, ...]
+    """What is perhaps not meant of the accounts that it names."""
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """Those of the file, see there, and those of the accounts."""
+        return [*self.file.warnings, *self.of_accounts]
 
 
 class Explained(NamedTuple):
@@ -121,8 +126,8 @@ class RoutingAdministration:
         """Read a file and compare it with the merchant's accounts. Raises GatewayError."""
         with _refused():
             file = read_rules(text)
-            warnings = check_accounts(file.rules, self._router.accounts(merchant_id, mode))
-        return Checked(file, (*file.warnings, *warnings))
+            of_accounts = check_accounts(file.rules, self._router.accounts(merchant_id, mode))
+        return Checked(file, tuple(of_accounts))
 
     async def put(
         self, merchant_id: str, mode: Mode, text: str, author: Author, *, activate: bool

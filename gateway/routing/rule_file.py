@@ -78,7 +78,12 @@ class RuleFile(NamedTuple):
     """A file that was read."""
 
     rules: Rules
-    warnings: tuple[Problem, ...]
+    in_order: tuple[Rule, ...]
+
+    @property
+    def warnings(self) -> list[Problem]:
+        """What is perhaps not meant: every rule is compared with every other."""
+        return _warnings(self.in_order)
 
 
 def read_rules(text: str) -> RuleFile:
@@ -140,7 +145,7 @@ class _Reader:
         self._chains(rules)
         if self._problems:
             raise RulesInvalid(self._problems)
-        return RuleFile(compile_rules(rules), tuple(_warnings(rules)))
+        return RuleFile(compile_rules(rules), tuple(rules))
 
     # --- what may be wrong ---
 

@@ -170,15 +170,7 @@ class Conditions:
         mine, its = self.amount_minor, other.amount_minor
         if mine is not None and its is not None and (mine[1] < its[0] or its[1] < mine[0]):
             return False
-        if (
-            self.bin is not None
-            and other.bin is not None
-            and not any(
-                low <= its_high and its_low <= high
-                for low, high in self.bin
-                for its_low, its_high in other.bin
-            )
-        ):
+        if self.bin is not None and other.bin is not None and not _ranges_meet(self.bin, other.bin):
             return False
         shared = (self.metadata or {}).keys() & (other.metadata or {}).keys()
         return all((self.metadata or {})[key] & (other.metadata or {})[key] for key in shared)
@@ -418,7 +410,19 @@ def _range_covers(mine: tuple[int, int] | None, its: tuple[int, int] | None) -> 
 
 
 def _ranges_cover(mine: Ranges | None, its: Ranges | None) -> bool:
-    return mine is None or (
-        its is not None
-        and all(any(low <= first and last <= high for low, high in mine) for first, last in its)
-    )
+    return mine is None or (its is not None and all(_has_bins(mine, each) for each in its))
+
+
+def _ranges_meet(mine: Ranges, its: Ranges) -> bool:
+    # Both are in order and apart, so that one look at each is enough.
+    at, its_at = 0, 0
+    while at < len(mine) and its_at < len(its):
+        low, high = mine[at]
+        its_low, its_high = its[its_at]
+        if low <= its_high and its_low <= high:
+            return True
+        if high < its_high:
+            at += 1
+        else:
+            its_at += 1
+    return False

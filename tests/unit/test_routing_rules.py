@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from textwrap import dedent
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from gateway.domain.model import ResponseCode
 from gateway.routing import rule_file
 from gateway.routing.rule_file import RulesInvalid, read_rules
-from gateway.routing.rules import Choice, Facts, Order, Rules
+from gateway.routing.rules import Choice, Conditions, Facts, Order, Rules
 
 pytestmark = pytest.mark.unit
 
@@ -400,3 +401,24 @@ def test_no_payment_ever_comes_to_a_rule_that_is_said_to_be_never_reached(
             warning.text.startswith(f"{choice.rule.name} is never reached")
             for warning in read.warnings
         )
+
+
+def ranges() -> st.SearchStrategy[tuple[tuple[int, int], ...]]:
+    """BIN ranges as rules hold them: ascending, and apart from each other."""
+    ends = st.lists(st.integers(0, 40), min_size=2, max_size=12, unique=True)
+    return ends.map(lambda each: tuple(zip(sorted(each)[::2], sorted(each)[1::2], strict=False)))
+
+
+@given(ranges(), ranges())
+def test_ranges_of_bins_are_compared_as_the_bins_in_them_are(
+    mine: tuple[tuple[int, int], ...], its: tuple[tuple[int, int], ...]
+) -> None:
+    def bins(ranges_: tuple[tuple[int, int], ...]) -> set[int]:
+        return {each for low, high in ranges_ for each in range(low, high + 1)}
+
+    one, other = Conditions(bin=mine), Conditions(bin=its)
+    assert one.meet(other) is bool(bins(mine) & bins(its))
+    # One range that two together hold, with nothing between them, is no case: they would be one.
+    apart = all(low > high + 1 for (_, high), (low, _) in itertools.pairwise(mine))
+    if apart:
+        assert one.cover(other) is (bins(its) <= bins(mine))
