@@ -108,6 +108,10 @@ class _KeySet:
     read_at: float = -math.inf
 
 
+_LIVES_TRUSTED: Final = 2
+"""After so many of their lives keys are read before they are used; before, beside that."""
+
+
 class SigningKeys:
     """The issuer's public keys, read anew when they age or a token names one that is not known.
 
@@ -139,19 +143,17 @@ class SigningKeys:
         Raises GatewayError: SIGNING_KEYS_UNAVAILABLE where that cannot be told, OVERLOADED where
         too many tokens wait for the keys.
         """
-        if self._clock() >= self._set.read_at + self._limits.life_s:
-            self.refresh()
+        lives_s = (self._clock() - self._set.read_at) / self._limits.life_s
+        reading = self.refresh() if lives_s >= 1 else None
+        if reading is not None and lives_s >= _LIVES_TRUSTED and not self._failed:
+            # Nobody has asked for long, and the issuer is there for all that is known: what it has
+            # withdrawn meanwhile is not to be believed once more.
+            await self._wait(reading)
         if (key := self._known(kid, algorithm)) is not None:
             return key
         reading = self.refresh()
         if reading is not None:
-            if self._waiters >= self._limits.waiters_max:
-                raise GatewayError(Reason.OVERLOADED, "Too many tokens wait for their keys.")
-            self._waiters += 1
-            try:
-                await asyncio.wait((reading,))
-            finally:
-                self._waiters -= 1
+            await self._wait(reading)
             if (key := self._known(kid, algorithm)) is not None:
                 return key
         if self._failed or not self._usable():
@@ -160,6 +162,15 @@ class SigningKeys:
                 "The keys that tokens are signed with could not be read.",
             )
         return None
+
+    async def _wait(self, reading: "asyncio.Task[None]") -> None:
+        if self._waiters >= self._limits.waiters_max:
+            raise GatewayError(Reason.OVERLOADED, "Too many tokens wait for their keys.")
+        self._waiters += 1
+        try:
+            await asyncio.wait((reading,))
+        finally:
+            self._waiters -= 1
 
     def refresh(self) -> "asyncio.Task[None] | None":
         """Begin a reading unless the last one began just now; the one under way, if any."""

@@ -459,6 +459,27 @@ async def test_keys_are_read_anew_behind_the_calls_when_they_age(issuer: Issuer)
     await readings_ended()
 
 
+async def test_after_a_long_quiet_a_key_that_was_withdrawn_is_not_believed_once_more(
+    issuer: Issuer,
+) -> None:
+    verifier = issuer.verifier()
+    assert await verifier.verify(token(RSA))
+    issuer.keys = (EC,)
+    issuer.at_s += 2 * LIMITS.life_s
+    told = await asyncio.gather(*(verifier.verify(token(RSA)) for _ in range(LIMITS.waiters_max)))
+    assert told == [None] * LIMITS.waiters_max
+    assert issuer.readings == 2
+    # Where the issuer is away, it is known to be from then on, and nobody waits for it again.
+    issuer.away = True
+    issuer.at_s += 2 * LIMITS.life_s
+    assert await verifier.verify(token(EC))
+    issuer.at_s += LIMITS.pause_s
+    issuer.answering.clear()
+    assert await verifier.verify(token(EC))
+    issuer.answering.set()
+    await readings_ended()
+
+
 async def test_an_issuer_that_is_away_is_not_noticed_until_the_keys_are_stale(
     issuer: Issuer,
 ) -> None:
