@@ -59,13 +59,18 @@ def _read_credentials(file: Any) -> dict[str, str]:
     return credentials
 
 
-def _kind(settings: Settings, name: str) -> Any:
+def _kinds(settings: Settings) -> dict[str, Any]:
+    """What connectors there are here, by name."""
     from gateway.connectors.configured import ConnectorsMisconfigured, configured_kinds
 
     try:
-        kinds = {kind.name: kind for kind in configured_kinds(settings)}
+        return {kind.name: kind for kind in configured_kinds(settings)}
     except ConnectorsMisconfigured as error:
         fail(str(error))
+
+
+def _kind(settings: Settings, name: str) -> Any:
+    kinds = _kinds(settings)
     if name not in kinds:
         fail(f"There is no connector {name!r}; there are: {', '.join(sorted(kinds))}.")
     return kinds[name]
@@ -325,6 +330,14 @@ def _controls(settings: Settings) -> Any:
     return RoutingControls.connect(postgres_dsn(settings))
 
 
+def _check_method(kinds: dict[str, Any], connector: str, method: str) -> None:
+    """A misspelt switch would stop nothing, and say that it is done."""
+    of = [kinds[connector]] if connector in kinds else kinds.values()
+    known = {each for kind in of for each in kind.widest.methods}
+    if method and method not in known:
+        fail(f"{connector} takes no method {method!r}; there are: {', '.join(sorted(known))}.")
+
+
 async def _suspend(
     kind: str,
     *,
@@ -339,14 +352,23 @@ async def _suspend(
 
     if bool(connector) == bool(merchant or account_id) or bool(merchant) != bool(account_id):
         fail("Say either --connector, or --merchant and --account.")
+    settings = read_settings()
+    kinds = _kinds(settings)
     of: dict[str, Any] = {"connector": connector}
     if account_id:
-        async with connector_accounts(read_settings()) as accounts:
+        async with connector_accounts(settings) as accounts:
             account = await accounts.find(merchant, account_id)
         if account is None:
             fail(_no_account(str(merchant), account_id))
         of = {"connector": account.connector, "merchant_id": merchant, "account_id": account_id}
-    async with _controls(read_settings()) as controls:
+    elif connector not in kinds:
+        # Another host may have it: what accounts are of exists.
+        async with connector_accounts(settings) as accounts:
+            names = {*kinds, *(account.connector for account in await accounts.list())}
+        if connector not in names:
+            fail(f"There is no connector {connector!r}; there are: {', '.join(sorted(names))}.")
+    _check_method(kinds, of["connector"], when.get("method", ""))
+    async with _controls(settings) as controls:
         suspension = await controls.suspend(
             SuspensionKind[kind], **of, **when, reason=reason, created_by=login_name()
         )
