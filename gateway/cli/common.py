@@ -96,6 +96,12 @@ reason_option = click.option(
 )
 
 
+_NOT_MIGRATED: Final = (
+    "The database lacks a table of this version: run `python -m gateway migrate` first."
+)
+_UNDEFINED_TABLE: Final = "42P01"  # the SQLSTATE, which the text of a RowRefused names
+
+
 def coroutine(command: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
     """Run a command's coroutine; what the database or a server refuses becomes one clear line."""
 
@@ -105,6 +111,7 @@ def coroutine(command: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
 
         from gateway.application.ports import StoreUnavailable
         from gateway.domain.errors import GatewayError
+        from storage.postgres.errors import NotDurable, RowRefused, SchemaError
 
         try:
             return asyncio.run(command(*args, **kwargs))
@@ -112,6 +119,12 @@ def coroutine(command: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
             fail(error.message)
         except StoreUnavailable as error:
             fail(f"{error}. See `python -m gateway doctor`.")
+        except asyncpg.UndefinedTableError:
+            fail(_NOT_MIGRATED)
+        except RowRefused as error:
+            fail(_NOT_MIGRATED if _UNDEFINED_TABLE in str(error) else f"{error}")
+        except (NotDurable, SchemaError) as error:
+            fail(f"{error}")
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             fail(f"{type(error).__name__}: {error}")
 

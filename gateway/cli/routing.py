@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -18,6 +18,9 @@ from gateway.cli.common import (
     reason_option,
 )
 from gateway.cli.connectors import connector_accounts
+
+VERSION_MAX: Final = 2**31 - 1
+"""What the contract and the column hold."""
 
 
 @click.group()
@@ -164,7 +167,9 @@ async def routing_list(merchant: str, mode: str) -> None:
 @routing.command("show")
 @merchant_option
 @mode_option
-@click.option("--version", type=click.IntRange(1), help="Without it: the one in force.")
+@click.option(
+    "--version", type=click.IntRange(1, VERSION_MAX), help="Without it: the one in force."
+)
 @coroutine
 async def routing_show(merchant: str, mode: str, version: int | None) -> None:
     """Print a version's file."""
@@ -176,7 +181,7 @@ async def routing_show(merchant: str, mode: str, version: int | None) -> None:
 
 
 @routing.command("activate")
-@click.argument("version", type=click.IntRange(0))
+@click.argument("version", type=click.IntRange(0, VERSION_MAX))
 @merchant_option
 @mode_option
 @reason_option

@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 import asyncpg
 
 from storage.postgres.lanes import LaneRow
-from storage.postgres.migrate import CONNECT_TIMEOUT_S, TABLE_LOCK_WAIT_S_MAX
+from storage.postgres.migrate import CONNECT_TIMEOUT_S, TABLE_LOCK_WAIT_S_MAX, check_schema
 from storage.postgres.pool import Connection
 from storage.postgres.queries import query, run
 
@@ -53,10 +53,12 @@ async def enable(dsn: str, login: str | None = None, *, new_tables_only: bool = 
     `dsn` is that of the tables' owner, who may create roles where there are none; `login` the user
     that gateways connect as, by default the one of the last time, and the first time the owner.
     With `new_tables_only` no table is locked that has its policies. Gateways without the setting go
-    on as before. Raises asyncpg's and OSError's errors.
+    on as before. Raises SchemaError for a database without this version's tables, and asyncpg's
+    and OSError's errors.
     """
     connection = await _connect(dsn)
     try:
+        await check_schema(connection)
         protect = "new" if new_tables_only else "all"
         await run(connection, _PREPARE, login=login, protect=protect)
         async with connection.transaction():

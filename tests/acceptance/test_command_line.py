@@ -413,6 +413,25 @@ def test_serve_on_a_schema_that_lacks_something_ends_with_the_command_to_run(
     assert '"serving"' not in served.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("merchants", "list"),
+        ("organisations", "create", "--name", "Example"),
+        ("doubts", "list"),
+        ("verify",),
+        ("row-security", "enable"),
+    ],
+)
+def test_commands_on_a_database_without_the_schema_say_what_to_run(
+    postgres: PostgresForTests, alone: CommandLine, command: tuple[str, ...]
+) -> None:
+    ran = alone.run(*command, postgres_dsn=postgres.create_database())
+    assert ran.returncode == 1
+    assert "gateway migrate" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 async def test_health_is_0_only_where_calls_are_served(
     postgres: PostgresForTests, redis: EmbeddedRedis, alone: CommandLine
 ) -> None:
