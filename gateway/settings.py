@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from typing import Any, Final, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -179,7 +180,7 @@ class Settings(BaseSettings):
         5.0, "How long opening a connection may take.", gt=0, le=60
     )
     postgres_statement_timeout_s: float = _field(
-        10.0, "How long one statement may take.", gt=0, le=300
+        10.0, "How long one statement may take.", ge=0.001, le=300
     )
     postgres_row_security: bool = _field(
         False,
@@ -892,9 +893,10 @@ class Settings(BaseSettings):
     @field_validator("sentry_dsn")
     @classmethod
     def _sentry(cls, value: SecretStr) -> SecretStr:
-        if not re.fullmatch(
-            r"(?:https?://\w+(?::\w+)?@[^\s/@]+/\S*\d+)?", value.get_secret_value()
-        ):
+        dsn = value.get_secret_value()
+        # As Sentry's own library reads it: its project is a number, and the last part.
+        matches = re.fullmatch(r"(?:https?://\w+(?::\w+)?@[^\s/@]+/(?:\S*/)?\d+)?", dsn)
+        if matches is None or not _has_port(dsn):
             raise ValueError("a DSN as https://key@host/project, or empty")
         return value
 
@@ -1062,7 +1064,30 @@ class Settings(BaseSettings):
             )
             if self.recovery_horizon_s <= duration_s
         ]
-        return problems
+        return problems + self._address_problems()
+
+    def _address_problems(self) -> list[str]:
+        # With several workers ports are shared, so that binding one twice fails nobody.
+        names = ("listen_address", "metrics_address", "notifications_address")
+        by_address: dict[str, list[str]] = {}
+        for name in names:
+            address = getattr(self, name)
+            if address and split_address(address)[1]:
+                by_address.setdefault(address, []).append(variable(name))
+        return [
+            f"{first}: must not be the same as {' and '.join(others)}"
+            for first, *others in by_address.values()
+            if others
+        ]
+
+
+def _has_port(url: str) -> bool:
+    """Whether a URL has no port that cannot be one."""
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        return False
+    return True
 
 
 class SettingsConflict(ValueError):

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from pydantic import SecretStr, ValidationError
+from sentry_sdk.utils import BadDsn, Dsn
 
 from gateway.rpc.tokens import ALGORITHMS
 from gateway.settings import (
@@ -227,6 +229,11 @@ def test_variables_that_kubernetes_adds_for_services_are_ignored(
             {"recovery_horizon_s": "20", "recovery_search_interval_ms": "20000"},
             ["recovery_horizon_s"],
         ),
+        (
+            {"notifications_address": "127.0.0.1:7", "listen_address": "127.0.0.1:7"},
+            ["listen_address"],
+        ),
+        ({"metrics_address": "[::]:7", "listen_address": "[::]:7"}, ["listen_address"]),
         ({"environment": "production"}, ["postgres_dsn", "redis_url"]),
         ({"client_identity": "certificate"}, ["tls_client_ca_file"]),
         ({"client_identity": "forwarded"}, ["trusted_front"]),
@@ -390,6 +397,26 @@ def test_the_module_prints_the_table() -> None:
 def test_an_address_that_its_client_can_split_is_taken(name: str, address: str) -> None:
     settings = load_settings(**{name: address})
     assert getattr(settings, name).get_secret_value() == address
+
+
+@pytest.mark.parametrize(
+    ("dsn", "right"),
+    [
+        ("https://key@host/1", True),
+        ("https://key@host:8443/of/it/12", True),
+        ("https://key@host/x1", False),
+        ("https://key@host:99999/1", False),
+        ("key@host/1", False),
+    ],
+)
+def test_where_errors_are_reported_to_is_what_the_reporters_library_takes(
+    monkeypatch: pytest.MonkeyPatch, dsn: str, right: bool
+) -> None:
+    with nullcontext() if right else pytest.raises((BadDsn, ValueError)):
+        Dsn(dsn)
+    monkeypatch.setenv("GATEWAY_SENTRY_DSN", dsn)
+    with nullcontext() if right else pytest.raises(SettingsError):
+        load_settings()
 
 
 @pytest.mark.parametrize("name", ["postgres_dsn", "redis_url"])
