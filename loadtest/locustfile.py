@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import IO, Any, ClassVar, Final, cast
 
 import gevent
 from locust import User, events, task
@@ -39,6 +39,9 @@ STATISTICS_SLICE: Final = 100
 class OpenLoopUser(User):
     """Has its process's share of the schedule sent, once."""
 
+    _sent: ClassVar[set[str]] = set()
+    """The runs that this process has sent: their keys must not be used again."""
+
     @task
     def send(self) -> None:
         """Run a generator, and hand on what it says."""
@@ -50,6 +53,10 @@ class OpenLoopUser(User):
         except BadPlan as error:  # a file that is not on this worker's machine
             runner.send_message(MESSAGE, {"share": -1, "failure": str(error)})
             raise StopUser from error
+        if plan.run_id in self._sent:  # another user, or a run with this id was started again
+            sys.stderr.write("load generator: this run is sent already; start Locust anew\n")
+            raise StopUser
+        self._sent.add(plan.run_id)
         share = max(0, runner.worker_index) if plan.shares > 1 else 0
         job = {"plan": asdict(plan), "address": self.host, "share": share}
         generator = subprocess.Popen(
@@ -59,27 +66,36 @@ class OpenLoopUser(User):
         )
         assert generator.stdin is not None
         assert generator.stdout is not None
-        failure = ""
+        # In a greenlet of its own: who stops this one must not tear a frame.
+        reader = gevent.spawn(self._hand_on, generator.stdout, share)
         try:
             generator.stdin.write(json.dumps(job).encode() + b"\n")
             generator.stdin.flush()
-            for frame in read_frames(generator.stdout):
-                if isinstance(frame, str):
-                    failure = frame
-                else:
-                    runner.send_message(MESSAGE, {"share": share, **asdict(frame)})
-                    self._enter(frame)
+            failure = reader.get()
         except gevent.GreenletExit:  # stopped by a person
-            generator.terminate()
-            raise
+            # The generator sends no more, and says what became of what it has sent.
+            generator.stdin.close()
+            failure = reader.get() or "stopped before the end of its schedule"
         finally:
             generator.stdin.close()
-            generator.stdout.close()
             status = generator.wait()
+            generator.stdout.close()
         if status and not failure:
             failure = f"generator {share} ended with status {status}"
         runner.send_message(MESSAGE, {"share": share, "failure": failure, "done": True})
         raise StopUser
+
+    def _hand_on(self, output: IO[bytes], share: int) -> str:
+        """Hand on what a generator says until it ends; returns what went wrong."""
+        assert self.environment.runner is not None
+        failure = ""
+        for frame in read_frames(output):
+            if isinstance(frame, str):
+                failure = frame
+            else:
+                self.environment.runner.send_message(MESSAGE, {"share": share, **asdict(frame)})
+                self._enter(frame)
+        return failure
 
     def _enter(self, chunk: Chunk) -> None:
         """Into Locust's own statistics, for its web UI and files."""
@@ -101,6 +117,11 @@ class Collector:
         self._environment = environment
         self._plan = plan
         self._out = Path(plan.out) if plan.out else None
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget everything, the files' contents too, for a new run."""
+        self._finished = False
         self._reasons: Counter[str] = Counter()
         self._in_flight: dict[int, int] = {}
         self._done = 0
@@ -160,6 +181,9 @@ class Collector:
         self._shown_at = now
 
     def _finish(self) -> None:
+        if self._finished:
+            return
+        self._finished = True
         if self._out is not None:
             outcome = {
                 "reasons": dict(self._reasons),
@@ -211,15 +235,22 @@ def _prepare(environment: Environment, **_: object) -> None:
     if options.load_merchants.startswith("@"):
         # Read here, so that workers on other machines need no such file.
         options.load_merchants = _merchants(Path(options.load_merchants[1:]))
-    if not options.load_run_id:
-        options.load_run_id = secrets.token_hex(4)
     try:
         plan = Plan.of(options)
     except BadPlan as error:
         sys.stderr.write(f"load generator: {error}\n")
         raise SystemExit(2) from error
+    collector = Collector(environment, plan)
+    if not options.load_run_id:
+
+        def renew(**_: object) -> None:
+            # A run that a person starts again in the web UI is another one, with keys of its own.
+            options.load_run_id = secrets.token_hex(4)
+            collector.begin()
+
+        cast("Any", environment.events).test_start.add_listener(renew)
     assert environment.runner is not None
-    environment.runner.register_message(MESSAGE, cast("Any", Collector(environment, plan).receive))
+    environment.runner.register_message(MESSAGE, cast("Any", collector.receive))
 
 
 _hooks = cast("Any", events)  # locust types them not

@@ -9,10 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import psutil
 import pytest
@@ -24,8 +27,16 @@ from loadtest.engine import Chunk
 from loadtest.generator import read_frames
 from loadtest.measures import Analysis
 from loadtest.plan import API_KEY_VARIABLE, Plan
-from loadtest.samples import read_acknowledged, unpack_samples
-from tests.harness import asyncio_run, running_system
+from loadtest.runner import LOCUST_FILE
+from loadtest.samples import (
+    ACKNOWLEDGED_FILE,
+    OUTCOME_FILE,
+    SAMPLES_FILE,
+    read_acknowledged,
+    unpack_samples,
+)
+from storage.embedded import free_port
+from tests.harness import asyncio_run, eventually, running_system
 
 if TYPE_CHECKING:
     import asyncpg
@@ -363,3 +374,85 @@ def test_target_that_goes_away_fails_the_run_and_leaves_its_figures(
     assert summary["audit"]["clean"] is None
     assert summary["errors"] > 0
     assert "Failed: the audit could not be done" in (tmp_path / "report.html").read_text("utf-8")
+
+
+@contextmanager
+def web_ui(
+    system: System, gateway: GatewayProcess, plan: Plan, *options: str
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Locust with its web UI: the address of that, and the process."""
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "locust", "-f", str(LOCUST_FILE), "--host", gateway.address),
+            *("-u", "1", "-r", "1", "--web-host", "127.0.0.1", "--web-port", str(port)),
+            *("--skip-log-setup", "--only-summary", *plan.arguments(), *options),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, API_KEY_VARIABLE: system.shop.api_key},
+    )
+    watchdog = threading.Timer(RUN_TIMEOUT_S, process.kill)
+    watchdog.start()
+    try:
+        yield address, process
+    finally:
+        watchdog.cancel()
+        process.terminate()
+        print(process.communicate()[0])
+
+
+def ask(url: str, form: dict[str, str] | None = None) -> dict[str, Any]:
+    data = None if form is None else urlencode(form).encode()
+    with urlopen(url, data, timeout=RUN_TIMEOUT_S) as answer:
+        told: dict[str, Any] = json.loads(answer.read())
+    return told
+
+
+def test_run_that_a_person_stops_ends_and_loses_no_acknowledgement(
+    system: System, tmp_path: Path
+) -> None:
+    gateway = system.start_gateway()
+    plan = Plan(rate=50, duration=60, warm_up=0, run_id="stopped", out=str(tmp_path))
+    with web_ui(system, gateway, plan, "--autostart") as (address, process):
+        assert process.stdout is not None
+        assert any(" answers/s " in line for line in process.stdout), "nothing was sent"
+        ask(f"{address}/stop", {})
+        said = process.stdout.read()
+        assert process.wait(RUN_TIMEOUT_S) == 1, said
+    assert "stopped before the end of its schedule" in said
+    sent = Sent(
+        plan.schedule,
+        (tmp_path / SAMPLES_FILE).read_bytes(),
+        (tmp_path / ACKNOWLEDGED_FILE).read_bytes(),
+    )
+    assert sent.analysis.whole.codes == {OK: len(sent.told(tmp_path))}
+    assert sent.audit(system, tmp_path).clean
+
+
+async def test_run_that_is_started_again_has_keys_of_its_own(
+    system: System, tmp_path: Path
+) -> None:
+    gateway = system.start_gateway()
+    plan = Plan(rate=20, duration=1, warm_up=0, out=str(tmp_path / "run"))
+    runs: list[list[Acknowledged]] = []
+    with web_ui(system, gateway, plan) as (address, _):
+
+        def stands(state: str) -> bool:
+            # The page is there before Locust has read the options.
+            ready = (tmp_path / "run" / SAMPLES_FILE).exists()
+            with suppress(OSError):
+                return ready and ask(f"{address}/stats/requests")["state"] == state
+            return False
+
+        for state in ("ready", "stopped"):
+            await eventually(partial(stands, state), f"Locust is {state}")
+            outcome = tmp_path / "run" / OUTCOME_FILE
+            outcome.unlink(missing_ok=True)
+            assert ask(f"{address}/swarm", {"user_count": "1", "spawn_rate": "1"})["success"]
+            await eventually(outcome.exists, "the run has ended")
+            runs.append(list(read_acknowledged(tmp_path / "run" / ACKNOWLEDGED_FILE)))
+    first, second = ({each.key for each in told} for told in runs)
+    assert len(first) == len(second) == len(list(plan.schedule.arrivals()))
+    assert not first & second
