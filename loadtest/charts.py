@@ -173,11 +173,22 @@ def percentile_place(percent: float) -> float:
     return -math.log10(1 - min(percent, 99.9999) / 100)
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most POINTS_MAX points: of each group the highest, since it is the worst."""
-    size = math.ceil(len(points) / POINTS_MAX) or 1
-    groups = (points[begin : begin + size] for begin in range(0, len(points), size))
-    return [max(group, key=lambda point: point[1]) for group in groups]
+def thinned(points: Sequence[Point], *, lowest_too: bool = False) -> list[Point]:
+    """At most POINTS_MAX points: of each group the highest, since it is the worst.
+
+    `lowest_too`: and the lowest, of what is bad where it is low.
+    """
+    if len(points) <= POINTS_MAX:
+        return list(points)
+    size = math.ceil(len(points) * (1 + lowest_too) / POINTS_MAX)
+    kept: list[Point] = []
+    for begin in range(0, len(points), size):
+        group = points[begin : begin + size]
+        ends = [max(group, key=lambda point: point[1])]
+        if lowest_too and len(group) > 1:
+            ends.append(min(group, key=lambda point: point[1]))
+        kept += sorted(set(ends))
+    return kept
 
 
 def _scale(low: float, high: float, begin: float, end: float) -> Callable[[float], float]:

@@ -21,13 +21,15 @@ from locust import User, events, task
 from locust.env import Environment
 from locust.exception import StopUser
 from locust.runners import WorkerRunner
+from locust.stats import RequestStats
 
 from loadtest.calls import DROPPED, OK
 from loadtest.engine import Chunk
 from loadtest.generator import read_frames
+from loadtest.measures import code_name
 from loadtest.mixes import Kind
 from loadtest.plan import BadPlan, Plan, add_options
-from loadtest.samples import ACKNOWLEDGED_FILE, OUTCOME_FILE, SAMPLES_FILE, unpack_samples
+from loadtest.samples import ACKNOWLEDGED_FILE, OUTCOME_FILE, SAMPLES_FILE, Sample, unpack_samples
 
 MESSAGE: Final = "open-loop"
 WEB_UI_STAYS_S: Final = 3.0
@@ -102,12 +104,18 @@ class OpenLoopUser(User):
         assert self.environment.runner is not None
         stats = self.environment.runner.stats
         for number, sample in enumerate(unpack_samples(chunk.samples), 1):
-            name = Kind(sample.kind).name.lower()
-            stats.log_request("gRPC", name, sample.latency_ms, 0)
-            if sample.code != OK:
-                stats.log_error("gRPC", name, f"code {sample.code}")
+            enter(stats, sample)
             if number % STATISTICS_SLICE == 0:
                 gevent.sleep(0)
+
+
+def enter(stats: RequestStats, sample: Sample) -> None:
+    """Enter a sample into Locust's statistics."""
+    name = Kind(sample.kind).name.lower()
+    if sample.code != DROPPED:  # what was not sent took no time
+        cast("Any", stats).log_request("gRPC", name, sample.latency_ms, 0)  # locust says int
+    if sample.code != OK:
+        stats.log_error("gRPC", name, code_name(sample.code))
 
 
 class Collector:

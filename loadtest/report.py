@@ -152,8 +152,8 @@ def _charts(outcome: Outcome) -> str:
         line_chart(
             "Added latency over time",
             [
-                Line("p50", _series(timeline, "added_p50_ms"), 1),
-                Line("p99", _series(timeline, "added_p99_ms"), 2),
+                Line("p50", series(timeline, "added_p50_ms"), 1),
+                Line("p99", series(timeline, "added_p99_ms"), 2),
             ],
             unit="ms",
             x_title="seconds, by the intended time",
@@ -163,9 +163,9 @@ def _charts(outcome: Outcome) -> str:
         line_chart(
             "Latency over time, the PSP's delay included",
             [
-                Line("p50", _series(timeline, "latency_p50_ms"), 1),
-                Line("p99", _series(timeline, "latency_p99_ms"), 2),
-                Line("maximum", _series(timeline, "latency_max_ms"), 3),
+                Line("p50", series(timeline, "latency_p50_ms"), 1),
+                Line("p99", series(timeline, "latency_p99_ms"), 2),
+                Line("maximum", series(timeline, "latency_max_ms"), 3),
             ],
             unit="ms",
             x_title="seconds, by the intended time",
@@ -175,10 +175,10 @@ def _charts(outcome: Outcome) -> str:
         line_chart(
             "Offered against answered",
             [
-                Line("offered", _series(timeline, "offered"), 3, dashed=True),
-                Line("answered", _series(timeline, "answered"), 1),
-                Line("errors", _series(timeline, "errors"), 2),
-                Line("dropped", _series(timeline, "dropped"), 4),
+                Line("offered", series(timeline, "offered"), 3, dashed=True),
+                Line("answered", series(timeline, "answered"), 1),
+                Line("errors", series(timeline, "errors"), 2),
+                Line("dropped", series(timeline, "dropped"), 4),
             ],
             unit="a second",
             x_title="seconds",
@@ -203,10 +203,14 @@ def _charts(outcome: Outcome) -> str:
     return '<div class="charts">' + "".join(charts) + "</div>"
 
 
-def _series(timeline: Sequence[Second], name: str) -> list[Point]:
+def series(timeline: Sequence[Second], name: str) -> list[Point]:
+    """A figure second by second; of a long run what is worst in each group of seconds."""
     # A second in which nothing was intended has no latency, which is not one of 0.
     told = [each for each in timeline if each.offered or not name.endswith("_ms")]
-    return thinned([(each.at_s, float(getattr(each, name))) for each in told])
+    # Of an outage the fewest answers tell.
+    return thinned(
+        [(each.at_s, float(getattr(each, name))) for each in told], lowest_too=name == "answered"
+    )
 
 
 def _segment_bands(step: Step) -> list[Band]:

@@ -1,7 +1,10 @@
-"""The generator's engine against a real server: every intended send leaves one sample."""
+"""The generator's parts: every intended send leaves one sample, and Locust shows it as it was."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -76,3 +79,25 @@ async def test_refusal_whose_details_do_not_parse_is_counted(plan: Plan) -> None
     intended = len(list(plan.schedule.arrivals()))
     assert analysis.whole.codes == {grpc.StatusCode.UNAVAILABLE.value[0]: intended}
     assert reasons == {"UNAVAILABLE, details that do not parse": intended}
+
+
+ENTERED = """
+import json
+from loadtest.locustfile import enter
+from locust.stats import RequestStats
+from loadtest.calls import DROPPED, OK
+from loadtest.samples import Sample
+stats = RequestStats()
+for code, latency_ms in ((OK, 40.0), (OK, 60.0), (14, 50.0), *[(DROPPED, 0.0)] * 7):
+    enter(stats, Sample(0.0, 0.0, latency_ms, latency_ms, 0, 0, code))
+total = stats.total
+print(json.dumps([total.num_requests, total.num_failures, total.get_response_time_percentile(0.5)]))
+"""
+"""In a process of its own: Locust patches the one that imports it."""
+
+
+def test_dropped_sends_are_errors_and_no_quick_answers_in_locust_s_statistics() -> None:
+    said = subprocess.run(
+        [sys.executable, "-c", ENTERED], capture_output=True, text=True, check=True
+    )
+    assert json.loads(said.stdout) == [3, 8, 50]

@@ -158,5 +158,10 @@ def test_thinning_keeps_the_worst_and_percentiles_stand_in_order() -> None:
     kept = thinned(points)
     assert len(kept) <= 360
     assert (777.0, 1.0) in kept
+    kept = thinned([(x, 5 - y + (x == 1234)) for x, y in points], lowest_too=True)
+    assert len(kept) <= 360
+    assert {(777.0, 4.0), (1234.0, 6.0)} <= set(kept)
+    assert kept == sorted(kept)
+    assert thinned(points[:360], lowest_too=True) == points[:360]
     places = [percentile_place(percent) for percent in (0, 50, 90, 99, 99.9, 100)]
     assert places == sorted(places)

@@ -1,4 +1,4 @@
-"""What a load test decides before it sends: its control runs."""
+"""What a load test decides before it sends, and what its report shows of a long run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
+from loadtest.charts import POINTS_MAX
+from loadtest.measures import Second
 from loadtest.plan import Plan
+from loadtest.report import series
 from loadtest.runner import Options, control_of, controlled_rates
 from loadtest.slo import SLO_FILE
 
@@ -60,3 +63,12 @@ def test_knee_is_controlled_on_both_of_its_sides(
 ) -> None:
     steps: list[dict[str, Any]] = [{"rate": rate, "held": held} for rate, held in tried]
     assert controlled_rates({"rate": knee, "steps": steps}) == rates
+
+
+def test_outage_in_a_long_run_is_in_the_chart_of_answers() -> None:
+    timeline = [
+        Second(at_s, 100, 0 if at_s == 777 else 100, 0, 0, 1.0, 1.0, 1.0, 1.0, 1.0)
+        for at_s in range(3600)
+    ]
+    assert (777, 0.0) in series(timeline, "answered")
+    assert len(series(timeline, "offered")) <= POINTS_MAX
