@@ -9,9 +9,12 @@ import re
 import sys
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2, status_pb2
 
 from gateway.domain.ids import is_payment_id
 from gateway.rpc.server import ServerOptions
@@ -64,6 +67,46 @@ async def test_the_guides_program_pays_over_tls_through_a_restart_and_prints_wha
     ids = re.findall(r"pay_\w+", printed.decode())
     assert [is_payment_id(each) for each in ids] == [True]
     assert printed.decode().replace(ids[0], "pay_…") == _marked("output")
+
+
+@pytest.mark.parametrize(
+    ("code", "asks", "calls"),
+    [
+        ("FAILED_PRECONDITION", True, 5),
+        ("FAILED_PRECONDITION", False, 1),
+        ("INVALID_ARGUMENT", False, 1),
+        ("UNAVAILABLE", False, 5),
+    ],
+)
+async def test_the_guides_program_repeats_what_the_guide_says(
+    code: str, *, asks: bool, calls: int
+) -> None:
+    program: dict[str, Any] = {}
+    exec(_marked("snippet").replace("\nasyncio.run(main())\n", "\n"), program)
+    program["PAUSE_S"] = 0
+    status = status_pb2.Status(code=grpc.StatusCode[code].value[0], message="no")
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason="NOT_NOW"))
+    if asks:
+        delay = Duration(nanos=1_000_000)
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    details = ("grpc-status-details-bin", status.SerializeToString())
+    error = grpc.aio.AioRpcError(
+        grpc.StatusCode[code], grpc.aio.Metadata(), grpc.aio.Metadata(details), details="no"
+    )
+    assert program["refusal"](error) == ("NOT_NOW", 0.001 if asks else None)
+    made = 0
+
+    async def call(_request: object, **_: object) -> None:
+        nonlocal made
+        made += 1
+        raise error
+
+    if calls > 1:
+        assert await program["pay"](call, None, None) is None
+    else:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await program["pay"](call, None, None)
+    assert made == calls
 
 
 def test_the_guide_shows_the_service_config_that_the_stubs_carry() -> None:
