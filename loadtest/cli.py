@@ -38,7 +38,7 @@ exit status:
   1  a gate is missed, the audit found a fault or could not be done, or the gateway ended
   2  the options make no sense
   3  the run is invalid: the control run or the simulator shows that the machine was too busy to
-     say anything, sends left no sample, or there was no run
+     say anything, sends left no sample, an overload was none, or there was no run
 
 profiles:
   steady    the rate, for the duration

@@ -163,6 +163,9 @@ class Analysis:
         self.answered: Counter[str] = Counter()
         """Answers as expected by the segment in which they came, whenever they were sent; what came
         after the last segment is in none."""
+        self.served: Counter[str] = Counter()
+        """Sends of a segment that were answered as expected before its end, the PSP's delay left
+        out: what a segment leaves to the next one, or refuses, is more than the server can do."""
         self.refusals = Distribution()
         """Latencies of what was refused with RESOURCE_EXHAUSTED."""
         self._added: dict[int, array[float]] = defaultdict(lambda: array("f"))
@@ -197,6 +200,8 @@ class Analysis:
         if sample.code == OK:
             self._added[second].append(sample.added_ms)
             self._latencies[second].append(sample.latency_ms)
+            if sample.at_s + sample.added_ms / 1000 < self._ends_s[sample.segment]:
+                self.served[self.segments[sample.segment].name] += 1
             answered_s = sample.at_s + sample.latency_ms / 1000
             self._counts["answered"][int(answered_s)] += 1
             segment = bisect(self._ends_s, answered_s)

@@ -580,11 +580,13 @@ def _overload(step: Step, summary: Mapping[str, Any]) -> dict[str, Any]:
     base, beyond = summary["segments"]["base"], summary["segments"]["overload"]
     base_rps = step.analysis.answered_rps("base")
     goodput_rps = step.analysis.answered_rps("overload")
+    unserved = beyond["offered"] - step.analysis.served["overload"]
     refusals = step.analysis.refusals
     return {
         "factor": step.plan.overload_factor,
         "base_rps": round(base_rps, 1),
         "goodput_rps": round(goodput_rps, 1),
+        "unserved_ratio": round(unserved / beyond["offered"], 4) if beyond["offered"] else None,
         "goodput_ratio": round(goodput_rps / base_rps, 3) if base_rps else None,
         "accepted_p99_ratio": (
             round(beyond["added_p99_ms"] / base["added_p99_ms"], 2)

@@ -36,6 +36,8 @@ class Limits:
     accepted_p99_ratio_max: float | None = None
     refusal_p99_ms_max: float | None = None
     refusals_without_retry_info_max: int | None = None
+    unserved_ratio_min: float | None = None
+    """Of an overload's sends; where fewer were left unserved, there was none."""
     knee_rate_min: float | None = None
 
     @classmethod
@@ -193,6 +195,16 @@ def _validity(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
                 "simulator's lateness p99, ms",
                 summary["psp_lateness_p99_ms"],
                 limits.psp_lateness_p99_ms_max,
+                validity=True,
+            )
+        )
+    if limits.unserved_ratio_min is not None and "overload" in summary:
+        gates.append(
+            Gate(
+                "overload's sends left unserved",
+                summary["overload"]["unserved_ratio"],
+                limits.unserved_ratio_min,
+                at_least=True,
                 validity=True,
             )
         )

@@ -102,6 +102,19 @@ def test_answers_after_their_segment_are_no_throughput_of_it() -> None:
     assert analysis.of_segment["overload"].ok == 50
 
 
+def test_backlog_is_not_served_and_the_psp_s_delay_is_no_backlog() -> None:
+    analysis = Analysis(
+        [
+            sample(2.9, latency_ms=500, added_ms=20),
+            sample(2.9, latency_ms=500, added_ms=200),
+            sample(2.0, code=8),
+            sample(2.0, code=DROPPED),
+        ],
+        SEGMENTS,
+    )
+    assert analysis.served == {"steady": 1}
+
+
 def test_samples_and_acknowledgements_survive_their_files(tmp_path: Path) -> None:
     samples = [sample(1.5, 10.25, kind=Kind.BATCH), sample(2.0, code=DROPPED)]
     path = tmp_path / "samples"

@@ -110,6 +110,7 @@ def test_overload_is_held_to_goodput_latency_and_quick_refusals() -> None:
         "accepted_p99_ratio": 2.0,
         "refusal_p99_ms": 20.0,
         "refusals_without_retry_info": 0,
+        "unserved_ratio": 0.5,
     }
     assert evaluate(limits, summary_of(overload=good)).exit_status == 0
     for name, value in (
@@ -121,6 +122,10 @@ def test_overload_is_held_to_goodput_latency_and_quick_refusals() -> None:
         ("factor", 1.5),
     ):
         assert evaluate(limits, summary_of(overload={**good, name: value})).exit_status == 1
+    # What was served nearly whole was no overload, and says nothing.
+    for value in (0.04, None):
+        overload = {**good, "unserved_ratio": value}
+        assert evaluate(limits, summary_of(overload=overload)).exit_status == 3
 
 
 def test_floor_of_goodput_is_that_of_the_next_factor() -> None:
