@@ -57,6 +57,7 @@ from storage.postgres.row_security import (
     within_merchant,
     within_merchants,
 )
+from storage.postgres.search import Search
 
 _AUTHORIZE_INTENT = query("writes", "authorize_intent")
 _FOLLOWUP_INTENT = query("writes", "followup_intent")
@@ -68,8 +69,7 @@ _FIND_BY_KEY = query("reads", "find_by_key")
 _FIND_OPERATION = query("reads", "find_operation")
 _LOAD = query("reads", "load")
 _LIST_PAYMENTS = query("reads", "list_payments")
-_READ_WATERMARK = query("recovery", "read_watermark")
-_PUT_EXPIRED = query("recovery", "put_expired")
+_SEARCH_BEHIND = query("recovery", "search_behind")
 _LOCK_DUE = query("recovery", "lock_due")
 _LEASE = query("recovery", "lease")
 _BEGIN_CANCEL = query("recovery", "begin_cancel")
@@ -215,7 +215,7 @@ class PostgresStore:
                 replace(self._connection_settings, role=_ROLES[name] if self._row_security else ""),
                 name,
                 limits.connections,
-                self._on_generation,
+                self._set_generation,
             )
             for name, limits in self._limits.items()
         }
@@ -299,6 +299,7 @@ class PostgresStore:
                 row_security=self._row_security,
                 metrics=self._metrics,
             )
+        self._search = Search(self._direct)
         self.notifications = Notifications(self._direct, keeping)
         self.accounts = Accounts(self._direct)
         self.audit = PostgresAudit(self._direct, _load_aggregates)
@@ -311,6 +312,11 @@ class PostgresStore:
         if connect:
             opened = (connections for name, connections in held.items() if name != "events")
             await asyncio.gather(*(connections.open() for connections in opened))
+
+    def _set_generation(self, generation: str) -> None:
+        self._search.set_generation(generation)
+        if self._on_generation is not None:
+            self._on_generation(generation)
 
     async def close(self) -> None:
         """Write all that was taken, then close. Close after everybody who writes has finished."""
@@ -457,23 +463,14 @@ class PostgresStore:
 
     async def expired(self, limit: int) -> int:
         """See Store. 0 also while another gateway is looking."""
+        return await self._search.put_expired(limit, self._horizon_s)
 
-        async def put(connection: Connection) -> int:
-            async with connection.transaction():
-                watermark = await run(connection, _READ_WATERMARK)
-                if not watermark:
-                    return 0
-                [counted] = await run(
-                    connection,
-                    _PUT_EXPIRED,
-                    created_before=watermark[0]["created_before"],
-                    processing=OperationState.PROCESSING,
-                    limit=limit,
-                    horizon_s=self._horizon_s,
-                )
-                return int(counted["put"])
-
-        return await self._direct.run(put)
+    async def search_behind_s(self) -> float:
+        """How much further the search for dead senders is behind than it has to be, in seconds:
+        what was committed later than it should is found only by a search that comes by it.
+        """
+        [found] = await self._direct.fetch(_SEARCH_BEHIND)
+        return max(float(found["behind_s"]) - self._horizon_s, 0.0)
 
     async def lease(self, limit: int, lease_s: float) -> Sequence[Lease]:
         """See Store. An operation whose payment is being changed at this moment is passed over."""

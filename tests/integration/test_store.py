@@ -1030,7 +1030,6 @@ _EXPECTED_INDEXES = {
         "operations_created_at",
         "payments_pkey",
         "doubts_pkey",
-        "recovery_watermark_pkey",
     },
     ("recovery", "lock_due"): {"payments_pkey", "doubts_check_at"},
     ("recovery", "lease"): {"doubts_pkey", "operations_pkey"},
@@ -1063,8 +1062,7 @@ async def check_plans(dsn: str) -> None:
                 plan.replace('\\"', ""),
                 re.DOTALL,
             ):
-                if index != "recovery_watermark_pkey":
-                    assert " AND " in condition, (name, index)
+                assert " AND " in condition, (name, index)
 
 
 async def test_the_plans_of_an_empty_database_are_those_of_a_full_one(dsn: str) -> None:

@@ -6,8 +6,9 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
 
@@ -25,10 +26,10 @@ from gateway.domain.model import (
     Payment,
     Verdict,
 )
-from storage.postgres import LaneLimits, PostgresStore, rows
+from storage.postgres import LaneLimits, PostgresStore, rows, search
 from storage.postgres.lanes import LaneRow
 from storage.postgres.pool import ConnectionSettings, connect
-from storage.postgres.queries import run
+from storage.postgres.queries import query, run
 from storage.postgres.store import _ADD_EVIDENCE, _UNFINISHED, DIRECT, _write_changes
 from tests.memory_store import INCAPABLE, Bench, ScriptedConnector
 from tests.servers import fetch, postgres_server
@@ -650,8 +651,9 @@ async def test_a_clock_that_was_set_back_hides_no_dead_sender(dsn: str) -> None:
             " proposed_before = now() + interval '1 hour'",
         )
         await store.write_intent(authorize(recover_after_s=-1))
-        assert await store.expired(10) == 0
         assert await store.expired(10) == 1
+        [mark] = fetch(dsn, "SELECT created_before < now() FROM recovery_watermark")
+        assert mark[0]
 
 
 async def test_many_gateways_looking_at_once_find_every_dead_sender_once(dsn: str) -> None:
@@ -687,3 +689,215 @@ async def test_a_gateway_that_stops_between_preparing_and_using_a_statement_keep
     await connection.prepare("SELECT 1")  # and never again a word
     async with asyncio.timeout(30):  # it hangs otherwise
         await ended.wait()
+
+
+# --- the scan by slices ---
+
+
+_FINISHED_SINCE = """
+INSERT INTO operations
+SELECT (copy.operation).*
+FROM (
+    SELECT jsonb_populate_record(operation, jsonb_build_object(
+        'operation_id', 'op_' || n, 'idempotency_key', 'key_' || n, 'state', $1::int2,
+        'created_at', now() - n * interval '1 second'
+    )) AS operation
+    FROM operations AS operation, generate_series(1, $2::int8) AS n
+) AS copy
+"""
+
+
+async def _finished_since(store: PostgresStore, dsn: str, seconds: int) -> None:
+    """An operation for each of so many seconds until now, all of them with their outcome."""
+    await store.write_intent(authorize(recover_after_s=NEVER_S))
+    fetch(dsn, _FINISHED_SINCE, int(S.SUCCEEDED), seconds)
+    fetch(dsn, "DELETE FROM operations WHERE state = 1 RETURNING 1")
+    fetch(dsn, "SELECT brin_summarize_new_values('operations_created_at')")
+
+
+@asynccontextmanager
+async def open_transaction(dsn: str) -> AsyncIterator[None]:
+    """Somebody's in another database of the server: it has an id, and does nothing."""
+    elsewhere = await asyncpg.connect(urlsplit(dsn)._replace(path="/postgres").geturl())
+    try:
+        await elsewhere.execute("BEGIN")
+        await elsewhere.fetchval("SELECT pg_current_xact_id()")
+        yield
+    finally:
+        await elsewhere.close()
+
+
+async def _read_by(store: PostgresStore, dsn: str, limit: int = 10) -> int:
+    """How many operations a search reads."""
+    flush = query("recovery", "search_behind")
+    flush = replace(flush, text="SELECT pg_stat_force_next_flush()")
+    reads = "SELECT idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'operations'"
+    await store._direct.fetch(flush)
+    [[before]] = fetch(dsn, reads)
+    await store.expired(limit)
+    await store._direct.fetch(flush)
+    [[after]] = fetch(dsn, reads)
+    return int(after) - int(before)
+
+
+async def _created_before(dsn: str) -> datetime:
+    [[mark]] = fetch(dsn, "SELECT created_before FROM recovery_watermark")
+    assert isinstance(mark, datetime)
+    return mark
+
+
+async def test_while_a_transaction_stays_open_a_search_reads_what_is_new_alone(dsn: str) -> None:
+    async with PostgresStore(dsn) as store:
+        async with open_transaction(dsn):
+            await _finished_since(store, dsn, 7_200)
+            for _ in range(3):
+                await store.expired(10)
+            assert await _read_by(store, dsn) < 1_000
+            await store.write_intent(authorize(recover_after_s=-1))
+            assert await store.expired(10) == 1
+        assert await _read_by(store, dsn) > 7_000
+        assert await _read_by(store, dsn) < 1_000
+
+
+async def test_while_a_transaction_stays_open_who_dies_late_is_found_too(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "SEARCH_ROWS_MAX", 3)
+    async with PostgresStore(dsn) as store, open_transaction(dsn):
+        store._horizon_s = 0.0
+        await store.write_intent(authorize(recover_after_s=NEVER_S))
+        for _ in range(10):
+            intent = authorize()
+            await store.write_intent(intent)
+            await store.write_change(outcome(intent.operation, intent.payment))
+            await store.expired(10)
+        fetch(dsn, "UPDATE operations SET recover_after = now() - interval '1 s' WHERE state = 1")
+        assert await store.expired(10) == 1
+
+
+async def test_a_watermark_that_was_held_back_comes_forward_slice_by_slice(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_max = 100
+    monkeypatch.setattr(search, "SEARCH_ROWS_MAX", rows_max)
+    monkeypatch.setattr(search, "SEARCH_SLICES_BEHIND_MAX", 12)
+    async with PostgresStore(dsn) as store:
+        await _finished_since(store, dsn, 3_600)
+        fetch(
+            dsn,
+            "UPDATE recovery_watermark SET created_before = now() - interval '1 hour',"
+            " proposed_before = now() - interval '61 s' RETURNING 1",
+        )
+        marks = [await _created_before(dsn)]
+        while marks[-1] < datetime.now(UTC) - timedelta(seconds=90):
+            await store.expired(10)
+            marks.append(await _created_before(dsn))
+            assert marks[-1] > marks[-2]
+        assert len(marks) > 3
+        # Where there is no more to catch up with, no more is read than before.
+        assert await _read_by(store, dsn) < 1_000
+
+
+async def test_a_search_that_takes_too_long_reads_less_the_next_time(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too much is not known before: here more than 1,200 operations."""
+    statement = search._PUT_EXPIRED
+
+    async def limited(connection: Any, statement_: Any, /, **values: Any) -> Any:
+        if statement_ is statement:
+            created = values["created_from"], values["created_until"]
+            rows = await connection.fetchval(
+                "SELECT count(*) FROM operations WHERE created_at >= $1 AND created_at < $2",
+                *created,
+            )
+            if min(rows, values["rows_max"] or rows) > 1_200:
+                raise asyncpg.QueryCanceledError("canceling statement due to statement timeout")
+        return await run(connection, statement_, **values)
+
+    monkeypatch.setattr(search, "run", limited)
+    async with PostgresStore(dsn, direct=replace(DIRECT, retry_s_max=0)) as store:
+        await _finished_since(store, dsn, 7_200)
+        await store.write_intent(authorize(recover_after_s=-1))
+        with pytest.raises(StoreUnavailable):
+            await store.expired(10)
+        for _ in range(20):
+            with suppress(StoreUnavailable):
+                await store.expired(10)
+        assert (await store.count_doubts())[0] == 1
+
+
+class Senders:
+    """Who begins operations and dies, some with the transaction still open."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._late: list[asyncpg.Connection[asyncpg.Record]] = []
+        self.begun: set[str] = set()
+
+    async def begin(self, *, ends: bool, recover_after_s: float) -> None:
+        connection = await asyncpg.connect(self._dsn)
+        operation_id = ids.new_operation_id()
+        self.begun.add(operation_id)
+        await connection.execute("BEGIN")
+        await connection.execute(
+            "INSERT INTO operations SELECT (copy.operation).* FROM ("
+            " SELECT jsonb_populate_record(operation, jsonb_build_object("
+            " 'operation_id', $1::text, 'idempotency_key', $1::text, 'state', 1,"
+            " 'created_at', now(), 'recover_after', now() + $2::float8 * interval '1 s'"
+            " )) AS operation FROM operations AS operation WHERE state <> 1) AS copy",
+            operation_id,
+            recover_after_s,
+        )
+        self._late.append(connection)
+        if ends:
+            await self.end(-1)
+
+    async def end(self, number: int) -> None:
+        if self._late:
+            connection = self._late.pop(number % len(self._late))
+            await connection.execute("COMMIT")
+            await connection.close()
+
+    async def end_all(self) -> None:
+        while self._late:
+            await self.end(-1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_whatever_commits_late_and_whoever_holds_the_watermark_no_dead_sender_is_missed(
+    dsn: str, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Three gateways that search by tiny slices, and begin anew now and then."""
+    choice = random.Random(seed)
+    monkeypatch.setattr(search, "SEARCH_ROWS_MAX", 3)
+    monkeypatch.setattr(search, "SEARCH_SLICES_BEHIND_MAX", 4)
+    senders = Senders(dsn)
+    async with AsyncExitStack() as stack:
+        stores = [await stack.enter_async_context(PostgresStore(dsn)) for _ in range(3)]
+        intent = authorize()
+        await stores[0].write_intent(intent)
+        await stores[0].write_change(outcome(intent.operation, intent.payment))
+        for store in stores:
+            store._horizon_s = 0.0
+        for _ in range(60):
+            kind = choice.randrange(10)
+            if kind < 5:
+                await senders.begin(
+                    ends=kind < 3, recover_after_s=choice.choice((-1.0, -1.0, NEVER_S))
+                )
+            elif kind < 6:
+                await senders.end(choice.randrange(10))
+            elif kind < 7:
+                choice.choice(stores)._search._seen_before = None
+            else:
+                await asyncio.gather(
+                    *(store.expired(choice.randrange(1, 5)) for store in stores[: kind - 6])
+                )
+        await senders.end_all()
+        fetch(dsn, "UPDATE operations SET recover_after = now() - interval '1 s' WHERE state = 1")
+        for _ in range(3 * len(senders.begun)):
+            if (await stores[0].count_doubts())[0] < len(senders.begun):
+                await stores[0].expired(2)
+    found = {each[0] for each in fetch(dsn, "SELECT operation_id FROM doubts")}
+    assert found == senders.begun

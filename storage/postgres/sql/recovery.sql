@@ -5,38 +5,52 @@
 
 -- :name read_watermark
 -- Locked for the transaction: one gateway at a time looks for dead senders.
-SELECT created_before, proposed_before, proposed_xid
+-- What is_safe says holds for every later statement too: it takes a newer snapshot.
+SELECT
+    -- As a time that can be reckoned with.
+    greatest(created_before, '0001-01-01 00:00:00+00') AS created_before,
+    greatest(proposed_before, '0001-01-01 00:00:00+00') AS proposed_before,
+    pg_snapshot_xmin(pg_current_snapshot()) >= proposed_xid AS is_safe,
+    now() AS at,
+    now() - :horizon_s::float8 * interval '1 second' AS horizon
 FROM recovery_watermark
 WHERE partition = 0
 FOR UPDATE SKIP LOCKED;
 
 -- :name put_expired
--- Operations still PROCESSING after recover_after become doubts that are due.
---
--- No row can be missed. created_at is now() of the inserting transaction, so a row appears in
--- "unfinished" once it is committed, and the watermark must not pass an operation that is neither
--- finished nor a doubt, nor one that will yet be committed:
--- 1. It stays at the oldest PROCESSING operation without a doubt, if there is one.
--- 2. It advances to a time that an earlier look proposed: that look's now() less horizon_s. Who
---    began before that time got a transaction id below that look's own (proposed_xid), for an insert
---    takes its id within statement_timeout, which is less than horizon_s. And a proposal is adopted
---    only when every transaction with an id below proposed_xid has ended. So it does not matter how
---    long a COMMIT waits for the disk or for a standby.
--- 3. Where the clock was set back behind the watermark, the watermark follows. Looks come more often
---    than once in horizon_s, so it lands before everything created since.
--- An operation that becomes PROCESSING again is old, and gets its doubt with that change.
-WITH unfinished AS MATERIALIZED (
+-- Operations of a slice of time that are still PROCESSING after recover_after become doubts that are
+-- due. Of more than rows_max operations in the slice no more are read, and nothing is proved of it.
+WITH read AS MATERIALIZED (
     SELECT
-        operation.merchant_id, operation.operation_id, operation.payment_id,
+        count(*) AS operations,
+        array_agg(merchant_id) FILTER (WHERE state = :processing::int2) AS merchant_ids,
+        array_agg(operation_id) FILTER (WHERE state = :processing::int2) AS operation_ids,
+        array_agg(payment_id) FILTER (WHERE state = :processing::int2) AS payment_ids,
+        array_agg(created_at) FILTER (WHERE state = :processing::int2) AS created_ats,
+        array_agg(recover_after) FILTER (WHERE state = :processing::int2) AS recover_afters
+    FROM (
+        SELECT merchant_id, operation_id, payment_id, created_at, recover_after, state
+        FROM operations
+        WHERE created_at >= :created_from::timestamptz AND created_at < :created_until::timestamptz
+        LIMIT :rows_max::int8
+    ) AS operation
+),
+unfinished AS MATERIALIZED (
+    SELECT
+        operation.merchant_id COLLATE "C" AS merchant_id,
+        operation.operation_id COLLATE "C" AS operation_id,
+        operation.payment_id COLLATE "C" AS payment_id,
         operation.created_at, operation.recover_after
-    FROM operations AS operation
-    WHERE operation.created_at >= :created_before::timestamptz
-        AND operation.state = :processing::int2
-        AND NOT EXISTS (
-            SELECT FROM doubts AS doubt
-            WHERE doubt.merchant_id = operation.merchant_id
-                AND doubt.operation_id = operation.operation_id
-        )
+    FROM read
+    CROSS JOIN LATERAL unnest(
+        read.merchant_ids, read.operation_ids, read.payment_ids, read.created_ats,
+        read.recover_afters
+    ) AS operation (merchant_id, operation_id, payment_id, created_at, recover_after)
+    WHERE NOT EXISTS (
+        SELECT FROM doubts AS doubt
+        WHERE doubt.merchant_id = operation.merchant_id
+            AND doubt.operation_id = operation.operation_id
+    )
 ),
 due AS MATERIALIZED (
     SELECT oldest.merchant_id, oldest.operation_id, oldest.payment_id
@@ -62,43 +76,64 @@ put AS (
     ORDER BY merchant_id, operation_id
     ON CONFLICT DO NOTHING
     RETURNING merchant_id, operation_id
-),
-waiting AS (
-    SELECT min(created_at) AS oldest
-    FROM unfinished
-    WHERE ((merchant_id, operation_id) IN (SELECT merchant_id, operation_id FROM put)) IS NOT TRUE
-),
-adopted AS (
-    SELECT
-        pg_snapshot_xmin(pg_current_snapshot()) >= watermark.proposed_xid AS is_safe,
-        now() - :horizon_s::float8 * interval '1 second' AS horizon,
-        watermark.*
-    FROM recovery_watermark AS watermark
-    WHERE watermark.partition = 0
-),
-moved AS (
-    UPDATE recovery_watermark AS watermark
-    SET created_before = least(
-            CASE
-                WHEN adopted.is_safe
-                THEN greatest(adopted.created_before, adopted.proposed_before)
-                ELSE adopted.created_before
-            END,
-            waiting.oldest,
-            adopted.horizon
-        ),
-        proposed_before = CASE
-            WHEN adopted.is_safe THEN adopted.horizon
-            ELSE least(adopted.proposed_before, adopted.horizon)
-        END,
-        proposed_xid = CASE
-            WHEN adopted.is_safe THEN pg_current_xact_id()
-            ELSE adopted.proposed_xid
-        END
-    FROM adopted, waiting
-    WHERE watermark.partition = 0
 )
-SELECT count(*) AS put FROM put;
+SELECT
+    (SELECT operations FROM read) AS operations,
+    (SELECT count(*) FROM put) AS put,
+    (
+        -- What is left as it was: not due, or more than the limit, or being changed right now.
+        SELECT min(created_at)
+        FROM unfinished
+        WHERE ((merchant_id, operation_id) IN (SELECT merchant_id, operation_id FROM put))
+            IS NOT TRUE
+    ) AS oldest_left;
+
+-- :name move_watermark
+-- In the transaction of read_watermark, after put_expired has looked up to created_before.
+--
+-- No row can be missed. created_at is now() of the inserting transaction, so a row appears in
+-- put_expired once it is committed, and the watermark must not pass an operation that is neither
+-- finished nor a doubt, nor one that will yet be committed:
+-- 1. It stays at the oldest PROCESSING operation without a doubt, if there is one.
+-- 2. It advances, by slices, up to a time that an earlier look proposed: that look's now() less
+--    horizon_s. Who began before that time got a transaction id below that look's own
+--    (proposed_xid), for an insert takes its id within statement_timeout, which is less than
+--    horizon_s. And a slice counts only when every transaction with an id below proposed_xid had
+--    ended before it was read. So it does not matter how long a COMMIT waits for the disk or for a
+--    standby. The next time is proposed when the watermark has come to the one before.
+-- 3. Where the clock was set back behind the watermark, the watermark follows. Looks come more often
+--    than once in horizon_s, so it lands before everything created since.
+-- An operation that becomes PROCESSING again is old, and gets its doubt with that change.
+--
+-- A transaction of anybody on this server that stays open holds the watermark back (2.). What was
+-- created since is looked at all the same, by storage.postgres.search, and only what is committed
+-- later than horizon_s after it began has to wait for the watermark.
+UPDATE recovery_watermark
+SET created_before = least(
+        coalesce(:created_before::timestamptz, created_before),
+        now() - :horizon_s::float8 * interval '1 second'
+    ),
+    proposed_before = CASE
+        WHEN :proposes::bool THEN now() - :horizon_s::float8 * interval '1 second'
+        ELSE least(proposed_before, now() - :horizon_s::float8 * interval '1 second')
+    END,
+    proposed_xid = CASE WHEN :proposes::bool THEN pg_current_xact_id() ELSE proposed_xid END
+WHERE partition = 0;
+
+-- :name search_behind
+-- How old the watermark is; while it has none, how old the first proposal of one.
+SELECT
+    coalesce(
+        extract(
+            epoch FROM now() - CASE
+                WHEN isfinite(created_before) THEN created_before
+                WHEN isfinite(proposed_before) THEN proposed_before
+            END
+        ),
+        0
+    )::float8 AS behind_s
+FROM recovery_watermark
+WHERE partition = 0;
 
 -- :name lock_due
 -- The doubts that are due, those longest due first, with their payments locked.
