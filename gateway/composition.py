@@ -630,6 +630,7 @@ class Gateway:
             try:
                 await self.store.check()
                 self.metrics.operations_in_doubt(*await self.store.count_doubts())
+                self.metrics.recovery_search_behind(await self.store.search_behind_s())
                 self.metrics.outbox_rows(await self.store.estimate_outbox())
                 if self.settings.applies_notifications:
                     pending = await self.store.notifications.count_pending()

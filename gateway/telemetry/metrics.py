@@ -279,6 +279,12 @@ class Metrics:
         self._recovery_failures = self._counter(
             "recovery_failures", "Looks of recovery that failed."
         )
+        self._search_behind_s = self._gauge(
+            "recovery_search_behind_seconds",
+            "How much older than GATEWAY_RECOVERY_HORIZON_S that is up to which the search for "
+            "dead senders can have missed nothing.",
+            over_workers="max",
+        )
         self._notifications = self._counter(
             "notifications_received",
             "Requests at the port for notifications, by what became of them.",
@@ -548,6 +554,10 @@ class Metrics:
         for bound_s, inside in (*by_age, (math.inf, count)):
             bound = "+Inf" if math.isinf(bound_s) else f"{bound_s:g}"
             self._in_doubt_by_age.set(inside, (bound,))
+
+    def recovery_search_behind(self, seconds: float) -> None:
+        """The search for dead senders is behind by so much now."""
+        self._search_behind_s.set(seconds)
 
     def outbox_rows(self, rows: int) -> None:
         """The outbox holds about so many events now."""

@@ -44,6 +44,29 @@ async def test_a_dead_sender_s_operation_is_in_doubt(store: PostgresStore) -> No
     assert (await store.count_doubts())[0] == 1
 
 
+async def test_the_search_is_behind_by_what_is_older_than_its_horizon(
+    store: PostgresStore, dsn: str
+) -> None:
+    assert await store.search_behind_s() == 0
+    fetch(
+        dsn,
+        "UPDATE recovery_watermark SET created_before = now() - interval '1 hour',"
+        " proposed_before = now() - interval '1 minute'",
+    )
+    behind_s = await store.search_behind_s()
+    assert behind_s >= 3_600 - store._horizon_s
+    await store.expired(10)
+    await store.expired(10)
+    assert await store.search_behind_s() < behind_s
+    # A watermark that never came to be is as far behind as the first that was proposed.
+    fetch(
+        dsn,
+        "UPDATE recovery_watermark SET created_before = '-infinity',"
+        " proposed_before = now() - interval '1 hour'",
+    )
+    assert await store.search_behind_s() >= 3_600 - store._horizon_s
+
+
 async def test_the_outbox_is_estimated_by_the_server_s_statistics(
     store: PostgresStore, dsn: str
 ) -> None:
@@ -82,6 +105,7 @@ async def test_the_statements_of_runbooks_run_and_find_what_waits(dsn: str) -> N
     async with PostgresStore(dsn, notifications=LaneLimits()) as store:
         await write(store, S.PENDING)
         await write(store, S.IN_DOUBT)
+        await store.write_intent(authorize())
         told = Notification("stripe", "evt_1", "charge.refunded")
         assert await store.notifications.keep([Received("mer_1", "acc_1", told)]) == 1
     text = "".join(path.read_text("utf-8") for path in sorted(RUNBOOKS.glob("*.md")))

@@ -255,6 +255,7 @@ def test_workers_pools_are_summed_and_what_lies_in_the_database_is_not() -> None
         metrics.watch_pools({"intents": _Pool()})
         metrics.operations_in_doubt(4, 60.5, 1, ((10.0, 1), (60.0, 3)))
         metrics.outbox_rows(7)
+        metrics.recovery_search_behind(8.5)
         metrics.answered(0.01)
         # As a worker sends it to its supervisor.
         merged.update(worker, json.loads(json.dumps(metrics.snapshot())))
@@ -270,6 +271,7 @@ def test_workers_pools_are_summed_and_what_lies_in_the_database_is_not() -> None
     ages = [values[f'gateway_operations_in_doubt_by_age{{le="{le}"}}'] for le in (10, 60, "+Inf")]
     assert ages == [1, 3, 4]
     assert values["gateway_outbox_rows"] == 7
+    assert values["gateway_recovery_search_behind_seconds"] == 8.5
     assert values["gateway_added_duration_seconds_count"] == 2
 
 
