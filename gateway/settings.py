@@ -452,7 +452,7 @@ class Settings(BaseSettings):
     recovery_search_interval_ms: float = _field(
         5000.0,
         "The pause between two searches for operations whose sender has died: each reads all"
-        " operations of recovery_horizon_s. 0: in every look.",
+        " operations of recovery_horizon_s. 0: as often as recovery_interval_ms says.",
         ge=0,
         le=600_000,
     )
@@ -460,7 +460,11 @@ class Settings(BaseSettings):
         30.0, "For how long an operation is left to the recoverer that took it.", ge=1, le=3600
     )
     recovery_batch_max: int = _field(
-        100, "Operations taken at once.", ge=1, le=10_000, unit="operations"
+        100,
+        "Operations taken at once at most; recovery never takes more than it can begin with.",
+        ge=1,
+        le=10_000,
+        unit="operations",
     )
     recovery_first_check_s: float = _field(
         1.0, "How soon an operation in doubt or pending is looked at.", ge=0, le=3600
@@ -499,7 +503,15 @@ class Settings(BaseSettings):
         le=604_800,
     )
     recovery_concurrency: int = _field(
-        16, "PSP calls of recovery at once.", ge=1, le=1000, unit="calls"
+        64, "Operations that recovery works on at once.", ge=1, le=1000, unit="operations"
+    )
+    recovery_account_concurrency: int = _field(
+        16,
+        "How many of these are of one connector account, so that a PSP that hangs leaves room to"
+        " the others.",
+        ge=1,
+        le=1000,
+        unit="operations",
     )
     recovery_horizon_s: float = _field(
         60.0,

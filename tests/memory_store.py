@@ -11,7 +11,7 @@ import copy
 import itertools
 import json
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Final
@@ -385,16 +385,31 @@ class MemoryStore:
         self.doubts |= {key: DoubtRow(self.now) for key in due}
         return len(due)
 
-    async def lease(self, limit: int, lease_s: float) -> Sequence[Lease]:
+    def _due(
+        self, account_max: int | None, at_work: Collection[Operation]
+    ) -> Iterator[tuple[Key, DoubtRow]]:
+        taken = Counter(operation.attempt.connector_account_id for operation in at_work)
+        worked_on = {(operation.merchant_id, operation.operation_id) for operation in at_work}
+        for key, row in self.doubts.items():
+            is_leased = row.lease_until is not None and row.lease_until > self.now
+            account = self.operations[key].attempt.connector_account_id
+            is_full = account_max is not None and taken[account] >= account_max
+            if row.check_at <= self.now and not (is_leased or is_full or key in worked_on):
+                taken[account] += 1
+                yield key, row
+
+    async def lease(
+        self,
+        limit: int,
+        lease_s: float,
+        *,
+        account_max: int | None = None,
+        at_work: Collection[Operation] = (),
+    ) -> Sequence[Lease]:
         """See the port."""
         await self.before("lease")
-        due = [
-            (key, row)
-            for key, row in self.doubts.items()
-            if row.check_at <= self.now and (row.lease_until is None or row.lease_until <= self.now)
-        ][:limit]
         leases = []
-        for key, row in due:
+        for key, row in list(itertools.islice(self._due(account_max, at_work), limit)):
             row.lease_until = self.now + timedelta(seconds=lease_s)
             row.tries += 1
             row.evidence_leased = True
@@ -404,7 +419,9 @@ class MemoryStore:
             aggregate = self.of_payment(operation.payment_id, operation.merchant_id)
             evidence = copy.deepcopy(row.evidence)
             leases.append(
-                Lease(owned(operation), aggregate, row.tries - 1, evidence, row.cancel_begun)
+                Lease(
+                    owned(operation), aggregate, row.tries - 1, evidence, row.cancel_begun, self.now
+                )
             )
         return leases
 
@@ -871,6 +888,7 @@ SCHEDULE: Final = Schedule(
     lease_s=LEASE_S,
     batch_max=100,
     concurrency_max=10,
+    account_concurrency_max=8,
     backoff_s_min=1.0,
     backoff_s_max=BACKOFF_S_MAX,
     tries_max=TRIES_MAX,

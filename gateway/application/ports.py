@@ -1,6 +1,6 @@
 """What the use cases need of the world: connectors, the store, claims, the contract's encoding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -380,6 +380,8 @@ class Lease:
     """A definite answer that came to a sender who had been fenced out."""
     cancel_begun: bool = False
     """Recovery has begun to cancel the reference, and the cancellation may be on its way still."""
+    at: datetime | None = None
+    """The database's time at which it was taken over."""
 
 
 class StoreUnavailable(Exception):
@@ -427,9 +429,20 @@ class Store(Protocol):
         returns how many.
         """
 
-    async def lease(self, limit: int, lease_s: float) -> Sequence[Lease]:
-        """Take over operations that are due: their epoch is raised and committed, so that whoever
-        held them before is fenced out.
+    async def lease(
+        self,
+        limit: int,
+        lease_s: float,
+        *,
+        account_max: int | None = None,
+        at_work: Collection[Operation] = (),
+    ) -> Sequence[Lease]:
+        """Take over operations that are due, those longest due first: their epoch is raised and
+        committed, so that whoever held them before is fenced out.
+
+        `at_work`: what the caller has taken over before and is at work on; none of that is taken.
+        `account_max`: how many operations of one connector account the caller may have then, those
+        at work included.
         """
 
     async def begin_cancel(self, operation: Operation) -> bool:

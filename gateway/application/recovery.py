@@ -15,6 +15,8 @@ import logging
 import math
 import random
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
@@ -74,9 +76,13 @@ class Schedule:
     lease_s: float
     """For how long an operation is left to the recoverer that took it."""
     batch_max: int
-    """How many operations are taken at once."""
+    """How many operations are taken, and how many of dead senders are found, at once; never more
+    are taken than have a place."""
     concurrency_max: int
-    """How many PSP calls run at once."""
+    """How many operations are worked on at once: the places."""
+    account_concurrency_max: int
+    """How many of these are of one connector account: one whose PSP hangs leaves places to the
+    others."""
     backoff_s_min: float
     """The first pause between two looks at one operation; doubled up to the next."""
     backoff_s_max: float
@@ -125,39 +131,103 @@ class Recovery:
         self._schedule = schedule
         self._observer = observer
         self._search_at = -math.inf
+        self._at_work: dict[tuple[str, str], Operation] = {}
+        """By merchant and id: what has a place now."""
+        self._woken = asyncio.Event()
+        """Something may be due, or have a place, that was not or had none."""
 
     async def run(self) -> None:
-        """Look for work until cancelled."""
-        while True:
-            try:
-                worked = await self.run_once()
-            except Exception:  # noqa: BLE001 - the loop outlives whatever one round meets
-                self._observer.recovery_failed()
-                _log.warning("recovery could not look for work", exc_info=True)
-                worked = 0
-            if worked < self._schedule.batch_max:
-                await asyncio.sleep(self._schedule.interval_s * random.uniform(0.8, 1.2))
+        """Look for work until cancelled; a place that comes free is filled again at once."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._search_forever())
+            while True:
+                self._woken.clear()
+                has_more = False
+                try:
+                    room = self._room
+                    leases = await self._take(room)
+                except Exception:  # noqa: BLE001 - the loop outlives whatever one look meets
+                    self._failed("recovery could not look for work")
+                else:
+                    has_more = len(leases) == room > 0
+                    for lease in leases:
+                        tasks.create_task(self._settle(lease))
+                if not has_more:
+                    pause_s = self._schedule.interval_s * random.uniform(0.8, 1.2)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(pause_s):
+                            await self._woken.wait()
 
     async def run_once(self) -> int:
-        """Take over what is due and try to settle it; how many operations were looked at."""
+        """One round: search, take over what is due and has a place, and try to settle it; how many
+        operations were looked at. Raises StoreUnavailable where nothing could be taken over.
+        """
         await self._search()
-        leases = await self._store.lease(self._schedule.batch_max, self._schedule.lease_s)
-        room = asyncio.Semaphore(self._schedule.concurrency_max)
-
-        async def one(lease: Lease) -> None:
-            async with room:
-                await self._guarded(lease)
-
-        await asyncio.gather(*(one(lease) for lease in leases))
+        leases = await self._take(self._room)
+        await asyncio.gather(*(self._settle(lease) for lease in leases))
         return len(leases)
 
+    @property
+    def _room(self) -> int:
+        """How many operations may be taken now."""
+        free = self._schedule.concurrency_max - len(self._at_work)
+        return min(free, self._schedule.batch_max)
+
+    async def _take(self, limit: int) -> Sequence[Lease]:
+        """Take over what is due; every operation of it has a place from now on."""
+        if limit <= 0:
+            return []
+        leases = await self._store.lease(
+            limit,
+            self._schedule.lease_s,
+            account_max=self._schedule.account_concurrency_max,
+            at_work=tuple(self._at_work.values()),
+        )
+        for lease in leases:
+            operation = lease.operation
+            self._at_work[operation.merchant_id, operation.operation_id] = operation
+        if leases and leases[-1].at is not None:
+            # A customer's time is judged by it, also where no call has come here yet.
+            self._outcomes.observe(leases[-1].at)
+        return leases
+
+    async def _settle(self, lease: Lease) -> None:
+        operation = lease.operation
+        try:
+            await self._guarded(lease)
+        finally:
+            del self._at_work[operation.merchant_id, operation.operation_id]
+            self._woken.set()
+
+    async def _search_forever(self) -> None:
+        while True:
+            await self._search()
+            pause_s = 0.0
+            if self._search_at > -math.inf:
+                pause_s = max(self._search_at - time.monotonic(), self._schedule.interval_s)
+            await asyncio.sleep(pause_s)
+
     async def _search(self) -> None:
-        """Put what dead senders left on the list; at once again where there may be more."""
+        """Put what dead senders left on the list; at once again where there may be more. One that
+        fails stops nothing else.
+        """
         now = time.monotonic()
         if now < self._search_at:
             return
-        if await self._store.expired(self._schedule.batch_max) < self._schedule.batch_max:
-            self._search_at = now + self._schedule.search_interval_s * random.uniform(0.8, 1.2)
+        self._search_at = now + self._schedule.search_interval_s * random.uniform(0.8, 1.2)
+        try:
+            found = await self._store.expired(self._schedule.batch_max)
+        except Exception:  # noqa: BLE001 - what is on the list does not depend on it
+            self._failed("recovery could not search for what dead senders left")
+            return
+        if found >= self._schedule.batch_max:
+            self._search_at = -math.inf
+        if found:
+            self._woken.set()
+
+    def _failed(self, what: str) -> None:
+        self._observer.recovery_failed()
+        _log.warning(what, exc_info=True)
 
     async def _guarded(self, lease: Lease) -> None:
         operation = lease.operation

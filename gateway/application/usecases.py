@@ -849,6 +849,10 @@ class Outcomes:
         """The database's time, as far as it can be told without asking."""
         return self._clock.after(None)
 
+    def observe(self, at: datetime) -> None:
+        """Take over a time that the database has just told."""
+        self._clock.observe(at)
+
     async def write(self, operation: Operation, payment: Payment, answer: ConnectorAnswer) -> Found:
         """Settle an operation that this caller owns (by its epoch); the operation as it is stored.
 

@@ -1,7 +1,9 @@
 """The durable store: every write through a lane, every lane on connections of its own."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -70,6 +72,7 @@ _FIND_OPERATION = query("reads", "find_operation")
 _LOAD = query("reads", "load")
 _LIST_PAYMENTS = query("reads", "list_payments")
 _SEARCH_BEHIND = query("recovery", "search_behind")
+_READ_IN_ORDER = query("recovery", "read_in_order")
 _LOCK_DUE = query("recovery", "lock_due")
 _LEASE = query("recovery", "lease")
 _BEGIN_CANCEL = query("recovery", "begin_cancel")
@@ -112,7 +115,9 @@ LIST_SCAN_MAX: Final = 2_000
 """How many payments a page of ListPayments looks at; where a filter matches few, it ends early."""
 RECOVERY_HORIZON_S_MIN: Final = 60.0
 """How far behind now the scan for dead senders begins, where nothing else is said."""
-
+LOCKED_DUE_MAX: Final = 100
+"""How many doubts that are due may have a payment that is being changed without hiding those that
+are due after them."""
 
 DOUBT_AGE_BOUNDS_S: Final = (10.0, 60.0, 300.0, 900.0, 3_600.0, 21_600.0, 86_400.0, 604_800.0)
 """The ages up to which doubts are counted, in seconds."""
@@ -466,18 +471,29 @@ class PostgresStore:
         return await self._search.put_expired(limit, self._horizon_s)
 
     async def search_behind_s(self) -> float:
-        """How much further the search for dead senders is behind than it has to be, in seconds:
-        what was committed later than it should is found only by a search that comes by it.
+        """How much older than the horizon that is, in seconds, up to which the search for dead
+        senders can have missed nothing. What was created since may be looked at all the same.
+
+        Raises as DirectLane.run.
         """
         [found] = await self._direct.fetch(_SEARCH_BEHIND)
         return max(float(found["behind_s"]) - self._horizon_s, 0.0)
 
-    async def lease(self, limit: int, lease_s: float) -> Sequence[Lease]:
+    async def lease(
+        self,
+        limit: int,
+        lease_s: float,
+        *,
+        account_max: int | None = None,
+        at_work: Collection[Operation] = (),
+    ) -> Sequence[Lease]:
         """See Store. An operation whose payment is being changed at this moment is passed over."""
 
         async def take(connection: Connection) -> Sequence[Lease]:
             async with connection.transaction():
-                due = await run(connection, _LOCK_DUE, limit=limit)
+                await run(connection, _READ_IN_ORDER, sorts="off")
+                due = await _lock_due(connection, limit, account_max, at_work)
+                await run(connection, _READ_IN_ORDER, sorts="on")
                 if not due:
                     return []
                 leased = await run(
@@ -507,6 +523,7 @@ class PostgresStore:
                                 record["tries"],
                                 evidence,
                                 record["cancel_begun"],
+                                record["at"],
                             )
                         )
             return leases
@@ -786,6 +803,43 @@ async def _write_changes(
         _WRITTEN if change.operation.operation_id in written else Stored.CONFLICT
         for change in changes
     ]
+
+
+async def _lock_due(
+    connection: Connection,
+    limit: int,
+    account_max: int | None,
+    at_work: Collection[Operation],
+) -> list[asyncpg.Record]:
+    """Up to `limit` doubts that are due, with no account over its share; their payments are locked.
+
+    An account whose share is used up is left out, and what is due of others is looked for again:
+    so a long list of one hides nobody else's.
+    """
+    taken = Counter(operation.attempt.connector_account_id for operation in at_work)
+    operation_ids = [operation.operation_id for operation in at_work]
+    locked: list[asyncpg.Record] = []
+    while len(locked) < limit:
+        room = limit - len(locked)
+        due = await run(
+            connection,
+            _LOCK_DUE,
+            limit=room,
+            full_accounts=[
+                account for account, count in taken.items() if count >= (account_max or math.inf)
+            ],
+            at_work=operation_ids,
+            locked_max=LOCKED_DUE_MAX,
+        )
+        for record in due:
+            account = record["connector_account_id"]
+            if account_max is None or taken[account] < account_max:
+                taken[account] += 1
+                operation_ids.append(record["operation_id"])
+                locked.append(record)
+        if len(due) < room:
+            break
+    return locked
 
 
 async def _read(

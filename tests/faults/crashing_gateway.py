@@ -28,7 +28,7 @@ NOTHING: Final = ""
 _CALLS: Final = ("authorize", "capture", "void", "refund", "increment")
 _FLOWS: Final = {
     CALLS: frozenset({"_tell"}),
-    RECOVERY: frozenset({"Recovery.run", "Recovery.run_once.<locals>.one"}),
+    RECOVERY: frozenset({"Recovery.run", "Recovery._search_forever", "Recovery._settle"}),
     NOTHING: frozenset[str](),
 }
 _LANES: Final = {

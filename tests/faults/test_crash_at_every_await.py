@@ -93,18 +93,28 @@ DEAD_SENDER_TIMES: Final = {"send_window_s": "0.5", "simulator_answer_timeout_s"
 NEVER_SENDS: Final = {"send_window_s": 0.000_001, "min_send_budget_s": 0}
 """Whatever a gateway with these settings begins ends NOT_SENT: its intent takes longer."""
 
-COMMON: Final = ("Claims.", "Recovery.run:", "DirectLane.", "_call:")
+COMMON: Final = (
+    "Claims.",
+    "Recovery.run:",
+    "Recovery._search_forever:",
+    "DirectLane.",
+    "_call:",
+)
 """Sites that look alike in every flow: the claim, and the rounds of recovery. Once is enough."""
 NO_CRASH: Final = (
     "Connection._get_statement",
     "_check:",
     "PostgresStore.count_doubts",
     "PostgresStore.estimate_outbox",
+    "PostgresStore.search_behind_s",
     "OutboxEvents.",
     "Lane._linger:",
 )
 """Sites of the driver's preparations, of the gateway's readiness and lag, and where rows wait for
 company, which they do by chance."""
+
+_AT_WORK: Final = ("Recovery._take:", "Recovery._search:", "Recovery._settle:", "Lane._send")
+"""Parts of the sites of recovery that are no pause."""
 
 Call = tuple[str, Any]
 """A method and its request."""
@@ -493,7 +503,7 @@ async def _crash_recoveries(trial: Trial, flow: Flow, sites: Sequence[str]) -> l
                     return f"{flow.name} {site}: not reached\n{gateway.log}"
                 return ""
 
-    idle = [site for site in sites if "Recovery.run_once" not in site and "Lane._send" not in site]
+    idle = [site for site in sites if not any(part in site for part in _AT_WORK)]
     failures = await asyncio.gather(*(crash(site) for site in sites if site not in idle))
     # The pause between two rounds comes only once there is no more work.
     failures += await asyncio.gather(*map(crash, idle))

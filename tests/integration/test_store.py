@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta
@@ -71,7 +72,7 @@ from tests.store_data import (
 )
 
 if TYPE_CHECKING:
-    from gateway.application.ports import Change, Page
+    from gateway.application.ports import Change, Lease, Page
     from storage.postgres.pool import Connection
     from tests.servers import PostgresForTests
 
@@ -703,6 +704,77 @@ async def test_two_recoverers_share_what_is_due(
     assert {lease.operation.epoch for lease in leases} == {2}
 
 
+async def doubts_of(store: PostgresStore, account: str, number: int) -> list[Operation]:
+    """So many operations in doubt of an account, all of them due."""
+    changes = []
+    for _ in range(number):
+        intent = authorize()
+        intent.payment.connector_account_id = account
+        intent.operation.attempt.connector_account_id = account
+        await store.write_intent(intent)
+        changes.append(outcome(intent.operation, intent.payment, S.IN_DOUBT, check_after_s=-1))
+        await store.write_change(changes[-1])
+    return [change.operation for change in changes]
+
+
+def accounts_of(leases: Sequence[Lease]) -> Counter[str]:
+    return Counter(lease.operation.attempt.connector_account_id for lease in leases)
+
+
+async def test_no_account_has_more_at_work_than_its_share_and_hides_nobody(
+    store: PostgresStore,
+) -> None:
+    long = await doubts_of(store, "acc_long", 30)
+    await doubts_of(store, "acc_short", 3)
+    first = await store.lease(10, NEVER_S, account_max=4)
+    assert accounts_of(first) == {"acc_long": 4, "acc_short": 3}
+    at_work = [lease.operation for lease in first]
+    await doubts_of(store, "acc_new", 1)
+    second = await store.lease(10, NEVER_S, account_max=4, at_work=at_work)
+    assert accounts_of(second) == {"acc_new": 1}
+    # What is done makes room for as many, those longest due.
+    third = await store.lease(10, NEVER_S, account_max=4, at_work=at_work[2:])
+    assert accounts_of(third) == {"acc_long": 2}
+    taken = {lease.operation.operation_id for lease in (*first, *second, *third)}
+    oldest = [operation.operation_id for operation in long[:6]]
+    assert taken.issuperset(oldest)
+
+
+async def test_what_the_caller_is_at_work_on_is_not_taken_again_though_its_lease_ran_out(
+    store: PostgresStore, other_store: PostgresStore
+) -> None:
+    await doubts_of(store, "acc_one", 1)
+    [lease] = await store.lease(10, 0)
+    assert await store.lease(10, 0, at_work=[lease.operation]) == []
+    [again] = await other_store.lease(10, 0)
+    assert again.operation.epoch == lease.operation.epoch + 1
+
+
+async def test_a_payment_that_is_being_changed_hides_nobody_who_is_due_after_it(
+    store: PostgresStore, dsn: str
+) -> None:
+    first, second = await doubts_of(store, "acc_one", 2)
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute("BEGIN")
+        await connection.execute(
+            "SELECT FROM payments WHERE payment_id = $1 FOR UPDATE", first.payment_id
+        )
+        [lease] = await store.lease(1, NEVER_S, account_max=1)
+    finally:
+        await connection.close()
+    assert lease.operation.operation_id == second.operation_id
+
+
+async def test_a_lease_tells_the_databases_time(store: PostgresStore, dsn: str) -> None:
+    await doubts_of(store, "acc_one", 1)
+    [[before]] = fetch(dsn, "SELECT clock_timestamp()")
+    [lease] = await store.lease(1, NEVER_S)
+    [[after]] = fetch(dsn, "SELECT clock_timestamp()")
+    assert lease.at is not None
+    assert before < lease.at < after
+
+
 @pytest.mark.parametrize("since", ["leased", "put off"])
 async def test_what_another_recoverer_has_had_since_it_was_found_due_is_not_leased(
     store: PostgresStore, other_store: PostgresStore, since: str
@@ -1031,7 +1103,7 @@ _EXPECTED_INDEXES = {
         "payments_pkey",
         "doubts_pkey",
     },
-    ("recovery", "lock_due"): {"payments_pkey", "doubts_check_at"},
+    ("recovery", "lock_due"): {"payments_pkey", "doubts_check_at", "operations_pkey"},
     ("recovery", "lease"): {"doubts_pkey", "operations_pkey"},
     ("recovery", "begin_cancel"): {"payments_pkey", "operations_pkey", "doubts_pkey"},
     ("events", "read"): {"outbox_xact_id"},

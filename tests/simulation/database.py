@@ -19,7 +19,7 @@ from tests.simulation.loop import EPOCH_S, at_once
 from tests.simulation.notifications import KeptNotifications
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from gateway.application.ports import Change, Found, Intent, Lease, ListFilter, Page
     from gateway.domain.model import Aggregate, ConnectorAnswer, Operation
@@ -185,9 +185,13 @@ class Database(MemoryStore):
         self._undo = None
         return True
 
-    def take(self, limit: int, lease_s: float) -> Sequence[Lease]:
+    def take(
+        self, limit: int, lease_s: float, account_max: int | None, at_work: Collection[Operation]
+    ) -> Sequence[Lease]:
         """Lease; a sender that may still send is left alone."""
-        leases = at_once(MemoryStore.lease(self, limit, lease_s))
+        leases = at_once(
+            MemoryStore.lease(self, limit, lease_s, account_max=account_max, at_work=at_work)
+        )
         for lease in leases:
             operation = lease.operation
             if operation.state is not OperationState.PROCESSING:
@@ -366,9 +370,16 @@ class SimulatedStore:
         """See the port."""
         return await self._run(lambda database: at_once(database.expired(limit)))
 
-    async def lease(self, limit: int, lease_s: float) -> Sequence[Lease]:
+    async def lease(
+        self,
+        limit: int,
+        lease_s: float,
+        *,
+        account_max: int | None = None,
+        at_work: Collection[Operation] = (),
+    ) -> Sequence[Lease]:
         """See the port."""
-        return await self._run(lambda database: database.take(limit, lease_s))
+        return await self._run(lambda database: database.take(limit, lease_s, account_max, at_work))
 
     async def begin_cancel(self, operation: Operation) -> bool:
         """See the port."""

@@ -57,6 +57,7 @@ SCHEDULE: Final = Schedule(
     lease_s=1.0,
     batch_max=20,
     concurrency_max=4,
+    account_concurrency_max=3,
     backoff_s_min=0.3,
     backoff_s_max=1.5,
     tries_max=100_000,

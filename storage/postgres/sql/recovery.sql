@@ -135,25 +135,39 @@ SELECT
 FROM recovery_watermark
 WHERE partition = 0;
 
+-- :name read_in_order
+-- Around lock_due, for the transaction: it reads the list along its index and stops when it has enough.
+-- By its estimates of an empty list PostgreSQL would sort all that is due, each time.
+SELECT
+    set_config('enable_sort', :sorts::text, true),
+    set_config('enable_bitmapscan', :sorts::text, true);
+
 -- :name lock_due
--- The doubts that are due, those longest due first, with their payments locked.
-SELECT due.merchant_id, due.operation_id
+-- The doubts that are due, those longest due first, with their payments locked; but none of accounts
+-- that have as many at work as they may, and none that the caller is at work on.
+-- Of those that are due, locked_max may be locked by others without hiding who comes after them. The
+-- locks are taken in no order, since none is waited for.
+SELECT due.merchant_id, due.operation_id, due.connector_account_id
 FROM (
-    SELECT *
-    FROM (
-        SELECT merchant_id, operation_id, payment_id
-        FROM doubts
-        WHERE check_at <= now() AND (lease_until IS NULL OR lease_until <= now())
-        ORDER BY check_at
-        LIMIT :limit::int4
-    ) AS due
-    ORDER BY merchant_id, payment_id, operation_id
+    SELECT
+        doubt.merchant_id, doubt.operation_id, doubt.payment_id, operation.connector_account_id
+    FROM doubts AS doubt
+    JOIN operations AS operation
+        ON operation.merchant_id = doubt.merchant_id
+        AND operation.operation_id = doubt.operation_id
+    WHERE doubt.check_at <= now()
+        AND (doubt.lease_until IS NULL OR doubt.lease_until <= now())
+        AND doubt.operation_id <> ALL (:at_work::text[])
+        AND operation.connector_account_id <> ALL (:full_accounts::text[])
+    ORDER BY doubt.check_at
+    LIMIT :limit::int4 + :locked_max::int4
 ) AS due
 CROSS JOIN LATERAL (
     SELECT FROM payments AS payment
     WHERE payment.merchant_id = due.merchant_id AND payment.payment_id = due.payment_id
     FOR NO KEY UPDATE SKIP LOCKED
-) AS payment;
+) AS payment
+LIMIT :limit::int4;
 
 -- :name lease
 -- In the transaction of lock_due, as a statement of its own: it sees what the locks' last holders
@@ -183,7 +197,11 @@ raised AS (
         AND operation.operation_id = leased.operation_id
         AND operation.state = ANY (:unfinished::int2[])
 )
-SELECT merchant_id, operation_id, payment_id, tries - 1 AS tries, evidence, cancel_begun FROM leased;
+SELECT
+    merchant_id, operation_id, payment_id, tries - 1 AS tries, evidence, cancel_begun,
+    -- Later than now(), which is when the transaction began.
+    clock_timestamp() AS at
+FROM leased;
 
 -- :name begin_cancel
 -- By the operation's present owner alone.

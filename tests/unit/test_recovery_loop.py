@@ -1,0 +1,182 @@
+"""gateway.application.recovery: its loop, and what one failure or one PSP that hangs holds up."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from gateway.application import usecases
+from gateway.application.ports import StoreUnavailable
+from gateway.domain.model import (
+    ConnectorAnswer,
+    NextAction,
+    OperationKind,
+    OperationState,
+    Verdict,
+)
+from tests.memory_store import (
+    ACTION_MARGIN_S,
+    ACTION_TIMEOUT_S,
+    FIRST_CHECK_S,
+    LEASE_S,
+    LOST,
+    SCHEDULE,
+    Bench,
+    Gate,
+    ManyRoutes,
+    ScriptedConnector,
+    Step,
+    answered,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+S = OperationState
+WAIT_S = 30.0
+"""What is waited for here happens, or the rule is broken."""
+QUICK = replace(SCHEDULE, interval_s=0.001, concurrency_max=6, account_concurrency_max=4)
+
+
+class Hanging(ScriptedConnector):
+    """A PSP that answers no question until its gate is opened; but those of `answers` at once."""
+
+    def __init__(self, name: str = "hanging") -> None:
+        super().__init__(name=name)
+        self.gate = Gate()
+        self.answers: set[str] = set()
+        self.asked: list[str] = []
+
+    async def query(self, kind: OperationKind, reference: str, *more: Any) -> Any:
+        self.asked.append(reference)
+        if reference not in self.answers:
+            await self.gate.wait()
+        return await super().query(kind, reference, *more)
+
+
+async def doubts(gateway: Bench, connector: ScriptedConnector, *keys: str) -> None:
+    """Authorizations whose answers were lost, all of them due."""
+    for key in keys:
+        connector.steps.append(LOST)
+        await gateway.payments.authorize(gateway.authorize(key))
+    gateway.store.advance(FIRST_CHECK_S)
+
+
+@asynccontextmanager
+async def recovering(gateway: Bench) -> AsyncIterator[None]:
+    task = asyncio.create_task(gateway.recovery.run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not holds():  # noqa: ASYNC110 - of the store's rows nobody tells
+            await asyncio.sleep(0)
+
+
+async def settled(gateway: Bench, *keys: str) -> None:
+    await until(lambda: all(gateway.store.by_key(key).state is S.SUCCEEDED for key in keys))
+
+
+async def asked(connector: Hanging, times: int) -> None:
+    await until(lambda: len(connector.asked) >= times)
+
+
+async def no_search(limit: int) -> int:
+    raise StoreUnavailable("canceling statement due to statement timeout")
+
+
+@pytest.mark.parametrize("form", ["a round", "the loop"])
+async def test_a_search_that_fails_is_counted_and_stops_nothing_that_is_listed(form: str) -> None:
+    gateway = Bench(schedule=QUICK)
+    await doubts(gateway, gateway.connector, "a")
+    gateway.store.expired = no_search  # type: ignore[method-assign]
+    if form == "a round":
+        assert await gateway.recovery.run_once() == 1
+    else:
+        async with recovering(gateway):
+            await settled(gateway, "a")
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    assert gateway.counts.failures > 0
+
+
+async def test_an_account_whose_psp_hangs_takes_its_share_of_the_places_and_no_more() -> None:
+    hanging, other = Hanging(), ScriptedConnector(name="other")
+    routes = ManyRoutes(hanging, other)
+    gateway = Bench(hanging, router=routes, schedule=QUICK)
+    await doubts(gateway, hanging, *(f"h{n}" for n in range(20)))
+    routes.disabled.add("acc_hanging")
+    async with recovering(gateway):
+        await asked(hanging, QUICK.account_concurrency_max)
+        await doubts(gateway, other, *(f"o{n}" for n in range(8)))
+        await settled(gateway, *(f"o{n}" for n in range(8)))
+        assert len(hanging.asked) == QUICK.account_concurrency_max
+        # And nothing else was taken that could not begin.
+        leased = [row for row in gateway.store.doubts.values() if row.lease_until is not None]
+        assert len(leased) == QUICK.account_concurrency_max
+        hanging.gate.opened.set()
+        await settled(gateway, *(f"h{n}" for n in range(20)))
+
+
+async def test_a_place_that_comes_free_is_filled_again_while_another_hangs() -> None:
+    hanging = Hanging()
+    gateway = Bench(hanging, schedule=replace(QUICK, concurrency_max=2))
+    keys = [f"h{n}" for n in range(10)]
+    await doubts(gateway, hanging, *keys)
+    hanging.answers = {gateway.store.by_key(key).reference for key in keys[1:]}
+    async with recovering(gateway):
+        await settled(gateway, *keys[1:])
+        assert gateway.store.by_key(keys[0]).state is S.IN_DOUBT
+
+
+async def test_what_this_gateway_is_at_work_on_it_does_not_take_over_from_itself() -> None:
+    """A PSP that hangs for longer than the lease would be asked for ever, and nobody hear it."""
+    hanging = Hanging()
+    gateway = Bench(hanging, schedule=QUICK)
+    await doubts(gateway, hanging, "a")
+    async with recovering(gateway):
+        await asked(hanging, 1)
+        epoch = gateway.store.by_key("a").epoch
+        gateway.store.advance(LEASE_S + 1)
+        await doubts(gateway, hanging, "b")
+        await asked(hanging, 2)
+        assert gateway.store.by_key("a").epoch == epoch
+        hanging.gate.opened.set()
+        await settled(gateway, "a", "b")
+    assert len(hanging.asked) == 2
+
+
+async def test_a_customers_time_is_judged_by_the_databases_clock_before_any_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = Bench()
+    needs_action: ConnectorAnswer = replace(
+        answered(Verdict.REQUIRES_ACTION), next_action=NextAction("https://psp.example/")
+    )
+    first.store.now = datetime.now(UTC)
+    first.pass_time(0)
+    first.connector.steps.append(Step(decides=needs_action))
+    await first.payments.authorize(first.authorize())
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.now(tz) + timedelta(seconds=ACTION_TIMEOUT_S + ACTION_MARGIN_S + 60)
+
+    monkeypatch.setattr(usecases, "datetime", Ahead)
+    # A gateway that has had no call yet, on a machine whose clock is ahead.
+    other = Bench(first.connector, store=first.store)
+    first.store.advance(2 * FIRST_CHECK_S)
+    assert await other.recovery.run_once() == 1
+    assert first.store.by_key("a").state is S.REQUIRES_ACTION
+    assert not first.connector.canceled
