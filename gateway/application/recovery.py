@@ -202,10 +202,9 @@ class Recovery:
     async def _search_forever(self) -> None:
         while True:
             await self._search()
-            pause_s = 0.0
             if self._search_at > -math.inf:
                 pause_s = max(self._search_at - time.monotonic(), self._schedule.interval_s)
-            await asyncio.sleep(pause_s)
+                await asyncio.sleep(pause_s)
 
     async def _search(self) -> None:
         """Put what dead senders left on the list; at once again where there may be more. One that

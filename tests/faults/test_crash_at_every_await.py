@@ -113,8 +113,11 @@ NO_CRASH: Final = (
 """Sites of the driver's preparations, of the gateway's readiness and lag, and where rows wait for
 company, which they do by chance."""
 
-_AT_WORK: Final = ("Recovery._take:", "Recovery._search:", "Recovery._settle:", "Lane._send")
+_AT_WORK: Final = ("Recovery._take:", "Recovery._settle:", "Lane._send")
 """Parts of the sites of recovery that are no pause."""
+_SEARCHING: Final = ("Recovery._search", "Search.")
+"""Parts of those of its search. Of two gateways one searches at a time, and the other goes on to
+settle what there is, until it comes by the site."""
 
 Call = tuple[str, Any]
 """A method and its request."""
@@ -483,7 +486,7 @@ def _charges_sent(trial: Trial) -> int:
 async def _sites_of_recovery(trial: Trial, flow: Flow) -> list[str]:
     """The sites that a recoverer comes by until an operation is settled."""
     assert not await _leave_unfinished(trial, flow, 1)
-    with trial.gateway(RECOVERY, recovery_batch_max="1") as gateway:
+    with trial.gateway(RECOVERY, recovery_batch_max="1", recovery_concurrency="1") as gateway:
         await settled(trial.system)
         visits = gateway.visits()
     # Its rounds without work are as many as there was time for.
@@ -497,13 +500,21 @@ async def _crash_recoveries(trial: Trial, flow: Flow, sites: Sequence[str]) -> l
     async def crash(site: str) -> str:
         async with room:
             with trial.gateway(
-                RECOVERY, site, recovery_batch_max="1", recovery_lease_s=str(LEASE_S)
+                RECOVERY,
+                site,
+                recovery_batch_max="1",
+                recovery_concurrency="1",
+                recovery_lease_s=str(LEASE_S),
             ) as gateway:
                 if not await gateway.died(NOT_REACHED_S):
                     return f"{flow.name} {site}: not reached\n{gateway.log}"
                 return ""
 
-    idle = [site for site in sites if not any(part in site for part in _AT_WORK)]
+    idle = [
+        site
+        for site in sites
+        if any(part in site for part in _SEARCHING) or not any(part in site for part in _AT_WORK)
+    ]
     failures = await asyncio.gather(*(crash(site) for site in sites if site not in idle))
     # The pause between two rounds comes only once there is no more work.
     failures += await asyncio.gather(*map(crash, idle))
