@@ -4,10 +4,17 @@ A stream is a position and nothing else. While what follows it is among the even
 keeps in memory, it takes them from there; a stream that begins far back, or whose client reads
 slowly, reads pages of its own until it has caught up. So a slow stream costs no memory, holds up
 nobody, and loses nothing.
+
+A database that was restored, or a standby that was behind, lacks what came last and gives out its
+transactions' numbers again: what follows a lost position by number is not all that was told after
+it. So no position is taken for good because it was good once. Every page is read together with the
+look whether its position's event is there, and a stream takes from the tail only where the tail has
+the very event that the stream stands at.
 """
 
 import asyncio
 import logging
+from bisect import bisect_left
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -144,13 +151,20 @@ class Reset(NamedTuple):
     reason: str
 
 
+class PositionLost(Exception):
+    """The database does not have the event of a position; what follows it cannot be told."""
+
+
 class EventSource(Protocol):
     """The outbox. Every method raises StoreUnavailable where the database is away."""
 
     async def read(
         self, after: Position, merchant_ids: frozenset[str] | None, rows_max: int
     ) -> EventPage:
-        """What follows a position among the events that nothing can come before any more."""
+        """What follows a position among the events that nothing can come before any more.
+
+        Raises PositionLost where the position's event is not there, as of the same moment.
+        """
 
     async def latest(self) -> Position:
         """Behind the last of those."""
@@ -257,15 +271,23 @@ def decode_cursor(text: str) -> Cursor:
 # --- the tail -------------------------------------------------------------------------------------
 
 
+def _position_of(event: Event) -> Position:
+    return event.position
+
+
 @dataclass(slots=True)
 class _Chunk:
     """A page of the tail, its events by merchant, so that a stream looks at its own only."""
 
-    after: Position
     last: Position
     events: Sequence[Event]
     size_bytes: int
     by_merchant: dict[str, list[Event]] = field(default_factory=dict)
+
+    def has(self, position: Position) -> bool:
+        """Whether one of its events is that of a position, and not just of its place."""
+        index = bisect_left(self.events, position, key=_position_of)
+        return index < len(self.events) and self.events[index].position == position
 
     def of(self, merchant_ids: frozenset[str] | None, after: Position) -> list[Event]:
         """The merchants' events behind a position, in order."""
@@ -335,6 +357,12 @@ class Events:
                 is_full, found = await self._look()
             except StoreUnavailable as error:
                 _log.warning("the outbox could not be read: %s", error)
+            except PositionLost:
+                # A restore, or a failover to a standby that was behind. The next look begins anew;
+                # each stream learns from a page of its own whether its position was lost too.
+                _log.error("the database has lost events that were told: streams begin again")
+                self._drop()
+                self._wake()
             except Exception:  # noqa: BLE001 - without the tail all streams would stand still
                 _log.exception("the outbox could not be read")
             if not self._streams:
@@ -354,7 +382,7 @@ class Events:
         if page.last is None:
             return False, False
         size_bytes = sum(len(event.payload) for event in page.events)
-        self._chunks.append(_Chunk(self._end, page.last, page.events, size_bytes))
+        self._chunks.append(_Chunk(page.last, page.events, size_bytes))
         self._kept_bytes += size_bytes
         self._end = page.last
         while self._kept_bytes > self._schedule.kept_bytes_max and len(self._chunks) > 1:
@@ -368,6 +396,9 @@ class Events:
 
     def _forget(self) -> None:
         self._wanted.clear()
+        self._drop()
+
+    def _drop(self) -> None:
         self._chunks.clear()
         self._kept_bytes = 0
         self._begun = self._end = None
@@ -384,7 +415,8 @@ class Events:
         """What follows a position, without end, or to what is there now.
 
         `audience_of` is asked at the beginning and from time to time. Ends by raising GatewayError:
-        DRAINING after `close`, STORE_UNAVAILABLE, and whatever `audience_of` raises.
+        DRAINING after `close`, STORE_UNAVAILABLE, also where the database has lost the event that
+        the stream stands at, and whatever `audience_of` raises.
         """
         loop = asyncio.get_running_loop()
         until = await told(self._source.latest()) if until_current else None
@@ -418,15 +450,27 @@ class Events:
 
     async def _next(self, audience: Audience, after: Position) -> tuple[list[Event], Position]:
         """Some of what follows a position, and how far that goes."""
-        if self._begun is not None and after >= self._begun:
-            for chunk in self._chunks:
-                if chunk.last > after:
-                    found = chunk.of(audience.merchant_ids, after)
-                    return self._readable(found, audience), chunk.last
-            return [], after
+        if self._end is not None and after >= self._end:
+            return [], after  # what the tail reads next tells whether it stands there too
+        follows = after == self._begun
+        for chunk in self._chunks:
+            if not follows and chunk.last >= after:
+                if not chunk.has(after):
+                    break
+                follows = True
+            if follows and chunk.last > after:
+                return self._readable(chunk.of(audience.merchant_ids, after), audience), chunk.last
         rows_max = PAGE_EVENTS_MAX if audience.merchant_ids is None else SCAN_EVENTS_MAX
-        async with self._catching_up:
-            page = await told(self._source.read(after, audience.merchant_ids, rows_max))
+        try:
+            async with self._catching_up:
+                page = await told(self._source.read(after, audience.merchant_ids, rows_max))
+        except PositionLost:
+            # Not EVENT_CURSOR_UNKNOWN: whoever begins again is told so if what it begins at is lost
+            # too, and a consumer's position is often an earlier one.
+            raise GatewayError(
+                Reason.STORE_UNAVAILABLE,
+                "The database has lost the event that the stream stands at; begin again.",
+            ) from None
         if self._metrics is not None:
             self._metrics.events_read(len(page.events), "stream")
         return self._readable(page.events, audience), page.last or after

@@ -15,6 +15,7 @@ from gateway.application.events import (
     Event,
     EventPage,
     Position,
+    PositionLost,
     Reset,
 )
 from gateway.domain.model import Mode
@@ -42,14 +43,22 @@ class OutboxEvents(DirectStore):
     ) -> EventPage:
         """See the port."""
         rows = await self._lane.fetch(
-            _READ, **_key(after), merchant_ids=_sorted(merchant_ids), rows_max=rows_max
+            _READ,
+            **_key(after),
+            event_id=after.event_id,
+            merchant_ids=_sorted(merchant_ids),
+            rows_max=rows_max,
         )
+        if after.event_id:
+            if not rows or not rows[0]["is_position"]:
+                raise PositionLost("PostgreSQL does not have the event of a position")
+            del rows[0]
         if not rows:
             return EventPage((), None, is_full=False)
         return EventPage(
             [Event(_position(row), row["payload"]) for row in rows if row["is_wanted"]],
             _position(rows[-1]),
-            is_full=rows[-1]["looked_at"] >= rows_max,
+            is_full=rows[-1]["is_full"],
         )
 
     async def latest(self) -> Position:

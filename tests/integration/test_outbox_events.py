@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+import shutil
 from collections import Counter
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -30,8 +31,8 @@ from gateway.rpc.decoding import ContractDecoder
 from storage.postgres import PostgresStore, row_security
 from storage.postgres import events as storage_events
 from tests.outbox import Told, connection_to, tell, write_at_once
-from tests.servers import fetch
-from tests.store_data import authorize
+from tests.servers import fetch, postgres_server
+from tests.store_data import authorize, new_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -399,6 +400,100 @@ async def test_a_cursor_whose_event_the_database_has_lost_is_refused(
         assert refused.value.reason is Reason.EVENT_CURSOR_UNKNOWN
     assert await events.acknowledge(NAME, REACH, "", RESET) == (ORIGIN, True)
     assert await events.consumer_position(NAME, REACH, begin_latest=False) == ORIGIN
+
+
+async def open_at(events: Events, after: Position, count: int) -> tuple[Any, list[Event]]:
+    """A stream of everything that its client has read so many events of, and its next messages."""
+
+    async def ask() -> Audience:
+        return EVERYTHING
+
+    stream = events.stream(ask, after)
+    found: list[Event] = []
+    async with asyncio.timeout(LIMIT_S):
+        while len(found) < count:
+            found += (await anext(stream)).events
+    return stream, found
+
+
+async def next_ends(stream: Any) -> None:
+    """Its next message is none, and its client is to begin again."""
+    async with asyncio.timeout(LIMIT_S):
+        with pytest.raises(GatewayError) as ended:
+            await anext(stream)
+    assert ended.value.reason is Reason.STORE_UNAVAILABLE
+
+
+async def test_streams_that_are_open_pass_over_nothing_when_the_database_is_set_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A copy of the files comes back on the same timeline: only the events tell it apart."""
+    with postgres_server() as own:
+        dsn, server = new_database(own), own.server
+        cluster = server.data_dir / "pgdata"
+        earlier = server.data_dir / "earlier"
+        async with connection_to(dsn) as connection:
+            kept = await tell(connection, OURS)
+        server.stop()
+        shutil.copytree(cluster, earlier)
+        server.start()
+        async with PostgresStore(dsn) as store, tailing(store) as events:
+            behind, found = await open_at(events, ORIGIN, 1)
+            assert ids_of(found) == [kept.event_id]
+            async with connection_to(dsn) as connection:
+                for _ in range(6):
+                    await tell(connection, OURS)
+            at_the_end, found = await open_at(events, ORIGIN, 7)
+            lost = found[-1].position
+            async with asyncio.timeout(LIMIT_S):
+                while events._end != lost:  # the tail is there too
+                    await events._changed.wait()
+
+            server.stop()
+            shutil.rmtree(cluster)
+            earlier.rename(cluster)
+            server.start()
+            async with connection_to(dsn) as connection:
+                told = [await tell(connection, OURS) for _ in range(10)]
+            last = fetch(dsn, "SELECT max(xact_id::text::int8) AS xact_id FROM outbox")[0]
+            assert last["xact_id"] > lost.xact_id
+
+            async with aclosing(at_the_end), aclosing(behind):
+                await next_ends(at_the_end)
+                with pytest.raises(GatewayError) as refused:
+                    await events.position_of(encode_cursor(lost))
+                assert refused.value.reason is Reason.EVENT_CURSOR_UNKNOWN
+                found = []
+                async with asyncio.timeout(LIMIT_S):
+                    while len(found) < len(told):
+                        found += (await anext(behind)).events
+                assert ids_of(found) == [each.event_id for each in told]
+        assert "lost events that were told" in caplog.text
+
+
+async def test_a_stream_that_was_ahead_of_the_tail_does_not_follow_it_into_other_events(
+    store: PostgresStore, dsn: str
+) -> None:
+    """The tail stood at an event that the database has kept, and noticed nothing."""
+    events = Events(store.events, store.events, ContractDecoder().mode_of_event, SCHEDULE)
+    async with connection_to(dsn) as connection:
+        await tell(connection, OURS)
+        await events._look()
+        for _ in range(2):
+            await tell(connection, OURS)
+        ahead, found = await open_at(events, ORIGIN, 3)
+        again = found[1].position.xact_id
+        await connection.execute("DELETE FROM outbox WHERE xact_id >= $1::int8::text::xid8", again)
+        await tell(connection, OURS)
+        await connection.execute(
+            "UPDATE outbox SET xact_id = $1::int8::text::xid8 WHERE event_id = "
+            "(SELECT event_id FROM outbox ORDER BY xact_id DESC LIMIT 1)",
+            again,
+        )
+        await tell(connection, OURS)
+    assert await events._look() == (False, True)
+    async with aclosing(ahead):
+        await next_ends(ahead)
 
 
 # --- consumers ------------------------------------------------------------------------------------

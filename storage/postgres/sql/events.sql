@@ -14,27 +14,38 @@
 -- belong to: the last of them comes along, without its payload where it is another's, as the position to
 -- go on from. What is told must survive a failover: where there are standbys, the transaction logs
 -- something, so that its commit waits for them to have all that was logged before.
+--
+-- The first row is the position's own event, unless that is the beginning. A database that does not have it
+-- was set back, and what follows it by number is not what was told after it: the numbers of what was lost
+-- are given out again. In one statement with the rest, so that no reconnect can come between.
 SELECT
-    xact_id, merchant_id, payment_id, payment_version, seq, event_id, is_wanted,
-    CASE WHEN is_wanted THEN payload END AS payload, looked_at,
+    xact_id, merchant_id, payment_id, payment_version, seq, event_id, is_position, is_wanted,
+    CASE WHEN is_wanted THEN payload END AS payload,
+    looked_at >= :rows_max::int4 AS is_full,
     {{confirmed}}
 FROM (
     SELECT
         *,
-        :merchant_ids::text[] IS NULL
-            OR merchant_id COLLATE "default" = ANY (:merchant_ids::text[]) AS is_wanted,
-        lead(true) OVER (ORDER BY {{key}}) IS NULL AS is_last,
-        row_number() OVER (ORDER BY {{key}}) AS looked_at
+        NOT is_position AND lead(true) OVER (ORDER BY {{key}}) IS NULL AS is_last,
+        count(*) FILTER (WHERE NOT is_position) OVER (ORDER BY {{key}}) AS looked_at
     FROM (
-        SELECT {{key}}, event_id, payload
-        FROM outbox
-        WHERE {{behind_position}}
-            AND xact_id < pg_snapshot_xmin(pg_current_snapshot())
-        ORDER BY {{key}}
-        LIMIT :rows_max::int4
-    ) AS scanned
+        SELECT
+            *,
+            NOT is_position AND (
+                :merchant_ids::text[] IS NULL
+                OR merchant_id COLLATE "default" = ANY (:merchant_ids::text[])
+            ) AS is_wanted
+        FROM (
+            SELECT {{key}}, event_id, payload, {{is_position}} AS is_position
+            FROM outbox
+            WHERE {{from_position}}
+                AND xact_id < pg_snapshot_xmin(pg_current_snapshot())
+            ORDER BY {{key}}
+            LIMIT :rows_max::int4 + CASE WHEN :event_id::text = '' THEN 0 ELSE 1 END
+        ) AS scanned
+    ) AS reached
 ) AS marked
-WHERE is_wanted OR is_last
+WHERE is_wanted OR is_last OR is_position
 ORDER BY {{key}};
 
 -- :name latest
@@ -172,12 +183,19 @@ FROM (
 -- :fragment key
 xact_id, merchant_id, payment_id, payment_version, seq
 
--- :fragment behind_position
+-- :fragment from_position
 -- The first condition is the index's.
 xact_id >= :xact_id::xid8
-            AND (xact_id, merchant_id, payment_id, payment_version, seq) > (
+            AND (xact_id, merchant_id, payment_id, payment_version, seq) >= (
                 :xact_id::xid8, :merchant_id::text, :payment_id::text, :payment_version::int8,
                 :seq::int2
+            )
+
+-- :fragment is_position
+-- A number alone may name anybody's event.
+(xact_id, merchant_id, payment_id, payment_version, seq, event_id) = (
+                :xact_id::xid8, :merchant_id::text, :payment_id::text, :payment_version::int8,
+                :seq::int2, :event_id::text
             )
 
 -- :fragment confirmed
