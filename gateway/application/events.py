@@ -2,8 +2,8 @@
 
 A stream is a position and nothing else. While what follows it is among the events that the tail
 keeps in memory, it takes them from there; a stream that begins far back, or whose client reads
-slowly, reads pages of its own until it has caught up. So a slow stream costs no memory, holds up
-nobody, and loses nothing.
+slowly, reads pages of its own until it has caught up. So a slow stream costs a page of memory,
+holds up nobody, and loses nothing.
 
 A database that was restored, or a standby that was behind, lacks what came last and gives out its
 transactions' numbers again: what follows a lost position by number is not all that was told after
@@ -35,6 +35,9 @@ PAGE_EVENTS_MAX: Final = 500
 """Rows that a page of the outbox looks at."""
 SCAN_EVENTS_MAX: Final = 5_000
 """The same for a stream of few merchants, most of whose pages are other merchants'."""
+PAGE_BYTES_MAX: Final = 512 * 1024
+"""Payloads of a page, which its last event may exceed: a stream holds its page for as long as its
+client takes to read it, and there are many streams."""
 
 CATCHING_UP_MAX: Final = 1
 """Streams that read pages of their own at a time: fewer than there are connections, so that the
@@ -159,9 +162,16 @@ class EventSource(Protocol):
     """The outbox. Every method raises StoreUnavailable where the database is away."""
 
     async def read(
-        self, after: Position, merchant_ids: frozenset[str] | None, rows_max: int
+        self,
+        after: Position,
+        merchant_ids: frozenset[str] | None,
+        rows_max: int,
+        bytes_max: int,
     ) -> EventPage:
         """What follows a position among the events that nothing can come before any more.
+
+        At most `rows_max` rows are looked at, and the page ends with the event whose payload makes
+        its payloads `bytes_max` bytes or more.
 
         Raises PositionLost where the position's event is not there, as of the same moment.
         """
@@ -378,7 +388,7 @@ class Events:
         if self._end is None:
             self._begun = self._end = await self._source.latest()
             self._wake()
-        page = await self._source.read(self._end, None, PAGE_EVENTS_MAX)
+        page = await self._source.read(self._end, None, PAGE_EVENTS_MAX, PAGE_BYTES_MAX)
         if page.last is None:
             return False, False
         size_bytes = sum(len(event.payload) for event in page.events)
@@ -463,7 +473,9 @@ class Events:
         rows_max = PAGE_EVENTS_MAX if audience.merchant_ids is None else SCAN_EVENTS_MAX
         try:
             async with self._catching_up:
-                page = await told(self._source.read(after, audience.merchant_ids, rows_max))
+                page = await told(
+                    self._source.read(after, audience.merchant_ids, rows_max, PAGE_BYTES_MAX)
+                )
         except PositionLost:
             # Not EVENT_CURSOR_UNKNOWN: whoever begins again is told so if what it begins at is lost
             # too, and a consumer's position is often an earlier one.

@@ -39,7 +39,11 @@ class OutboxEvents(DirectStore):
     NAME = "events"
 
     async def read(
-        self, after: Position, merchant_ids: frozenset[str] | None, rows_max: int
+        self,
+        after: Position,
+        merchant_ids: frozenset[str] | None,
+        rows_max: int,
+        bytes_max: int,
     ) -> EventPage:
         """See the port."""
         rows = await self._lane.fetch(
@@ -48,6 +52,7 @@ class OutboxEvents(DirectStore):
             event_id=after.event_id,
             merchant_ids=_sorted(merchant_ids),
             rows_max=rows_max,
+            bytes_max=bytes_max,
         )
         if after.event_id:
             if not rows or not rows[0]["is_position"]:

@@ -10,6 +10,7 @@ from collections import Counter
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 
@@ -17,6 +18,7 @@ from gateway.application import events as application
 from gateway.application.events import (
     CONSUMERS_MAX,
     ORIGIN,
+    PAGE_BYTES_MAX,
     Audience,
     ConsumerName,
     Events,
@@ -37,7 +39,7 @@ from tests.store_data import authorize, new_database
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from gateway.application.events import Batch, Event, EventMetrics, Position
+    from gateway.application.events import Batch, Event, EventMetrics, EventPage, Position
 
 OURS, THEIRS = ids.new_merchant_id(), ids.new_merchant_id()
 EVERYTHING = Audience(Mode.TEST, None)
@@ -116,7 +118,7 @@ async def test_what_commits_late_is_not_passed_over(
         second = await tell(late, OURS)
 
         # The second is committed, and the first could still come before it.
-        assert (await store.events.read(ORIGIN, None, 10)).last is None
+        assert (await store.events.read(ORIGIN, None, 10, 1)).last is None
         assert await store.events.latest() == ORIGIN
         assert await store.events.held_back_s() > 0
 
@@ -154,6 +156,7 @@ async def test_streams_see_each_event_once_and_in_order_while_transactions_commi
     """From memory and, where the tail keeps next to nothing, from pages cut within transactions."""
     monkeypatch.setattr(application, "PAGE_EVENTS_MAX", 7)
     monkeypatch.setattr(application, "SCAN_EVENTS_MAX", 5)
+    monkeypatch.setattr(application, "PAGE_BYTES_MAX", 500)  # of two or three events
     async with tailing(
         store, kept_bytes_max=kept_bytes_max, message_events_max=3, heartbeat_s=0.01
     ) as events:
@@ -200,6 +203,62 @@ async def test_a_stream_that_is_not_read_loses_nothing_and_holds_up_nobody(
         assert ids_of([*first.events, *(e for batch in rest for e in batch.events)]) == [
             each.event_id for each in told
         ]
+
+
+@pytest.mark.parametrize("bytes_max", [1, 5_000, 12_000, 1_000_000])
+async def test_a_page_ends_with_the_event_that_fills_it(
+    store: PostgresStore, dsn: str, bytes_max: int
+) -> None:
+    """What is another merchant's does not count."""
+    sizes = [2_000, 100, 9_000, 100, 4_000, 100, 100]
+    told = []
+    async with connection_to(dsn) as connection:
+        for size in sizes:
+            await tell(connection, THEIRS, payload_bytes=3_000)
+            told.append(await tell(connection, OURS, payload_bytes=size))
+        beyond = await tell(connection, THEIRS)
+    position, found, pages = ORIGIN, [], 0
+    while True:
+        page = await store.events.read(position, REACH, 100, bytes_max)
+        lengths = [len(event.payload) for event in page.events]
+        assert sum(lengths[:-1]) < bytes_max
+        found += ids_of(list(page.events))
+        pages += 1
+        assert page.last is not None
+        position = page.last
+        assert page.is_full is (sum(lengths) >= bytes_max)
+        if not page.is_full:
+            break
+        assert position.event_id == found[-1]
+    assert found == [each.event_id for each in told]
+    assert position.event_id == beyond.event_id
+    assert pages == {1: 8, 5_000: 2, 12_000: 2, 1_000_000: 1}[bytes_max]
+
+
+@pytest.mark.parametrize("merchant_ids", [None, REACH], ids=["everybody", "own"])
+async def test_a_stream_and_the_tail_hold_a_page_of_large_events_and_no_more(
+    store: PostgresStore, dsn: str, merchant_ids: frozenset[str] | None
+) -> None:
+    held: list[int] = []
+    pages = store.events.read
+
+    async def read(*arguments: Any) -> EventPage:
+        page = await pages(*arguments)
+        held.append(sum(len(event.payload) for event in page.events))
+        return page
+
+    size_bytes = 25_000
+    async with connection_to(dsn) as connection:
+        await connection.execute("BEGIN")
+        for _ in range(60):
+            await tell(connection, OURS, payload_bytes=size_bytes)
+        await connection.execute("COMMIT")
+    with patch.object(store.events, "read", read):
+        async with tailing(store) as events:
+            found, _ = await collect(events, Audience(Mode.TEST, merchant_ids), ORIGIN)
+    assert len(found) == 60
+    assert max(held) < PAGE_BYTES_MAX + 2 * size_bytes
+    assert max(held) >= PAGE_BYTES_MAX
 
 
 class _Counted:
@@ -298,7 +357,7 @@ async def test_a_read_that_forgot_its_merchants_tells_nothing_of_another_s(
     async with connection_to(dsn) as connection:
         await tell(connection, THEIRS)
         own = await tell(connection, OURS)
-    page = await store.events.read(ORIGIN, OWN.merchant_ids, 10)
+    page = await store.events.read(ORIGIN, OWN.merchant_ids, 10, PAGE_BYTES_MAX)
     assert len(page.events) == 2
     found, _ = await collect(events, OWN, ORIGIN)
     assert ids_of(found) == [own.event_id]

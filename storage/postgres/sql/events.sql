@@ -12,38 +12,51 @@
 -- :name read
 -- What follows a position, of the merchants looked for. At most so many rows are looked at, whoever they
 -- belong to: the last of them comes along, without its payload where it is another's, as the position to
--- go on from. What is told must survive a failover: where there are standbys, the transaction logs
--- something, so that its commit waits for them to have all that was logged before.
+-- go on from. The page ends before that where the payloads wanted have reached so many bytes: the event that
+-- reaches them is the last one. Lengths are known without reading payloads that are stored apart. What is
+-- told must survive a failover: where there are standbys, the transaction logs something, so that its commit
+-- waits for them to have all that was logged before.
 --
 -- The first row is the position's own event, unless that is the beginning. A database that does not have it
 -- was set back, and what follows it by number is not what was told after it: the numbers of what was lost
 -- are given out again. In one statement with the rest, so that no reconnect can come between.
 SELECT
     xact_id, merchant_id, payment_id, payment_version, seq, event_id, is_position, is_wanted,
-    CASE WHEN is_wanted THEN payload END AS payload,
-    looked_at >= :rows_max::int4 AS is_full,
+    payload,
+    looked_at >= :rows_max::int4 OR bytes_until >= :bytes_max::int8 AS is_full,
     {{confirmed}}
 FROM (
-    SELECT
-        *,
-        NOT is_position AND lead(true) OVER (ORDER BY {{key}}) IS NULL AS is_last,
-        count(*) FILTER (WHERE NOT is_position) OVER (ORDER BY {{key}}) AS looked_at
+    SELECT *, NOT is_position AND lead(true) OVER (ORDER BY {{key}}) IS NULL AS is_last
     FROM (
         SELECT
             *,
-            NOT is_position AND (
-                :merchant_ids::text[] IS NULL
-                OR merchant_id COLLATE "default" = ANY (:merchant_ids::text[])
-            ) AS is_wanted
+            count(*) FILTER (WHERE NOT is_position) OVER so_far AS looked_at,
+            coalesce(sum(length(payload)) OVER so_far, 0) AS bytes_until
         FROM (
-            SELECT {{key}}, event_id, payload, {{is_position}} AS is_position
-            FROM outbox
-            WHERE {{from_position}}
-                AND xact_id < pg_snapshot_xmin(pg_current_snapshot())
-            ORDER BY {{key}}
-            LIMIT :rows_max::int4 + CASE WHEN :event_id::text = '' THEN 0 ELSE 1 END
-        ) AS scanned
-    ) AS reached
+            SELECT
+                {{key}}, event_id, is_position, is_wanted,
+                -- Here already: others' would be carried through all that follows.
+                CASE WHEN is_wanted THEN payload END AS payload
+            FROM (
+                SELECT
+                    *,
+                    NOT is_position AND (
+                        :merchant_ids::text[] IS NULL
+                        OR merchant_id COLLATE "default" = ANY (:merchant_ids::text[])
+                    ) AS is_wanted
+                FROM (
+                    SELECT {{key}}, event_id, payload, {{is_position}} AS is_position
+                    FROM outbox
+                    WHERE {{from_position}}
+                        AND xact_id < pg_snapshot_xmin(pg_current_snapshot())
+                    ORDER BY {{key}}
+                    LIMIT :rows_max::int4 + CASE WHEN :event_id::text = '' THEN 0 ELSE 1 END
+                ) AS scanned
+            ) AS reached
+        ) AS wanted
+        WINDOW so_far AS (ORDER BY {{key}} ROWS UNBOUNDED PRECEDING)
+    ) AS measured
+    WHERE bytes_until - coalesce(length(payload), 0) < :bytes_max::int8
 ) AS marked
 WHERE is_wanted OR is_last OR is_position
 ORDER BY {{key}};
