@@ -14,8 +14,7 @@ the very event that the stream stands at.
 
 import asyncio
 import logging
-from bisect import bisect_left
-from collections import deque
+from bisect import bisect_left, bisect_right
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -38,6 +37,10 @@ SCAN_EVENTS_MAX: Final = 5_000
 PAGE_BYTES_MAX: Final = 512 * 1024
 """Payloads of a page, which its last event may exceed: a stream holds its page for as long as its
 client takes to read it, and there are many streams."""
+CHUNK_EVENTS_MAX: Final = 500
+CHUNK_BYTES_MAX: Final = 256 * 1024
+"""Pages that the tail has read are kept together up to these, so that there are few, however little
+each look finds; one page may be more."""
 
 CATCHING_UP_MAX: Final = 1
 """Streams that read pages of their own at a time: fewer than there are connections, so that the
@@ -287,12 +290,32 @@ def _position_of(event: Event) -> Position:
 
 @dataclass(slots=True)
 class _Chunk:
-    """A page of the tail, its events by merchant, so that a stream looks at its own only."""
+    """Pages of the tail, their events by merchant too, so that a stream looks at its own only."""
 
-    last: Position
-    events: Sequence[Event]
-    size_bytes: int
+    events: list[Event] = field(default_factory=list)
+    """In order; at least one, once it is the tail's."""
+    size_bytes: int = 0
+    """Of the payloads."""
     by_merchant: dict[str, list[Event]] = field(default_factory=dict)
+
+    @property
+    def last(self) -> Position:
+        """Behind its last event."""
+        return self.events[-1].position
+
+    def takes(self, events: Sequence[Event], size_bytes: int, bytes_max: int) -> bool:
+        """Whether a page is small enough to be added."""
+        return (
+            len(self.events) + len(events) <= CHUNK_EVENTS_MAX
+            and self.size_bytes + size_bytes <= bytes_max
+        )
+
+    def add(self, events: Sequence[Event], size_bytes: int) -> None:
+        """Add a page that follows."""
+        self.events += events
+        self.size_bytes += size_bytes
+        for event in events:
+            self.by_merchant.setdefault(event.position.merchant_id, []).append(event)
 
     def has(self, position: Position) -> bool:
         """Whether one of its events is that of a position, and not just of its place."""
@@ -301,21 +324,21 @@ class _Chunk:
 
     def of(self, merchant_ids: frozenset[str] | None, after: Position) -> list[Event]:
         """The merchants' events behind a position, in order."""
+        behind = bisect_right(self.events, after, key=_position_of)
         if merchant_ids is None:
-            found = list(self.events)
-        else:
-            if not self.by_merchant:
-                for event in self.events:
-                    self.by_merchant.setdefault(event.position.merchant_id, []).append(event)
-            found = [
-                event
-                for merchant_id in self.by_merchant.keys() & merchant_ids
-                for event in self.by_merchant[merchant_id]
-            ]
-            found.sort(key=lambda event: event.position)
-        if found and found[0].position <= after:
-            return [event for event in found if event.position > after]
+            return self.events[behind:]
+        if len(self.events) - behind <= len(merchant_ids):  # as where a stream follows closely
+            return [e for e in self.events[behind:] if e.position.merchant_id in merchant_ids]
+        found = []
+        for merchant_id in self.by_merchant.keys() & merchant_ids:
+            own = self.by_merchant[merchant_id]
+            found += own[bisect_right(own, after, key=_position_of) :]
+        found.sort(key=_position_of)
         return found
+
+
+def _last_of(chunk: _Chunk) -> Position:
+    return chunk.last
 
 
 class Events:
@@ -337,7 +360,7 @@ class Events:
         self._mode_of = mode_of
         self._schedule = schedule
         self._metrics = metrics
-        self._chunks: deque[_Chunk] = deque()
+        self._chunks: list[_Chunk] = []
         self._kept_bytes = 0
         self._begun: Position | None = None
         self._end: Position | None = None
@@ -392,11 +415,15 @@ class Events:
         if page.last is None:
             return False, False
         size_bytes = sum(len(event.payload) for event in page.events)
-        self._chunks.append(_Chunk(page.last, page.events, size_bytes))
+        # A part of what is kept: whole chunks are dropped.
+        bytes_max = min(CHUNK_BYTES_MAX, self._schedule.kept_bytes_max // 8)
+        if not self._chunks or not self._chunks[-1].takes(page.events, size_bytes, bytes_max):
+            self._chunks.append(_Chunk())
+        self._chunks[-1].add(page.events, size_bytes)
         self._kept_bytes += size_bytes
         self._end = page.last
         while self._kept_bytes > self._schedule.kept_bytes_max and len(self._chunks) > 1:
-            dropped = self._chunks.popleft()
+            dropped = self._chunks.pop(0)
             self._kept_bytes -= dropped.size_bytes
             self._begun = dropped.last
         if self._metrics is not None:
@@ -462,14 +489,9 @@ class Events:
         """Some of what follows a position, and how far that goes."""
         if self._end is not None and after >= self._end:
             return [], after  # what the tail reads next tells whether it stands there too
-        follows = after == self._begun
-        for chunk in self._chunks:
-            if not follows and chunk.last >= after:
-                if not chunk.has(after):
-                    break
-                follows = True
-            if follows and chunk.last > after:
-                return self._readable(chunk.of(audience.merchant_ids, after), audience), chunk.last
+        chunk = self._chunk_behind(after)
+        if chunk is not None:
+            return self._readable(chunk.of(audience.merchant_ids, after), audience), chunk.last
         rows_max = PAGE_EVENTS_MAX if audience.merchant_ids is None else SCAN_EVENTS_MAX
         try:
             async with self._catching_up:
@@ -486,6 +508,17 @@ class Events:
         if self._metrics is not None:
             self._metrics.events_read(len(page.events), "stream")
         return self._readable(page.events, audience), page.last or after
+
+    def _chunk_behind(self, after: Position) -> _Chunk | None:
+        """Where the tail has what follows a position; None unless it has the position's event."""
+        index = 0
+        if after != self._begun:
+            index = bisect_left(self._chunks, after, key=_last_of)
+            if index == len(self._chunks) or not self._chunks[index].has(after):
+                return None
+            if self._chunks[index].last == after:
+                index += 1
+        return self._chunks[index] if index < len(self._chunks) else None
 
     def _readable(self, events: Sequence[Event], audience: Audience) -> list[Event]:
         """Those for the audience, whatever the statement that found them was asked."""
