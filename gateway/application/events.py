@@ -451,7 +451,8 @@ class Events:
     ) -> AsyncGenerator[Batch, None]:
         """What follows a position, without end, or to what is there now.
 
-        `audience_of` is asked at the beginning and from time to time. Ends by raising GatewayError:
+        `audience_of` is asked at the beginning and then every `heartbeat_s`, before what comes
+        next; from then on the events are those of its answer. Ends by raising GatewayError:
         DRAINING after `close`, STORE_UNAVAILABLE, also where the database has lost the event that
         the stream stands at, and whatever `audience_of` raises.
         """
@@ -460,30 +461,42 @@ class Events:
         audience, asked_at_s = await audience_of(), loop.time()
         self._streams += 1
         self._wanted.set()
+        heartbeat_s = self._schedule.heartbeat_s
         try:
             told_at_s, told_position = loop.time(), None
             while True:
-                if self._closed:
-                    raise GatewayError(Reason.DRAINING, "This server is shutting down.")
-                if loop.time() - asked_at_s >= self._schedule.heartbeat_s:
-                    audience, asked_at_s = await audience_of(), loop.time()
+                self._check_open()
                 changed = self._changed
                 found, position = await self._next(audience, after)
                 moved = position > after
                 is_end = until is not None and position >= until
                 for batch in self._batches(found, position):
+                    # Before each message: how long its client takes for the one before is its own
+                    # choice, and a page has many.
+                    self._check_open()
+                    if loop.time() - asked_at_s >= heartbeat_s:
+                        now, asked_at_s = await audience_of(), loop.time()
+                        if now != audience:  # whose events were found is not whom they are for
+                            audience = now
+                            break
                     idle_s = loop.time() - told_at_s
                     is_due = is_end and batch.position == position != told_position
-                    if batch.events or is_due or idle_s >= self._schedule.heartbeat_s:
+                    if batch.events or is_due or idle_s >= heartbeat_s:
                         yield batch
                         told_at_s, told_position = loop.time(), batch.position
-                after = position
-                if is_end:
-                    return
-                if not moved:
-                    await _wait(changed, told_at_s + self._schedule.heartbeat_s - loop.time())
+                    after = batch.position
+                else:
+                    if is_end:
+                        return
+                    if not moved:
+                        due_at_s = min(told_at_s, asked_at_s) + heartbeat_s
+                        await _wait(changed, due_at_s - loop.time())
         finally:
             self._streams -= 1
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise GatewayError(Reason.DRAINING, "This server is shutting down.")
 
     async def _next(self, audience: Audience, after: Position) -> tuple[list[Event], Position]:
         """Some of what follows a position, and how far that goes."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 from unittest.mock import Mock
+
+import pytest
 
 from gateway.application.events import (
     CHUNK_EVENTS_MAX,
@@ -17,6 +20,7 @@ from gateway.application.events import (
     PositionLost,
     Schedule,
 )
+from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import Mode
 
 if TYPE_CHECKING:
@@ -113,3 +117,82 @@ async def test_the_tail_keeps_so_many_bytes_and_drops_the_oldest() -> None:
         assert kept == outbox.events[-len(kept) :]
     assert len(kept) * 100 > kept_bytes_max * 3 / 4
     assert events._begun == outbox.events[-len(kept) - 1].position
+
+
+EVERY_MESSAGE = Schedule(heartbeat_s=0.0, message_events_max=1)
+"""The time to ask again has always come, and a page is many messages."""
+ONE, OTHER = (frozenset({merchant_id}) for merchant_id in MERCHANTS[:2])
+
+
+class _Key:
+    """What an audience is asked of."""
+
+    def __init__(self, merchant_ids: frozenset[str] | None) -> None:
+        self.merchant_ids = merchant_ids
+        self.is_revoked = False
+        self.asked = 0
+
+    async def audience(self) -> Audience:
+        self.asked += 1
+        if self.is_revoked:
+            raise GatewayError(Reason.CREDENTIAL_INVALID, "It was revoked.")
+        return Audience(Mode.TEST, self.merchant_ids)
+
+
+def _both_in_turn(count: int) -> _Outbox:
+    outbox = _Outbox()
+    for number in range(count):
+        outbox.tell(MERCHANTS[number % 2])
+    return outbox
+
+
+async def test_a_revoked_key_gets_no_more_of_the_page_that_was_read_for_it() -> None:
+    """However many messages that has, and however slowly its client takes them."""
+    key = _Key(None)
+    stream = _streams(_both_in_turn(200), EVERY_MESSAGE).stream(key.audience, ORIGIN)
+    async with aclosing(stream):
+        for _ in range(3):
+            assert (await anext(stream)).events
+        key.is_revoked = True
+        with pytest.raises(GatewayError) as ended:
+            await anext(stream)
+    assert ended.value.reason is Reason.CREDENTIAL_INVALID
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(None, ONE), (ONE, None), (ONE, OTHER), (ONE | OTHER, ONE)]
+)
+async def test_what_is_left_of_a_page_is_for_whom_the_key_reaches_now(
+    before: frozenset[str] | None, after: frozenset[str] | None
+) -> None:
+    """Nothing of another's is told, and nothing of what it reaches is passed over."""
+    outbox = _both_in_turn(200)
+    key = _Key(before)
+    stream = _streams(outbox, EVERY_MESSAGE).stream(key.audience, ORIGIN, until_current=True)
+    async with aclosing(stream):
+        first = [event for _ in range(10) for event in (await anext(stream)).events]
+        key.merchant_ids = after
+        rest = [event async for batch in stream for event in batch.events]
+    assert first == _of(outbox.events, before)[:10]
+    told = outbox.events.index(first[-1]) + 1
+    assert rest == _of(outbox.events[told:], after)
+
+
+async def test_a_key_is_not_asked_again_for_each_message() -> None:
+    key = _Key(None)
+    schedule = Schedule(heartbeat_s=3_600.0, message_events_max=1)
+    stream = _streams(_both_in_turn(200), schedule).stream(key.audience, ORIGIN, until_current=True)
+    async with aclosing(stream):
+        assert len([batch async for batch in stream]) == 200
+    assert key.asked == 1
+
+
+async def test_a_drain_ends_a_stream_within_its_page() -> None:
+    events = _streams(_both_in_turn(200), EVERY_MESSAGE)
+    stream = events.stream(_Key(None).audience, ORIGIN)
+    async with aclosing(stream):
+        await anext(stream)
+        events.close()
+        with pytest.raises(GatewayError) as ended:
+            await anext(stream)
+    assert ended.value.reason is Reason.DRAINING
