@@ -6,7 +6,7 @@ import logging
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -92,6 +92,8 @@ EVENT_LAG_INTERVAL_S: Final = 10.0
 """How often the events' consumers are looked at."""
 EVENT_CONSUMERS_SHOWN_MAX: Final = 100
 """So many consumers have metrics, those that have not acknowledged for longest."""
+COUNT_INTERVALS: Final = 5
+"""What waits in the database is counted so many times as seldom as readiness looks at it."""
 LEARNING_INTERVALS: Final = 5
 """Counts of success are exchanged so many times as seldom as breakers' states."""
 ROUTING_REDIS_TIMEOUT_MS: Final = 1000.0
@@ -285,6 +287,7 @@ class Gateway:
             yield "notifications", self.applier.run()
             yield "telling", self.telling.run()
         yield "readiness", self._watch_readiness()
+        yield "counts", self._count_what_waits()
         accounts_interval_s = settings.connector_accounts_interval_s
         yield "connector-accounts", self.connector_accounts.run(accounts_interval_s)
         yield "events", self.events.run()
@@ -626,16 +629,14 @@ class Gateway:
         )
 
     async def _watch_readiness(self) -> None:
-        """Serve only while the database can be served from; count what waits in it."""
+        """Serve only while the database can be served from.
+
+        By nothing but the store's check: what else is asked of the database may be slow in all
+        gateways at once, while each of them could serve.
+        """
         while True:
             try:
                 await self.store.check()
-                self.metrics.operations_in_doubt(*await self.store.count_doubts())
-                self.metrics.recovery_search_behind(await self.store.search_behind_s())
-                self.metrics.outbox_rows(await self.store.estimate_outbox())
-                if self.settings.applies_notifications:
-                    pending = await self.store.notifications.count_pending()
-                    self.metrics.notifications_pending(*pending)
                 self.ready = True
             except (StoreUnavailable, NotDurable, SchemaError) as error:
                 _log.warning("not ready: %s", error)
@@ -645,6 +646,40 @@ class Gateway:
                 self.ready = False
             await self.server.set_serving(self.ready)
             await asyncio.sleep(self.settings.readiness_interval_s)
+
+    async def _count_what_waits(self) -> None:
+        """Tell what waits in the database. A count that fails leaves its last values to stand."""
+        while True:
+            for what, count in self._counts():
+                try:
+                    await count()
+                except Exception as error:  # noqa: BLE001 - no defect may end the other counts
+                    self.metrics.count_failed(what)
+                    known = isinstance(error, StoreUnavailable)
+                    _log.warning("%s not counted: %s", what, error, exc_info=not known)
+            await asyncio.sleep(COUNT_INTERVALS * self.settings.readiness_interval_s)
+
+    def _counts(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
+        """What is counted, by its name."""
+        store, metrics = self.store, self.metrics
+
+        async def doubts() -> None:
+            metrics.operations_in_doubt(*await store.count_doubts())
+
+        async def search() -> None:
+            metrics.recovery_search_behind(await store.search_behind_s())
+
+        async def outbox() -> None:
+            metrics.outbox_rows(await store.estimate_outbox())
+
+        async def notifications() -> None:
+            metrics.notifications_pending(*await store.notifications.count_pending())
+
+        yield "doubts", doubts
+        yield "search", search
+        yield "outbox", outbox
+        if self.settings.applies_notifications:
+            yield "notifications", notifications
 
     async def _look_at_events(self) -> None:
         """Tell how far the events' consumers are behind."""

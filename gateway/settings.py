@@ -199,8 +199,8 @@ class Settings(BaseSettings):
     )
     readiness_interval_s: float = _field(
         2.0,
-        "The pause between two looks whether the database can be served from; what is in doubt and"
-        " in the outbox is counted then, too.",
+        "The pause between two looks whether the database can be served from; between two counts of"
+        " what is in doubt and in the outbox it is five times as long.",
         ge=0.05,
         le=60,
     )

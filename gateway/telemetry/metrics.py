@@ -273,6 +273,12 @@ class Metrics:
             "le",
             over_workers="max",
         )
+        self._count_failures = self._counter(
+            "count_failures",
+            "Counts of what waits in the database (`doubts`, `outbox`, `notifications`) that"
+            " failed; the last values stand.",
+            "what",
+        )
         self._recoveries = self._counter(
             "recovery", "Operations recovery looked at.", "kind", "outcome"
         )
@@ -530,6 +536,10 @@ class Metrics:
         self._breaker_changes.add((key.connector, key.method or FOLLOW_UPS, state.value))
 
     # The composition root's loops.
+
+    def count_failed(self, what: str) -> None:
+        """`what` waits in the database could not be counted: the last values stand."""
+        self._count_failures.add((what,))
 
     def notifications_pending(self, count: int, oldest_age_s: float) -> None:
         """So many are yet to be applied now, the oldest for so long."""

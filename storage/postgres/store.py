@@ -92,6 +92,9 @@ _PROCESSING: Final = OperationState.PROCESSING
 
 _UNFINISHED: Final = sorted(UNFINISHED)
 _OF_UNKNOWN_OUTCOME: Final = [OperationState.PROCESSING, OperationState.IN_DOUBT]
+_WAITING: Final = [OperationState.REQUIRES_ACTION, OperationState.PENDING]
+_ONLY_WAITS: Final = -1
+"""In the place of a DoubtCause in `doubts.cause`, where there is no doubt: no list shows it."""
 
 INTENTS: Final = LaneLimits(connections=2, rows_max=500, queue_max=5_000, retry_s_max=1.0)
 FOLLOW_UPS: Final = LaneLimits(connections=1, rows_max=200, queue_max=5_000, retry_s_max=1.0)
@@ -566,6 +569,8 @@ class PostgresStore:
             check_after_s=check_after_s,
             cause=cause,
             needs_person=needs_person,
+            waiting=_WAITING,
+            only_waits=_ONLY_WAITS,
         )
 
     async def hasten(self, operation: Operation) -> None:
@@ -593,6 +598,7 @@ class PostgresStore:
                 _COUNT_DOUBTS,
                 in_doubt=_OF_UNKNOWN_OUTCOME,
                 accepted=OperationState.PENDING,
+                only_waits=_ONLY_WAITS,
                 age_bounds_s=DOUBT_AGE_BOUNDS_S,
             )
             return DoubtCount(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import asyncpg
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -91,12 +93,55 @@ async def test_health_follows_a_database_that_answers_and_cannot_be_served_from(
         gateway = system.start_gateway()
         address = gateway.address
         assert await _health(address) == SERVING
-        fetch(system.dsn, "ALTER TABLE doubts RENAME TO elsewhere")
+        fetch(system.dsn, "ALTER TABLE schema_migrations RENAME COLUMN phase TO elsewhere")
         while await _health(address) != NOT_SERVING:
             pass
-        fetch(system.dsn, "ALTER TABLE elsewhere RENAME TO doubts")
+        fetch(system.dsn, "ALTER TABLE schema_migrations RENAME COLUMN elsewhere TO phase")
         while await _health(address) != SERVING:
             pass
+
+
+async def _failed_counts(port: int) -> dict[str, float]:
+    """How often what waits could not be counted, by what it is."""
+    async with (
+        aiohttp.ClientSession() as session,
+        session.get(f"http://127.0.0.1:{port}/metrics") as answer,
+    ):
+        text = await answer.text()
+    found = re.findall(r'^gateway_count_failures_total{what="(\w+)"} (\S+)$', text, re.MULTILINE)
+    return {what: float(times) for what, times in found}
+
+
+async def test_what_waits_and_cannot_be_counted_takes_no_gateway_out_of_service(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    """The database is well, and only the counts do not come to their end within a time-out."""
+    port = free_port()
+    with running_system(postgres, redis) as system:
+        gateway = system.start_gateway(
+            metrics_address=f"127.0.0.1:{port}",
+            notifications_address="127.0.0.1:0",
+            postgres_statement_timeout_s=0.5,
+            readiness_interval_s=0.05,
+            recovery_enabled=False,  # it would wait for the same locks
+        )
+        async with calling(gateway, system.shop.api_key) as caller:
+            await caller.authorize()
+            holder = await asyncpg.connect(system.dsn)
+            try:
+                async with holder.transaction():
+                    await holder.execute(
+                        "LOCK TABLE doubts, pending_notifications IN ACCESS EXCLUSIVE MODE"
+                    )
+                    failed: dict[str, float] = {}
+                    while min(failed.get(what, 0) for what in ("doubts", "notifications")) < 2:
+                        assert await _health(gateway.address) == SERVING
+                        failed = await _failed_counts(port)
+                    assert "outbox" not in failed
+                    answer = await caller.payment((await caller.authorize()).payment.payment_id)
+                    assert answer.payment.amounts.authorized_minor == 1000
+            finally:
+                await holder.close()
 
 
 async def test_serve_refuses_a_database_that_may_lose_commits(redis: EmbeddedRedis) -> None:

@@ -1105,6 +1105,8 @@ _EXPECTED_INDEXES = {
     },
     ("recovery", "lock_due"): {"payments_pkey", "doubts_check_at", "operations_pkey"},
     ("recovery", "lease"): {"doubts_pkey", "operations_pkey"},
+    ("recovery", "count_doubts"): {"doubts_check_at", "operations_pkey"},
+    ("recovery", "postpone"): {"payments_pkey", "operations_pkey", "doubts_pkey"},
     ("recovery", "begin_cancel"): {"payments_pkey", "operations_pkey", "doubts_pkey"},
     ("events", "read"): {"outbox_xact_id"},
     ("events", "latest"): {"outbox_xact_id"},

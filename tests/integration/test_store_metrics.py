@@ -7,10 +7,13 @@ import re
 from pathlib import Path
 
 import asyncpg
+import pytest
 
 from gateway.application.notifications import Notification, Received
 from gateway.domain.model import OperationState
 from storage.postgres import LaneLimits, PostgresStore
+from storage.postgres.queries import queries, query
+from storage.postgres.store import _ONLY_WAITS, DOUBT_AGE_BOUNDS_S
 from tests.harness import eventually
 from tests.outbox import connection_to, tell
 from tests.servers import fetch
@@ -20,12 +23,14 @@ S = OperationState
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
 
 
-async def write(store: PostgresStore, state: OperationState) -> None:
+async def write(
+    store: PostgresStore, state: OperationState, *, check_after_s: float = NEVER_S
+) -> None:
     intent = authorize()
     await store.write_intent(intent)
-    check_after_s = None if state is S.SUCCEEDED else NEVER_S
+    after_s = None if state is S.SUCCEEDED else check_after_s
     await store.write_change(
-        outcome(intent.operation, intent.payment, state, check_after_s=check_after_s)
+        outcome(intent.operation, intent.payment, state, check_after_s=after_s)
     )
 
 
@@ -36,6 +41,41 @@ async def test_what_waits_for_a_later_answer_is_in_no_doubt(store: PostgresStore
     await write(store, S.IN_DOUBT)
     count, age_s, *_ = await store.count_doubts()
     assert (count, age_s > 0) == (1, True)
+
+
+@pytest.mark.parametrize("state", [S.PENDING, S.REQUIRES_ACTION])
+async def test_what_recovery_has_seen_waiting_is_counted_without_a_look_at_its_operation(
+    store: PostgresStore, dsn: str, state: OperationState
+) -> None:
+    """Hundreds of thousands may wait, each of whose operations lies on a page of its own."""
+    for _ in range(5):
+        await write(store, state, check_after_s=-1)
+    assert await _operations_looked_at(dsn) == 5
+    for lease in await store.lease(100, NEVER_S):
+        await store.postpone(lease.operation, NEVER_S)
+    await write(store, S.IN_DOUBT)
+    assert await _operations_looked_at(dsn) == 1
+    assert (await store.count_doubts())[0] == 1
+
+
+async def _operations_looked_at(dsn: str) -> int:
+    """How many operations the count of doubts reads."""
+    statement = queries("recovery")["count_doubts"]
+    values = {
+        "in_doubt": [S.PROCESSING, S.IN_DOUBT],
+        "accepted": S.PENDING,
+        "only_waits": _ONLY_WAITS,
+        "age_bounds_s": DOUBT_AGE_BOUNDS_S,
+    }
+    async with connection_to(dsn) as connection:
+        await connection.execute(query("session", "plans").text)
+        told = await connection.fetchval(
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {statement.text}",
+            *(values[name] for name in statement.parameters),
+        )
+    looked = re.search(r'"Index Name": "operations_pkey".*?"Actual Loops": (\d+)', told, re.DOTALL)
+    assert looked is not None, told
+    return int(looked[1])
 
 
 async def test_a_dead_sender_s_operation_is_in_doubt(store: PostgresStore) -> None:
