@@ -247,6 +247,10 @@ class _Slot:
         self.failures = 0
         self.retry_at_s = 0.0
 
+    @property
+    def is_connected(self) -> bool:
+        return self.connection is not None and not self.connection.is_closed()
+
     def drop(self) -> None:
         if self.connection is not None:
             self.connection.terminate()
@@ -280,9 +284,7 @@ class HeldConnections:
     @property
     def connected(self) -> int:
         """How many are open."""
-        return sum(
-            slot.connection is not None and not slot.connection.is_closed() for slot in self._slots
-        )
+        return sum(slot.is_connected for slot in self._slots)
 
     @property
     def busy(self) -> int:
@@ -303,7 +305,7 @@ class HeldConnections:
         in doubt ends it, and so does an answer that does not come within `answer_timeout_s`.
         """
         began_s = time.monotonic()
-        slot = self._free.pop()  # the warmest; never empty: a lane has as many batches in flight
+        slot = self._taken()
         try:
             connection = slot.connection
             if connection is None or connection.is_closed():
@@ -326,6 +328,23 @@ class HeldConnections:
         finally:
             self._free.append(slot)
             self.busy_s += time.monotonic() - began_s
+
+    def _taken(self) -> _Slot:
+        """A free place: the warmest that is connected, else one that may be connected by now.
+
+        One whose connection cannot be made again is put back last, as all are. It must not be the
+        next one's while another's connection is open: a server may refuse new connections and serve
+        those it has.
+        """
+        free = self._free  # never empty: a lane has as many batches in flight
+        for number in range(len(free) - 1, -1, -1):
+            if free[number].is_connected:
+                return free.pop(number)
+        now_s = time.monotonic()
+        for number in range(len(free) - 1, -1, -1):
+            if now_s >= free[number].retry_at_s:
+                return free.pop(number)
+        return free.pop()
 
     async def _connected(self, slot: _Slot) -> Connection:
         if time.monotonic() < slot.retry_at_s:
