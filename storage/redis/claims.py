@@ -40,8 +40,9 @@ KEY_DIGEST_BYTES = 16
 shows as a conflict of fingerprints, never as another merchant's answer."""
 
 SENDS_MAX = 3
-"""Most times that one script is sent: after a connection found dead, after a script found unknown
-(both at once when Redis was restarted). All of them within one `timeout_ms`."""
+"""Most times that one script is sent: after a connection found dead or at a server that is no
+primary any more, after a script found unknown (both at once when Redis was restarted, or another
+took its place). All of them within one `timeout_ms`."""
 
 ROWS_MAX = 0xFFFF
 """Most keys in one script: the number of a claim's rate limit has two bytes."""
@@ -55,6 +56,9 @@ times as long as claims, and a Redis that they fill refuses the claims."""
 
 ROOM_LOOK_EVERY_S = 1.0
 """How often Redis is asked how full it is while answers are settled."""
+
+_NO_KEY = b"{b0}:none"
+"""Of a bucket that there always is, and of nothing: to delete it is a write without an effect."""
 
 _GENERATION = re.compile(r"[0-9A-Za-z._-]{1,64}")
 
@@ -273,9 +277,9 @@ class Claims:
         self._generation = generation
 
     async def start(self) -> None:
-        """Load the scripts. A Redis that is away is no error; the circuit opens."""
+        """Load the scripts. A Redis that is away, or a replica, is no error; the circuit opens."""
         try:
-            await self._load_scripts()
+            await self._make_ready()
         except Exception as error:  # noqa: BLE001 (whatever it is, Redis is no use)
             self._open_circuit(error)
 
@@ -521,6 +525,8 @@ class Claims:
             try:
                 return await self._client.execute("EVALSHA", *arguments, until=until)
             except RedisRefused as refusal:
+                if refusal.is_elsewhere and self._loop.time() < until:
+                    continue  # over a connection of its own: the address may lead to the primary
                 if refusal.code != "NOSCRIPT":
                     raise
                 await self._client.execute("SCRIPT", "LOAD", script.text, until=until)
@@ -530,10 +536,19 @@ class Claims:
                     raise
         return await self._client.execute("EVALSHA", *arguments, until=until)
 
-    async def _load_scripts(self) -> None:
+    async def _make_ready(self) -> None:
+        """Load the scripts, and find out whether the server takes writes.
+
+        A replica loads scripts too, and answers whoever only asks.
+        """
         until = self._until()
         for script in (_CLAIM, _SETTLE):
             await self._client.execute("SCRIPT", "LOAD", script.text, until=until)
+        try:
+            await self._client.execute("DEL", _NO_KEY, until=until)
+        except RedisRefused as refusal:
+            if refusal.code != "NOPERM":  # this user may write by the scripts alone
+                raise
 
     def _until(self) -> float:
         return self._loop.time() + self._timeout_s
@@ -541,7 +556,7 @@ class Claims:
     def _open_circuit(self, error: Exception) -> None:
         if not self._available:
             return
-        _logger.warning("Redis is unavailable (%s); PostgreSQL decides alone", type(error).__name__)
+        _logger.warning("Redis is unavailable (%s); PostgreSQL decides alone", _name_of(error))
         self._available = False
         self._metrics.redis_available(False)
         if not self._closed:
@@ -553,14 +568,20 @@ class Claims:
             spread = random.uniform(0.5, 1.5)
             await asyncio.sleep(self._retry_after_s * spread)
             try:
-                await self._load_scripts()
+                await self._make_ready()
             except Exception as error:  # noqa: BLE001 (whatever it is, ask again later)
-                _logger.debug("Redis is still unavailable (%s)", type(error).__name__)
+                _logger.debug("Redis is still unavailable (%s)", _name_of(error))
                 continue
             _logger.info("Redis is available again")
             self._available = True
             self._metrics.redis_available(True)
             return
+
+
+def _name_of(error: Exception) -> str:
+    """What may be logged of it: a refusal's text could quote what was sent, its code does not."""
+    name = type(error).__name__
+    return f"{name} {error.code}" if isinstance(error, RedisRefused) else name
 
 
 def _has_room(told: bytes) -> bool:

@@ -17,6 +17,7 @@ Part: TypeAlias = bytes | str | int
 """A part of a command."""
 
 _PORT: Final = 6379
+_ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN", "MOVED"})
 _TLS_OPTIONS: Final = frozenset({"ssl_ca_certs", "ssl_certfile", "ssl_keyfile"})
 
 
@@ -35,12 +36,21 @@ class RedisRefused(Exception):
         """The error's code."""
         return str(self).partition(" ")[0]
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether another server takes the writes by now: this one is a replica, or has no such
+        keys.
+        """
+        return self.code in _ELSEWHERE
+
 
 class RedisClient:
     """Commands to one Redis, all over one connection that is made when it is needed.
 
     A command that is not answered in time ends the connection and with it all that wait: their
-    answers would have come after it. Made inside a running event loop.
+    answers would have come after it. So does a refusal of a server that is not the one that takes
+    the writes any more: a failover need not close connections, and the address leads to another by
+    now, or soon. Made inside a running event loop.
 
     Args:
         url: `redis://[[user]:password@]host[:port][/db]`, `rediss://…` with TLS, or
@@ -207,12 +217,16 @@ class _Connection(asyncio.Protocol):
                 self._end("an answer to nothing")
                 return
             answer, _ = self._waiting.popleft()
+            refused = isinstance(reply, RedisRefused)
             if answer.done():
-                continue  # its caller was cancelled
-            if isinstance(reply, RedisRefused):
+                pass  # its caller was cancelled
+            elif refused:
                 answer.set_exception(reply)
             else:
                 answer.set_result(reply)
+            if refused and reply.is_elsewhere:
+                self._end("another server takes the writes")
+                return
 
     def connection_lost(self, _: Exception | None) -> None:
         self._end("the connection was lost")

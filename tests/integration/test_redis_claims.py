@@ -7,9 +7,10 @@ import hashlib
 import inspect
 import itertools
 from collections import Counter
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
@@ -22,7 +23,7 @@ from storage.redis import claims as claims_module
 from tests.servers import free_port, redis_server
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from storage.embedded import EmbeddedRedis
 
@@ -120,11 +121,13 @@ async def until(condition: Callable[[], Any]) -> None:
 
 @asynccontextmanager
 async def rig_on(
-    own_redis: EmbeddedRedis, *, flush: bool = True, **options: Any
+    own_redis: EmbeddedRedis, *, flush: bool = True, url: str = "", **options: Any
 ) -> AsyncIterator[Rig]:
-    """A rig. Its time-outs are so long that only a server that is away meets them."""
+    """A rig, its claims by `url` where there is one. Its time-outs are so long that only a server
+    that is away meets them.
+    """
     metrics = Recorder()
-    client = RedisClient(own_redis.url, timeout_ms=10_000, connect_timeout_ms=10_000)
+    client = RedisClient(url or own_redis.url, timeout_ms=10_000, connect_timeout_ms=10_000)
     looking = Redis.from_url(own_redis.url)
     defaults = {
         "buckets": 1,
@@ -547,6 +550,140 @@ async def test_restart_between_two_claims_is_not_noticed(mortal_redis: EmbeddedR
         mortal_redis.restart()
         assert (await rig.claim("after")).outcome is NEW
         assert rig.metrics.circuit == []
+
+
+class Front:
+    """An address that leads new connections to the server of the moment, as a failover's does."""
+
+    def __init__(self, primary: EmbeddedRedis) -> None:
+        self.primary = primary
+        self.connections = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        port = urlsplit(self.primary.url).port
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+        for pair in ((reader, inner_writer), (inner_reader, writer)):
+            self._tasks.add(asyncio.create_task(self._pump(*pair)))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            with suppress(OSError):
+                while data := await reader.read(65_536):
+                    writer.write(data)
+        finally:
+            writer.close()
+
+    async def stop(self) -> None:
+        for each in self._tasks:
+            each.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def rig_behind_front(
+    old: EmbeddedRedis, new: EmbeddedRedis, *, demoted: bool = False
+) -> AsyncIterator[tuple[Rig, Front]]:
+    """A rig whose address leads to `old`, which may be a replica from the beginning, and `new`, to
+    which it may lead later. The rig's own look is at `old`.
+    """
+    front = Front(old)
+    listening = await asyncio.start_server(front.serve, "127.0.0.1", 0)
+    password = urlsplit(old.url).password
+    async with Redis.from_url(new.url) as client:
+        await client.config_set("requirepass", password or "")
+    if demoted:
+        await demote(old)
+    try:
+        port = listening.sockets[0].getsockname()[1]
+        url = f"redis://:{password}@127.0.0.1:{port}/0"
+        async with rig_on(old, flush=False, url=url) as rig:
+            yield rig, front
+    finally:
+        listening.close()
+        await front.stop()
+        await listening.wait_closed()
+
+
+async def demote(server: EmbeddedRedis, *, serves_stale: bool = True) -> None:
+    """Make a replica of it, whose connections stay; the primary that it is told of is away."""
+    async with Redis.from_url(server.url) as client:
+        await client.config_set("replica-serve-stale-data", "yes" if serves_stale else "no")
+        await client.replicaof("127.0.0.1", str(free_port()))
+
+
+@pytest.fixture
+def second_redis() -> Iterator[EmbeddedRedis]:
+    """The test's alone, that takes the place of another."""
+    with redis_server() as running:
+        yield running
+
+
+@pytest.mark.parametrize("serves_stale", [True, False])
+async def test_a_demoted_primary_that_closes_no_connection_is_left_without_a_claims_notice(
+    mortal_redis: EmbeddedRedis, second_redis: EmbeddedRedis, serves_stale: bool
+) -> None:
+    async with rig_behind_front(mortal_redis, second_redis) as (rig, front):
+        assert (await rig.claim("before")).outcome is NEW
+        front.primary = second_redis
+        await demote(mortal_redis, serves_stale=serves_stale)
+        assert (await rig.claim("after")).outcome is NEW
+        assert (await rig.claim("after")).outcome is IN_FLIGHT
+        assert rig.metrics.circuit == []
+
+
+@pytest.mark.parametrize("serves_stale", [True, False])
+async def test_a_replica_is_no_redis_that_is_available_until_the_address_leads_to_a_primary(
+    mortal_redis: EmbeddedRedis, second_redis: EmbeddedRedis, serves_stale: bool
+) -> None:
+    async with rig_behind_front(mortal_redis, second_redis) as (rig, front):
+        assert (await rig.claim("before")).outcome is NEW
+        await demote(mortal_redis, serves_stale=serves_stale)
+        assert (await rig.claim("after")).outcome is UNAVAILABLE
+        await assert_open(rig)
+        probed = front.connections
+        await until(lambda: front.connections >= probed + 3)  # each probe finds the replica
+        assert rig.metrics.circuit == [False]
+        front.primary = second_redis
+        await until(lambda: rig.claims.available)
+        assert (await rig.claim("after")).outcome is NEW
+        assert rig.metrics.circuit == [False, True]
+
+
+async def test_settlements_find_out_that_a_primary_is_none_any_more(
+    mortal_redis: EmbeddedRedis, second_redis: EmbeddedRedis
+) -> None:
+    async with rig_behind_front(mortal_redis, second_redis) as (rig, _):
+        released = (await rig.claim("released")).nonce
+        await demote(mortal_redis)
+        rig.claims.release(MERCHANT, "released", released)
+        rig.cache(None)
+        await rig.settled()
+        assert rig.metrics.dropped == {"UNAVAILABLE": 2}
+        await assert_open(rig)
+
+
+async def test_a_gateway_that_starts_at_a_replica_finds_the_primary_later(
+    mortal_redis: EmbeddedRedis, second_redis: EmbeddedRedis
+) -> None:
+    async with rig_behind_front(mortal_redis, second_redis, demoted=True) as (rig, front):
+        assert rig.metrics.circuit == [False]
+        front.primary = second_redis
+        await until(lambda: rig.claims.available)
+        assert (await rig.claim()).outcome is NEW
+
+
+async def test_redis_whose_user_may_not_delete_is_available(own_redis: EmbeddedRedis) -> None:
+    async with Redis.from_url(own_redis.url) as client:
+        await client.acl_setuser("default", enabled=True, commands=["-del"])
+    try:
+        async with rig_on(own_redis) as rig:
+            assert (await rig.claim()).outcome is NEW
+            assert rig.metrics.circuit == []
+    finally:
+        async with Redis.from_url(own_redis.url) as client:
+            await client.acl_setuser("default", enabled=True, commands=["+del"])
 
 
 async def assert_open(rig: Rig) -> None:

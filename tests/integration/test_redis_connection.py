@@ -96,6 +96,19 @@ async def test_silence_ends_the_connection_and_the_next_command_makes_another(
         assert await client.execute("ECHO", b"y", until=asyncio.get_running_loop().time() + 20)
 
 
+async def test_refusal_of_a_server_that_is_no_primary_any_more_ends_the_connection(
+    mortal_redis: EmbeddedRedis,
+) -> None:
+    async with client_of(mortal_redis.url) as client:
+        first = await client.execute("CLIENT", "ID")
+        await client.execute("REPLICAOF", "127.0.0.1", free_port())
+        assert await client.execute("CLIENT", "ID") == first
+        with pytest.raises(RedisRefused) as refused:
+            await client.execute("DEL", "anything")
+        assert refused.value.code == "READONLY"
+        assert await client.execute("CLIENT", "ID") > first
+
+
 async def test_killed_redis_ends_what_waits_and_is_found_again(
     mortal_redis: EmbeddedRedis,
 ) -> None:

@@ -22,7 +22,8 @@
 --   F  claimed by someone else
 --   R  a frozen response stands there
 --   L  not claimed, since the merchant's limit is used up; it has room for it in so many milliseconds
---   U  unknown: Redis refused the key (out of memory, read only), or the entry is of no known kind
+--   U  unknown: Redis refused the key (out of memory), or the entry is of no known kind
+-- Where another server takes the writes by now, its refusal is the reply: it is none of the keys' own.
 
 local life_ms = ARGV[1]
 local nonces = ARGV[2]
@@ -93,6 +94,10 @@ for i = 1, claims_count do
   elseif found == claim then
     outcomes[i] = 'N'
   elseif type(found) ~= 'string' then
+    local code = string.match(found.err or '', '^%u+')
+    if code == 'READONLY' or code == 'MASTERDOWN' or code == 'MOVED' then
+      return found
+    end
     outcomes[i] = 'U'
   else
     local kind = string.sub(found, 1, 1)

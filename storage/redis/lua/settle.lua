@@ -6,7 +6,8 @@
 --        'R' and a frozen response: write it over whatever claim stands there, since the committed
 --        response is the truth whoever claims the key, but never over another response.
 --
--- Returns how many keys Redis refused (out of memory, read only).
+-- Returns how many keys Redis refused (out of memory). Where another server takes the writes by now,
+-- its refusal is the reply: it is none of the keys' own.
 
 local life_ms = ARGV[1]
 local refused = 0
@@ -27,6 +28,10 @@ for i, key in ipairs(KEYS) do
     end
   end
   if type(reply) == 'table' and reply.err then
+    local code = string.match(reply.err, '^%u+')
+    if code == 'READONLY' or code == 'MASTERDOWN' or code == 'MOVED' then
+      return reply
+    end
     refused = refused + 1
   end
 end
