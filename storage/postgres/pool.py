@@ -176,12 +176,16 @@ def _milliseconds(seconds: float) -> str:
     return str(int(seconds * 1000))
 
 
-async def system_generation(connection: Connection) -> str:
+async def system_generation(connection: Connection, timeout_s: float | None = None) -> str:
     """The server's system identifier and its timeline; another one after a failover or a restore.
 
-    Works on a primary only.
+    Works on a primary only. Raises ConnectionUnavailable where there is no answer within
+    `timeout_s` seconds; without it, the caller sees to an end.
     """
-    return str(await connection.fetchval(_GENERATION.text))
+    try:
+        return str(await connection.fetchval(_GENERATION.text, timeout=timeout_s))
+    except TimeoutError as error:
+        raise ConnectionUnavailable(f"PostgreSQL: {type(error).__name__}") from error
 
 
 async def durability_problems(connection: Connection) -> list[str]:
@@ -355,7 +359,10 @@ class HeldConnections:
             slot.commits = _CommitNotices()
             connection.add_log_listener(slot.commits.notice)
             if self._on_generation is not None:
-                self._on_generation(await system_generation(connection))
+                # Limited as every step of connecting is: a lane that waits here has no other end,
+                # and a slot that is being connected is nobody's.
+                timeout_s = self._settings.connect_timeout_s
+                self._on_generation(await system_generation(connection, timeout_s))
         except Exception as error:
             pause_s = RECONNECT_PAUSE_S_MIN * 2 ** min(slot.failures, 10)
             slot.retry_at_s = time.monotonic() + random.uniform(0.5, 1.0) * min(

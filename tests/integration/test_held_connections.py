@@ -11,6 +11,8 @@ import pytest
 
 from storage.postgres.errors import ConnectionUnavailable
 from storage.postgres.pool import ConnectionSettings, HeldConnections
+from storage.postgres.queries import query
+from tests.faults.proxies import Action, postgres_proxy
 from tests.servers import fetch
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
     from storage.postgres.pool import Connection
 
+HANG_S = 60.0
+"""A wait that takes so long hangs; no rule is tested by this time."""
 ROLE = "held_connections_test"
 
 
@@ -91,3 +95,34 @@ async def test_a_connection_that_cannot_be_made_again_hides_none_that_is_open(
         while not await both_are_back():
             pass
         assert held.connected == 2
+
+
+async def test_a_server_that_falls_silent_while_one_connects_is_given_up(dsn: str) -> None:
+    """At the last step: it is connected, and has been asked which server it is."""
+    generations: list[str] = []
+    with postgres_proxy(dsn) as proxy:
+        silent = proxy.intercept(query("session", "generation").text, Action.HOLD_STATEMENT)
+        held = HeldConnections(
+            ConnectionSettings(proxy.dsn, connect_timeout_s=1), "test", 1, generations.append
+        )
+        try:
+            async with asyncio.timeout(HANG_S):
+                while silent.left:  # a slow machine may not come as far at first
+                    with pytest.raises(ConnectionUnavailable):
+                        await held.run(_session)
+            await silent.reached()
+            assert (held.connected, held.busy, generations) == (0, 0, [])
+
+            async def is_back() -> bool:
+                try:
+                    await held.run(_session)
+                except ConnectionUnavailable:  # the pause before the next try, or a slow machine
+                    return False
+                return True
+
+            while not await is_back():
+                pass
+            assert (held.connected, len(generations)) == (1, 1)
+        finally:
+            silent.release()
+            await held.close()

@@ -263,7 +263,7 @@ async def connect(settings: Any, _: str) -> Any:
         return await link.network.call(link.process, POSTGRES, accept)
 
 
-async def system_generation(connection: Any) -> str:
+async def system_generation(connection: Any, _: float | None = None) -> str:
     """What the pool asks a new connection for."""
     generation: str = connection.generation
     return generation
