@@ -61,6 +61,11 @@ class RedisServer:
             raise RedisRefused("NOSCRIPT no matching script")
         return self._claim(keys, args) if sha == claims._CLAIM.sha else self._settle(keys, args)
 
+    def delete(self, key: bytes) -> int:
+        """DEL."""
+        self._check()
+        return int(self.entries.pop(key, None) is not None)
+
     def _check(self) -> None:
         if not self.up:
             raise ConnectionResetError("the server has gone")
@@ -126,6 +131,8 @@ class Client:
                 return self._server.load(command[2])
             if command[0] == "INFO":
                 return b"maxmemory:0\r\n"
+            if command[0] == "DEL":
+                return self._server.delete(command[1])
             count = command[2]
             return self._server.run(command[1], list(command[3 : 3 + count]), command[3 + count :])
 
