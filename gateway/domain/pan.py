@@ -101,8 +101,10 @@ _UUID = re.compile(
 _UUID_BLANK = "\0" * 36
 # %25 repeats where a URL was encoded more than once, a backslash where JSON was.
 _ESCAPE = re.compile(
-    # From the first backslash of a run alone: from each of them a long run would be read anew.
-    r"%(?:25)*([0-9A-Fa-f]{2})|(?<!\\)\\+(?:u([0-9A-Fa-f]{4})|x([0-9A-Fa-f]{2})|[abfnrtv])"
+    # From the first backslash of a run alone: from each of them a long run would be read anew. What
+    # comes before it is looked at behind it, so that the search can go by the first character.
+    r"%(?:25)*([0-9A-Fa-f]{2})"
+    r"|\\(?<!\\\\)\\*+(?:u([0-9A-Fa-f]{4})|x([0-9A-Fa-f]{2})|[abfnrtv])"
 )
 
 
