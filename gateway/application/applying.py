@@ -39,7 +39,6 @@ from gateway.application.ports import (
 )
 from gateway.application.usecases import Outcomes, connector_request
 from gateway.domain import decisions, states
-from gateway.domain.decisions import Settled
 from gateway.domain.ids import is_operation_id
 from gateway.domain.model import (
     Aggregate,
@@ -327,16 +326,15 @@ class Applier:
         if aggregate is None:
             raise StoreUnavailable("the payment's row is missing")
         event = decisions.event_of(notification.answer)
-        # That a charge is gone is told as a void.
-        of_void = target.attempt.number == number and event in _RETURNED
         takings_back = [
-            *(
-                each
-                for each in aggregate.operations
-                if each.kind is K.REVERSAL and each.note == notification.reference
-            ),
-            *(each for each in aggregate.operations if each.kind is K.VOID and of_void),
+            each
+            for each in aggregate.operations
+            if each.kind is K.REVERSAL and each.note == notification.reference
         ]
+        is_charge = target.kind is K.AUTHORIZE and target.attempt.number == number
+        if not takings_back and is_charge and event in _RETURNED:
+            # Of a charge that was voided in flight. That it is gone is told as a void.
+            takings_back = [each for each in aggregate.operations if each.kind is K.VOID]
         for operation in takings_back:
             taking_back = Found(operation, aggregate.payment)
             if operation.state in states.UNFINISHED:
@@ -581,7 +579,7 @@ class Applier:
         last: the end is written after it.
         """
 
-        def expire(aggregate: Aggregate, at: datetime, new_id: str) -> Settled | None:
+        def expire(aggregate: Aggregate, at: datetime, new_id: str) -> decisions.Settled | None:
             if aggregate.payment.capture_pending_minor:
                 raise _NotYet("a capture of it is under way")
             present = _authorization(aggregate)

@@ -897,6 +897,24 @@ async def test_a_void_in_flight_fails_where_its_charge_could_not_be_taken_back()
     assert findings(gateway, payment_id) == []
 
 
+async def test_the_refusal_to_give_a_capture_back_says_nothing_of_a_void_of_the_rest() -> None:
+    gateway = bench(Step(), Step(decides=PENDING), Step(decides=PENDING), capabilities=TELLING)
+    payment_id = await captured(gateway, 40)
+    reference = only(gateway, payment_id, K.CAPTURE).reference
+    await gateway.tell(gateway.told(N.CAPTURE, FAILED, reference=reference))
+    await gateway.payments.void(gateway.void(payment_id))
+    gateway.connector.asks.extend([PENDING] * 20)
+    await gateway.tell(gateway.told(N.CAPTURE, APPROVED, reference=reference, after_s=1))
+    await gateway.recover()
+    for after_s in (2, 3):  # once for the reversal, and once for nothing
+        told = gateway.told(N.REVERSAL, FAILED, reference=reference, after_s=after_s)
+        await gateway.tell(told)
+        assert only(gateway, payment_id, K.REVERSAL).state is S.FAILED
+        assert only(gateway, payment_id, K.VOID).state is S.PENDING
+    kinds = [each.kind for each in gateway.store.discrepancies]
+    assert sorted(kinds) == ["late_success", "reversal_failed"]
+
+
 async def test_the_taking_back_of_what_has_no_reversal_is_no_news() -> None:
     gateway = bench(Step(), capabilities=TELLING)
     payment_id = await gateway.authorized()
