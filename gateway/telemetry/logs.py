@@ -71,7 +71,20 @@ _HINT = re.compile(
     r"|security|verification",
     re.IGNORECASE,
 )
-_SECRET_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
+_USER_OF_URL = re.compile(r"(?i)[a-z][a-z0-9+.-]{0,30}://[^\s:/@]{0,200}:")
+
+
+def _without_password(run: re.Match[str]) -> str:
+    """scheme://user:password@host; to the last @, since passwords hold unescaped ones."""
+    text = run[0]
+    end = text.rfind("@")
+    user = _USER_OF_URL.search(text, 0, end) if end > 0 else None
+    if user is None or user.end() >= end:
+        return text
+    return f"{text[: user.end()]}{REDACTED}{text[end:]}"
+
+
+_SECRET_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (re.compile(r"(?i)gwk_[\w.~+/=-]+"), "gwk_" + REDACTED),
     # A JWT: its first part is base64 of {". With all that it is joined to, so that a run of such
     # beginnings is read once, not from each of them.
@@ -80,10 +93,8 @@ _SECRET_RULES: tuple[tuple[re.Pattern[str], str], ...] = (
         REDACTED,
     ),
     # scheme://user:password@host; to the last @, since passwords hold unescaped ones.
-    (
-        re.compile(r"(?i)([a-z][a-z0-9+.-]{0,30}://[^\s:/@]{0,200}:)[^\s\"'<>]{1,1000}@"),
-        rf"\1{REDACTED}@",
-    ),
+    # A run at a time: a search for the @ from each beginning of a URL would read it anew each time.
+    (re.compile(r"[^\s\"'<>]+"), _without_password),
     (re.compile(r"(?i)\b(bearer)\s+[\w.~+/=-]{4,}"), rf"\1 {REDACTED}"),
     # "the basic idea" is no credential: base64 has more than small letters.
     (re.compile(r"\b((?i:basic))\s+(?=[\w+/]*[A-Z0-9=])[\w+/=-]{4,}"), rf"\1 {REDACTED}"),

@@ -224,6 +224,9 @@ def test_a_card_number_in_an_exception_its_causes_and_groups_is_masked(captured:
         "api_key=S3cr3tS3cr3t&x=1",
         "postgresql://gateway:S3cr3tS3cr3t@host:5432/db",
         "postgresql://gateway:a@S3cr3tS3cr3t/b@host:5432/db",
+        # As a cloud's database takes a signed token for a password.
+        f"postgresql://gateway:{'a%2F' * 600}S3cr3tS3cr3t@host:5432/db",
+        "'dsn=postgresql://gateway:S3cr3tS3cr3t@host/db'",
         "redis://:S3cr3tS3cr3t@host:6379/0",
         "rediss://default:S3cr3tS3cr3t@host:6379/0",
         "host=h user=u password=S3cr3tS3cr3t dbname=d",
