@@ -275,8 +275,8 @@ class Metrics:
         )
         self._count_failures = self._counter(
             "count_failures",
-            "Counts of what waits in the database (`doubts`, `outbox`, `notifications`) that"
-            " failed; the last values stand.",
+            "Counts of what waits in the database (`doubts`, `search`, `outbox`, `notifications`)"
+            " that failed; the last values stand.",
             "what",
         )
         self._recoveries = self._counter(

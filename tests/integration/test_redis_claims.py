@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import itertools
 from collections import Counter
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from gateway.application.ports import ClaimOutcome, ClaimResult
 from storage.batching import LINGER_MS_CAP, NoLaneMetrics
 from storage.redis import Claims, RedisAway, RedisClient
 from storage.redis import claims as claims_module
+from tests.pumping import pump
 from tests.servers import free_port, redis_server
 
 if TYPE_CHECKING:
@@ -565,15 +566,7 @@ class Front:
         port = urlsplit(self.primary.url).port
         inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
         for pair in ((reader, inner_writer), (inner_reader, writer)):
-            self._tasks.add(asyncio.create_task(self._pump(*pair)))
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            with suppress(OSError):
-                while data := await reader.read(65_536):
-                    writer.write(data)
-        finally:
-            writer.close()
+            self._tasks.add(asyncio.create_task(pump(*pair)))
 
     async def stop(self) -> None:
         for each in self._tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from storage.embedded import free_port
 from storage.redis import RedisAway, RedisClient, RedisRefused
+from tests.pumping import pump
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -168,14 +169,6 @@ async def front(
 ) -> AsyncIterator[int]:
     """A way to a Redis: a port, which may speak TLS, or a Unix socket (then 0)."""
     tasks: set[asyncio.Task[None]] = set()
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            with suppress(OSError):
-                while data := await reader.read(65_536):
-                    writer.write(data)
-        finally:
-            writer.close()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         inner = await asyncio.open_connection("127.0.0.1", urlsplit(own_redis.url).port)

@@ -244,12 +244,7 @@ WHERE merchant_id = :merchant_id::text
 -- and the operation looked at under the lock, so that no attempt can begin meanwhile that is forgotten
 -- with it.
 DELETE FROM doubts AS doubt
-USING (
-    SELECT merchant_id, payment_id
-    FROM payments
-    WHERE merchant_id = :merchant_id::text AND payment_id = :payment_id::text
-    FOR NO KEY UPDATE
-) AS payment
+USING {{locked_payment}}
 CROSS JOIN LATERAL (
     SELECT FROM operations
     WHERE merchant_id = payment.merchant_id
@@ -272,12 +267,7 @@ INSERT INTO doubts AS doubt (
 SELECT
     operation.merchant_id, operation.operation_id, operation.payment_id, now(),
     :evidence::jsonb, false
-FROM (
-    SELECT merchant_id, payment_id
-    FROM payments
-    WHERE merchant_id = :merchant_id::text AND payment_id = :payment_id::text
-    FOR NO KEY UPDATE
-) AS payment
+FROM {{locked_payment}}
 CROSS JOIN LATERAL (
     SELECT merchant_id, operation_id, payment_id
     FROM operations
@@ -335,14 +325,17 @@ SELECT n_live_tup AS events
 FROM pg_stat_user_tables
 WHERE relid = 'outbox'::regclass;
 
--- :fragment of_owner
--- The payment is locked first and the epoch looked at under the lock, as in add_evidence.
-FROM (
+-- :fragment locked_payment
+(
     SELECT merchant_id, payment_id
     FROM payments
     WHERE merchant_id = :merchant_id::text AND payment_id = :payment_id::text
     FOR NO KEY UPDATE
 ) AS payment
+
+-- :fragment of_owner
+-- The payment is locked first and the epoch looked at under the lock, as in add_evidence.
+FROM {{locked_payment}}
 CROSS JOIN LATERAL (
     SELECT state FROM operations
     WHERE merchant_id = payment.merchant_id
