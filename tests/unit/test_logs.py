@@ -439,7 +439,7 @@ def test_a_process_that_dies_of_an_exception_logs_it_redacted_to_stderr(tmp_path
 
 
 def test_long_hostile_text_is_redacted_in_linear_time() -> None:
-    # Beginnings of secrets that are none: a search that reads on from each of them takes half an hour.
+    # Beginnings of secrets that are none: to read on from each of them would take half an hour.
     for text in ("eyJ", "eyJ-", "a://b:", "://", "\\", "bearer ", "authorization", "cvv-"):
         redact(text * (1_000_000 // len(text)))
 
