@@ -58,10 +58,25 @@ def system(postgres: PostgresForTests, redis: EmbeddedRedis) -> Iterator[System]
         yield running
 
 
+async def _told(system: System) -> None:
+    """Wait until readers are told of all that has happened until now.
+
+    That is once every transaction has ended that began before an event's own did, those of
+    recovery's searches too.
+    """
+    bound = "pg_snapshot_{}(pg_current_snapshot())::text::int8"
+    [row] = system.fetch(f"SELECT {bound.format('xmax')} AS next")
+    await eventually(
+        lambda: system.fetch(f"SELECT WHERE {bound.format('xmin')} >= $1", row["next"]),
+        "what began before has ended",
+    )
+
+
 class Consumer:
     """Who reads events, with a key."""
 
-    def __init__(self, channel: grpc.aio.Channel, api_key: str) -> None:
+    def __init__(self, system: System, channel: grpc.aio.Channel, api_key: str) -> None:
+        self._system = system
         self._stub = event_service_pb2_grpc.EventServiceStub(channel)
         self._metadata = (("authorization", f"Bearer {api_key}"),)
 
@@ -71,7 +86,8 @@ class Consumer:
         )
 
     async def read(self, **fields: Any) -> tuple[list[Any], str]:
-        """What there is now, and the cursor behind it."""
+        """What has happened until now, and the cursor behind it."""
+        await _told(self._system)
         events: list[Any] = []
         cursor = ""
         async for message in self.stream(until_current=True, **fields):
@@ -130,7 +146,7 @@ async def shop_and_consumer(
     shop = asyncio_run(lambda: new_shop(system.dsn))
     text, _ = await new_api_key(system, shop)
     async with calling(address, shop.api_key) as caller:
-        yield shop, caller, Consumer(caller.channel, text)
+        yield shop, caller, Consumer(system, caller.channel, text)
 
 
 async def test_a_merchant_is_told_of_its_payments_in_their_order_and_of_no_other_s(
@@ -173,14 +189,14 @@ async def test_an_operator_s_key_is_told_of_every_merchant_and_a_live_key_of_no_
         shop_and_consumer(system, address) as (_, other, _),
     ):
         operator, _ = await new_api_key(system, shop, "events:read", "events:read_all")
-        everything = Consumer(caller.channel, operator)
+        everything = Consumer(system, caller.channel, operator)
         _, before = await everything.read()
         wanted = [(await each.authorize()).payment.payment_id for each in (caller, other)]
         events, cursor = await everything.read(cursor=before)
         assert [event.payment.payment_id for event in events] == wanted
 
         live, _ = await new_api_key(system, shop, "events:read", "events:read_all", mode="live")
-        assert (await Consumer(caller.channel, live).read())[0] == []
+        assert (await Consumer(system, caller.channel, live).read())[0] == []
         # Its consumers are its own.
         await everything.acknowledge("relay", cursor)
         assert [each.consumer for each in await everything.consumers()] == ["relay"]
@@ -246,7 +262,7 @@ async def test_who_may_not_read_events_is_refused(system: System, address: str) 
         shop_and_consumer(system, address) as (_, caller, consumer),
         shop_and_consumer(system, address) as (other_shop, _, _),
     ):
-        scopeless = Consumer(caller.channel, caller.metadata[0][1].removeprefix("Bearer "))
+        scopeless = Consumer(system, caller.channel, caller.metadata[0][1].removeprefix("Bearer "))
         denied = grpc.StatusCode.PERMISSION_DENIED, "SCOPE_MISSING"
         assert await refusal(scopeless.read()) == denied
         assert await refusal(scopeless.acknowledge("x", "", reset_reason=REASON)) == denied
@@ -270,7 +286,7 @@ async def test_who_may_not_read_events_is_refused(system: System, address: str) 
 async def test_a_revoked_key_s_stream_ends(system: System, address: str) -> None:
     async with shop_and_consumer(system, address) as (shop, caller, _):
         text, key_id = await new_api_key(system, shop)
-        stream = Consumer(caller.channel, text).stream()
+        stream = Consumer(system, caller.channel, text).stream()
         await stream.read()
         async with Accounts.connect(system.dsn) as accounts:
             assert await accounts.revoke_key(key_id)
@@ -342,6 +358,7 @@ async def test_the_documents_program_prints_and_acknowledges_what_happens(system
 async def test_the_command_line_tails_and_moves_consumers(system: System, nursery: Nursery) -> None:
     async with shop_and_consumer(system, system.gateways[0].address) as (shop, caller, _):
         paid = await caller.authorize()
+        await _told(system)
         name = f"cli-{new_key()[:8]}"
         of_shop = "--mode", "test", "--merchant", shop.merchant_id
 

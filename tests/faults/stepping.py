@@ -8,7 +8,6 @@ one another, and a moment: `before` (what is waited for was begun, and the wait 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
 import inspect
 import os
@@ -28,10 +27,6 @@ AFTER: Final = "after"
 
 _ROOT: Final = Path(__file__).resolve().parents[2]
 _OURS: Final = (f"{_ROOT / 'gateway'}{os.sep}", f"{_ROOT / 'storage'}{os.sep}")
-
-# Inherited by the tasks that a stepped coroutine starts: a lane's batch counts as part of the flow
-# that made it leave.
-_in_flow: contextvars.ContextVar[bool] = contextvars.ContextVar("in_flow", default=False)
 
 
 class Stepped(Generic[T]):
@@ -65,8 +60,7 @@ class Stepped(Generic[T]):
 
 
 async def stepped(coroutine: Coroutine[Any, Any, T], visit: Callable[[str], None]) -> T:
-    """Run a coroutine step by step, with what it starts as part of its flow."""
-    _in_flow.set(True)
+    """Run a coroutine step by step."""
     return await Stepped(coroutine, visit)
 
 
@@ -103,8 +97,8 @@ def install(
     flows: frozenset[str],
     lanes: frozenset[str],
 ) -> None:
-    """Step every task of `loop` whose coroutine has one of the qualified names `flows`, and the
-    batches that leave the lanes of these names on such a flow's behalf.
+    """Step every task of `loop` whose coroutine has one of the qualified names `flows`, and every
+    batch that leaves one of these lanes: whoever began its task, it may carry a flow's rows.
     """
 
     class Task(asyncio.Task[T]):
@@ -115,7 +109,7 @@ def install(
         ) -> None:
             # Extension modules have coroutines of their own, which hide what they await.
             if inspect.iscoroutine(coroutine) and (
-                coroutine.__qualname__ in flows or (_in_flow.get() and _lane(coroutine) in lanes)
+                coroutine.__qualname__ in flows or _lane(coroutine) in lanes
             ):
                 coroutine = stepped(coroutine, visit)
             super().__init__(coroutine, **options)

@@ -47,6 +47,9 @@ def _system(postgres: PostgresForTests, redis: EmbeddedRedis, profile: str) -> A
         send_window_s=1.5,
         recover_margin_s=0.2,
         wait_s_max=1,
+        # However long a busy machine takes over a pause, what was waited for has not timed out.
+        postgres_statement_timeout_s=300,
+        recovery_horizon_s=600,
         trusted_front=True,
     )
 
