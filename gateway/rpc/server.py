@@ -163,8 +163,10 @@ class GrpcServer:
         for name, handlers in self._services():
             generic = grpc.method_handlers_generic_handler(name, handlers)
             server.add_generic_rpc_handlers((generic,))
-            # Without this the native transport would leave the method to its grpcio fallback.
-            server.add_registered_method_handlers(name, handlers)
+            if options.transport == "native":
+                # Or it would leave the method to its grpcio fallback. On grpcio each call would
+                # have to wait for one of every registered method anew.
+                server.add_registered_method_handlers(name, handlers)
         server.add_generic_rpc_handlers((UnknownMethods(self._service.serve_unknown),))
         self.port = _bind(server, options)
         await server.start()
