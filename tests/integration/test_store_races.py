@@ -746,6 +746,18 @@ async def _created_before(dsn: str) -> datetime:
     return mark
 
 
+def test_however_large_operations_is_its_newest_part_is_soon_no_more_than_one_slice(
+    dsn: str,
+) -> None:
+    """What BRIN does not cover yet is read by each slice; a vacuum covers it, of its own accord
+    after so many new rows (PostgreSQL's manual, "Routine Vacuuming": never mind the table's size).
+    """
+    [row] = fetch(dsn, "SELECT reloptions FROM pg_class WHERE oid = 'operations'::regclass")
+    options = dict(option.split("=") for option in row["reloptions"])
+    assert float(options["autovacuum_vacuum_insert_scale_factor"]) == 0
+    assert int(options["autovacuum_vacuum_insert_threshold"]) < search.SEARCH_ROWS_MAX
+
+
 async def test_while_a_transaction_stays_open_a_search_reads_what_is_new_alone(dsn: str) -> None:
     async with PostgresStore(dsn) as store:
         async with open_transaction(dsn):
