@@ -454,7 +454,10 @@ class Gateway:
     def _observer(self, tracing: "Tracing | None") -> Observer:
         settings = self.settings
         observer: Observer = RpcObserver(
-            self.metrics, settings.log_successes_per_s_max, trace_id=_trace_id_source(settings)
+            self.metrics,
+            settings.log_successes_per_s_max,
+            settings.log_refusals_per_s_max,
+            trace_id=_trace_id_source(settings),
         )
         if settings.metrics_merchants_max:
             observer = MerchantObserver(observer, self.metrics, settings.metrics_merchants_max)

@@ -801,8 +801,15 @@ class Settings(BaseSettings):
     )
     log_successes_per_s_max: int = _field(
         50,
-        "Successful calls that are logged in a second, at most; of the others only the number is."
-        " Failures always are.",
+        "Successful calls that are logged in a second, at most; of the others only the number is.",
+        ge=0,
+        le=1_000_000,
+        unit="calls/s",
+    )
+    log_refusals_per_s_max: int = _field(
+        20,
+        "Failed calls that are logged in a second, at most, of each merchant and of no known one;"
+        " of the others only the number is. INTERNAL, UNKNOWN and DATA_LOSS always are.",
         ge=0,
         le=1_000_000,
         unit="calls/s",

@@ -12,7 +12,7 @@ from gateway.telemetry.metrics import Metrics
 _log = logging.getLogger("gateway.rpc")
 
 _OUR_FAULT = frozenset({"INTERNAL", "UNKNOWN", "DATA_LOSS"})
-"""Codes that a caller can do nothing about."""
+"""Codes that a caller can do nothing about: each such call is logged."""
 OVERLOAD_LOG_S: Final = 1.0
 """Calls refused for overload are logged together, at most once in so long: a line for each would
 cost more than the refusal."""
@@ -24,6 +24,31 @@ OTHER_MERCHANTS: Final = "other"
 """The label of all merchants that have none of their own."""
 
 
+class _Lines:
+    """How many lines a second has, for each key."""
+
+    __slots__ = ("_left", "_per_s_max", "_second_ends_at", "left_out")
+
+    def __init__(self, per_s_max: int) -> None:
+        self._per_s_max = per_s_max
+        self._second_ends_at = float("-inf")
+        self._left: dict[str, int] = {}
+        self.left_out = 0
+        """How many had no room since somebody last set this to 0."""
+
+    def has_room(self, now_s: float, key: str = "") -> bool:
+        """Whether there is one more; it is taken then."""
+        if now_s >= self._second_ends_at:
+            self._second_ends_at = now_s + 1
+            self._left = {}
+        left = self._left.get(key, self._per_s_max)
+        if left <= 0:
+            self.left_out += 1
+            return False
+        self._left[key] = left - 1
+        return True
+
+
 class RpcObserver:
     """Implements `gateway.rpc.service.Observer`."""
 
@@ -31,17 +56,16 @@ class RpcObserver:
         self,
         metrics: Metrics,
         log_successes_per_s_max: int,
+        log_refusals_per_s_max: int,
         *,
         trace_id: Callable[[], str] | None = None,
         clock_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics
         self._trace_id = trace_id
-        self._log_successes_per_s_max = log_successes_per_s_max
         self._clock_s = clock_s
-        self._second_ends_at = float("-inf")
-        self._logged_in_second = 0
-        self._successes_not_logged = 0
+        self._successes = _Lines(log_successes_per_s_max)
+        self._refusals = _Lines(log_refusals_per_s_max)
         self._overloaded = 0
         self._overload_logged_at = float("-inf")
 
@@ -59,18 +83,21 @@ class RpcObserver:
         merchant_id: str,
         payment_id: str,
     ) -> None:
-        """Count a call out, and log it: every failure, and so many successes in a second.
+        """Count a call out, and log it: every failure of ours, so many successes in a second, and
+        so many refusals of each merchant.
 
-        Of the further successes, and of the calls refused for overload, only the number is logged.
+        Of the others, and of the calls refused for overload, only the number is logged: a client
+        that is refused again and again shall not fill the log, nor have us work for it.
         """
         self._metrics.rpc_finished(method, code, reason, seconds)
         if code == "OK":
-            if not self._may_log_success():
-                self._successes_not_logged += 1
+            if not self._successes.has_room(self._clock_s()):
                 return
         elif reason == Reason.OVERLOADED:
             self._overloaded += 1
             self._log_overload()
+            return
+        elif code not in _OUR_FAULT and not self._refusals.has_room(self._clock_s(), merchant_id):
             return
         extra: dict[str, object] = {
             "method": method,
@@ -83,19 +110,14 @@ class RpcObserver:
         }
         if self._trace_id is not None and (trace_id := self._trace_id()):
             extra["trace_id"] = trace_id
-        if self._successes_not_logged:
-            extra["successes_not_logged"] = self._successes_not_logged
-            self._successes_not_logged = 0
+        if self._successes.left_out:
+            extra["successes_not_logged"] = self._successes.left_out
+            self._successes.left_out = 0
+        if self._refusals.left_out:
+            extra["refusals_not_logged"] = self._refusals.left_out
+            self._refusals.left_out = 0
         level = logging.ERROR if code in _OUR_FAULT else logging.INFO
         _log.log(level, "call finished", extra=extra)
-
-    def _may_log_success(self) -> bool:
-        now_s = self._clock_s()
-        if now_s >= self._second_ends_at:
-            self._second_ends_at = now_s + 1
-            self._logged_in_second = 0
-        self._logged_in_second += 1
-        return self._logged_in_second <= self._log_successes_per_s_max
 
     def _log_overload(self) -> None:
         now = self._clock_s()

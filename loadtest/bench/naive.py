@@ -277,7 +277,7 @@ async def _serve(settings: Settings) -> None:
                 ),
             ),
             Authenticator(accounts.load_key, AuthLimits(life_s=settings.auth_cache_life_s)),
-            RpcObserver(metrics, settings.log_successes_per_s_max),
+            RpcObserver(metrics, settings.log_successes_per_s_max, settings.log_refusals_per_s_max),
             RpcLimits(message_bytes_max=settings.message_bytes_max),
         )
         server = GrpcServer(service, server_options(settings))

@@ -1,4 +1,4 @@
-"""The access log: every failure, as many successes as a second may have; merchants' counts."""
+"""The access log: our failures, as much of the rest as a second may have; merchants' counts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 class Log:
     """An observer with a clock that is set by hand."""
 
-    def __init__(self, caplog: pytest.LogCaptureFixture, successes_per_s_max: int) -> None:
+    def __init__(
+        self,
+        caplog: pytest.LogCaptureFixture,
+        successes_per_s_max: int,
+        refusals_per_s_max: int = 100,
+    ) -> None:
         caplog.set_level(logging.INFO, "gateway.rpc")
         self._caplog = caplog
         self.now_s = 0.0
@@ -23,16 +28,21 @@ class Log:
         self._observer = RpcObserver(
             Metrics(),
             successes_per_s_max,
+            refusals_per_s_max,
             trace_id=lambda: self.trace_id,
             clock_s=lambda: self.now_s,
         )
 
-    def finish(self, code: str, calls: int = 1) -> list[dict[str, object]]:
+    def finish(
+        self, code: str, calls: int = 1, merchant_id: str = "mer_1"
+    ) -> list[dict[str, object]]:
         """What is logged as so many calls end."""
         self._caplog.clear()
         for _ in range(calls):
             self._observer.rpc_started("GetPayment")
-            self._observer.rpc_finished("GetPayment", code, "", 0.001, "req_1", "mer_1", "pay_1")
+            self._observer.rpc_finished(
+                "GetPayment", code, "", 0.001, "req_1", merchant_id, "pay_1"
+            )
         return [vars(record) for record in self._caplog.records]
 
 
@@ -57,8 +67,23 @@ def test_a_line_tells_how_many_successes_were_not_logged_before_it(
     assert "successes_not_logged" not in next_failure
 
 
-def test_failures_are_always_logged(caplog: pytest.LogCaptureFixture) -> None:
-    assert len(Log(caplog, 0).finish("INTERNAL", calls=100)) == 100
+def test_failures_of_ours_are_always_logged(caplog: pytest.LogCaptureFixture) -> None:
+    assert len(Log(caplog, 0, 0).finish("INTERNAL", calls=100)) == 100
+
+
+def test_of_each_merchant_so_many_refusals_are_logged_a_second_and_the_number_of_the_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    log = Log(caplog, 0, 2)
+    assert len(log.finish("INVALID_ARGUMENT", calls=10)) == 2
+    assert log.finish("CANCELLED") == []
+    [other] = log.finish("NOT_FOUND", merchant_id="mer_2")
+    assert other["refusals_not_logged"] == 9
+    log.now_s = 1.0
+    first, _ = log.finish("UNAVAILABLE", calls=3)
+    assert "refusals_not_logged" not in first
+    [ours] = log.finish("INTERNAL")
+    assert ours["refusals_not_logged"] == 1
 
 
 def test_with_no_successes_a_second_none_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -83,7 +108,7 @@ class Merchants:
     def __init__(self, merchants_max: int) -> None:
         self.now_s = 0.0
         self.metrics = Metrics()
-        inner = RpcObserver(self.metrics, 0)
+        inner = RpcObserver(self.metrics, 0, 0)
         self._observer = MerchantObserver(
             inner, self.metrics, merchants_max, clock_s=lambda: self.now_s
         )
