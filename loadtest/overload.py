@@ -240,6 +240,7 @@ def main(
     Exit status: 0 all bounds are met, 1 one is missed or an acknowledged authorization is not in
     the database, 3 it proves nothing, 4 it could not be measured.
     """
+    SUMMARY.unlink(missing_ok=True)  # or it would be taken for this run's
     try:
         with running_system() as system:
             found = measure(

@@ -141,8 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.no_search = True
     try:
         options.summary.parent.mkdir(parents=True, exist_ok=True)
-        if options.summary.is_dir():
-            raise IsADirectoryError(f"{options.summary} is a directory")
+        # Or what this run does not come to would be taken for its result.
+        options.summary.unlink(missing_ok=True)
     except OSError as error:
         parser().error(f"--summary: {error}")
     began = time.monotonic()
