@@ -1155,6 +1155,40 @@ async def test_the_plans_of_every_small_database_are_those_of_a_full_one(
         await check_plans(dsn)
 
 
+_MANY_DOUBTS = (
+    (
+        "INSERT INTO doubts (merchant_id, operation_id, payment_id, check_at, since)"
+        " SELECT merchant_id, 'op_' || n, 'pay_' || n, now(), now() + n * interval '1 ms'"
+        " FROM payments, generate_series(1, 10000) AS n"
+    ),
+    (
+        "INSERT INTO operations SELECT (jsonb_populate_record(operation, jsonb_build_object("
+        "'operation_id', 'op_' || n, 'payment_id', 'pay_' || n, 'idempotency_key', 'key_' || n"
+        "))).* FROM operations AS operation, generate_series(1, 10000) AS n"
+    ),
+    (
+        "INSERT INTO payments SELECT (jsonb_populate_record(payment, jsonb_build_object("
+        "'payment_id', 'pay_' || n))).* FROM payments AS payment, generate_series(1, 10000) AS n"
+    ),
+    "ANALYZE doubts, operations, payments",
+)
+
+
+async def test_a_page_of_many_doubts_is_read_along_their_index(
+    store: PostgresStore, dsn: str
+) -> None:
+    await store.write_intent(authorize())
+    async with lane_session(dsn) as connection:
+        for statement in _MANY_DOUBTS:
+            await connection.execute(statement)
+        page = queries("reads")["list_doubts"]
+        await connection.execute(f"PREPARE plan AS {page.text}")
+        nothing = ", ".join(["NULL"] * len(page.parameters))
+        plan = await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE plan({nothing})")
+    assert "doubts_oldest_first" in plan
+    assert '"Sort"' not in plan
+
+
 async def test_outcomes_touch_no_index(store: PostgresStore, dsn: str) -> None:
     intents = [authorize(details=b"d" * 300) for _ in range(2_000)]
     await asyncio.gather(*(store.write_intent(intent) for intent in intents))

@@ -101,7 +101,7 @@ LEFT JOIN (
 ORDER BY page.created_at DESC, page.payment_id DESC;
 
 -- :name list_doubts
--- The oldest first. The table of doubts is small: it is read whole.
+-- The oldest first, along their index.
 SELECT
     doubt.since, doubt.tries, doubt.check_at, doubt.lease_until, doubt.needs_person, doubt.cause,
     payment.mode, payment.state AS payment_state,
