@@ -126,6 +126,21 @@ async def test_rotated_credentials_are_taken_over_without_a_restart(
     await book.close()
 
 
+async def test_a_removal_is_read_though_the_databases_clock_was_set_back(
+    accounts: ConnectorAccounts, merchant_id: str, dsn: str
+) -> None:
+    account_id = await add(accounts, merchant_id)
+    ahead = "UPDATE connector_accounts SET updated_at = now() + interval '1 hour' RETURNING 1"
+    fetch(dsn, ahead)
+    book = book_of(accounts)
+    await book.refresh()
+    assert book.connector(account_id) is not None
+    await accounts.remove(merchant_id, account_id)
+    await book.refresh()
+    assert book.connector(account_id) is None
+    await book.close()
+
+
 async def test_modes_and_merchants_are_kept_apart(
     accounts: ConnectorAccounts, merchant_id: str
 ) -> None:

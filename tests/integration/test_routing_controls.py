@@ -170,6 +170,20 @@ async def test_the_latest_costs_count_and_all_versions_stay(world: _World) -> No
     assert versions == [3, 2, 1]
 
 
+async def test_costs_are_read_though_the_databases_clock_was_set_back(world: _World) -> None:
+    fee = '[[fee]]\naccount = "acc_1"\ncurrency = "EUR"\npercentage = "1"\n'
+    async with RoutingControls.connect(world.dsn) as controls:
+        source = Controls(controls, world.availability, world.costs)
+        await controls.put_costs(world.merchant_id, fee, reason=WHY, created_by="login:ann")
+        ahead = "UPDATE routing_costs SET created_at = now() + interval '1 hour' RETURNING 1"
+        fetch(world.dsn, ahead)
+        await source.refresh()
+        assert world.costs.costs(world.merchant_id) is not None
+        await controls.put_costs(world.merchant_id, "", reason=WHY, created_by="login:ann")
+        await source.refresh()
+        assert world.costs.costs(world.merchant_id) is None
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 

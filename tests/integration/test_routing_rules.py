@@ -28,6 +28,7 @@ from storage.postgres import PostgresStore, RoutingRules
 from storage.redis import Reattempts, RedisClient
 from tests.harness import authorize_request
 from tests.memory_store import CAPABLE, ManyRoutes, ScriptedConnector
+from tests.servers import fetch
 
 pytestmark = pytest.mark.integration
 
@@ -131,6 +132,23 @@ async def test_what_is_in_force_is_recorded_and_read_by_every_gateway(
     another = RuleBook(rules)
     await another.refresh()
     assert another.find(merchant_id, Mode.TEST) is None
+
+
+async def test_an_activation_is_read_though_the_databases_clock_was_set_back(
+    rules: RoutingRules, merchant_id: str, dsn: str
+) -> None:
+    for text in (RULES, OTHER):
+        await rules.put(merchant_id, Mode.TEST, text, WHY)
+    await rules.activate(merchant_id, Mode.TEST, 1, 0, WHY)
+    ahead = "UPDATE routing_activations SET activated_at = now() + interval '1 hour' RETURNING 1"
+    fetch(dsn, ahead)
+    book = RuleBook(rules)
+    await book.refresh()
+    await rules.activate(merchant_id, Mode.TEST, 2, 1, WHY)
+    await book.refresh()
+    found = book.find(merchant_id, Mode.TEST)
+    assert found is not None
+    assert found[0] == 2
 
 
 async def test_another_version_than_the_expected_one_is_not_replaced(

@@ -1112,6 +1112,9 @@ _EXPECTED_INDEXES = {
     ("events", "latest"): {"outbox_xact_id"},
     ("events", "find"): {"outbox_xact_id"},
     ("events", "held_back"): {"outbox_xact_id"},
+    ("connector_accounts", "changed_since"): {"connector_accounts_updated_at"},
+    ("routing", "active_since"): {"routing_activations_activated_at", "routing_rules_pkey"},
+    ("routing_controls", "changed_costs"): {"routing_costs_created_at"},
 }
 
 

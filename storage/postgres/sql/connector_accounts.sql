@@ -27,12 +27,14 @@ WHERE merchant_id = :merchant_id::text AND account_id = :account_id::text AND re
 
 -- :name changed_since
 -- A transaction that began earlier may be seen later, by at most as long as its statement may take.
+-- Where the clock was set back, what is new was changed before what was seen.
 SELECT {{columns}}
 FROM connector_accounts
-WHERE CASE
-    WHEN :since::timestamptz IS NULL THEN removed_at IS NULL
-    ELSE updated_at >= :since::timestamptz - make_interval(secs => :overlap_s::float8)
-END
+WHERE updated_at >= CASE
+        WHEN :since::timestamptz IS NULL THEN '-infinity'
+        ELSE least(:since::timestamptz, now()) - make_interval(secs => :overlap_s::float8)
+    END
+    AND (removed_at IS NULL OR :since::timestamptz IS NOT NULL)
 ORDER BY updated_at;
 
 -- :name change

@@ -87,6 +87,7 @@ LIMIT :page_size::int4;
 
 -- :name active_since
 -- A transaction that began earlier may be seen later, by at most as long as its statement may take.
+-- Where the clock was set back, what is new was activated before what was seen.
 SELECT DISTINCT ON (activation.merchant_id, activation.mode)
     activation.merchant_id, activation.mode, activation.number, activation.version,
     activation.activated_at, coalesce(rules.rules, '') AS rules
@@ -95,8 +96,10 @@ LEFT JOIN routing_rules AS rules
     ON rules.merchant_id = activation.merchant_id
     AND rules.mode = activation.mode
     AND rules.version = activation.version
-WHERE :since::timestamptz IS NULL
-    OR activation.activated_at >= :since::timestamptz - make_interval(secs => :overlap_s::float8)
+WHERE activation.activated_at >= CASE
+    WHEN :since::timestamptz IS NULL THEN '-infinity'
+    ELSE least(:since::timestamptz, now()) - make_interval(secs => :overlap_s::float8)
+END
 ORDER BY activation.merchant_id, activation.mode, activation.number DESC;
 
 -- :name past_payments

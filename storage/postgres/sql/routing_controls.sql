@@ -59,10 +59,13 @@ LIMIT :limit::int4;
 
 -- :name changed_costs
 -- A transaction that began earlier may be seen later, by at most as long as its statement may take.
+-- Where the clock was set back, what is new was put before what was seen.
 SELECT DISTINCT ON (merchant_id) {{cost_columns}}
 FROM routing_costs
-WHERE :since::timestamptz IS NULL
-    OR created_at >= :since::timestamptz - make_interval(secs => :overlap_s::float8)
+WHERE created_at >= CASE
+    WHEN :since::timestamptz IS NULL THEN '-infinity'
+    ELSE least(:since::timestamptz, now()) - make_interval(secs => :overlap_s::float8)
+END
 ORDER BY merchant_id, version DESC;
 
 -- :fragment columns
