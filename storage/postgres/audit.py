@@ -32,14 +32,14 @@ _LAST_TEXT: Final = "\U0010ffff"
 """Greater than every merchant's id, which compare by bytes."""
 
 _Key = tuple[str, str]
-Load = Callable[[Connection, Sequence[_Key]], Awaitable[list[Aggregate | None]]]
+Load = Callable[[Connection, Sequence[_Key]], Awaitable[list[Aggregate | Exception | None]]]
 
 
 class PostgresAudit:
     """Implements `gateway.application.verification.AuditStore`.
 
-    `load` reads payments with their operations; it raises ValueError where a row holds what no
-    version of the gateway writes.
+    `load` reads payments with their operations; it gives an exception for one of which a row holds
+    what no version of the gateway writes.
     """
 
     def __init__(self, lane: DirectLane, load: Load) -> None:
@@ -110,19 +110,12 @@ class PostgresAudit:
         return list(found.values())
 
     async def _aggregates(self, connection: Connection, found: dict[_Key, PaymentRows]) -> None:
-        keys = list(found)
-        try:
-            aggregates = await self._load(connection, keys)
-        except (ValueError, TypeError, KeyError):
-            # One by one, to tell which.
-            for key in keys:
-                try:
-                    [found[key].aggregate] = await self._load(connection, [key])
-                except (ValueError, TypeError, KeyError):
-                    found[key].unreadable = True
-            return
-        for key, aggregate in zip(keys, aggregates, strict=True):
-            found[key].aggregate = aggregate
+        aggregates = await self._load(connection, list(found))
+        for rows, aggregate in zip(found.values(), aggregates, strict=True):
+            if isinstance(aggregate, Exception):
+                rows.unreadable = True
+            else:
+                rows.aggregate = aggregate
 
     async def orphans(
         self, table: str, merchant_id: str | None, after: Position, limit: int

@@ -1,6 +1,7 @@
 """The durable store: every write through a lane, every lane on connections of its own."""
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
@@ -60,6 +61,8 @@ from storage.postgres.row_security import (
     within_merchants,
 )
 from storage.postgres.search import Search
+
+_log = logging.getLogger(__name__)
 
 _AUTHORIZE_INTENT = query("writes", "authorize_intent")
 _FOLLOWUP_INTENT = query("writes", "followup_intent")
@@ -230,7 +233,7 @@ class PostgresStore:
         write_authorize_intents: Write[Intent, IntentResult] = _write_authorize_intents
         write_followup_intents: Write[Intent, IntentResult] = _write_followup_intents
         write_changes: Write[Change, Stored] = _write_changes
-        read: Write[_Read, Aggregate | None] = _read
+        read: Write[_Read, _Loaded] = _read
         if self._row_security:
             write_authorize_intents = within_merchants(write_authorize_intents, _merchant_of)
             write_followup_intents = within_merchants(write_followup_intents, _merchant_of)
@@ -514,8 +517,8 @@ class PostgresStore:
             leases = []
             for record in leased:
                 aggregate = by_payment[record["merchant_id"], record["payment_id"]]
-                if aggregate is None:
-                    continue
+                if not isinstance(aggregate, Aggregate):
+                    continue  # what cannot be read holds up nobody, and is looked at again
                 for operation in aggregate.operations:
                     if operation.operation_id == record["operation_id"]:
                         evidence = rows.answer_of(record["evidence"])
@@ -687,6 +690,9 @@ async def open_reader(dsn: str) -> AsyncIterator[PostgresStore]:
 _Read = tuple[Query, str, str]
 """A statement of reads.sql, the merchant, and what is looked for."""
 
+_Loaded = Aggregate | Exception | None
+"""What was found, or why a row of it cannot be read: one that a newer version wrote, or nobody."""
+
 
 async def _check(connection: Connection, standby_required: bool) -> Exception | None:
     # Returned, for the lane to raise: what was found out is an answer, not a failure of the call.
@@ -848,9 +854,7 @@ async def _lock_due(
     return locked
 
 
-async def _read(
-    connection: Connection, batch: Sequence[LaneRow[_Read]]
-) -> Sequence[Aggregate | None]:
+async def _read(connection: Connection, batch: Sequence[LaneRow[_Read]]) -> Sequence["_Loaded"]:
     statement = batch[0].value[0]
     keys = [(merchant_id, wanted) for _, merchant_id, wanted in (row.value for row in batch)]
     return await _aggregates(connection, statement, keys)
@@ -858,7 +862,7 @@ async def _read(
 
 async def _aggregates(
     connection: Connection, statement: Query, keys: Sequence[tuple[str, str]]
-) -> list[Aggregate | None]:
+) -> "list[_Loaded]":
     """What the statement finds for each (merchant, wanted): a payment and its operations."""
     arrays = {
         "merchant_id": [merchant_id for merchant_id, _ in keys],
@@ -866,19 +870,32 @@ async def _aggregates(
         "operation_id": [wanted for _, wanted in keys],
         "idempotency_key": [wanted for _, wanted in keys],
     }
-    found: list[Aggregate | None] = [None] * len(keys)
+    found: list[_Loaded] = [None] * len(keys)
     for record in await run(connection, statement, **arrays):
         number = record["number"] - 1
         aggregate = found[number]
-        if aggregate is None:
-            aggregate = found[number] = Aggregate(rows.payment_of(record))
-        aggregate.operations.append(rows.operation_of(record))
+        try:
+            if aggregate is None:
+                aggregate = found[number] = Aggregate(rows.payment_of(record))
+            if isinstance(aggregate, Aggregate):
+                aggregate.operations.append(rows.operation_of(record))
+        except (ValueError, TypeError, KeyError) as error:
+            found[number] = error
+            _log.error(
+                "a payment cannot be read: %s",
+                type(error).__name__,
+                extra={
+                    "merchant_id": record["merchant_id"],
+                    "payment_id": record["payment_id"],
+                    "operation_id": record["operation_id"],
+                },
+            )
     return found
 
 
 async def _load_aggregates(
     connection: Connection, keys: Sequence[tuple[str, str]]
-) -> list[Aggregate | None]:
+) -> "list[_Loaded]":
     return await _aggregates(connection, _LOAD, keys)
 
 

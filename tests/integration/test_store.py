@@ -26,6 +26,7 @@ from gateway.application.ports import (
 from gateway.domain import ids
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
+    Aggregate,
     Attempt,
     ConnectorAnswer,
     Delivery,
@@ -479,6 +480,21 @@ async def test_a_poisoned_row_fails_alone(store: PostgresStore, dsn: str, poison
     assert count(dsn, "payments") == 39
 
 
+async def test_a_row_that_cannot_be_read_fails_its_own_read_alone(
+    store: PostgresStore, dsn: str
+) -> None:
+    intents = [authorize() for _ in range(10)]
+    await asyncio.gather(*map(store.write_intent, intents))
+    newer = "UPDATE operations SET origin = 99 WHERE operation_id = $1 RETURNING 1"
+    fetch(dsn, newer, intents[3].operation.operation_id)
+    found = await asyncio.gather(
+        *(store.load(each.payment.merchant_id, each.payment.payment_id) for each in intents),
+        return_exceptions=True,
+    )
+    assert isinstance(found.pop(3), RowRefused)
+    assert all(isinstance(each, Aggregate) for each in found)
+
+
 # --- limits ---
 
 
@@ -675,6 +691,19 @@ async def test_a_dead_senders_operation_is_taken_over_once_and_its_epoch_raised(
     change = outcome(lease.operation, lease.aggregate.payment)
     assert await store.write_change(change) is Stored.WRITTEN
     assert (await store.count_doubts())[:2] == (0, 0.0)
+
+
+async def test_an_operation_that_cannot_be_read_holds_up_no_other_s_recovery(
+    store: PostgresStore, dsn: str
+) -> None:
+    intents = [authorize(recover_after_s=-1) for _ in range(3)]
+    await asyncio.gather(*map(store.write_intent, intents))
+    newer = "UPDATE operations SET origin = 99 WHERE operation_id = $1 RETURNING 1"
+    unreadable, *others = (intent.operation.operation_id for intent in intents)
+    fetch(dsn, newer, unreadable)
+    assert await store.expired(10) == 3
+    leased = {lease.operation.operation_id for lease in await store.lease(10, NEVER_S)}
+    assert leased == set(others)
 
 
 async def test_a_lease_that_runs_out_is_taken_again_and_the_epoch_raised_again(
