@@ -14,8 +14,9 @@ IDENTIFIER_LENGTH_MAX: Final = 128
 URL_LENGTH_MAX: Final = 2048
 CODE_DATA_LENGTH_MAX: Final = 2048
 """Of what a code says that is to be scanned; more fits into no such code."""
-AMOUNT_ABS_MAX: Final = 2**62
-"""No amount that a PSP reports may come near the end of int64."""
+AMOUNT_ABS_MAX: Final = 2**50
+"""No amount that a PSP reports may come near the end of int64, neither in the minor units of ISO
+4217, which may be a hundred times as many, nor as a sum. It is a thousand of our largest ones."""
 _BEYOND: Final = PAN_DIGITS_MAX * (1 + SEPARATORS_MAX)
 """The characters that a card number may take, all its separators among them."""
 

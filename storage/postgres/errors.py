@@ -83,8 +83,8 @@ def classify(error: Exception) -> Failure:
     if isinstance(error, asyncpg.InterfaceError):
         # asyncpg could not encode a value; every other InterfaceError is about the connection.
         return Failure.BISECT if isinstance(error, ValueError) else Failure.RETRY
-    if isinstance(error, UnicodeError | OverflowError):
-        return Failure.BISECT
+    if isinstance(error, UnicodeError | OverflowError | TypeError):
+        return Failure.BISECT  # TypeError: orjson's, of a number that is longer than 64 bits
     return Failure.RETRY if isinstance(error, _PASSING_ERRORS) else Failure.FAIL
 
 

@@ -480,6 +480,16 @@ async def test_a_poisoned_row_fails_alone(store: PostgresStore, dsn: str, poison
     assert count(dsn, "payments") == 39
 
 
+async def test_an_outcome_that_cannot_be_written_fails_alone(store: PostgresStore) -> None:
+    intents = [authorize() for _ in range(40)]
+    await asyncio.gather(*map(store.write_intent, intents))
+    changes = [outcome(intent.operation, intent.payment) for intent in intents]
+    changes[17].operation.attempt.outcome = Outcome(amount_reported_minor=2**64)
+    results = await asyncio.gather(*map(store.write_change, changes), return_exceptions=True)
+    assert isinstance(results.pop(17), RowRefused)
+    assert results == [Stored.WRITTEN] * 39
+
+
 async def test_a_row_that_cannot_be_read_fails_its_own_read_alone(
     store: PostgresStore, dsn: str
 ) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 
 from gateway.connectors import values
+from gateway.connectors.adyen.amounts import EXPONENTS as OF_ADYEN
+from gateway.connectors.adyen.amounts import from_adyen
+from gateway.connectors.stripe.amounts import EXPONENTS as OF_STRIPE
+from gateway.connectors.stripe.amounts import from_stripe
 
 CARD = "4111111111111111"
 
@@ -23,3 +27,12 @@ def test_a_text_is_cut_to_its_length_and_what_is_none_is_empty() -> None:
     assert values.text("x" * 300) == "x" * values.CODE_LENGTH_MAX
     assert values.text("a\x00b\u200b") == "ab"
     assert values.text(None) == values.text(5) == ""
+
+
+def test_a_sum_of_the_largest_amounts_that_a_psp_can_report_stays_within_int64() -> None:
+    largest = values.amount(values.AMOUNT_ABS_MAX)
+    assert largest is not None
+    assert values.amount(largest + 1) is None
+    in_our_unit = [from_adyen(largest, currency) for currency in OF_ADYEN]
+    in_our_unit += [from_stripe(largest, currency) for currency in OF_STRIPE]
+    assert max(told for told in in_our_unit if told is not None) * 50 < 2**63
