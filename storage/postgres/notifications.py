@@ -1,6 +1,7 @@
 """PSPs' notifications in PostgreSQL: kept in batches on a lane of their own, applied by lease."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
@@ -32,6 +33,8 @@ from storage.postgres.pool import Connection, HeldConnections
 from storage.postgres.queries import query, run
 from storage.postgres.row_security import Write, within_merchants
 from storage.postgres.rows import answer_json, answer_of, clean
+
+_log = logging.getLogger(__name__)
 
 _KEEP = query("notifications", "keep")
 _LEASE = query("notifications", "lease")
@@ -96,7 +99,22 @@ class Notifications(DirectStore):
     async def lease(self, limit: int, lease_s: float) -> Sequence[Pending]:
         """See the port."""
         records = await self._lane.fetch(_LEASE, limit=limit, lease_s=lease_s)
-        return [Pending(_received_of(record), record["tries"]) for record in records]
+        leased = []
+        for record in records:
+            try:
+                leased.append(Pending(_received_of(record), record["tries"]))
+            except (ValueError, TypeError, KeyError) as error:
+                # A newer version's, which can read it when this lease has run out.
+                _log.error(
+                    "a notification cannot be read: %s",
+                    type(error).__name__,
+                    extra={
+                        "merchant_id": record["merchant_id"],
+                        "connector_account_id": record["connector_account_id"],
+                        "event_id": record["event_id"],
+                    },
+                )
+        return leased
 
     async def finish(self, received: Received, applied: Applied) -> None:
         """See the port."""

@@ -31,6 +31,7 @@ from gateway.domain.model import (
 from gateway.domain.states import Event
 from storage.postgres import LaneLimits, PostgresStore
 from storage.postgres.notifications import notification_json, notification_of
+from tests.servers import fetch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -110,6 +111,17 @@ async def test_what_is_leased_is_nobody_elses_until_the_lease_ends(store: Postgr
     assert again.tries == 1
     [expired] = await store.notifications.lease(10, 60)
     assert expired.tries == 2
+
+
+async def test_one_that_cannot_be_read_holds_up_no_other(store: PostgresStore, dsn: str) -> None:
+    await store.notifications.keep([received(f"evt_{n}") for n in range(3)])
+    newer = """
+        UPDATE notifications SET content = content || '{"of_a_newer_version": 1}'
+        WHERE event_id = 'evt_1' RETURNING 1
+    """
+    fetch(dsn, newer)
+    leased = await store.notifications.lease(10, 60.0)
+    assert {each.received.notification.event_id for each in leased} == {"evt_0", "evt_2"}
 
 
 async def test_what_is_finished_is_shown_and_not_leased_again(store: PostgresStore) -> None:

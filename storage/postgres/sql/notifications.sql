@@ -49,7 +49,7 @@ leased AS (
         pending.tries - 1 AS tries
 )
 SELECT
-    notification.merchant_id, notification.connector_account_id,
+    notification.merchant_id, notification.connector_account_id, notification.event_id,
     notification.content::text AS content, tries
 FROM leased
 JOIN notifications AS notification USING (merchant_id, connector_account_id, event_id)
