@@ -530,7 +530,6 @@ class MemoryClaims:
         self,
         merchant_id: str,
         idempotency_key: str,
-        nonce: bytes | None,
         fingerprint: bytes,
         first_request_id: str,
         response: bytes,

@@ -536,7 +536,6 @@ class Claims(Protocol):
         self,
         merchant_id: str,
         idempotency_key: str,
-        nonce: bytes | None,
         *,
         fingerprint: bytes,
         first_request_id: str,

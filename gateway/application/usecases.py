@@ -1232,7 +1232,6 @@ def _cache(claims: Claims | None, operation: Operation, generation: str | None) 
         claims.cache(
             operation.merchant_id,
             operation.idempotency_key,
-            None,
             fingerprint=operation.fingerprint or b"",
             first_request_id=operation.request_id,
             response=operation.response,

@@ -347,7 +347,6 @@ class Claims:
         self,
         merchant_id: str,
         idempotency_key: str,
-        nonce: bytes | None,
         *,
         fingerprint: bytes,
         first_request_id: str,
@@ -358,12 +357,12 @@ class Claims:
 
         Call it only after PostgreSQL committed the response, and only for a frozen one. An entry
         is immutable: a later call for the key changes nothing. One beyond `cache_bytes_max`, or
-        while Redis has no room for it, is not cached; the claim is released instead.
+        while Redis has no room for it, is not cached; a bare claim is left to its end, and
+        PostgreSQL answers repeats.
 
         Args:
             merchant_id: whose key it is.
             idempotency_key: the client's.
-            nonce: the claim's, None when the writer holds none (recovery).
             fingerprint: of the request, at most 255 bytes.
             first_request_id: of the request that the response answered, at most 255 bytes.
             response: without its replay field.
@@ -372,11 +371,10 @@ class Claims:
                 present one.
         """
         entry = _encode(fingerprint, first_request_id, response)
-        if entry is not None and len(entry) <= self._cache_bytes_max and self._has_room:
-            self._settle(merchant_id, idempotency_key, entry, generation)
+        if entry is None or len(entry) > self._cache_bytes_max:
+            self._metrics.settlements_dropped("TOO_LARGE", 1)
             return
-        self._metrics.settlements_dropped("TOO_LARGE" if self._has_room else "NO_ROOM", 1)
-        self.release(merchant_id, idempotency_key, nonce or b"", generation=generation)
+        self._settle(merchant_id, idempotency_key, entry, generation)
 
     def _settle(
         self, merchant_id: str, idempotency_key: str, entry: bytes, generation: str | None
@@ -474,18 +472,24 @@ class Claims:
         return results
 
     async def _flush_settlements(self, rows: Sequence[_Settlement]) -> Sequence[None]:
+        sent = rows
         try:
             if self._loop.time() >= self._look_for_room_at_s:
                 await self._look_for_room()
-            refused = await self._run(
-                _SETTLE,
-                [row.key for row in rows],
-                [self._cache_life_ms, *[row.entry for row in rows]],
-            )
-            if refused:
-                self._metrics.settlements_dropped("REFUSED", int(refused))
+            if not self._has_room:
+                sent = [row for row in rows if row.entry.startswith(b"C")]
+                if dropped := len(rows) - len(sent):
+                    self._metrics.settlements_dropped("NO_ROOM", dropped)
+            if sent:
+                refused = await self._run(
+                    _SETTLE,
+                    [row.key for row in sent],
+                    [self._cache_life_ms, *[row.entry for row in sent]],
+                )
+                if refused:
+                    self._metrics.settlements_dropped("REFUSED", int(refused))
         except Exception:  # noqa: BLE001 (whatever it is, it costs a round trip later)
-            self._metrics.settlements_dropped("UNAVAILABLE", len(rows))
+            self._metrics.settlements_dropped("UNAVAILABLE", len(sent))
         return [None] * len(rows)
 
     async def _look_for_room(self) -> None:

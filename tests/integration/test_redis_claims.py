@@ -91,15 +91,9 @@ class Rig:
         )
         return [result.outcome for result in await asyncio.gather(*claims)]
 
-    def cache(
-        self,
-        nonce: bytes | None,
-        response: bytes = RESPONSE,
-        key: str = KEY,
-        **changes: Any,
-    ) -> None:
+    def cache(self, response: bytes = RESPONSE, key: str = KEY, **changes: Any) -> None:
         parts = {"fingerprint": FINGERPRINT, "first_request_id": "req_1", "response": response}
-        self.claims.cache(MERCHANT, key, nonce, **(parts | changes))
+        self.claims.cache(MERCHANT, key, **(parts | changes))
 
     async def keys(self) -> list[bytes]:
         return [key for key in await self.redis.keys() if isinstance(key, bytes)]
@@ -168,8 +162,8 @@ async def test_bare_claim_is_in_flight_whatever_the_payload(own_redis: EmbeddedR
 
 async def test_frozen_response_is_replayed_byte_for_byte(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
-        first = await rig.claim()
-        rig.cache(first.nonce)
+        await rig.claim()
+        rig.cache()
         await rig.settled()
         assert await rig.claim() == ClaimResult(
             REPLAY, generation=GENERATION, response=RESPONSE, first_request_id="req_1"
@@ -178,7 +172,7 @@ async def test_frozen_response_is_replayed_byte_for_byte(own_redis: EmbeddedRedi
 
 async def test_another_payload_conflicts_with_a_frozen_response(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
-        rig.cache(None)
+        rig.cache()
         await rig.settled()
         for fingerprint in (b"", FINGERPRINT[:-1], FINGERPRINT + b"\x00", b"\x02" + bytes(31)):
             assert await rig.claim(fingerprint=fingerprint) == ClaimResult(
@@ -189,7 +183,7 @@ async def test_another_payload_conflicts_with_a_frozen_response(own_redis: Embed
 async def test_one_batch_answers_each_key_with_its_own_outcome(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
         await rig.claim("taken")
-        rig.cache(None)
+        rig.cache()
         await rig.settled()
         batches = rig.metrics.batches["redis-claim"]
         results = await asyncio.gather(
@@ -266,7 +260,7 @@ async def test_release_never_deletes_another_owners_claim(own_redis: EmbeddedRed
 async def test_release_never_deletes_a_frozen_response(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
         first = await rig.claim()
-        rig.cache(None)
+        rig.cache()
         rig.claims.release(MERCHANT, KEY, first.nonce)
         await rig.settled()
         assert (await rig.claim()).outcome is REPLAY
@@ -274,21 +268,21 @@ async def test_release_never_deletes_a_frozen_response(own_redis: EmbeddedRedis)
 
 async def test_frozen_response_replaces_anyones_bare_claim(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
-        late = await rig.claim()
+        await rig.claim()
         await rig.redis.flushall()
         assert (await rig.claim()).outcome is NEW
-        rig.cache(late.nonce)
+        rig.cache()
         await rig.settled()
         assert (await rig.claim()).outcome is REPLAY
 
 
 async def test_frozen_response_is_never_overwritten(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
-        rig.cache(None)
-        rig.cache(None, b"later")
-        rig.cache(None, b"later", fingerprint=b"another", first_request_id="req_2")
+        rig.cache()
+        rig.cache(b"later")
+        rig.cache(b"later", fingerprint=b"another", first_request_id="req_2")
         await rig.settled()
-        rig.cache(None, b"later still")
+        rig.cache(b"later still")
         await rig.settled()
         assert (await rig.claim()).response == RESPONSE
 
@@ -301,16 +295,18 @@ async def test_frozen_response_is_never_overwritten(own_redis: EmbeddedRedis) ->
         {"fingerprint": bytes(256)},
     ],
 )
-async def test_response_beyond_a_limit_is_not_cached_and_its_claim_released(
+async def test_response_beyond_a_limit_is_not_cached_and_leaves_repeats_to_postgresql(
     own_redis: EmbeddedRedis, changes: dict[str, Any]
 ) -> None:
     async with rig_on(own_redis, cache_bytes_max=1_000) as rig:
         first = await rig.claim()
-        rig.cache(first.nonce, **changes)
+        rig.cache(**changes)
         await rig.settled()
         assert rig.metrics.dropped == {"TOO_LARGE": 1}
+        assert (await rig.claim()).outcome is IN_FLIGHT
+        rig.claims.release(MERCHANT, KEY, first.nonce)
+        await rig.settled()
         assert await rig.redis.dbsize() == 0
-        assert (await rig.claim()).outcome is NEW
 
 
 @pytest.mark.parametrize("response", [b"", bytes(range(256)) * 40])
@@ -318,7 +314,7 @@ async def test_response_of_any_bytes_comes_back_whole(
     own_redis: EmbeddedRedis, response: bytes
 ) -> None:
     async with rig_on(own_redis) as rig:
-        rig.cache(None, response, first_request_id="é" * 127)
+        rig.cache(response, first_request_id="é" * 127)
         await rig.settled()
         result = await rig.claim()
         assert (result.outcome, result.response) == (REPLAY, response)
@@ -345,7 +341,7 @@ async def test_claim_of_one_millisecond_expires_and_the_key_is_free(
 async def test_every_entry_has_a_life(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis, claim_life_ms=60_000, cache_life_s=3_600) as rig:
         await rig.claim("claimed")
-        rig.cache(None)
+        rig.cache()
         await rig.settled()
         lives_ms = sorted([await rig.redis.pttl(key) for key in await rig.keys()])
         assert 0 < lives_ms[0] <= 60_000 < lives_ms[1] <= 3_600_000
@@ -369,7 +365,7 @@ async def test_forgotten_scripts_are_loaded_again_without_a_callers_notice(
         first = await rig.claim()
         assert first.outcome is NEW
         await rig.redis.script_flush()
-        rig.cache(first.nonce)
+        rig.cache()
         await rig.settled()
         assert (await rig.claim()).outcome is REPLAY
         assert rig.metrics.circuit == []
@@ -378,12 +374,12 @@ async def test_forgotten_scripts_are_loaded_again_without_a_callers_notice(
 async def test_new_generation_empties_the_cache(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
         old = await rig.claim()
-        rig.cache(old.nonce)
+        rig.cache()
         await rig.settled()
         rig.claims.set_generation("7512345678901234567-2")
         assert (await rig.claim()).outcome is NEW
         # What was committed under the old timeline speaks of the old timeline only.
-        rig.cache(old.nonce, generation=old.generation)
+        rig.cache(generation=old.generation)
         await rig.settled()
         assert (await rig.claim()).outcome is IN_FLIGHT
 
@@ -392,7 +388,7 @@ async def test_nothing_is_claimed_before_the_generation_is_known(own_redis: Embe
     async with rig_on(own_redis) as rig:
         rig.claims._generation = None
         assert await rig.claim() == ClaimResult(UNAVAILABLE)
-        rig.cache(None)
+        rig.cache()
         await rig.settled()
         assert await rig.redis.dbsize() == 0
         for generation in ("", "a:b", "{b0}", "a b", "x" * 65):
@@ -433,7 +429,7 @@ async def test_key_that_redis_cannot_claim_spoils_no_other(own_redis: EmbeddedRe
         await rig.redis.rpush(key, "a list")
         results = await asyncio.gather(rig.claim("other"), rig.claim())
         assert [result.outcome for result in results] == [NEW, UNAVAILABLE]
-        rig.cache(None)
+        rig.cache()
         await rig.settled()
         assert rig.metrics.dropped == {"REFUSED": 1}
         assert rig.metrics.circuit == []
@@ -443,7 +439,7 @@ async def test_redis_without_memory_leaves_the_decision_to_postgresql() -> None:
     with redis_server({"maxmemory": "1", "maxmemory-policy": "noeviction"}) as full:
         async with rig_on(full) as rig:
             assert (await rig.claim()).outcome is UNAVAILABLE
-            rig.cache(None)
+            rig.cache()
             await rig.settled()
 
 
@@ -458,25 +454,24 @@ async def test_answers_leave_the_claims_their_room_in_redis(
                     break
                 claim = await rig.claim(f"order {number}")
                 assert claim.outcome is NEW
-                rig.cache(claim.nonce, bytes(8_000), f"order {number}")
+                rig.cache(bytes(8_000), f"order {number}")
                 await rig.settled()
             assert rig.metrics.dropped == {"NO_ROOM": 1}
             assert await rig.keys()
             assert rig.metrics.circuit == []
-            # The last claim was released, so that PostgreSQL has its repeat.
-            assert (await rig.claim(f"order {number - 1}")).outcome is NEW
+            # The last claim stands, so that PostgreSQL has its repeat.
+            assert (await rig.claim(f"order {number - 1}")).outcome is IN_FLIGHT
             for more in range(500):
                 assert (await rig.claim(f"more {more}")).outcome is NEW
             await rig.redis.flushall()
 
-            async def is_seen_to_have_room() -> bool:  # Redis may free what it held a moment later
-                rig.claims.release(MERCHANT, "more 1", bytes(16))
+            async def is_cached() -> bool:  # Redis may free what it held a moment later
+                rig.cache()
                 await rig.settled()
-                return rig.claims._has_room
+                return bool(await rig.keys())
 
-            await until(is_seen_to_have_room)
-            rig.cache(None)
-            await rig.settled()
+            # By answers alone: where all is well, nothing is released.
+            await until(is_cached)
             assert (await rig.claim()).outcome is REPLAY
 
 
@@ -501,7 +496,7 @@ async def test_redis_that_may_not_be_asked_for_its_memory_is_given_answers(
     async with rig_on(own_redis) as rig:
         await rig.redis.acl_setuser("default", enabled=True, commands=["-info"])
         try:
-            rig.cache(None)
+            rig.cache()
             await rig.settled()
             assert (await rig.claim()).outcome is REPLAY
             assert rig.metrics.circuit == []
@@ -518,7 +513,7 @@ async def test_killed_redis_costs_no_claim_a_wait_and_recovers(
         assert (await rig.claim()).outcome is UNAVAILABLE
         await assert_open(rig)
         rig.claims.release(MERCHANT, KEY, first.nonce)
-        rig.cache(first.nonce)
+        rig.cache()
         assert rig.metrics.dropped == {"UNAVAILABLE": 2}
         mortal_redis.start()
         await until(lambda: rig.claims.available)
@@ -651,7 +646,7 @@ async def test_settlements_find_out_that_a_primary_is_none_any_more(
         released = (await rig.claim("released")).nonce
         await demote(mortal_redis)
         rig.claims.release(MERCHANT, "released", released)
-        rig.cache(None)
+        rig.cache()
         await rig.settled()
         assert rig.metrics.dropped == {"UNAVAILABLE": 2}
         await assert_open(rig)
@@ -752,7 +747,7 @@ async def test_close_sends_what_is_queued_and_refuses_the_rest_quietly(
 ) -> None:
     async with rig_on(own_redis, settle_linger_ms_max=LINGER_MS_CAP) as rig:
         first = await rig.claim()
-        rig.cache(first.nonce)
+        rig.cache()
         await rig.claims.close()
         await rig.claims.close()
         (key,) = await rig.keys()
@@ -768,7 +763,7 @@ async def test_text_that_is_none_is_answered_not_raised(own_redis: EmbeddedRedis
     async with rig_on(own_redis) as rig:
         assert (await rig.claim("\ud800")).outcome is UNAVAILABLE
         rig.claims.release(MERCHANT, "\ud800", b"nonce")
-        rig.cache(None, first_request_id="\ud800")
+        rig.cache(first_request_id="\ud800")
         await rig.settled()
         assert rig.metrics.dropped == {"REFUSED": 1}
         assert rig.claims.available
@@ -817,10 +812,10 @@ async def test_room_comes_back_by_one_call_an_interval_and_no_more_than_a_burst(
 
 async def test_what_was_claimed_before_costs_nothing(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
-        first = await rig.claim(limit=SLOW)
+        await rig.claim(limit=SLOW)
         for _ in range(5):
             assert (await rig.claim(limit=SLOW)).outcome is IN_FLIGHT
-        rig.cache(first.nonce)
+        rig.cache()
         await rig.settled()
         for _ in range(5):
             assert (await rig.claim(limit=SLOW)).outcome is REPLAY
