@@ -191,6 +191,7 @@ async def _redis(url: str, settings: Settings) -> Finding:
     except ValueError as error:
         return Finding(False, f"GATEWAY_REDIS_URL: {error}")
     try:
+        await client.connect()
         started = time.monotonic()
         await client.execute("PING")
         return Finding(True, f"Redis answers in {1000 * (time.monotonic() - started):.1f} ms")

@@ -543,8 +543,10 @@ class Claims:
     async def _make_ready(self) -> None:
         """Load the scripts, and find out whether the server takes writes.
 
-        A replica loads scripts too, and answers whoever only asks.
+        A replica loads scripts too, and answers whoever only asks. No claim waits for it: it may
+        take as long to connect as connecting may, with TLS longer than an answer.
         """
+        await self._client.connect()
         until = self._until()
         for script in (_CLAIM, _SETTLE):
             await self._client.execute("SCRIPT", "LOAD", script.text, until=until)

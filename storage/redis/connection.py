@@ -90,6 +90,16 @@ class RedisClient:
             connection = await self._connected(until)
         return await connection.send(_packed(command), until)
 
+    async def connect(self) -> None:
+        """Have a connection; to make one may take `connect_timeout_ms`, not only `timeout_ms`.
+
+        Raises:
+            RedisAway: there is none.
+            RedisRefused: Redis does not know who asks.
+        """
+        if self._connection is None or self._connection.lost:
+            await self._connected(self._loop.time() + self._connect_timeout_s)
+
     async def close(self) -> None:
         """Close the connection; what waits for an answer ends with RedisAway. Safe to repeat."""
         self._closed = True
@@ -97,7 +107,12 @@ class RedisClient:
             self._connection.end()
 
     async def _connected(self, until: float) -> "_Connection":
-        async with self._connecting:
+        try:
+            async with asyncio.timeout_at(until):
+                await self._connecting.acquire()
+        except TimeoutError as error:
+            raise RedisAway("no connection in time") from error
+        try:
             if self._connection is not None and not self._connection.lost:
                 return self._connection  # another command has made it meanwhile
             if self._closed:
@@ -116,6 +131,8 @@ class RedisClient:
                 raise
             self._connection = connection
             return connection
+        finally:
+            self._connecting.release()
 
 
 class _Address:

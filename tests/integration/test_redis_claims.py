@@ -551,13 +551,15 @@ async def test_restart_between_two_claims_is_not_noticed(mortal_redis: EmbeddedR
 class Front:
     """An address that leads new connections to the server of the moment, as a failover's does."""
 
-    def __init__(self, primary: EmbeddedRedis) -> None:
+    def __init__(self, primary: EmbeddedRedis, connecting_s: float = 0.0) -> None:
         self.primary = primary
         self.connections = 0
+        self._connecting_s = connecting_s
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        await asyncio.sleep(self._connecting_s)
         port = urlsplit(self.primary.url).port
         inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
         for pair in ((reader, inner_writer), (inner_reader, writer)):
@@ -637,6 +639,22 @@ async def test_a_replica_is_no_redis_that_is_available_until_the_address_leads_t
         await until(lambda: rig.claims.available)
         assert (await rig.claim("after")).outcome is NEW
         assert rig.metrics.circuit == [False, True]
+
+
+async def test_redis_whose_connection_takes_longer_than_an_answer_may_is_available(
+    own_redis: EmbeddedRedis,
+) -> None:
+    front = Front(own_redis, connecting_s=0.3)  # as a handshake of TLS far away
+    listening = await asyncio.start_server(front.serve, "127.0.0.1", 0)
+    address = urlsplit(own_redis.url)
+    url = f"redis://:{address.password}@127.0.0.1:{listening.sockets[0].getsockname()[1]}/0"
+    try:
+        async with rig_on(own_redis, url=url, timeout_ms=100) as rig:
+            await until(lambda: rig.claims.available)
+    finally:
+        listening.close()
+        await front.stop()
+        await listening.wait_closed()
 
 
 async def test_settlements_find_out_that_a_primary_is_none_any_more(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
@@ -124,6 +125,19 @@ async def test_killed_redis_ends_what_waits_and_is_found_again(
             await client.execute("PING")
         mortal_redis.start()
         assert await client.execute("PING") == b"PONG"
+
+
+async def test_command_waits_no_longer_than_it_may_for_a_connection_that_others_make() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with client_of(f"redis://:any@127.0.0.1:{silent.getsockname()[1]}/0") as client:
+            making = asyncio.create_task(client.connect())
+            await asyncio.sleep(0)  # it has begun
+            with pytest.raises(RedisAway):
+                await client.execute("PING", until=asyncio.get_running_loop().time())
+            assert not making.done()
+            making.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await making
 
 
 async def test_closed_port_is_away_at_once() -> None:

@@ -123,6 +123,9 @@ class Client:
         self._process = process
         self._server = server
 
+    async def connect(self) -> None:
+        """See there: nothing is connected here, and the first command finds out the same."""
+
     async def execute(self, *command: Any, until: float) -> Any:
         """See there."""
 
