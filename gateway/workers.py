@@ -34,7 +34,7 @@ from pydantic import SecretStr
 
 from gateway import __version__
 from gateway.heap import share_one_heap
-from gateway.settings import Settings, SettingsError, load_settings, split_address
+from gateway.settings import Settings, SettingsError, load_settings, split_address, variable
 from gateway.telemetry.http import MetricsServer
 from gateway.telemetry.logs import loop_exception_handler
 from gateway.telemetry.merging import Encode, MergedMetrics, take_snapshot
@@ -154,6 +154,16 @@ def _bound(family: int, target: tuple[Any, ...]) -> socket.socket:
         keeper.close()
         raise
     return keeper
+
+
+def _overlap(one: socket.socket, other: socket.socket) -> bool:
+    """Whether a connection may reach either: SO_REUSEPORT would share the port among them."""
+    (host, port), (other_host, other_port) = one.getsockname()[:2], other.getsockname()[:2]
+    if port != other_port:
+        return False
+    of_one_family = (":" in host) == (":" in other_host)
+    every = {"::"} if not of_one_family else {"::", "0.0.0.0"}  # noqa: S104 - compared only
+    return host == other_host or host in every or other_host in every
 
 
 # --- the supervisor -------------------------------------------------------------------------------
@@ -327,7 +337,13 @@ class Supervisor:
                     raise WorkersFailed(
                         f"The gateway cannot listen on {address}: {error}"
                     ) from error
+                shared = any(_overlap(one, other) for one in kept for other in keepers)
                 kept += keepers
+                if shared:
+                    raise WorkersFailed(
+                        f"The gateway cannot listen on {address}: it is {variable(name)}, and gRPC"
+                        " is served there"
+                    )
             try:
                 await http.start()
             except OSError as error:

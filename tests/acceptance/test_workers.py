@@ -277,6 +277,30 @@ async def test_a_used_port_is_refused_with_any_number_of_workers(
             assert (await caller.authorize()).operation.state == SUCCEEDED
 
 
+@pytest.mark.parametrize(
+    ("grpc", "notifications"),
+    [
+        ("127.0.0.1", "localhost"),
+        ("127.0.0.1", "0.0.0.0"),
+        ("127.0.0.1", "[::]"),
+        ("localhost", "127.0.0.1"),
+    ],
+)
+async def test_several_workers_serve_no_two_things_on_one_port(
+    postgres: PostgresForTests, redis: EmbeddedRedis, grpc: str, notifications: str
+) -> None:
+    port = free_port()
+    with running_system(postgres, redis) as system:
+        gateway = system.start_gateway(
+            workers=2,
+            listen_address=f"{grpc}:{port}",
+            notifications_address=f"{notifications}:{port}",
+        )
+        assert await asyncio.to_thread(gateway.wait) == 1
+        await asyncio.to_thread(gateway.end)
+        assert "it is GATEWAY_NOTIFICATIONS_ADDRESS, and gRPC is served there" in gateway.log
+
+
 async def test_doctor_counts_the_connections_that_the_workers_hold(
     postgres: PostgresForTests, redis: EmbeddedRedis, tmp_path: Path
 ) -> None:
