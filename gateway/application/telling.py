@@ -31,6 +31,8 @@ class Telling:
         """`keep` raises as `gateway.application.notifications.NotificationStore.keep`."""
         self._keep = keep
         self._waiting: asyncio.Queue[Received] = asyncio.Queue(waiting_max)
+        self._taken: list[Received] = []
+        """What `run` is storing, or tries to."""
 
     def tell(self, received: Received) -> None:
         """Keep it soon; it is dropped, with a warning, where too much waits."""
@@ -49,13 +51,16 @@ class Telling:
     async def run(self) -> None:
         """Store until cancelled."""
         while True:
-            await self._store([await self._waiting.get(), *self._more()])
+            self._taken = [await self._waiting.get(), *self._more()]
+            await self._store(self._taken)
+            self._taken = []
 
     async def flush(self) -> None:
         """Store what waits yet, once `run` was cancelled, as far as that can be done now."""
         with suppress(GatewayError, StoreUnavailable):
-            while batch := self._more():
+            while batch := self._taken or self._more():
                 await self._keep(batch)
+                self._taken = []
 
     def _more(self) -> list[Received]:
         batch: list[Received] = []

@@ -28,9 +28,11 @@ class Store:
         self.failures = list(failures)
         self.kept: list[list[str]] = []
         self.changed = asyncio.Event()
+        self.failed = asyncio.Event()
 
     async def keep(self, batch: Sequence[Received]) -> int:
         if self.failures:
+            self.failed.set()
             raise self.failures.pop(0)
         self.kept.append([each.notification.event_id for each in batch])
         self.changed.set()
@@ -63,6 +65,20 @@ async def test_what_waits_at_the_end_is_stored_as_far_as_that_can_be_done() -> N
     away = Telling(Store(StoreUnavailable("away")).keep, 10)
     away.tell(received(0))
     await away.flush()
+
+
+async def test_what_could_not_be_stored_yet_at_the_end_is_stored_then() -> None:
+    store = Store(StoreUnavailable("away"))
+    told = Telling(store.keep, 10)
+    told.tell(received(0))
+    running = asyncio.create_task(told.run())
+    await asyncio.wait_for(store.failed.wait(), 30)
+    running.cancel()  # in the pause before the next try
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    told.tell(received(1))
+    await told.flush()
+    assert store.kept == [["evt_0"], ["evt_1"]]
 
 
 async def test_what_is_too_much_is_dropped_with_a_warning(
