@@ -30,7 +30,6 @@ Where a payment does not say what an interchange row asks for, the dearest row t
 import datetime as dt
 import re
 import time
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -39,6 +38,7 @@ from typing import Final, NamedTuple
 
 from gateway.domain.money import AMOUNT_MINOR_MAX, CURRENCY_EXPONENTS
 from gateway.routing.model import CARD_TYPES, Segment
+from gateway.routing.toml import read_toml
 
 MICRO: Final = 1_000_000
 """Fees are counted in millionths of a minor unit."""
@@ -214,8 +214,8 @@ def parse_costs(text: str) -> Costs:
     if len(text) > TEXT_CHARACTERS_MAX:
         raise CostsRefused(f"more than {TEXT_CHARACTERS_MAX} characters")
     try:
-        document = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
+        document = read_toml(text)
+    except ValueError as error:
         raise CostsRefused(f"no TOML: {error}") from error
     _only(document, "the file", {"objective", "fee"})
     objective = _table(document.get("objective", {}), "[objective]")

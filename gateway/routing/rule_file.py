@@ -5,7 +5,6 @@ outside of itself (accounts, and what they can do) is compared in `gateway.appli
 """
 
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, NamedTuple, TypeVar
@@ -29,6 +28,7 @@ from gateway.routing.rules import (
     Target,
     compile_rules,
 )
+from gateway.routing.toml import read_toml
 
 FORMAT: Final = 1
 """The version of the file's format."""
@@ -91,8 +91,8 @@ def read_rules(text: str) -> RuleFile:
     if len(text.encode("utf-8", "replace")) > TEXT_BYTES_MAX:
         raise RulesInvalid([Problem("file", f"has more than {TEXT_BYTES_MAX} bytes")])
     try:
-        document = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
+        document = read_toml(text)
+    except ValueError as error:
         raise RulesInvalid([Problem("file", f"is not TOML: {error}")]) from None
     return _Reader().read(document)
 

@@ -14,6 +14,7 @@ from gateway.domain.model import ResponseCode
 from gateway.routing import rule_file
 from gateway.routing.rule_file import RulesInvalid, read_rules
 from gateway.routing.rules import Choice, Conditions, Facts, Order, Rules
+from gateway.routing.toml import KEY_PARTS_MAX
 
 pytestmark = pytest.mark.unit
 
@@ -300,6 +301,41 @@ def test_a_file_of_another_format_is_refused(text: str) -> None:
 def test_a_file_that_is_too_large_is_refused() -> None:
     too_large = "# " + "x" * rule_file.TEXT_BYTES_MAX
     assert "bytes" in problems_of(too_large, whole=True)["file"]
+
+
+LONG_KEY = ".".join(["a"] * 100)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{LONG_KEY} = 1",
+        f"[{LONG_KEY}]",
+        LONG_KEY.replace(".", " .\t") + " = 1",
+        ".".join(['"="'] * 100) + " = 1",
+        ".".join(["'#'"] * 100) + " = 1",
+        f"x = {{ {LONG_KEY} = 1 }}",
+        # What looks like an open string or comment, and is none.
+        f'# """ don\'t\n{LONG_KEY} = 1',
+        f'x = {{ a = """b"c\\"""d""""", {LONG_KEY} = 1 }}',
+        f"x = {{ a = '''b'c\\''''', {LONG_KEY} = 1 }}",
+        f'x = "\\"#"\n{LONG_KEY} = 1',
+    ],
+)
+def test_a_key_of_more_parts_than_any_field_has_is_refused_before_it_is_read(text: str) -> None:
+    assert problems_of(text, whole=True) == {
+        "file": f"is not TOML: a key has more than {KEY_PARTS_MAX} parts"
+    }
+
+
+def test_dots_that_divide_no_key_are_not_counted() -> None:
+    read_rules(
+        f"# {LONG_KEY}\n"
+        "format = 1\n"
+        f"rule = [{{ name = 'b', when.metadata.\"{LONG_KEY[:39]}\" = '{LONG_KEY}', "
+        f'targets = [{{ account = "a" }}] }}, {{ name = """{LONG_KEY[:63]}""", '
+        'targets = [{ account = "b" }] }]'
+    )
 
 
 def test_a_cascade_that_goes_round_is_refused_with_its_way() -> None:
