@@ -57,7 +57,8 @@ class AuthLimits:
     entries_max: int = 10_000
     """How many keys are remembered, and as many refused ones."""
     loads_max: int = 64
-    """How many keys are read from the database at once; beyond it calls are refused."""
+    """How many keys are read from the database at once, and as many more of those that were good
+    before; beyond it calls are refused."""
 
 
 class Tokens(Protocol):
@@ -104,6 +105,8 @@ class Authenticator:
         self._entries: dict[_Digest, _Entry] = {}
         self._refused: dict[_Digest, float] = {}
         self._loads: dict[_Digest, asyncio.Task[Principal]] = {}
+        self._known_loads = 0
+        """Of these, those of credentials that were good before."""
 
     def remembered(self, presented: Presented | None) -> Principal | None:
         """The principal of a credential that is remembered, without waiting; else None."""
@@ -115,10 +118,9 @@ class Authenticator:
             return None
         now = self._clock()
         if now >= entry.dead_at or _is_past(entry.expires_at):
-            del self._entries[digest]
-            return None
+            return None  # it stays, as one that was good before
         if now >= entry.refresh_at and digest not in self._loads:
-            if len(self._loads) < self._limits.loads_max:
+            if self._may_load(digest):
                 self._start_load(digest, presented)
             entry.refresh_at = now + self._limits.life_s / 10
         return entry.principal
@@ -142,20 +144,31 @@ class Authenticator:
             del self._refused[digest]
         load = self._loads.get(digest)
         if load is None:
-            if len(self._loads) >= self._limits.loads_max:
+            if not self._may_load(digest):
                 raise GatewayError(Reason.OVERLOADED, "Too many credentials are being read.")
             load = self._start_load(digest, presented)
         # The load is for everyone who waits for it: one caller's cancellation does not end it.
         return await asyncio.shield(load)
 
+    def _may_load(self, digest: _Digest) -> bool:
+        # Anybody can make up keys: those that were good before do not wait for their places.
+        known = self._known_loads
+        loads = known if digest in self._entries else len(self._loads) - known
+        return loads < self._limits.loads_max
+
     def _start_load(self, digest: _Digest, presented: Presented) -> "asyncio.Task[Principal]":
         load = asyncio.get_running_loop().create_task(self._load(digest, presented))
+        is_known = digest in self._entries
         self._loads[digest] = load
-        load.add_done_callback(lambda _: self._end_load(digest, load))
+        self._known_loads += is_known
+        load.add_done_callback(lambda _: self._end_load(digest, load, is_known=is_known))
         return load
 
-    def _end_load(self, digest: _Digest, load: "asyncio.Task[Principal]") -> None:
+    def _end_load(
+        self, digest: _Digest, load: "asyncio.Task[Principal]", *, is_known: bool
+    ) -> None:
         del self._loads[digest]
+        self._known_loads -= is_known
         if load.cancelled():
             return
         error = load.exception()

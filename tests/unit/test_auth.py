@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 LIMITS = AuthLimits(life_s=10.0, negative_life_s=4.0, entries_max=3, loads_max=2)
 NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
+STUCK_S = 10.0
+"""What has not begun after so long never will."""
 
 
 class WallClock(datetime):
@@ -367,6 +369,47 @@ async def test_keys_beyond_the_reads_at_once_are_overload_and_the_others_go_on(k
     keys.answering.set()
     assert len(await asyncio.gather(*calls)) == LIMITS.loads_max + 1
     assert await is_valid(authenticator, keys.add())
+
+
+@pytest.mark.parametrize("idle_s", [LIMITS.life_s / 2, 100 * LIMITS.life_s])
+async def test_keys_that_nobody_knows_keep_no_key_that_was_good_before_from_being_read(
+    keys: Keys, idle_s: float
+) -> None:
+    authenticator = keys.authenticator()
+    known = keys.add()
+    await authenticator.authenticate(known)
+    keys.answering.clear()
+    made_up = [f"Bearer {new_key(Mode.TEST).text}" for _ in range(LIMITS.loads_max)]
+    calls = [asyncio.ensure_future(authenticator.authenticate(each)) for each in made_up]
+    for _ in range(1 + LIMITS.loads_max):
+        await keys.reading.acquire()
+    keys.at_s += idle_s
+    call = asyncio.ensure_future(authenticator.authenticate(known))
+    async with asyncio.timeout(STUCK_S):
+        await keys.reading.acquire()
+    assert await refused(authenticator.authenticate(keys.add())) is Reason.OVERLOADED
+    keys.answering.set()
+    assert await call
+    await asyncio.wait(calls)
+    await reads_ended()
+    assert authenticator.remembered(known) is not None
+
+
+async def test_keys_that_were_good_before_are_read_at_once_in_a_number_too(keys: Keys) -> None:
+    authenticator = keys.authenticator()
+    known = [keys.add() for _ in range(LIMITS.loads_max + 1)]
+    for each in known:
+        await authenticator.authenticate(each)
+    keys.answering.clear()
+    keys.at_s += LIMITS.life_s
+    *most, last = known
+    calls = [asyncio.ensure_future(authenticator.authenticate(each)) for each in most]
+    for _ in range(len(known) + len(most)):
+        await keys.reading.acquire()
+    assert await refused(authenticator.authenticate(last)) is Reason.OVERLOADED
+    keys.answering.set()
+    await asyncio.gather(*calls)
+    assert await is_valid(authenticator, last)
 
 
 async def test_as_many_keys_are_remembered_as_the_limit_says_the_oldest_forgotten_first(
