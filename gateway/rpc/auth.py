@@ -262,6 +262,9 @@ class Authenticator:
 def _digest_of(presented: Presented) -> _Digest:
     if isinstance(presented, PeerIdentity):
         return presented
+    if presented[: len(_BEARER)].lower() == _BEARER:
+        # However it is spelled: one key in ten thousand ways would push out all others.
+        presented = _BEARER + presented[len(_BEARER) :].strip()
     return sha256(presented.encode()).digest()
 
 

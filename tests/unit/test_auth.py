@@ -424,6 +424,21 @@ async def test_as_many_keys_are_remembered_as_the_limit_says_the_oldest_forgotte
     assert await is_valid(authenticator, headers[0])
 
 
+async def test_one_key_is_remembered_once_however_it_is_spelled(keys: Keys) -> None:
+    authenticator = keys.authenticator()
+    other, key = keys.add(), keys.add()
+    await authenticator.authenticate(other)
+    for spaces in range(LIMITS.entries_max + 1):
+        spelled = key.replace("Bearer", "bEARER" + " " * spaces)
+        await authenticator.authenticate(spelled)
+    assert len(keys.reads) == 2
+    assert authenticator.remembered(other) is not None
+    # What is no bearer's credential is none because it was one as such.
+    assert await refused(authenticator.authenticate(key.replace("Bearer ", "Basic  "))) is (
+        Reason.CREDENTIAL_INVALID
+    )
+
+
 async def test_as_many_refused_keys_are_remembered_and_they_displace_no_valid_one(
     keys: Keys,
 ) -> None:
