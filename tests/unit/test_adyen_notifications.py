@@ -31,6 +31,10 @@ PAYMENT = "QFQTPCQ8HXSKGK82"
 SOURCE = AdyenNotifications()
 
 
+DEPTH = 1015
+"""Levels of JSON that are read; a few more stand around them."""
+
+
 def item_of(event: str = "AUTHORISATION", **more: Any) -> dict[str, Any]:
     """An item as the published examples have it, unsigned."""
     item = {
@@ -146,6 +150,8 @@ def test_one_unsigned_item_refuses_the_whole_request() -> None:
         body_of({**item_of(), "additionalData": {"hmacSignature": "é"}}),
         body_of({**item_of(), "additionalData": {"hmacSignature": 7}}),
         body_of({**item_of(), "amount": None}),
+        # As deep as JSON may be: deeper than Python writes it out again.
+        body_of({**signed(item_of()), "success": "?"}).replace(b'"?"', b"[" * DEPTH + b"]" * DEPTH),
         body_of(*[signed(item_of())] * (ITEMS_MAX + 1)),
     ],
 )

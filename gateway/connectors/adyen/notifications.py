@@ -120,9 +120,12 @@ class AdyenNotifications:
 
 
 def signed_text(item: Mapping[str, Any]) -> str:
-    """What the signature of an item is made of."""
+    """What the signature of an item is made of. Raises BadSignature where Adyen signs no such."""
     flat = {**item, **{name: part(item, "amount").get(name) for name in ("value", "currency")}}
-    return ":".join("" if flat.get(name) is None else str(flat[name]) for name in SIGNED)
+    told = [flat.get(name) for name in SIGNED]
+    if any(isinstance(each, (dict, list)) for each in told):
+        raise BadSignature("a signed field is neither text nor number")
+    return ":".join("" if each is None else str(each) for each in told)
 
 
 _MODES: Final = {"true": Mode.LIVE, "false": Mode.TEST}
