@@ -74,6 +74,11 @@ def long_enough(context: click.Context, option: click.Parameter, value: str) -> 
     return no_card_number(context, option, value)
 
 
+def one_line(text: str) -> str:
+    """What a caller wrote, for a line of ours: it begins no other one, and commands no terminal."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def login_name() -> str:
     """Who runs the command, as the audit records have it."""
     import getpass

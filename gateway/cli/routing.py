@@ -13,6 +13,7 @@ from gateway.cli.common import (
     merchant_option,
     mode_option,
     no_card_number,
+    one_line,
     postgres_dsn,
     read_settings,
     reason_option,
@@ -154,10 +155,10 @@ async def routing_list(merchant: str, mode: str) -> None:
                 if each.activated_at is not None:
                     state = f"{'in force since' if each.active else 'last in force from'} "
                     state += f"{each.activated_at:%Y-%m-%dT%H:%M:%SZ} by {each.activated_by}"
-                    state += f": {each.activation_reason}"
+                    state += f": {one_line(each.activation_reason)}"
                 click.echo(
                     f"{each.version}  {each.created_at:%Y-%m-%dT%H:%M:%SZ}  {each.created_by}  "
-                    f"{each.reason}  ({state})"
+                    f"{one_line(each.reason)}  ({state})"
                 )
             if len(page) < PAGE_SIZE_DEFAULT:
                 return

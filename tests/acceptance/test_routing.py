@@ -347,6 +347,26 @@ def test_the_command_line_checks_puts_explains_and_simulates(shop: Shop) -> None
     assert activated == f"in force: none; before: {version}\n"
 
 
+def test_a_reason_forges_no_line_of_the_list_and_commands_no_terminal(shop: Shop) -> None:
+    reason = "the usual split\n1  2026-01-01T00:00:00Z  login:root  \x1b]0;title\x07\x9b2J"
+    rules = shop.rules(shop.answers, name="forged")
+
+    async def put() -> int:
+        request = pb.PutRoutingRulesRequest(rules_toml=rules, reason=reason, activate=True)
+        async with people(shop) as (_, router):
+            answer = await router.call("PutRoutingRules", request)
+            return int(answer.version)
+
+    version = asyncio_run(put)
+    who = ("--merchant", shop.system.shop.merchant_id, "--mode", "test")
+    listed = CliRunner().invoke(main, ["routing", "list", *who], env=shop.system.settings).stdout
+    newest, *earlier = listed.splitlines()
+    assert newest.startswith(f"{version}  ")
+    assert newest.count("the usual split\\n1  2026") == 2  # why it was put, and put into force
+    assert [int(line.split()[0]) for line in earlier] == list(range(version - 1, 0, -1))
+    assert all(character.isprintable() or character == "\n" for character in listed)
+
+
 async def test_what_is_learnt_leaves_the_account_that_declines(shop: Shop) -> None:
     async with people(shop) as (caller, router):
         await router.put(shop.rules(shop.declines, attempts_max=1))
