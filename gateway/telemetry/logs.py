@@ -61,14 +61,15 @@ _SECRET_KEYS = frozenset(
 _SECRET_KEY_ENDS = (
     *("cvv", "cvv2", "cvc", "cvc2", "csc", "cav2", "securitycode", "verificationvalue"),
     *("track1", "track2", "trackdata"),
-    *("password", "passwd", "secret", "apikey", "accesstoken", "privatekey"),
+    *("password", "passwd", "secret", "secrets", "apikey", "accesstoken"),
+    *("privatekey", "secretkey", "cryptogram"),
 )
 _NOT_IN_KEYS = re.compile(r"[^a-z0-9]")
 
 # If none of these words stands in a text, none of the rules below can apply to it.
 _HINT = re.compile(
     r"gwk_|eyJ|://|bearer|basic|authori[sz]ation|api[-_ ]?key|passw|secret|cvv|cvc|csc|cav"
-    r"|security|verification",
+    r"|security|verification|private|cryptogram|sk_|rk_|whsec_",
     re.IGNORECASE,
 )
 _USER_OF_URL = re.compile(r"(?i)[a-z][a-z0-9+.-]{0,30}://[^\s:/@]{0,200}:")
@@ -92,6 +93,8 @@ _SECRET_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]
         re.compile(r"(?<![\w-])(?=[\w-]*?eyJ[\w-]{8})[\w-]++\.[\w-]*(?:\.[\w-]*)?"),
         REDACTED,
     ),
+    # Stripe's keys, and the secrets of its webhooks.
+    (re.compile(r"((?:sk|rk)_(?:live|test)_|whsec_)\w+"), rf"\1{REDACTED}"),
     # scheme://user:password@host; to the last @, since passwords hold unescaped ones.
     # A run at a time: a search for the @ from each beginning of a URL would read it anew each time.
     (re.compile(r"[^\s\"'<>]+"), _without_password),
@@ -101,7 +104,8 @@ _SECRET_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]
     (
         # authorization: x · "authorization": "x" · ('authorization', 'x') · password=x
         re.compile(
-            r"(?i)((?:authori[sz]ation|api[-_ ]?key|passw(?:or)?d|secret)"
+            r"(?i)((?:authori[sz]ation|(?:api|secret|private)[-_ ]?key|passw(?:or)?d|secrets?"
+            r"|cryptogram)"
             r"(?:\\*[\"'])?\s*(?:[:=]|(?<=[\"']),)\s*(?:b?\\*[\"'])?"
             r"(?:(?:bearer|basic)\s+)?+)(?!\[REDACTED)[^\s\"',;&\\)\]}]+"
         ),

@@ -232,6 +232,14 @@ def test_a_card_number_in_an_exception_its_causes_and_groups_is_masked(captured:
         "host=h user=u password=S3cr3tS3cr3t dbname=d",
         "passwd: S3cr3tS3cr3t",
         "client_secret='S3cr3tS3cr3t'",
+        # What accounts at PSPs have, and what a network token brings.
+        '{"secret_key": "S3cr3tS3cr3t"}',
+        "{'webhook_secrets': 'S3cr3tS3cr3t'}",
+        "private_key=S3cr3tS3cr3t",
+        '{"cryptogram": "S3cr3tS3cr3t="}',
+        "the key sk_live_S3cr3tS3cr3t is none",
+        "rk_test_S3cr3tS3cr3t",
+        "signed by whsec_S3cr3tS3cr3t",
     ],
 )
 def test_a_secret_in_text_is_redacted(value: str) -> None:
@@ -273,7 +281,8 @@ def test_a_card_security_code_in_text_is_redacted(value: str) -> None:
     [
         "cvv", "CVC", "cvc2", "csc", "card_cvv", "cardCvc", "security_code", "Security-Code",
         "authorization", "Authorization", "x-api-key", "api_key", "password", "client_secret",
-        "track2", "cookie", "pin", "cavv",
+        "track2", "cookie", "pin", "cavv", "secret_key", "webhook_secrets", "private_key",
+        "cryptogram",
     ],
 )  # fmt: skip
 def test_the_value_under_a_secret_key_is_redacted_whatever_it_is(key: str) -> None:
