@@ -54,6 +54,18 @@ def postgres_dsn(settings: Settings) -> str:
     return dsn
 
 
+async def require_merchant(dsn: str, merchant: str | None) -> None:
+    """Refuse an id that no merchant has: it would look like a merchant without payments.
+
+    None is no id.
+    """
+    from storage.postgres.accounts import Accounts
+
+    if merchant is not None:
+        async with Accounts.connect(dsn) as accounts:
+            await accounts.require_merchant(merchant)
+
+
 def no_card_number(context: click.Context, option: click.Parameter, value: str) -> str:
     """Refuse an option's text that holds what looks like a card number; it would be stored."""
     from gateway.domain.pan import contains_pan

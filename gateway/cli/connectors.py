@@ -16,6 +16,7 @@ from gateway.cli.common import (
     postgres_dsn,
     read_settings,
     reason_option,
+    require_merchant,
 )
 from gateway.settings import Settings
 
@@ -195,7 +196,9 @@ async def connectors_add(
 @coroutine
 async def connectors_list(merchant: str | None) -> None:
     """List the accounts, without their credentials."""
-    async with connector_accounts(read_settings()) as accounts:
+    settings = read_settings()
+    await require_merchant(postgres_dsn(settings), merchant)
+    async with connector_accounts(settings) as accounts:
         for row in await accounts.list(merchant):
             click.echo(
                 "  ".join(
@@ -529,7 +532,9 @@ async def connector_costs_put(merchant: str, file: Path, reason: str) -> None:
 @coroutine
 async def connector_costs_show(merchant: str, versions: bool) -> None:
     """Print a merchant's fees."""
-    async with _controls(read_settings()) as controls:
+    settings = read_settings()
+    await require_merchant(postgres_dsn(settings), merchant)
+    async with _controls(settings) as controls:
         rows = await controls.costs_of(merchant, COSTS_SHOWN_MAX if versions else 1)
     if not versions:
         click.echo(rows[0].body if rows else "", nl=False)

@@ -15,6 +15,7 @@ from gateway.cli.common import (
     no_card_number,
     postgres_dsn,
     read_settings,
+    require_merchant,
 )
 
 DOUBTS_PER_PAGE: Final = 200
@@ -36,10 +37,12 @@ async def doubts_list(merchant_id: str | None, needs_person: bool) -> None:
     from gateway.application.administration import AdminFilter
     from storage.postgres import open_reader
 
+    dsn = postgres_dsn(read_settings())
+    await require_merchant(dsn, merchant_id)
     merchants = None if merchant_id is None else frozenset({merchant_id})
     page_of = AdminFilter(merchants, None, DOUBTS_PER_PAGE)
     now = datetime.now(UTC)
-    async with open_reader(postgres_dsn(read_settings())) as store:
+    async with open_reader(dsn) as store:
         while True:
             page = await store.list_doubts(page_of, needs_person_only=needs_person)
             for each in page.doubts:
@@ -152,8 +155,10 @@ async def verify(merchant_id: str | None, psp_journal: Path | None) -> None:
     from gateway.verify import verify_all
     from storage.postgres import open_reader
 
+    dsn = postgres_dsn(read_settings())
+    await require_merchant(dsn, merchant_id)
     merchants = None if merchant_id is None else frozenset({merchant_id})
-    async with open_reader(postgres_dsn(read_settings())) as store:
+    async with open_reader(dsn) as store:
         try:
             good = await verify_all(store.audit, AdminFilter(merchants, None, 0), psp_journal)
         except JournalError as error:

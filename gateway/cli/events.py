@@ -17,6 +17,7 @@ from gateway.cli.common import (
     postgres_dsn,
     read_settings,
     reason_option,
+    require_merchant,
 )
 
 CONSUMERS_SHOWN_MAX: Final = 1000
@@ -115,6 +116,7 @@ async def events_tail(
     merchants = None if merchant is None else frozenset({merchant})
     name = _consumer_name("", mode, consumer or "")
     audience = Audience(name.mode, merchants)
+    await require_merchant(postgres_dsn(read_settings()), merchant)
 
     async def ask() -> Audience:
         return audience

@@ -4,7 +4,14 @@ from typing import Any
 
 import click
 
-from gateway.cli.common import coroutine, fail, merchant_option, postgres_dsn, read_settings
+from gateway.cli.common import (
+    coroutine,
+    fail,
+    merchant_option,
+    postgres_dsn,
+    read_settings,
+    require_merchant,
+)
 
 
 @click.group()
@@ -42,6 +49,7 @@ async def notifications_list(merchant: str, pending: bool, result: str | None, l
     from gateway.application.notifications import Result
 
     wanted = None if result is None else Result[result.upper().replace("-", "_")]
+    await require_merchant(postgres_dsn(read_settings()), merchant)
     async with _notifications() as store:
         for each in await store.list(merchant, limit=limit, pending_only=pending, result=wanted):
             told = each.received.notification

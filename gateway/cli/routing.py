@@ -17,6 +17,7 @@ from gateway.cli.common import (
     postgres_dsn,
     read_settings,
     reason_option,
+    require_merchant,
 )
 from gateway.cli.connectors import connector_accounts
 
@@ -69,6 +70,7 @@ async def _routing(merchant: str) -> AsyncIterator[tuple[Any, Any, Any]]:
         kinds = configured_kinds(settings)
     except ConnectorsMisconfigured as error:
         fail(str(error))
+    await require_merchant(postgres_dsn(settings), merchant)
     async with connector_accounts(settings) as accounts:
         router = DescribedAccounts(await accounts.list(merchant), kinds, settings.simulator_profile)
     decisions = Routing(router)

@@ -25,6 +25,7 @@ _CREATE_ORGANISATION = query("accounts", "create_organisation")
 _LIST_ORGANISATIONS = query("accounts", "list_organisations")
 _CREATE_MERCHANT = query("accounts", "create_merchant")
 _LIMIT_MERCHANT = query("accounts", "limit_merchant")
+_FIND_MERCHANT = query("accounts", "find_merchant")
 _LIST_MERCHANTS = query("accounts", "list_merchants")
 _CREATE_KEY = query("accounts", "create_key")
 _LIST_KEYS = query("accounts", "list_keys")
@@ -132,6 +133,11 @@ class Accounts(DirectStore):
             )
             for record in await self._lane.fetch(_LIST_MERCHANTS, organisation_id=organisation_id)
         ]
+
+    async def require_merchant(self, merchant_id: str) -> None:
+        """Raises GatewayError(INVALID_REQUEST) where there is no such merchant."""
+        if not await self._lane.fetch(_FIND_MERCHANT, merchant_id=merchant_id):
+            raise GatewayError(Reason.INVALID_REQUEST, f"There is no merchant {merchant_id}.")
 
     async def limit_merchant(self, merchant_id: str, rate_limit: RateLimit | None) -> None:
         """Limit how often a merchant's money calls may begin, or (None) no longer.

@@ -202,6 +202,29 @@ def test_what_does_not_exist_is_refused_in_one_line_that_names_it(
     assert command_line.printed("merchants", "list", "--organisation", organisation) == ""
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("verify",),
+        ("doubts", "list"),
+        ("notifications", "list"),
+        ("connectors", "list"),
+        ("connectors", "costs", "show"),
+        ("events", "tail", "--mode", "test", "--consumer", "relay"),
+        ("routing", "list", "--mode", "test"),
+        ("routing", "validate", "--mode", "test", "-"),
+        ("routing", "simulate", "--mode", "test", "-"),
+    ],
+)
+def test_a_merchant_that_there_is_not_is_refused_rather_than_taken_for_one_without_anything(
+    command_line: CommandLine, command: tuple[str, ...]
+) -> None:
+    assert command_line.refused(*command, "--merchant", "mer_none") == (
+        "Error: There is no merchant mer_none."
+    )
+    assert command_line.printed("events", "consumers") == ""
+
+
 def test_a_payment_is_shown_to_its_merchants_id_alone(command_line: CommandLine) -> None:
     payment_id, merchant_id = new_payment_id(), new_merchant_id()
     refused = command_line.refused("payments", "show", payment_id, "--merchant", merchant_id)

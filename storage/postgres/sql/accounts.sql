@@ -23,6 +23,9 @@ SET rate_limit_per_s = :per_s::float8, rate_limit_burst = :burst::int4
 WHERE merchant_id = :merchant_id::text
 RETURNING merchant_id;
 
+-- :name find_merchant
+SELECT merchant_id FROM merchants WHERE merchant_id = :merchant_id::text;
+
 -- :name list_merchants
 SELECT
     merchant_id, organisation_id, name, pan_exempt_order_id, created_at, rate_limit_per_s,
