@@ -27,8 +27,9 @@ class Command:
     """When the call was ready to begin, as a time of `time.monotonic()`."""
     rate_limit: RateLimit | None = field(default=None, compare=False, kw_only=True)
     """The merchant's."""
-    detached: bool = field(default=False, compare=False, kw_only=True)
-    """The call is made by a task of its own, which nobody cancels: it needs no second one."""
+    item: bool = field(default=False, compare=False, kw_only=True)
+    """It is one of a batch or a stream. It has a task of its own, which nobody cancels, and needs
+    no second one; and it wants throughput: it waits for its neighbours."""
 
 
 @dataclass(slots=True)

@@ -134,7 +134,10 @@ class Observer(Protocol):
         """After `before` another account was asked, with this answer."""
 
     def answered(self, added_s: float) -> None:
-        """A PSP's answer is written; so long was the call here, without the PSP's seconds."""
+        """A PSP's answer is written; so long was the call here, without the PSP's seconds.
+
+        Not told of items: the objective of latency is about calls.
+        """
 
     def outcome_lost(self, operation: Operation) -> None:
         """An outcome could not be written; recovery settles the operation."""
@@ -347,7 +350,7 @@ class Payments:
         self, command: Command, work: Coroutine[Any, Any, Answer]
     ) -> Coroutine[Any, Any, Answer]:
         """What comes of `work`, which goes on where its caller is cancelled."""
-        return self._here(work) if command.detached else self._apart(command.merchant_id, work)
+        return self._here(work) if command.item else self._apart(command.merchant_id, work)
 
     async def _here(self, work: Coroutine[Any, Any, Answer]) -> Answer:
         """What comes of `work` in the present task, which nobody cancels."""
@@ -723,7 +726,7 @@ class Payments:
                 raise
             ended = time.monotonic()
             self._occupancy.passed(_OUTCOME, ended - now)
-            if psp_s is not None:
+            if psp_s is not None and not command.item:
                 self._observer.answered(ended - command.begun_at - psp_s)
         operation = found.operation
         response = operation.response or self._encoder.response(operation, found.payment)

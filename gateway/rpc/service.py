@@ -461,7 +461,7 @@ class PaymentService:
     def start(self, call: _Call, item: _Item, earlier: "asyncio.Task[Any] | None") -> None:
         """Begin an item's authorization, after an earlier one with the same key."""
         if item.command is not None:
-            item.command.detached = True
+            item.command.item = True
             item.is_repeat = earlier is not None
             item.task = self._detach(self._perform(call, item, item.command, earlier))
 

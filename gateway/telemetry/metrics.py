@@ -137,7 +137,8 @@ class Metrics:
         )
         self._added_s = self._latency(
             "added_duration_seconds",
-            "Time of a call from its claim to its outcome's commit, without its PSP's.",
+            "Time of a call from its claim to its outcome's commit, without its PSP's; items of"
+            " batches and streams are not in it.",
             _STAGE_S,
         )
         self._replays = self._counter(

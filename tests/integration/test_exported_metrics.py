@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from payments.v1 import payment_service_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.application.admission import RefusedBy, Work
@@ -19,7 +20,7 @@ from gateway.domain.model import Delivery, OperationKind, OperationState, Verdic
 from gateway.telemetry.reference import documented
 from storage.batching import Failure
 from tests.chart_scripts import load
-from tests.harness import calling, eventually, new_key, running_system
+from tests.harness import authorize_request, calling, eventually, new_key, running_system
 from tests.servers import free_port
 
 if TYPE_CHECKING:
@@ -143,6 +144,26 @@ def _check_queries(families: set[str], samples: Samples) -> None:
 
 
 # --- what a payment and a doubt leave in the metrics ----------------------------------------------
+
+
+async def test_items_of_batches_and_streams_do_not_use_up_the_objective_of_latency(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    port = free_port()
+    items = [
+        payment_service_pb2.AuthorizePaymentItem(
+            item_ref=f"{number}", authorization=authorize_request()
+        )
+        for number in range(3)
+    ]
+    with running_system(postgres, redis) as system:
+        gateway = system.start_gateway(metrics_address=f"127.0.0.1:{port}")
+        async with calling(await gateway.serving(), system.shop.api_key) as caller:
+            batch = payment_service_pb2.BatchAuthorizePaymentsRequest(items=items)
+            await caller.call("BatchAuthorizePayments", batch)
+            *_, values = await asyncio.to_thread(scrape, port)
+            assert values["gateway_stage_duration_seconds_count outcome"] == len(items)
+            assert values.get("gateway_added_duration_seconds_count", 0) == 0
 
 
 async def test_a_payment_is_timed_by_its_stages_and_a_doubt_has_an_age(

@@ -602,7 +602,7 @@ async def test_work_of_a_task_of_its_own_begins_no_other_and_is_waited_for() -> 
     gate = Gate()
     gateway = bench(CAPABLE, Step(before=gate))
     command = gateway.authorize()
-    command.detached = True
+    command.item = True
     call = in_background(gateway.payments.authorize(command))
     await gate.reached.wait()
     assert asyncio.all_tasks() == {asyncio.current_task(), call}
