@@ -877,6 +877,27 @@ async def test_a_new_attempt_of_an_old_operation_has_its_recovery_too(
     assert lease.operation.epoch == 3
 
 
+async def test_a_new_attempt_of_a_refund_has_the_first_capture_that_it_is_of_now_as_its_parent(
+    store: PostgresStore,
+) -> None:
+    payment = await authorized(store)
+    intent = capture(payment)
+    refund = intent.operation.copy_with(
+        kind=OperationKind.REFUND, parent_operation_id="op_a", allocations=(("op_a", 1_000),)
+    )
+    await store.write_intent(replace(intent, operation=refund))
+    await store.write_change(outcome(refund, intent.payment, S.NOT_SENT))
+    operation, payment = await stored(store, refund)
+    again = restarted(operation, payment)
+    again.operation.allocations = (("op_b", 400), ("op_c", 600))
+    assert await store.write_change(again) is Stored.WRITTEN
+    operation, payment = await stored(store, refund)
+    assert (operation.parent_operation_id, operation.allocations[0]) == ("op_b", ("op_b", 400))
+    await store.write_change(outcome(operation, payment))
+    operation, _ = await stored(store, refund)
+    assert operation.parent_operation_id == "op_b"
+
+
 async def test_evidence_of_an_earlier_attempt_leaves_the_new_ones_sender_its_time(
     store: PostgresStore,
 ) -> None:

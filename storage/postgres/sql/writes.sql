@@ -254,6 +254,12 @@ changed AS (
     UPDATE operations AS operation
     SET {{operation_set}},
         epoch = source.epoch,
+        -- A new attempt of a refund may be of other captures: its parent is the first of them.
+        parent_operation_id = CASE
+            WHEN source.epoch <> source.expected_epoch
+            THEN coalesce(source.allocations #>> '{0,0}', operation.parent_operation_id)
+            ELSE operation.parent_operation_id
+        END,
         recover_after = coalesce(
             now() + source.recover_after_s * interval '1 second', operation.recover_after
         )
