@@ -311,6 +311,7 @@ class Gateway:
                 lease_s=settings.recovery_lease_s,
                 batch_max=settings.recovery_batch_max,
                 concurrency_max=settings.recovery_concurrency,
+                account_concurrency_max=settings.recovery_account_concurrency,
                 backoff_s_min=settings.recovery_backoff_s_min,
                 backoff_s_max=settings.recovery_backoff_s_max,
             ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
@@ -25,8 +25,6 @@ from storage.postgres.notifications import DEFINITE, ENDS
 from tests.memory_store import MERCHANT, Bench, JsonEncoder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from gateway.domain.model import ConnectorAnswer
 
 ACCOUNT: Final = "account-1"
@@ -37,7 +35,8 @@ SCHEDULE: Final = Schedule(
     interval_s=1.0,
     lease_s=30.0,
     batch_max=100,
-    concurrency_max=10,
+    concurrency_max=100,
+    account_concurrency_max=100,
     backoff_s_min=1.0,
     backoff_s_max=60.0,
 )
@@ -48,6 +47,18 @@ Key = tuple[str, str, str]
 def _key(received: Received) -> Key:
     notification = received.notification
     return received.merchant_id, received.connector_account_id, notification.event_id
+
+
+def within_share(
+    due: Iterable[Key], limit: int, account_max: int | None, busy: Iterable[Key]
+) -> Iterator[Key]:
+    """The first of those that are due, without what is beyond an account's share."""
+    accounts = Counter(account for _, account, _ in busy)
+    for key in due:
+        if limit and (account_max is None or accounts[key[1]] < account_max):
+            limit -= 1
+            accounts[key[1]] += 1
+            yield key
 
 
 @dataclass(slots=True)
@@ -67,10 +78,19 @@ class MemoryNotifications:
             self.pending[_key(each)] = 0
         return len(new)
 
-    async def lease(self, limit: int, lease_s: float) -> Sequence[Pending]:
+    async def lease(
+        self,
+        limit: int,
+        lease_s: float,
+        *,
+        account_max: int | None = None,
+        at_work: Collection[Received] = (),
+    ) -> Sequence[Pending]:
         """See the port."""
+        busy = [_key(each) for each in at_work]
+        due = [key for key in self.pending if key not in busy]
         taken = []
-        for key in list(self.pending)[:limit]:
+        for key in within_share(due, limit, account_max, busy):
             taken.append(Pending(self.kept[key], self.pending[key]))
             self.pending[key] += 1
         return sorted(taken, key=lambda each: each.received.notification.occurred_at or AT)

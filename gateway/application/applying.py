@@ -11,6 +11,7 @@ one effect: a lease spreads the work, the payment's version keeps it right.
 import asyncio
 import logging
 import random
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -95,9 +96,12 @@ class Schedule:
     lease_s: float
     """For how long a notification is left to the applier that took it."""
     batch_max: int
-    """How many are taken at once."""
+    """How many are taken at once; never more are taken than have a place."""
     concurrency_max: int
-    """How many are applied at once."""
+    """How many are at work at once: the places."""
+    account_concurrency_max: int
+    """How many of these are of one connector account: one whose PSP hangs leaves places to the
+    others."""
     backoff_s_min: float
     """The first pause where one cannot be applied yet; doubled up to the next."""
     backoff_s_max: float
@@ -140,6 +144,8 @@ class Applier:
         self._outcomes = outcomes
         self._schedule = schedule
         self._observer = observer
+        self._at_work: list[Received] = []
+        """What has a place now."""
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
@@ -147,39 +153,66 @@ class Applier:
         self._woken.set()
 
     async def run(self) -> None:
-        """Look for work until cancelled."""
-        while True:
-            self._woken.clear()
-            try:
-                worked = await self.run_once()
-            except Exception:  # noqa: BLE001 - the loop outlives whatever one round meets
-                self._observer.applying_failed()
-                _log.warning("notifications could not be looked for", exc_info=True)
-                worked = 0
-            if worked < self._schedule.batch_max:
-                pause_s = self._schedule.interval_s * random.uniform(0.8, 1.2)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(pause_s):
-                        await self._woken.wait()
+        """Look for work until cancelled; a place that comes free is filled again at once."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                self._woken.clear()
+                has_more = False
+                try:
+                    room = self._room
+                    lines = await self._take(room)
+                except Exception:  # noqa: BLE001 - the loop outlives whatever one look meets
+                    self._observer.applying_failed()
+                    _log.warning("notifications could not be looked for", exc_info=True)
+                else:
+                    has_more = sum(map(len, lines)) == room > 0
+                    for line in lines:
+                        tasks.create_task(self._apply_line(line))
+                if not has_more:
+                    pause_s = self._schedule.interval_s * random.uniform(0.8, 1.2)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(pause_s):
+                            await self._woken.wait()
 
     async def run_once(self) -> int:
-        """Apply what is due; how many were looked at."""
-        pending = await self._notifications.lease(self._schedule.batch_max, self._schedule.lease_s)
-        room = asyncio.Semaphore(self._schedule.concurrency_max)
+        """Apply what is due and has a place; how many were looked at."""
+        lines = await self._take(self._room)
+        await asyncio.gather(*(self._apply_line(line) for line in lines))
+        return sum(map(len, lines))
+
+    @property
+    def _room(self) -> int:
+        """How many may be taken now."""
+        free = self._schedule.concurrency_max - len(self._at_work)
+        return min(free, self._schedule.batch_max)
+
+    async def _take(self, limit: int) -> Sequence[Sequence[Pending]]:
+        """Take what is due; each has a place from now on."""
+        if limit <= 0:
+            return []
+        schedule = self._schedule
+        pending = await self._notifications.lease(
+            limit,
+            schedule.lease_s,
+            account_max=schedule.account_concurrency_max,
+            at_work=tuple(self._at_work),
+        )
+        self._at_work += [each.received for each in pending]
         # Those of one thing one after the other, in the order of the PSP's clock.
         lines: dict[tuple[str, str], list[Pending]] = {}
         for each in pending:
             received = each.received
             line = received.connector_account_id, _line_of(received.notification)
             lines.setdefault(line, []).append(each)
+        return list(lines.values())
 
-        async def one(line: list[Pending]) -> None:
-            async with room:
-                for each in line:
-                    await self._guarded(each)
-
-        await asyncio.gather(*(one(line) for line in lines.values()))
-        return len(pending)
+    async def _apply_line(self, line: Sequence[Pending]) -> None:
+        for each in line:
+            try:
+                await self._guarded(each)
+            finally:
+                self._at_work.remove(each.received)
+                self._woken.set()
 
     async def _guarded(self, pending: Pending) -> None:
         received = pending.received

@@ -1,6 +1,6 @@
 """What PSPs tell of their own accord, as values, and the port of where it is kept."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import IntEnum, StrEnum
@@ -181,8 +181,17 @@ class NotificationStore(Protocol):
         Raises GatewayError(OVERLOADED) where the queue is full.
         """
 
-    async def lease(self, limit: int, lease_s: float) -> Sequence[Pending]:
-        """Take some that are due, in the order of the PSP's clock."""
+    async def lease(
+        self,
+        limit: int,
+        lease_s: float,
+        *,
+        account_max: int | None = None,
+        at_work: Collection[Received] = (),
+    ) -> Sequence[Pending]:
+        """Take some that are due, each account's in the order of the PSP's clock: none that the
+        caller is at work on, and of an account, with those, `account_max` at most.
+        """
 
     async def finish(self, received: Received, applied: Applied) -> None:
         """It is done with."""

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import IntEnum
@@ -96,24 +97,38 @@ class Notifications(DirectStore):
         new = await asyncio.gather(*(self._keeping.put(each) for each in received))
         return sum(new)
 
-    async def lease(self, limit: int, lease_s: float) -> Sequence[Pending]:
-        """See the port."""
-        records = await self._lane.fetch(_LEASE, limit=limit, lease_s=lease_s)
-        leased = []
-        for record in records:
-            try:
-                leased.append(Pending(_received_of(record), record["tries"]))
-            except (ValueError, TypeError, KeyError) as error:
-                # A newer version's, which can read it when this lease has run out.
-                _log.error(
-                    "a notification cannot be read: %s",
-                    type(error).__name__,
-                    extra={
-                        "merchant_id": record["merchant_id"],
-                        "connector_account_id": record["connector_account_id"],
-                        "event_id": record["event_id"],
-                    },
-                )
+    async def lease(
+        self,
+        limit: int,
+        lease_s: float,
+        *,
+        account_max: int | None = None,
+        at_work: Collection[Received] = (),
+    ) -> Sequence[Pending]:
+        """See the port.
+
+        An account whose share is used up is left out, and what is due of others is looked for
+        again: so a long list of one hides nobody else's.
+        """
+        share = limit + len(at_work) if account_max is None else account_max
+        accounts = [each.connector_account_id for each in at_work]
+        leased: list[Pending] = []
+        while len(leased) < limit:
+            full = {each for each, count in Counter(accounts).items() if count >= share}
+            records = await self._lane.fetch(
+                _LEASE,
+                limit=limit - len(leased),
+                lease_s=lease_s,
+                account_max=share,
+                at_work=[each.notification.event_id for each in at_work],
+                busy_accounts=accounts,
+                full_accounts=list(full),
+            )
+            leased += _readable(records)
+            new = [record["connector_account_id"] for record in records]
+            accounts += new
+            if all(accounts.count(each) < share for each in new):
+                break  # nobody was left out
         return leased
 
     async def finish(self, received: Received, applied: Applied) -> None:
@@ -263,6 +278,26 @@ def _received_of(record: asyncpg.Record) -> Received:
         record["connector_account_id"],
         notification_of(record["content"]),
     )
+
+
+def _readable(records: Sequence[asyncpg.Record]) -> list[Pending]:
+    """Those of the leased that this version can read; the others are said."""
+    leased = []
+    for record in records:
+        try:
+            leased.append(Pending(_received_of(record), record["tries"]))
+        except (ValueError, TypeError, KeyError) as error:
+            # A newer version's, which can read it when this lease has run out.
+            _log.error(
+                "a notification cannot be read: %s",
+                type(error).__name__,
+                extra={
+                    "merchant_id": record["merchant_id"],
+                    "connector_account_id": record["connector_account_id"],
+                    "event_id": record["event_id"],
+                },
+            )
+    return leased
 
 
 def _kept_of(record: asyncpg.Record) -> Kept:

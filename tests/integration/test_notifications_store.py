@@ -124,6 +124,25 @@ async def test_one_that_cannot_be_read_holds_up_no_other(store: PostgresStore, d
     assert {each.received.notification.event_id for each in leased} == {"evt_0", "evt_2"}
 
 
+async def test_no_account_has_more_at_work_than_its_share_and_hides_nobody(
+    store: PostgresStore,
+) -> None:
+    many = [received(event_id=f"evt_many_{number}") for number in range(1, 8)]
+    many = [replace(each, connector_account_id="acc_many") for each in many]
+    for each in many:
+        await store.notifications.keep([each])
+    other = received(event_id="evt_other")
+    await store.notifications.keep([other])
+    first = await store.notifications.lease(4, 0, account_max=3)
+    at_work = [each.received for each in first]
+    assert [each in many for each in at_work] == [True, True, True, False]
+    # With them at work the account has no place left, and with one of them two.
+    assert not await store.notifications.lease(4, 60, account_max=3, at_work=at_work)
+    again = await store.notifications.lease(4, 60, account_max=3, at_work=[at_work[0], other])
+    assert len(again) == 2
+    assert at_work[0] not in [each.received for each in again]
+
+
 async def test_what_is_finished_is_shown_and_not_leased_again(store: PostgresStore) -> None:
     one = received()
     await store.notifications.keep([one])

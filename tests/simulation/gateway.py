@@ -70,6 +70,7 @@ APPLYING: Final = ApplyingSchedule(
     lease_s=1.0,
     batch_max=20,
     concurrency_max=4,
+    account_concurrency_max=3,
     backoff_s_min=0.2,
     backoff_s_max=1.5,
 )

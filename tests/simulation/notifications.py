@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Final
 from gateway.application.notifications import Notification, NotificationKind, Pending, Received
 from gateway.connectors.simulator.connector import _answered
 from gateway.domain.model import Verdict
-from tests.memory_notifications import Key, MemoryNotifications, _key
+from tests.memory_notifications import Key, MemoryNotifications, _key, within_share
 from tests.simulation.loop import at_once
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 
     from gateway.application.notifications import Applied
     from gateway.connectors.simulator.journal import Record
@@ -71,17 +71,27 @@ class KeptNotifications(MemoryNotifications):
             self.rows[_key(each)] = _Row(self._now())
         return len(new)
 
-    async def lease(self, limit: int, lease_s: float) -> Sequence[Pending]:
+    async def lease(
+        self,
+        limit: int,
+        lease_s: float,
+        *,
+        account_max: int | None = None,
+        at_work: Collection[Received] = (),
+    ) -> Sequence[Pending]:
         """See the port."""
-        now = self._now()
+        now, busy = self._now(), [_key(each) for each in at_work]
         due = [
-            (key, row)
+            key
             for key, row in self.rows.items()
             if row.apply_at <= now and (row.lease_until is None or row.lease_until <= now)
+            if key not in busy
         ]
+        due.sort(key=lambda key: self.rows[key].apply_at)
         taken = []
         self.changes += len(due)
-        for key, row in sorted(due, key=lambda each: each[1].apply_at)[:limit]:
+        for key in within_share(due, limit, account_max, busy):
+            row = self.rows[key]
             row.lease_until = now + timedelta(seconds=lease_s)
             taken.append(Pending(self.kept[key], row.tries))
             row.tries += 1
@@ -124,9 +134,18 @@ class NotificationsOfGateway:
         new: int = await self._run(lambda kept: kept.keep(received))
         return new
 
-    async def lease(self, limit: int, lease_s: float) -> Sequence[Pending]:
+    async def lease(
+        self,
+        limit: int,
+        lease_s: float,
+        *,
+        account_max: int | None = None,
+        at_work: Collection[Received] = (),
+    ) -> Sequence[Pending]:
         """See the port."""
-        taken: Sequence[Pending] = await self._run(lambda kept: kept.lease(limit, lease_s))
+        taken: Sequence[Pending] = await self._run(
+            lambda kept: kept.lease(limit, lease_s, account_max=account_max, at_work=at_work)
+        )
         return taken
 
     async def finish(self, received: Received, applied: Applied) -> None:

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gateway.application.administration import answer_of_person
+from gateway.application.applying import Applier
 from gateway.application.notifications import (
     Applied,
     Dispute,
     DisputeStage,
     DisputeStatus,
     NotificationKind,
+    Received,
     Result,
 )
 from gateway.application.ports import Resolution
@@ -35,7 +37,7 @@ from gateway.domain.model import (
     PaymentState,
     Verdict,
 )
-from tests.memory_notifications import NotifiedBench
+from tests.memory_notifications import SCHEDULE, MemoryNotifications, NotifiedBench
 from tests.memory_store import (
     ACTION_MARGIN_S,
     ACTION_TIMEOUT_S,
@@ -50,6 +52,7 @@ from tests.memory_store import (
     TRIES_MAX,
     UNSENT,
     Gate,
+    JsonEncoder,
     ScriptedConnector,
     Step,
     answered,
@@ -1332,3 +1335,49 @@ async def test_delivery_counts_as_answered_for_what_the_psp_told() -> None:
     reference = gateway.store.by_key("a").reference
     await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=reference))
     assert gateway.store.by_key("a").attempt.delivery is Delivery.ANSWERED
+
+
+async def test_what_an_account_whose_psp_hangs_was_told_holds_up_nobody_elses() -> None:
+    gateway = bench()
+    hanging, applied = asyncio.Semaphore(0), asyncio.Event()
+
+    async def hang(connector_account_id: str, connector_transaction_id: str) -> str | None:
+        hanging.release()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    class Notifications(MemoryNotifications):
+        async def finish(self, received: Received, applied_: Applied) -> None:
+            await super().finish(received, applied_)
+            applied.set()
+
+    notifications = Notifications()
+    gateway.reference_of = hang  # type: ignore[method-assign]
+    applier = Applier(
+        notifications,
+        gateway.store,
+        gateway.router,
+        gateway,
+        JsonEncoder(),
+        gateway.payments.outcomes,
+        replace(SCHEDULE, interval_s=3600, concurrency_max=4, account_concurrency_max=2),
+        gateway.results,
+    )
+    await notifications.keep(
+        [
+            gateway.told(N.REFUND, APPROVED, account="hangs", payment_transaction_id="tx-1")
+            for _ in range(7)
+        ]
+    )
+    applying = asyncio.ensure_future(applier.run())
+    async with asyncio.timeout(60):
+        await hanging.acquire()
+        await hanging.acquire()
+        other = gateway.told(N.REFUND, APPROVED, reference="none-of-ours")
+        await notifications.keep([other])
+        applier.wake()
+        await applied.wait()
+    assert hanging.locked()
+    assert list(notifications.applied.values()) == [Applied(Result.UNMATCHED)]
+    applying.cancel()
+    await asyncio.wait([applying])

@@ -28,22 +28,34 @@ FROM kept
 RETURNING merchant_id, connector_account_id, event_id;
 
 -- :name lease
--- Those longest due first; what another gateway is leasing at this moment is passed over.
+-- Those longest due first; what another gateway is leasing at this moment is passed over, and what
+-- the caller is at work on. No account gets beyond its share, of which busy_accounts names each
+-- that is at work.
 WITH due AS MATERIALIZED (
-    SELECT merchant_id, connector_account_id, event_id
+    SELECT merchant_id, connector_account_id, event_id, apply_at
     FROM pending_notifications
     WHERE apply_at <= now() AND (lease_until IS NULL OR lease_until <= now())
+        AND event_id <> ALL (:at_work::text[])
+        AND connector_account_id <> ALL (:full_accounts::text[])
     ORDER BY apply_at
     LIMIT :limit::int4
     FOR UPDATE SKIP LOCKED
 ),
+numbered AS (
+    SELECT
+        merchant_id, connector_account_id, event_id,
+        row_number() OVER (PARTITION BY connector_account_id ORDER BY apply_at)
+            + cardinality(array_positions(:busy_accounts::text[], connector_account_id)) AS number
+    FROM due
+),
 leased AS (
     UPDATE pending_notifications AS pending
     SET lease_until = now() + :lease_s::float8 * interval '1 second', tries = pending.tries + 1
-    FROM due
+    FROM numbered AS due
     WHERE pending.merchant_id = due.merchant_id
         AND pending.connector_account_id = due.connector_account_id
         AND pending.event_id = due.event_id
+        AND due.number <= :account_max::int4
     RETURNING
         pending.merchant_id, pending.connector_account_id, pending.event_id,
         pending.tries - 1 AS tries
