@@ -6,8 +6,10 @@ that the caller sent. A map's key is sent by the caller, so paths end at the map
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from functools import cache
+from typing import Any, Final, TypeVar, cast
 
+from buf.validate import validate_pb2 as rules
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -126,11 +128,40 @@ def validate(request: Message) -> None:
     if is_surely_right is not None and is_surely_right(request):
         found: Sequence[RuleViolation] = ()
     else:
+        _shorten(request)
         found = _validator.collect_violations(request)
     own_rules = _OWN_RULES.get(type(request))
     violations = [] if own_rules is None else own_rules(request)
     if found or violations:
         raise _invalid(_by_field([*map(_translated, found), *violations]))
+
+
+def _shorten(message: Message) -> None:
+    """Leave of a list or a map that has too many entries one too many.
+
+    It is refused all the same, and not looked at entry by entry: each that breaks a rule takes a
+    quarter of a millisecond, and a request has room for a million.
+    """
+    for field, value in message.ListFields():
+        if field.is_repeated:
+            most = _entries_max(field)
+            if not 0 < most < len(value):
+                continue
+            if isinstance(value, Mapping):
+                held = cast("dict[Any, Any]", value)
+                for key in list(held)[most + 1 :]:
+                    del held[key]
+            else:
+                del value[most + 1 :]
+        elif isinstance(value, Message):
+            _shorten(value)
+
+
+@cache
+def _entries_max(field: FieldDescriptor) -> int:
+    """How many entries the contract allows in a list or a map; 0: it does not say."""
+    given = cast("Any", field.GetOptions()).Extensions[rules.field]
+    return int(given.repeated.max_items or given.map.max_pairs)
 
 
 def _invalid(violations: Sequence[Violation]) -> GatewayError:
@@ -291,6 +322,7 @@ def refuse_card_numbers(request: Message, merchant: MerchantInfo | None) -> None
     INVALID_REQUEST for the character U+0000, which no text of PostgreSQL can hold, and for a text
     that is longer than any may be: to search it all would keep everybody else waiting.
     """
+    _shorten(request)
     exempt = {NETWORK_TOKEN_NUMBER}
     if merchant is not None and merchant.pan_exempt_order_id:
         exempt.add("merchant_order_id")

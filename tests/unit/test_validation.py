@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 from urllib.parse import quote
 
@@ -405,6 +406,49 @@ def test_metadata_are_50_entries_of_40_and_500_characters(
         validation.validate(request)
     else:
         assert wrong_fields(request) == ["metadata"]
+
+
+MANY = 1000
+BAD_METADATA = {f"a b {number}": "1" for number in range(MANY)}
+
+
+@pytest.mark.parametrize(
+    ("request_", "path", "most"),
+    [
+        (pb.ListPaymentsRequest(states=[99] * MANY), "states", 16),
+        (pb.ListPaymentsRequest(states=range(100, 100 + MANY)), "states", 16),
+        (authorization(metadata=BAD_METADATA), "metadata", 50),
+        (
+            routing_service_pb2.ExplainRouteRequest(payment=authorization(metadata=BAD_METADATA)),
+            "payment.metadata",
+            50,
+        ),
+    ],
+)
+def test_of_too_many_entries_no_more_are_looked_at_than_tell_that(
+    request_: Message, path: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at = []
+    validator = validation._validator
+
+    class Watching:
+        def collect_violations(self, request: Any) -> Any:
+            looked_at.append(len(attrgetter(path)(request)))
+            return validator.collect_violations(request)
+
+    monkeypatch.setattr(validation, "_validator", Watching())
+    wrong = {field.partition("[")[0] for field in wrong_fields(copied(request_))}
+    assert path in wrong
+    assert looked_at == [most + 1]
+
+
+def test_no_more_texts_are_searched_than_a_request_may_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searched = []
+    monkeypatch.setattr(validation, "contains_pan", searched.append)
+    validation.refuse_card_numbers(pb.AuthorizePaymentRequest(metadata=BAD_METADATA), None)
+    assert len(searched) == 2 * 51
 
 
 @pytest.mark.parametrize("most", [validation.BATCH_ITEMS_MAX, validation.STREAM_ITEMS_MAX])
