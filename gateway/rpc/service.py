@@ -578,6 +578,8 @@ class PaymentService:
                 self.start(call, item, latest.get(key))
                 if item.task is not None:
                     latest[key] = item.task
+            elif _breaks_rules(item):
+                await asyncio.sleep(0)
         tasks = [item.task for item in items if item.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=max(0.0, until - time.monotonic()))
@@ -827,7 +829,10 @@ class _Stream:
                         looked_at_bytes = 0
                         await asyncio.sleep(0)
                 await self._wait_for_room()
-                self._start(service.prepare(call, principal, each, suspect))
+                item = service.prepare(call, principal, each, suspect)
+                self._start(item)
+                if _breaks_rules(item):
+                    await asyncio.sleep(0)
         raise GatewayError(Reason.DRAINING, "This server is shutting down.")
 
     async def _wait_for_room(self) -> None:
@@ -866,6 +871,13 @@ def check(
     if merchant is None:
         merchant = resolve_merchant(principal, request.merchant_id)
     caller.merchant_id, caller.rate_limit = merchant.merchant_id, merchant.rate_limit
+
+
+def _breaks_rules(item: _Item) -> bool:
+    """Whether others have to have their turn: to find all the rules that an item breaks takes
+    milliseconds, a hundred times as long as one that breaks none.
+    """
+    return item.refusal is not None and item.refusal.reason is Reason.INVALID_REQUEST
 
 
 def _as_refusal(error: BaseException, call: _Call) -> GatewayError:
