@@ -117,6 +117,8 @@ _ROLES: Final = {
     "notifications": WRITER,
 }
 
+_UNTOLD_DIGITS: Final = 8
+"""Of a payment's id: random ones (RFC 9562 §5.7), so that no two payments differ in them alone."""
 LIST_SCAN_MAX: Final = 2_000
 """How many payments a page of ListPayments looks at; where a filter matches few, it ends early."""
 RECOVERY_HORIZON_S_MIN: Final = 60.0
@@ -448,7 +450,11 @@ class PostgresStore:
             assert last.created_at is not None
             return Page(payments[: filter_.page_size], (last.created_at, last.payment_id))
         if first["scanned"] == scan_max:
-            return Page(payments, (first["last_created_at"], first["last_payment_id"]))
+            last_id: str = first["last_payment_id"]
+            if not first["last_is_told"]:
+                # Of the other mode: it is not named, and the next page begins with it once more.
+                last_id = last_id[:-_UNTOLD_DIGITS] + "f" * _UNTOLD_DIGITS
+            return Page(payments, (first["last_created_at"], last_id))
         return Page(payments, None)
 
     # --- recovery ---

@@ -675,6 +675,22 @@ async def test_a_filter_that_matches_little_gives_short_pages_and_still_all(dsn:
     assert [len(page.payments) for page in found] == [0, 1, 0]
 
 
+async def test_no_place_in_a_list_names_a_payment_of_the_other_mode(dsn: str) -> None:
+    modes = [Mode.TEST, *[Mode.LIVE] * 12, Mode.TEST]
+    intents = [authorize(mode=mode) for mode in modes]
+    async with PostgresStore(dsn, list_scan_max=4) as store:
+        for intent in intents:
+            await store.write_intent(intent)
+        # Of one transaction, as a batch's are: the ids alone are in order.
+        fetch(dsn, "UPDATE payments SET created_at = (SELECT min(created_at) FROM payments)")
+        found = await pages(store, filtered(page_size=1))
+    assert ids_of(found) == [intents[n].payment.payment_id for n in (13, 0)]
+    places = [page.next_after[1] for page in found if page.next_after is not None]
+    assert len(places) > 2
+    assert all(ids.is_payment_id(place) for place in places)
+    assert not set(places) & {intent.payment.payment_id for intent in intents[1:13]}
+
+
 # --- recovery's list ---
 
 

@@ -85,10 +85,11 @@ SELECT
     (SELECT count(*) FROM scanned) AS scanned,
     last_scanned.created_at AS last_created_at,
     last_scanned.payment_id AS last_payment_id,
+    last_scanned.mode = :mode::int2 AS last_is_told,
     {{payment_columns}}
 FROM (VALUES (true)) AS always
 LEFT JOIN LATERAL (
-    SELECT created_at, payment_id FROM scanned ORDER BY created_at, payment_id LIMIT 1
+    SELECT created_at, payment_id, mode FROM scanned ORDER BY created_at, payment_id LIMIT 1
 ) AS last_scanned ON true
 LEFT JOIN (
     page CROSS JOIN LATERAL (
