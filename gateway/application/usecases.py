@@ -298,7 +298,12 @@ class Payments:
             key = idempotency_key or ""
             found = await self._reading(self._store.find_by_key(merchant_id, key))
         if found is None or found.payment.mode is not mode:
-            raise refuse(Reason.OPERATION_NOT_FOUND, "The merchant has no such operation.")
+            raise refuse(
+                Reason.OPERATION_NOT_FOUND,
+                "The merchant has no such operation."
+                if operation_id is not None
+                else "The merchant has no operation with this key yet.",
+            )
         return found
 
     async def list_payments(self, filter_: ListFilter) -> Page:
@@ -658,7 +663,7 @@ class Payments:
             or found.payment.mode is not command.mode
         ):
             raise refuse(
-                Reason.PAYMENT_NOT_FOUND, "The merchant has no authorization with this key."
+                Reason.PAYMENT_NOT_FOUND, "The merchant has no authorization with this key yet."
             )
         return found.payment.payment_id
 

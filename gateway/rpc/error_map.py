@@ -114,10 +114,14 @@ RULES: Final[Mapping[Reason, Rule]] = MappingProxyType(
             _C.NOT_FOUND, "The credential reaches no merchant of this id."
         ),
         Reason.PAYMENT_NOT_FOUND: Rule(
-            _C.NOT_FOUND, "The merchant has no payment of this id (or key) in the key's mode."
+            _C.NOT_FOUND,
+            "The merchant has no payment of this id in the credential's mode, or no authorization"
+            " with this idempotency key yet: where its call has no answer, repeat that one first.",
         ),
         Reason.OPERATION_NOT_FOUND: Rule(
-            _C.NOT_FOUND, "The merchant has no operation of this id or key in the key's mode."
+            _C.NOT_FOUND,
+            "The merchant has no operation of this id in the credential's mode, or none with this"
+            " idempotency key yet: where its call has no answer, repeat that one.",
         ),
         Reason.METHOD_NOT_FOUND: Rule(
             _C.UNIMPLEMENTED, "The service has no method of this name; compare the versions."

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import asyncpg
 import grpc
 import pytest
 from google.rpc import error_details_pb2
@@ -909,3 +910,35 @@ async def test_replays_come_from_redis_and_after_a_flush_from_postgresql(
                 client.flushall()
         client.close()
         assert len(system.simulator.received()) == 3
+
+
+async def test_not_found_by_a_key_is_no_outcome_of_a_call_that_is_on_its_way(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    waiting = "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'payments'::regclass"
+    with running_system(postgres, redis) as system:
+        gateway = await system.start_gateway().serving()
+        async with calling(gateway, system.shop.api_key) as caller:
+            holder = await asyncpg.connect(system.dsn)
+            try:
+                async with holder.transaction():
+                    await holder.execute("LOCK TABLE payments IN SHARE ROW EXCLUSIVE MODE")
+                    first = asyncio.create_task(caller.authorize(idempotency_key="late"))
+                    await eventually(lambda: fetch(system.dsn, waiting), "the intent waits")
+                    void = payment_service_pb2.VoidPaymentRequest(
+                        idempotency_key=new_key(), authorize_idempotency_key="late"
+                    )
+                    for call in (
+                        caller.operation(idempotency_key="late"),
+                        caller.call("VoidPayment", void),
+                    ):
+                        with pytest.raises(grpc.aio.AioRpcError) as refused:
+                            await call
+                        assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+                        assert "with this key yet" in (refused.value.details() or "")
+            finally:
+                await holder.close()
+            answer = await first
+            assert answer.operation.state == SUCCEEDED
+            again = await caller.authorize(idempotency_key="late")
+            assert again.operation == answer.operation
