@@ -35,7 +35,7 @@ import chart_files
 import chart_fuzz
 import chart_live
 import chart_queries
-from gateway.settings import PREFIX, SettingsError, load_settings
+from gateway.settings import PREFIX, Settings, SettingsError, load_settings
 
 HERE: Final = Path(__file__).parent
 CHART: Final = chart_files.CHART
@@ -292,6 +292,26 @@ def settings_problems(objects: list[Object]) -> Iterator[str]:
             pause_s = max(float(each) for each in stop["exec"]["command"][-2:])
         if pod["terminationGracePeriodSeconds"] < pause_s + 2 * settings.drain_grace_s + 20:
             yield f"{title(deployment)}: is killed before a drain ends"
+        yield from front_problems(objects, settings)
+
+
+def front_problems(objects: list[Object], settings: Settings) -> Iterator[str]:
+    """Settings that Envoy stands before, and does not keep."""
+    for config in named(objects, "ConfigMap").values():
+        if "envoy.yaml" not in config["data"]:
+            continue
+        envoy = yaml.safe_load(config["data"]["envoy.yaml"])
+        [chain] = envoy["static_resources"]["listeners"][0]["filter_chains"]
+        door = chain["filters"][0]["typed_config"]
+        http2 = door["http2_protocol_options"]
+        ping = http2["connection_keepalive"]
+        if door["max_request_headers_kb"] * 1024 < settings.metadata_bytes_max:
+            yield f"{title(config)}: refuses metadata that the gateway takes"
+        if http2["max_concurrent_streams"] != settings.concurrent_streams_max:
+            yield f"{title(config)}: has another concurrent_streams_max"
+        for name, value in (("interval", "keepalive_time_s"), ("timeout", "keepalive_timeout_s")):
+            if float(ping[name].removesuffix("s")) != getattr(settings, value):
+                yield f"{title(config)}: has another {value}"
 
 
 def variables_of(objects: list[Object], container: Object) -> dict[str, str]:

@@ -4,6 +4,8 @@
 {{- $message := 2097152 }}{{- if hasKey $settings "message_bytes_max" }}{{- $message = $settings.message_bytes_max | int }}{{- end }}
 {{- $metadata := 16384 }}{{- if hasKey $settings "metadata_bytes_max" }}{{- $metadata = $settings.metadata_bytes_max | int }}{{- end }}
 {{- $streams := 1000 }}{{- if hasKey $settings "concurrent_streams_max" }}{{- $streams = $settings.concurrent_streams_max | int }}{{- end }}
+{{- $ping := 60 }}{{- if hasKey $settings "keepalive_time_s" }}{{- $ping = $settings.keepalive_time_s }}{{- end }}
+{{- $silence := 20 }}{{- if hasKey $settings "keepalive_timeout_s" }}{{- $silence = $settings.keepalive_timeout_s }}{{- end }}
 {{- $route := "{cluster: gateway, timeout: 0s, max_stream_duration: {grpc_timeout_header_max: 0s}}" -}}
 # Without a name it takes no secrets from files.
 node: {id: gateway, cluster: gateway}
@@ -48,7 +50,7 @@ static_resources:
                 forward_client_cert_details: SANITIZE
                 {{- end }}
                 generate_request_id: false
-                max_request_headers_kb: {{ max 1 (div $metadata 1024) }}
+                max_request_headers_kb: {{ div (add $metadata 1023) 1024 }}
                 stream_idle_timeout: 0s
                 request_headers_timeout: 10s
                 drain_timeout: 5s
@@ -62,7 +64,7 @@ static_resources:
                   max_concurrent_streams: {{ $streams }}
                   initial_stream_window_size: 65536
                   initial_connection_window_size: 1048576
-                  connection_keepalive: {interval: 60s, timeout: 20s}
+                  connection_keepalive: {interval: {{ include "gateway.plain" $ping }}s, timeout: {{ include "gateway.plain" $silence }}s}
                 route_config:
                   name: grpc
                   virtual_hosts:
