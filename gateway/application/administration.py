@@ -200,6 +200,9 @@ def answer_of_person(operation: Operation, decision: Resolution) -> ConnectorAns
     begins = kind in (OperationKind.AUTHORIZE, OperationKind.VERIFY)
     if begins and took_effect and not decision.connector_transaction_id:
         raise _violation("connector_transaction_id", "is required where a payment took effect")
+    if outcome is DoubtOutcome.NO_EFFECT and decision.connector_transaction_id:
+        # What the PSP has an id of it has, and a repeat of the call would be a second one.
+        raise _violation("connector_transaction_id", "does not go with NO_EFFECT: the PSP has it")
     if decision.amount_reported_minor is not None and not took_effect:
         raise _violation("amount_reported_minor", "goes with TOOK_EFFECT only")
     return ConnectorAnswer(

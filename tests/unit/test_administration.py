@@ -28,7 +28,8 @@ K = OperationKind
 
 
 def decision(outcome: DoubtOutcome, **fields: object) -> Resolution:
-    made = Resolution(1, outcome, "psp-1", None, "asked the PSP", "key_1")
+    psp_id = "" if outcome is DoubtOutcome.NO_EFFECT else "psp-1"
+    made = Resolution(1, outcome, psp_id, None, "asked the PSP", "key_1")
     return replace(made, **fields)  # type: ignore[arg-type]
 
 
@@ -87,6 +88,13 @@ def test_a_payment_that_took_effect_needs_the_psp_s_id(kind: OperationKind) -> N
         answer_of_person(operation(kind), said)
     assert refused.value.violations[0].field == "connector_transaction_id"
     answer_of_person(operation(K.CAPTURE), said)
+
+
+def test_what_the_psp_has_an_id_of_is_not_said_to_have_had_no_effect() -> None:
+    said = decision(DoubtOutcome.NO_EFFECT, connector_transaction_id="psp-1")
+    with pytest.raises(GatewayError) as refused:
+        answer_of_person(operation(K.AUTHORIZE), said)
+    assert refused.value.violations[0].field == "connector_transaction_id"
 
 
 def test_decisions_are_the_same_whoever_takes_them_and_for_whatever_reason() -> None:
