@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -26,6 +26,7 @@ from gateway.domain.model import (
     Payment,
     Verdict,
 )
+from gateway.routing.availability import SuspensionKind
 from storage.postgres import LaneLimits, PostgresStore, rows, search
 from storage.postgres.lanes import LaneRow
 from storage.postgres.pool import ConnectionSettings, connect
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from tests.servers import PostgresForTests
 
 S = OperationState
+T = TypeVar("T")
 WAIT_S = 60.0
 """What is waited for here happens, or the rule is broken."""
 OUTAGE = LaneLimits(connections=1, retry_s_max=WAIT_S)
@@ -447,12 +449,14 @@ class Proxy:
 
 
 @asynccontextmanager
-async def store_behind(proxy: Proxy, dsn: str) -> AsyncIterator[PostgresStore]:
+async def store_behind(
+    proxy: Proxy, dsn: str, direct: LaneLimits | None = None
+) -> AsyncIterator[PostgresStore]:
     one = LaneLimits(connections=1)
     async with proxy.serving() as port:
         through = dsn.replace(f":{urlsplit(dsn).port}/", f":{port}/")
         async with PostgresStore(
-            through, intents=one, follow_ups=one, changes=one, reads=one, direct=one
+            through, intents=one, follow_ups=one, changes=one, reads=one, direct=direct or one
         ) as store:
             yield store
 
@@ -522,6 +526,30 @@ async def test_an_outcome_whose_commit_is_not_answered_is_written_once(
 
 
 # --- a server that goes away ---
+
+
+async def test_what_a_person_makes_is_made_once_where_its_commit_is_not_answered(dsn: str) -> None:
+    proxy = proxy_to(dsn)
+    tables = ("organisations", "merchants", "api_keys", "connector_suspensions")
+    async with store_behind(proxy, dsn, direct=OUTAGE) as store:
+
+        async def make_twice(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+            await make()  # its statement is prepared: the next answer is that of a commit
+            proxy.cut_next_answer()
+            return await make()
+
+        accounts = store.accounts
+        of = await make_twice(lambda: accounts.create_organisation("o"))
+        await make_twice(lambda: accounts.create_merchant(of, "m"))
+        await make_twice(lambda: accounts.create_key(of, scopes=["payments:read"], mode="test"))
+        await make_twice(
+            lambda: store.routing_controls.suspend(
+                SuspensionKind.KILL, "stripe", reason="ticket 1", created_by="login:ann"
+            )
+        )
+        assert proxy.cuts == len(tables)
+    for table in tables:
+        assert fetch(dsn, f"SELECT count(*) FROM {table}")[0][0] == 2, table
 
 
 async def test_no_write_that_was_confirmed_is_lost_when_the_server_is_killed(

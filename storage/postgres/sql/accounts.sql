@@ -1,8 +1,12 @@
 -- Organisations, merchants and API keys. Small tables, read by a cache with a short life.
+--
+-- What has an id of its own is written under a new one. Where that is there already, an earlier try of
+-- the same call wrote it, whose commit was not answered.
 
 -- :name create_organisation
 INSERT INTO organisations (organisation_id, name)
 VALUES (:organisation_id::text, :name::text)
+ON CONFLICT (organisation_id) DO UPDATE SET name = excluded.name
 RETURNING organisation_id, name, created_at;
 
 -- :name list_organisations
@@ -14,6 +18,7 @@ INSERT INTO merchants (merchant_id, organisation_id, name, pan_exempt_order_id)
 SELECT :merchant_id::text, organisation_id, :name::text, :pan_exempt_order_id::bool
 FROM organisations
 WHERE organisation_id = :organisation_id::text
+ON CONFLICT (merchant_id) DO UPDATE SET name = excluded.name
 RETURNING merchant_id, organisation_id, name, pan_exempt_order_id, created_at;
 
 -- :name limit_merchant
@@ -45,6 +50,7 @@ SELECT
 FROM organisations
 WHERE organisation_id = :organisation_id::text
     AND {{merchants_are_its}}
+ON CONFLICT (key_id) DO UPDATE SET name = excluded.name
 RETURNING key_id;
 
 -- :name list_keys

@@ -1,7 +1,8 @@
 -- Merchants' accounts at PSPs: few rows, read into memory by every gateway.
 
 -- :name add
--- No row where the merchant does not exist.
+-- No row where the merchant does not exist. The id is new: where it is there already, an earlier try of
+-- the same call wrote it, whose commit was not answered.
 INSERT INTO connector_accounts (
     merchant_id, account_id, mode, connector, priority, capabilities,
     credentials, wrapping_key_id, wrapped_data_key
@@ -11,6 +12,7 @@ SELECT
     :capabilities::jsonb, :credentials::bytea, :wrapping_key_id::text, :wrapped_data_key::bytea
 FROM merchants
 WHERE merchant_id = :merchant_id::text
+ON CONFLICT (merchant_id, account_id) DO UPDATE SET connector = excluded.connector
 RETURNING {{columns}};
 
 -- :name list

@@ -1,7 +1,8 @@
 -- Suspensions of accounts, and merchants' costs: few rows, read into memory by every gateway.
 
 -- :name suspend
--- No row where the merchant has no such account.
+-- No row where the merchant has no such account. The id is new: where it is there already, an earlier
+-- try of the same call wrote it, whose commit was not answered.
 INSERT INTO connector_suspensions (
     merchant_id, suspension_id, kind, connector, account_id, method, begins_at, ends_at,
     reason, created_by
@@ -16,6 +17,7 @@ WHERE :account_id::text = ''
         WHERE merchant_id = :merchant_id::text AND account_id = :account_id::text
             AND connector = :connector::text AND removed_at IS NULL
     )
+ON CONFLICT (merchant_id, suspension_id) DO UPDATE SET reason = excluded.reason
 RETURNING {{columns}};
 
 -- :name end_suspension
