@@ -56,6 +56,8 @@ RECONNECT_PAUSE_S_MAX = 1.0
 """While a server is away, each held connection is tried about so often."""
 IDLE_IN_TRANSACTION_S_MAX = 10.0
 """A transaction of ours never waits for anything but its next statement."""
+TRANSACTION_MARGIN_S = 8.0
+"""How much longer than an answer is waited for the server lets a transaction last."""
 
 _REPLICATION_WAIT = "SyncRepWaitForLSN"
 """The function of PostgreSQL that warns of a commit that has not waited for its standbys. The text
@@ -150,7 +152,10 @@ async def _connect_to(dsn: str, settings: ConnectionSettings, name: str) -> Conn
         # The text of the error may quote the DSN.
         raise ConnectionUnavailable(f"PostgreSQL: {type(error).__name__}") from error
     try:
-        await connection.execute(_PLANS.text, timeout=settings.connect_timeout_s)
+        transaction_timeout_s = settings.answer_timeout_s + TRANSACTION_MARGIN_S
+        await connection.fetch(
+            _PLANS.text, _milliseconds(transaction_timeout_s), timeout=settings.connect_timeout_s
+        )
         connection.add_log_listener(confirmation.notice)
         await connection.execute(_CONFIRM.text, timeout=settings.connect_timeout_s)
         confirmation.check()

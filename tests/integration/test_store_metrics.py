@@ -68,7 +68,7 @@ async def _operations_looked_at(dsn: str) -> int:
         "age_bounds_s": DOUBT_AGE_BOUNDS_S,
     }
     async with connection_to(dsn) as connection:
-        await connection.execute(query("session", "plans").text)
+        await connection.fetch(query("session", "plans").text, "20s")
         told = await connection.fetchval(
             f"EXPLAIN (ANALYZE, FORMAT JSON) {statement.text}",
             *(values[name] for name in statement.parameters),

@@ -719,6 +719,19 @@ async def test_a_gateway_that_stops_between_preparing_and_using_a_statement_keep
         await ended.wait()
 
 
+@pytest.mark.parametrize("statement_timeout_s", [10.0, 300.0])
+async def test_no_transaction_is_ended_before_its_statement_may_be(
+    dsn: str, statement_timeout_s: float
+) -> None:
+    settings = ConnectionSettings(dsn, statement_timeout_s=statement_timeout_s)
+    connection = await connect(settings, "slow")
+    [[limit_ms]] = await connection.fetch(
+        "SELECT setting::int FROM pg_settings WHERE name = 'transaction_timeout'"
+    )
+    await connection.close()
+    assert limit_ms / 1000 > settings.answer_timeout_s
+
+
 # --- the scan by slices ---
 
 

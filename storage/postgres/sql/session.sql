@@ -31,7 +31,7 @@ SELECT
     -- to PostgreSQL, so idle_in_transaction_session_timeout does not end it, and it keeps its locks.
     -- PostgreSQL 17 and later.
     (
-        SELECT set_config(name, '20s', false)
+        SELECT set_config(name, :transaction_timeout::text, false)
         FROM pg_settings
         WHERE name = 'transaction_timeout'
     ),
