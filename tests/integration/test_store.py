@@ -57,7 +57,7 @@ from storage.postgres import (
     open_reader,
 )
 from storage.postgres.pool import ConnectionSettings, connect
-from storage.postgres.queries import queries, query
+from storage.postgres.queries import queries, query, run
 from storage.postgres.store import DIRECT, FOLLOW_UPS, INTENTS, READS
 from tests.servers import fetch, postgres_server
 from tests.store_data import (
@@ -1266,6 +1266,26 @@ async def test_a_page_of_many_doubts_is_read_along_their_index(
         plan = await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE plan({nothing})")
     assert "doubts_oldest_first" in plan
     assert '"Sort"' not in plan
+
+
+async def test_the_audit_reads_discrepancies_once_for_a_page_of_payments(dsn: str) -> None:
+    payment_ids = [ids.new_payment_id() for _ in range(20)]
+    put = (
+        "INSERT INTO discrepancies"
+        " (merchant_id, payment_id, operation_id, kind, expected, reported) SELECT $1, payment_id, 'op', 'kind', '', '' FROM unnest($2::text[]) AS payment_id"
+        " RETURNING 1"
+    )
+    fetch(dsn, put, MERCHANT, payment_ids)
+    statement = queries("audit")["audit_discrepancies"]
+    values = {"merchant_id": [MERCHANT] * 20, "payment_id": payment_ids}
+    async with lane_session(dsn) as connection:
+        assert len(await run(connection, statement, **values)) == 20
+        told = await connection.fetchval(
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {statement.text}", *statement.arguments(values)
+        )
+    looked = re.search(r'"Relation Name": "discrepancies".*?"Actual Loops": (\d+)', told, re.DOTALL)
+    assert looked is not None
+    assert looked[1] == "1"
 
 
 async def test_outcomes_touch_no_index(store: PostgresStore, dsn: str) -> None:
