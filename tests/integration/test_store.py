@@ -1272,7 +1272,8 @@ async def test_the_audit_reads_discrepancies_once_for_a_page_of_payments(dsn: st
     payment_ids = [ids.new_payment_id() for _ in range(20)]
     put = (
         "INSERT INTO discrepancies"
-        " (merchant_id, payment_id, operation_id, kind, expected, reported) SELECT $1, payment_id, 'op', 'kind', '', '' FROM unnest($2::text[]) AS payment_id"
+        " (merchant_id, payment_id, operation_id, kind, expected, reported)"
+        " SELECT $1, payment_id, 'op', 'kind', '', '' FROM unnest($2::text[]) AS payment_id"
         " RETURNING 1"
     )
     fetch(dsn, put, MERCHANT, payment_ids)
