@@ -1040,8 +1040,12 @@ def _settle_refund(settled: Settled, event: Event) -> None:
         return
     before, told = payment.refunded_minor, 0
     if operation.origin is OperationOrigin.PSP:
-        told = -amount  # it was never in our own books
-    elif event is Event.BOUNCED:
+        # It bounced, and was never in our own books: a payment without success stays what it is.
+        payment.refunded_reported_minor = _told(
+            payment.refunded_reported_minor, before, -amount, before
+        )
+        return
+    if event is Event.BOUNCED:
         payment.refunded_minor -= amount
         told = -told_of(operation)
     else:

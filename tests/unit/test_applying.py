@@ -1157,6 +1157,25 @@ async def test_a_refund_from_elsewhere_that_fails_in_the_end_is_none(
     assert payment_of(gateway, payment_id).state is PaymentState.REFUNDED
 
 
+@pytest.mark.parametrize("end", [DECLINED, FAILED, EXPIRED])
+async def test_a_refund_from_elsewhere_that_fails_leaves_a_payment_without_success_as_it_is(
+    end: ConnectorAnswer,
+) -> None:
+    gateway = bench(Step(decides=end))
+    payment_id = await gateway.authorized()
+    before = payment_of(gateway, payment_id).state
+    told: dict[str, Any] = {
+        "payment_reference": only(gateway, payment_id, K.AUTHORIZE).reference,
+        "amount_minor": 30,
+        "transaction_id": "re-1",
+    }
+    await gateway.tell(gateway.told(N.REFUND, APPROVED, after_s=1, **told))
+    await gateway.tell(gateway.told(N.REFUND, FAILED, after_s=2, **told))
+    assert only(gateway, payment_id, K.REFUND).state is S.FAILED
+    assert payment_of(gateway, payment_id).state is before
+    assert findings(gateway, payment_id) == []
+
+
 async def test_more_than_we_captured_may_be_refunded_elsewhere() -> None:
     gateway = bench()
     payment_id = await captured(gateway, 50)
