@@ -366,7 +366,7 @@ class Recovery:
         if authorization.state is not S.SUCCEEDED:
             # Nothing stands that could be voided: what the caller wanted is so.
             return ConnectorAnswer(Delivery.NOT_SENT, Verdict.APPROVED)
-        if lease.operation.origin is OperationOrigin.GATEWAY:
+        if _is_release(lease.operation):
             return await self._release(lease, connector)
         capabilities = connector.capabilities
         charged = decisions.takes_charge_back(payment)
@@ -511,6 +511,8 @@ def _is_last_word(lease: Lease, connector: Connector, evidence: ConnectorAnswer)
     event = decisions.event_of(evidence)
     if lease.operation.state in _WAITING and event in (Event.ACCEPTED, Event.ACTION_REQUIRED):
         return False  # it ends nothing, and the PSP has more to say by now
+    if _is_release(lease.operation) and _waits_for(lease, K.CAPTURE, K.REVERSAL):
+        return False  # what it releases is known after them
     if lease.operation.kind in (K.VOID, K.REVERSAL):
         # That one sending of it had no effect says nothing of another.
         return tells and event not in (Event.NEVER_SENT, Event.ACCEPTED)
@@ -530,6 +532,11 @@ def _cause(lease: Lease, connector: Connector | None) -> DoubtCause:
     if not (capabilities.query_by_reference or capabilities.cancel_by_reference):
         return DoubtCause.NO_MEANS
     return DoubtCause.NO_ANSWER
+
+
+def _is_release(operation: Operation) -> bool:
+    """Whether it is the gateway's own void of what a capture gave back."""
+    return operation.kind is K.VOID and operation.origin is OperationOrigin.GATEWAY
 
 
 def _waits_for(lease: Lease, *kinds: OperationKind) -> bool:

@@ -714,7 +714,9 @@ def payment_state_of_money(payment: Payment) -> PaymentState:
     if payment.captured_minor:
         whole = payment.captured_minor >= payment.authorized_minor
         return PaymentState.CAPTURED if whole else PaymentState.PARTIALLY_CAPTURED
-    return PaymentState.VOIDED if payment.voided_minor else _PAYMENT_AUTHORIZED
+    if payment.voided_minor and not payment.capture_pending_minor:
+        return PaymentState.VOIDED
+    return _PAYMENT_AUTHORIZED
 
 
 def refundable_captures(operations: Sequence[Operation]) -> list[tuple[str, int]]:
@@ -1027,7 +1029,8 @@ def _settle_capture(settled: Settled, event: Event) -> None:
         )
         _compare_amount(settled, "captured_amount")
     elif operation.final:
-        payment.capture_closed = False
+        # A void may have taken effect meanwhile.
+        payment.capture_closed = payment.voided_minor > 0
     if payment.capture_closed and not payment.capture_pending_minor:
         payment.voided_minor = payment.authorized_minor - payment.captured_minor
     payment.state = payment_state_of_money(payment)
@@ -1063,7 +1066,9 @@ def _settle_refund(settled: Settled, event: Event) -> None:
 def _settle_void(settled: Settled) -> None:
     operation, payment = settled.operation, settled.payment
     if operation.state is S.SUCCEEDED and _is_money(payment):
-        payment.voided_minor = payment.authorized_minor - payment.captured_minor
+        # A release may end beside captures under way: what these leave is added by the last one.
+        held = payment.captured_minor + payment.capture_pending_minor
+        payment.voided_minor = payment.authorized_minor - held
         payment.capture_closed = True
         payment.state = payment_state_of_money(payment)
 

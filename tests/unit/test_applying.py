@@ -1275,6 +1275,36 @@ async def test_a_void_from_elsewhere_beside_a_capture_under_way_leaves_the_amoun
     assert findings(gateway, payment_id) == []
 
 
+@pytest.mark.parametrize("last", [APPROVED, DECLINED])
+@pytest.mark.parametrize("capabilities", [MUTE, TELLING])
+async def test_a_void_that_is_told_beside_a_last_capture_under_way_ends_a_release_after_it(
+    capabilities: Capabilities, last: ConnectorAnswer
+) -> None:
+    waits = Step(decides=PENDING)
+    gateway = bench(Step(), waits, waits, capabilities=capabilities)
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, "c1", amount_minor=60))
+    await gateway.payments.capture(gateway.capture(payment_id, "c2", amount_minor=30, final=True))
+    given_back = gateway.store.by_key("c1").reference
+    await gateway.tell(gateway.told(N.CAPTURE, answered(Verdict.CANCELED), reference=given_back))
+    release = only(gateway, payment_id, K.VOID)
+    assert release.origin is OperationOrigin.GATEWAY
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference))
+    await gateway.tell()
+    payment = payment_of(gateway, payment_id)
+    assert (payment.state, payment.voided_minor) == (PaymentState.AUTHORIZED, 0)
+    assert findings(gateway, payment_id) == []
+    final = gateway.store.by_key("c2").reference
+    await gateway.tell(gateway.told(N.CAPTURE, last, reference=final))
+    await gateway.tell()
+    await gateway.tell()
+    payment, kept = payment_of(gateway, payment_id), 30 if last is APPROVED else 0
+    assert (payment.captured_minor, payment.voided_minor) == (kept, 100 - kept)
+    assert payment.capture_closed
+    assert findings(gateway, payment_id) == []
+
+
 async def test_a_void_of_ours_in_doubt_ends_by_the_notification() -> None:
     gateway = bench(Step(), LOST)
     payment_id = await gateway.authorized()

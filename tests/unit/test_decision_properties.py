@@ -124,6 +124,34 @@ class OnePayment(RuleBasedStateMachine):
         if settled is not None:
             self.settled(settled)
 
+    @precondition(lambda self: self.book.operations[0].state not in states.UNFINISHED)
+    @rule(kind=st.sampled_from([K.CAPTURE, K.REFUND]), amount=st.integers(0, 2 * AMOUNT))
+    def elsewhere(self, kind: OperationKind, amount: int) -> None:
+        """Somebody acts in the PSP's console."""
+        new_id = self.book.new_operation_id()
+        answer = ConnectorAnswer(
+            Delivery.ANSWERED, Verdict.APPROVED, connector_transaction_id=f"tx_{new_id}"
+        )
+        settled = decisions.record_elsewhere(
+            self.book.aggregate, kind, amount, answer, self.book.later(), new_id
+        )
+        assert settled is not None
+        self.settled(settled)
+
+    @rule(which=st.integers(0), answer=answers())
+    def late_success(self, which: int, answer: ConnectorAnswer) -> None:
+        """What an operation was taken for turns out to be wrong."""
+        operation = self.book.operations[which % len(self.book.operations)]
+        if operation.state in states.UNFINISHED | {S.SUCCEEDED}:
+            return
+        new_ids = self.book.new_operation_id(), self.book.new_operation_id()
+        number, at = operation.attempt.number, self.book.later()
+        self.settled(
+            decisions.reverse_late_success(
+                self.book.payment, operation, number, answer, at, new_ids
+            )
+        )
+
     @precondition(lambda self: self.book.payment.state is P.NOT_SENT)
     @rule()
     def repeat(self) -> None:

@@ -667,6 +667,23 @@ def test_capture_that_is_taken_back_from_a_closed_payment_is_followed_by_a_relea
     assert (book.payment.captured_minor, book.payment.voided_minor) == (30, 70)
 
 
+@pytest.mark.parametrize(("answer", "captured"), [(YES, 30), (NO, 0)])
+def test_a_release_that_ends_beside_the_last_capture_leaves_what_that_holds(
+    answer: ConnectorAnswer, captured: int
+) -> None:
+    book = Book().authorized()
+    doubtful = book.settle(book.capture(40), DOUBT)
+    final = book.settle(book.capture(30, final=True), DOUBT)
+    book.settle(doubtful, says(Verdict.CANCELED))
+    assert book.last is not None
+    [release] = book.last.companions
+    book.settle(release.operation_id, YES)
+    assert (book.payment.state, book.payment.voided_minor) == (P.AUTHORIZED, 70)
+    book.settle(final, answer)
+    assert (book.payment.captured_minor, book.payment.voided_minor) == (captured, 100 - captured)
+    assert book.payment.capture_closed
+
+
 @pytest.mark.parametrize(
     "answer", [UNSENT, NO, says(Verdict.FAILED), YES], ids=["unsent", "declined", "failed", "yes"]
 )
