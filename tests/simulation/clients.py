@@ -40,6 +40,10 @@ RIVAL_SHARE: Final = 0.25
 CANCEL_SHARE: Final = 0.12
 REPEAT_SHARE: Final = 0.2
 MISUSE_SHARE: Final = 0.06
+CROWD_SHARE: Final = 0.7
+"""Payments that operations of all kinds act on at once."""
+CROWD_MAX: Final = 8
+CROWD_S: Final = 3.0
 IMPATIENT_SHARE: Final = 0.1
 """Tries whose deadline is too short."""
 IMPATIENCE_S: Final = (0.01, 0.3)
@@ -89,10 +93,13 @@ class Clients:
         look: Callable[[int, str, float], Awaitable[Looked | None]] | None = None,
         accounts: int = 1,
         visit: Callable[[str, str], Awaitable[None]] | None = None,
+        crowds: random.Random | None = None,
     ) -> None:
         """`look` asks for an operation's state, where clients do that; `visit` presses a button on
-        a PSP's page, where customers are sent to one.
+        a PSP's page, where customers are sent to one. With `crowds` operations of all kinds act on
+        some payments at once.
         """
+        self._crowds = crowds
         self._look = look
         self._accounts = accounts
         self._visit = visit
@@ -163,6 +170,9 @@ class Clients:
             answer = await authorizing
         if answer is None or not await self._succeeds(answer):
             return
+        if self._crowds is not None and self._crowds.random() < CROWD_SHARE:
+            await self._crowd(self._crowds, method, answer.payment_id, amount_minor)
+            return
         for kind, amount in self._plan(method, amount_minor):
             calls = 2 if draw.random() < RIVAL_SHARE else 1
             done, *_ = await asyncio.gather(
@@ -173,6 +183,29 @@ class Clients:
             )
             if done is None:
                 return
+
+    async def _crowd(
+        self, draw: random.Random, method: str, payment_id: str, amount_minor: int
+    ) -> None:
+        """Operations of all kinds at once, some of them when others have ended."""
+        kinds = [K.CAPTURE, K.CAPTURE, K.REFUND, K.REFUND]
+        if self._settles_remainders:
+            kinds += [K.VOID]
+        if self._may_cancel:
+            kinds += [K.INCREMENT]
+        amounts = (None, amount_minor // 2, amount_minor // 3, amount_minor)
+
+        async def one() -> None:
+            await asyncio.sleep(draw.random() * CROWD_S)
+            kind = draw.choice(kinds)
+            amount = draw.choice(amounts)
+            if kind in (K.INCREMENT, K.VOID):
+                amount = INCREMENT_MINOR if kind is K.INCREMENT else None
+            await self._patiently(self._follow_up(kind, payment_id, amount))
+
+        if method != "AUTOMATIC" and draw.random() < 0.5:
+            await self._patiently(self._follow_up(K.CAPTURE, payment_id, amount_minor // 2))
+        await asyncio.gather(*(one() for _ in range(draw.randint(2, CROWD_MAX))))
 
     async def _succeeds(self, answer: Answer) -> bool:
         """Whether an authorization has succeeded, or does so in a while."""

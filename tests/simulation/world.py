@@ -64,6 +64,14 @@ REDIRECTS_SHARE: Final = 0.4
 NOTIFIES_SHARE: Final = 0.3
 TELLS_SHARE: Final = 0.25
 """Accounts whose PSP tells what it does; and those that tell some things in no other way."""
+CROWDS_SHARE: Final = 0.25
+"""Histories in which operations of all kinds act on a payment at once, and some are declined."""
+REFUSING_TOKENS: Final = tuple(
+    f"tok_{kind}_{name}"
+    for kind in ("capture", "refund", "void", "increment")
+    for name in ("declined", "pending_declined")
+)
+"""With these, captures and the like are declined, at once or later."""
 BOUNCING_TOKENS: Final = ("tok_refund_bounces",) * 2
 GATEWAYS_ADDRESS: Final = "gateways"
 """The gateways, as PSPs reach them."""
@@ -107,6 +115,10 @@ class World:
         self._at_home = loop.spawn("clients")
         tokens: Sequence[str] = TOKENS if self.draw.random() < 0.5 else FAULTY_TOKENS
         profiles = [each.profile for each in self.accounts]
+        crowds = random.Random(f"crowds/{seed}")
+        has_crowds = crowds.random() < CROWDS_SHARE
+        if has_crowds:
+            tokens = [*tokens, *REFUSING_TOKENS]
         if not all(each.query_by_reference for each in profiles):
             # Where the PSP cannot be asked, it cannot tell later.
             tokens = [each for each in tokens if "pending" not in each]
@@ -132,6 +144,7 @@ class World:
             look=self._look if redirects or len(self.accounts) > 1 or self.notifiers else None,
             accounts=len(self.accounts),
             visit=self._visit if redirects else None,
+            crowds=crowds if has_crowds else None,
         )
         self._rules = rules_of(self.accounts) if len(self.accounts) > 1 else ""
         for number in range(count):
