@@ -53,9 +53,9 @@ class RedisClient:
     now, or soon. Made inside a running event loop.
 
     Args:
-        url: `redis://[[user]:password@]host[:port][/db]`, `rediss://…` with TLS, or
-            `unix://[[user]:password@]/path[?db=n]`. TLS takes `?ssl_ca_certs=`, `ssl_certfile=` and
-            `ssl_keyfile=`, paths of PEM files; the server's name is always verified.
+        url: `redis://[[user][:password]@]host[:port][/db]`, `rediss://…` with TLS, or
+            `unix://[[user][:password]@]/path[?db=n]`. TLS takes `?ssl_ca_certs=`, `ssl_certfile=`
+            and `ssl_keyfile=`, paths of PEM files; the server's name is always verified.
         timeout_ms: longest wait for a reply, connecting included.
         connect_timeout_ms: longest wait for a connection.
 
@@ -159,9 +159,9 @@ class _Address:
             raise ValueError("the database of Redis' address is a number")
         self.greeting: list[tuple[Part, ...]] = []
         """The commands that a connection begins with."""
-        if parts.password:
+        if parts.username or parts.password:
             names = (unquote(parts.username),) if parts.username else ()
-            self.greeting.append(("AUTH", *names, unquote(parts.password)))
+            self.greeting.append(("AUTH", *names, unquote(parts.password or "")))
         if database and int(database):
             self.greeting.append(("SELECT", int(database)))
 

@@ -169,6 +169,20 @@ async def test_wrong_password_is_refused_and_not_shown(own_redis: EmbeddedRedis)
         assert "guess" not in str(refused.value)
 
 
+async def test_user_of_the_address_is_the_one_that_asks_also_without_a_password(
+    own_redis: EmbeddedRedis,
+) -> None:
+    async with Redis.from_url(own_redis.url) as client:
+        await client.acl_setuser("passwordless", enabled=True, nopass=True, commands=["+acl"])
+    try:
+        port = urlsplit(own_redis.url).port
+        async with client_of(f"redis://passwordless@127.0.0.1:{port}/0") as client:
+            assert await client.execute("ACL", "WHOAMI") == b"passwordless"
+    finally:
+        async with Redis.from_url(own_redis.url) as client:
+            await client.acl_deluser("passwordless")
+
+
 async def test_database_of_the_address_is_the_one_that_is_used(own_redis: EmbeddedRedis) -> None:
     other = own_redis.url.rpartition("/")[0] + "/3"
     async with client_of(other) as client:
