@@ -884,21 +884,28 @@ class Settings(BaseSettings):
     @field_validator("stripe_url", "adyen_test_url", "braintree_sandbox_url")
     @classmethod
     def _psp(cls, value: str) -> str:
-        if not re.fullmatch(r"https?://[^\s/@]+/?", value):
+        if not re.fullmatch(r"https?://[^\s/?#@]+/?", value) or not _has_port(value):
             raise ValueError("an http:// or https:// address without credentials and path")
         return value
+
+    @field_validator("simulator_url")
+    @classmethod
+    def _simulator(cls, value: str) -> str:
+        return cls._psp(value) if value else value
 
     @field_validator("connector_proxy_url")
     @classmethod
     def _proxy(cls, value: SecretStr) -> SecretStr:
-        if not re.fullmatch(r"(?:http://[^\s/]+/?)?", value.get_secret_value()):
+        url = value.get_secret_value()
+        if not re.fullmatch(r"(?:http://[^\s/]+/?)?", url) or not _has_port(url):
             raise ValueError("an http:// address, or empty")
         return value
 
-    @field_validator("simulator_url", "tracing_endpoint")
+    @field_validator("tracing_endpoint")
     @classmethod
     def _http(cls, value: str) -> str:
-        if value and not re.fullmatch(r"https?://[^\s/@]+(?:/\S*)?", value):
+        matches = re.fullmatch(r"(?:https?://[^\s/@]+(?:/\S*)?)?", value)
+        if matches is None or not _has_port(value):
             raise ValueError("an http:// or https:// address without credentials, or empty")
         return value
 
@@ -925,7 +932,7 @@ class Settings(BaseSettings):
         # Whoever can change the keys on their way can sign any token.
         match = re.fullmatch(r"(https?)://([^\s/@:]+|\[[^\s\]]+\])(?::\d+)?(?:/\S*)?", value)
         secure = match and (match[1] == "https" or _is_loopback(match[2].strip("[]")))
-        if value and not secure:
+        if value and not (secure and _has_port(value)):
             raise ValueError("an https:// address without credentials, http:// on loopback only")
         return value
 
@@ -1062,6 +1069,7 @@ class Settings(BaseSettings):
                 ("recovery_backoff_s_min", "recovery_backoff_s_max"),
                 ("recovery_backoff_s_min", "recovery_waiting_interval_s_max"),
                 ("wait_poll_ms_min", "wait_poll_ms_max"),
+                ("events_poll_ms_min", "events_poll_ms_max"),
                 ("batch_rows_max", "batch_queue_max"),
                 ("admission_calls_min", "admission_calls_max"),
                 ("admission_calls_max", "admission_in_flight_max"),

@@ -203,6 +203,7 @@ def test_variables_that_kubernetes_adds_for_services_are_ignored(
             ["recovery_backoff_s_min"],
         ),
         ({"wait_poll_ms_min": "10", "wait_poll_ms_max": "5"}, ["wait_poll_ms_min"]),
+        ({"events_poll_ms_min": "10", "events_poll_ms_max": "5"}, ["events_poll_ms_min"]),
         (
             {"batch_rows_max": "10", "batch_queue_max": "5"},
             ["batch_rows_max", "admission_in_flight_max"],
@@ -417,6 +418,25 @@ def test_where_errors_are_reported_to_is_what_the_reporters_library_takes(
     monkeypatch.setenv("GATEWAY_SENTRY_DSN", dsn)
     with nullcontext() if right else pytest.raises(SettingsError):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "url"),
+    [
+        *(("simulator_url", f"http://h{rest}") for rest in (":65536", "/v1", "?a=b", "#a", ":x")),
+        *(("stripe_url", f"https://h{rest}") for rest in (":65536", "?a=b", "#a")),
+        ("adyen_test_url", "https://[::1"),
+        ("connector_proxy_url", "http://user:password@h:65536"),
+        ("tracing_endpoint", "http://h:65536/v1/traces"),
+        ("jwt_jwks_url", "https://h:65536/jwks.json"),
+    ],
+)
+def test_an_address_that_nothing_can_be_sent_to_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, url: str
+) -> None:
+    others = JWT if name == "jwt_jwks_url" else {}
+    set_ = {variable(key): value for key, value in (others | {name: url}).items()}
+    assert [line.split(":")[0] for line in problems(monkeypatch, **set_)] == [variable(name)]
 
 
 @pytest.mark.parametrize("name", ["postgres_dsn", "redis_url"])
