@@ -11,7 +11,13 @@ from typing import ClassVar
 
 from storage.embedded._binaries import Binary, find_postgres
 from storage.embedded._errors import DataDirectoryInUseError, EmbeddedServerError
-from storage.embedded._process import is_alive, launch_command, run_to_end, sync_directory
+from storage.embedded._process import (
+    all_processes,
+    is_alive,
+    launch_command,
+    run_to_end,
+    sync_directory,
+)
 from storage.embedded._server import HOST, EmbeddedServer
 
 USER = "gateway"
@@ -110,7 +116,12 @@ class EmbeddedPostgres(EmbeddedServer):
         path = self._cluster / "postmaster.pid"
         try:
             pid = abs(int(path.read_text(encoding="utf-8", errors="replace").split("\n")[0]))
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
+            return
+        except ValueError:
+            # Of a start that ended before it wrote its pid; PostgreSQL would wait for a person.
+            if not any(_serves(pid, self._cluster) for pid in all_processes()):
+                path.unlink()
             return
         if is_alive(pid) and _serves(pid, self._cluster):
             raise DataDirectoryInUseError(
@@ -170,12 +181,15 @@ class EmbeddedPostgres(EmbeddedServer):
 
 def _serves(pid: int, cluster: Path) -> bool:
     """Whether a living process is a PostgreSQL server of that directory."""
+    process = Path(f"/proc/{pid}")
     try:
-        return cluster.samefile(f"/proc/{pid}/cwd")  # every PostgreSQL process works there
-    except PermissionError:
-        # Another user's process: take it for one if it has the name.
-        return "postgres" in Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+        try:
+            return cluster.samefile(process / "cwd")  # every PostgreSQL process works there
+        except PermissionError:
+            # Another user's process: take it for one if it has the name.
+            name = (process / "comm").read_text(encoding="utf-8", errors="replace")
+            return "postgres" in name
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 

@@ -115,9 +115,12 @@ def is_frozen(pid: int) -> bool:
     return found is None or found[0] in "TtZX"
 
 
+def all_processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+
+
 def children_of(pid: int) -> list[int]:
-    pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
-    return [child for child in pids if (found := _stat(child)) and found[1] == pid]
+    return [child for child in all_processes() if (found := _stat(child)) and found[1] == pid]
 
 
 def signal_each(pids: list[int], number: signal.Signals) -> None:

@@ -262,6 +262,32 @@ def test_a_stale_pid_file_whose_pid_went_to_another_program_is_no_obstacle(place
         stranger.communicate(b"\n")
 
 
+def test_a_pid_file_without_a_pid_is_no_obstacle(place: Cleanup) -> None:
+    postgres = place.postgres()
+    postgres.start()
+    postgres.kill()
+    (postgres.data_dir / "pgdata" / "postmaster.pid").write_text("")
+    postgres.start()
+    assert fetch(postgres.dsn, "SELECT 1")
+
+
+def test_a_pid_file_that_a_server_of_others_has_yet_to_write_is_left_alone(
+    place: Cleanup,
+) -> None:
+    postgres = place.postgres()
+    postgres.start()
+    postgres.stop()
+    cluster = postgres.data_dir / "pgdata"
+    pid_file = cluster / "postmaster.pid"
+    pid_file.write_text("")
+    command = [sys.executable, "-c", "input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=cluster) as foreign:
+        with pytest.raises(EmbeddedServerError, match="is empty"):
+            postgres.start()
+        assert pid_file.exists()
+        foreign.communicate(b"\n")
+
+
 def test_an_interrupted_first_start_is_begun_anew(place: Cleanup) -> None:
     postgres = place.postgres()
     half_made = postgres.data_dir / "pgdata.new" / "base"
