@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from storage.embedded._binaries import find_redis
+from storage.embedded._errors import EmbeddedServerError, PortTakenError
 from storage.embedded._process import SELF, launch_command, write_private
 from storage.embedded._server import HOST, EmbeddedServer
 
@@ -89,6 +90,19 @@ class EmbeddedRedis(EmbeddedServer):
         write_private(self.data_dir / "redis.conf", "".join(lines))
         command: list[str | Path] = [self._binary.path, "redis.conf"]
         return launch_command(SELF, self.data_dir, self.stop_signal, command)
+
+    def _launch(self, port: int, lock_fd: int) -> None:
+        try:
+            super()._launch(port, lock_fd)
+        except PortTakenError:
+            raise
+        except EmbeddedServerError:
+            # It may be the keys: of a newer server, or damaged. They are a cache.
+            snapshot = self.data_dir / _SNAPSHOT
+            if not snapshot.exists():
+                raise
+            snapshot.unlink()
+            super()._launch(port, lock_fd)
 
     def _on_ready(self) -> None:
         # Loaded, so used up: a crash must not bring back keys that were released since.

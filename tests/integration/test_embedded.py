@@ -288,6 +288,16 @@ def test_a_pid_file_that_a_server_of_others_has_yet_to_write_is_left_alone(
         foreign.communicate(b"\n")
 
 
+def test_redis_starts_empty_where_its_keys_cannot_be_read(place: Cleanup) -> None:
+    cache = place.redis()
+    cache.start()
+    cache.stop()
+    (cache.data_dir / "dump.rdb").write_bytes(b"REDIS9999 of a newer server")
+    cache.start()
+    with connect(cache) as client:
+        assert client.dbsize() == 0
+
+
 def test_an_interrupted_first_start_is_begun_anew(place: Cleanup) -> None:
     postgres = place.postgres()
     half_made = postgres.data_dir / "pgdata.new" / "base"
