@@ -877,7 +877,12 @@ def run_local(settings: Settings) -> None:
                 " gateway doctor`."
             ) from error
         write_state(folder, state)
-        _run_local(settings, lambda address: _welcome(settings, address, state))
+
+        def announce(address: str) -> None:  # with the port that was free
+            write_state(folder, replace(state, listen_address=address))
+            _welcome(settings, address, state)
+
+        _run_local(settings, announce)
     finally:
         servers.stop()
 

@@ -496,9 +496,8 @@ async def _run_and_demo(alone: CommandLine) -> str:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", "run"),
         cwd=alone.directory,
-        env=_environment(
-            listen_address=f"127.0.0.1:{free_port()}", metrics_address=f"127.0.0.1:{free_port()}"
-        ),
+        # The demo finds the port that was free.
+        env=_environment(listen_address="127.0.0.1:0", metrics_address=f"127.0.0.1:{free_port()}"),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
