@@ -63,6 +63,23 @@ async def test_a_close_of_an_earlier_opening_leaves_the_later_one(
     assert left.version == second.version
 
 
+async def test_an_opening_lasts_no_longer_for_a_clock_that_was_set_back(
+    client: RedisClient, key: str
+) -> None:
+    one, other = RedisBreakers(client, key), RedisBreakers(client, key)
+    await one.exchange([OPENED])
+    # As if it had been told an hour from now.
+    name, told = await client.execute("HGETALL", key)
+    version, ends, rest = told.decode().split(" ", 2)
+    ahead = (str(int(number) + 3_600_000) for number in (version, ends))
+    await client.execute("HSET", key, name, f"{' '.join(ahead)} {rest}")
+    (first,) = await one.exchange([])
+    (second,) = await other.exchange([])
+    assert 0 < second.remaining_s <= first.remaining_s <= 60.0
+    assert (second.version, second.streak) == (first.version, 2)
+    assert await one.exchange([Report(ReportKind.CLOSED, KEY, version=first.version)]) == []
+
+
 async def test_one_process_at_a_time_may_probe(client: RedisClient, key: str) -> None:
     one, other = RedisBreakers(client, key), RedisBreakers(client, key)
     (waiting,) = await one.exchange([OPENED, WANTS])

@@ -40,6 +40,18 @@ local function write(name, it)
     string.format('%d %d %d %d %s', it.version, it.ends, it.streak, it.lease, it.owner))
 end
 
+-- A version is the time of its opening. One from the future is of a clock that was set back since, or
+-- of another server's: its pause begins now, or it would last until this clock has caught up.
+local stored = redis.call('HGETALL', key)
+for i = 1, #stored, 2 do
+  local it = read(stored[i + 1])
+  if it and it.version > now + 1000 then
+    it.ends = now + math.max(0, it.ends - it.version)
+    it.version, it.lease, it.owner = now, 0, ''
+    write(stored[i], it)
+  end
+end
+
 for i = 3, #ARGV, 5 do
   local kind, name = ARGV[i], ARGV[i + 1]
   local span_ms, streak, version = tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4])
