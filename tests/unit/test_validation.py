@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import pytest
@@ -412,11 +412,16 @@ MANY = 1000
 BAD_METADATA = {f"a b {number}": "1" for number in range(MANY)}
 
 
+def _states(numbers: Iterable[int]) -> list[payment_pb2.PaymentState.ValueType]:
+    """Numbers that no state has, as a caller may send them."""
+    return [cast("payment_pb2.PaymentState.ValueType", number) for number in numbers]
+
+
 @pytest.mark.parametrize(
     ("request_", "path", "most"),
     [
-        (pb.ListPaymentsRequest(states=[99] * MANY), "states", 16),
-        (pb.ListPaymentsRequest(states=range(100, 100 + MANY)), "states", 16),
+        (pb.ListPaymentsRequest(states=_states([99] * MANY)), "states", 16),
+        (pb.ListPaymentsRequest(states=_states(range(100, 100 + MANY))), "states", 16),
         (authorization(metadata=BAD_METADATA), "metadata", 50),
         (
             routing_service_pb2.ExplainRouteRequest(payment=authorization(metadata=BAD_METADATA)),
@@ -445,7 +450,7 @@ def test_of_too_many_entries_no_more_are_looked_at_than_tell_that(
 def test_no_more_texts_are_searched_than_a_request_may_have(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    searched = []
+    searched: list[str] = []
     monkeypatch.setattr(validation, "contains_pan", searched.append)
     validation.refuse_card_numbers(pb.AuthorizePaymentRequest(metadata=BAD_METADATA), None)
     assert len(searched) == 2 * 51
