@@ -1,6 +1,8 @@
 """Commands for organisations, merchants, keys and identities."""
 
 import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import click
@@ -90,7 +92,7 @@ async def merchants_create(organisation: str, name: str, card_like_order_ids: bo
 @coroutine
 async def merchants_list(organisation: str | None) -> None:
     """List the merchants."""
-    async with _accounts() as accounts:
+    async with _accounts_of(organisation) as accounts:
         for row in await accounts.list_merchants(organisation):
             limit = (
                 "no rate limit"
@@ -181,7 +183,7 @@ async def keys_create(organisation: str, expires_in_days: int | None, **grant: A
 @coroutine
 async def keys_list(organisation: str | None) -> None:
     """List the keys, without their secrets."""
-    async with _accounts() as accounts:
+    async with _accounts_of(organisation) as accounts:
         for row in await accounts.list_keys(organisation):
             click.echo(
                 "  ".join(
@@ -236,7 +238,7 @@ async def identities_add(uri: str, organisation: str, **grant: Any) -> None:
 @coroutine
 async def identities_list(organisation: str | None) -> None:
     """List the identities."""
-    async with _accounts() as accounts:
+    async with _accounts_of(organisation) as accounts:
         for row in await accounts.list_identities(organisation):
             merchants = "all" if row.merchant_ids is None else ",".join(row.merchant_ids)
             scopes = ",".join(sorted(row.scopes))
@@ -265,3 +267,12 @@ def _accounts() -> Any:
     from storage.postgres.accounts import Accounts
 
     return Accounts.connect(postgres_dsn(read_settings()))
+
+
+@asynccontextmanager
+async def _accounts_of(organisation: str | None) -> AsyncIterator[Any]:
+    """The accounts, for a list; an organisation that there is not would look like an empty one."""
+    async with _accounts() as accounts:
+        if organisation is not None:
+            await accounts.require_organisation(organisation)
+        yield accounts

@@ -811,7 +811,7 @@ def _check_matrix(kind: K, aggregate: Aggregate) -> Beside:
         if beside is Beside.REFUSED:
             raise refuse(
                 Reason.OPERATION_IN_PROGRESS,
-                f"A {kind.name} cannot start beside an unfinished {operation.kind.name}.",
+                f"No {kind.name} can start beside an unfinished {operation.kind.name}.",
                 operation_id=operation.operation_id,
                 operation_kind=operation.kind.name,
                 operation_state=operation.state.name,

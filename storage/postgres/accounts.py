@@ -26,6 +26,7 @@ _LIST_ORGANISATIONS = query("accounts", "list_organisations")
 _CREATE_MERCHANT = query("accounts", "create_merchant")
 _LIMIT_MERCHANT = query("accounts", "limit_merchant")
 _FIND_MERCHANT = query("accounts", "find_merchant")
+_FIND_ORGANISATION = query("accounts", "find_organisation")
 _LIST_MERCHANTS = query("accounts", "list_merchants")
 _CREATE_KEY = query("accounts", "create_key")
 _LIST_KEYS = query("accounts", "list_keys")
@@ -133,6 +134,13 @@ class Accounts(DirectStore):
             )
             for record in await self._lane.fetch(_LIST_MERCHANTS, organisation_id=organisation_id)
         ]
+
+    async def require_organisation(self, organisation_id: str) -> None:
+        """Raises GatewayError(INVALID_REQUEST) where there is no such organisation."""
+        if not await self._lane.fetch(_FIND_ORGANISATION, organisation_id=organisation_id):
+            raise GatewayError(
+                Reason.INVALID_REQUEST, f"There is no organisation {organisation_id}."
+            )
 
     async def require_merchant(self, merchant_id: str) -> None:
         """Raises GatewayError(INVALID_REQUEST) where there is no such merchant."""

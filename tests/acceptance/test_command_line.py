@@ -225,6 +225,15 @@ def test_a_merchant_that_there_is_not_is_refused_rather_than_taken_for_one_witho
     assert command_line.printed("events", "consumers") == ""
 
 
+@pytest.mark.parametrize("what", ["merchants", "keys", "identities"])
+def test_an_organisation_that_there_is_not_is_refused_rather_than_taken_for_an_empty_one(
+    command_line: CommandLine, what: str
+) -> None:
+    assert command_line.refused(what, "list", "--organisation", "org_none") == (
+        "Error: There is no organisation org_none."
+    )
+
+
 def test_a_payment_is_shown_to_its_merchants_id_alone(command_line: CommandLine) -> None:
     payment_id, merchant_id = new_payment_id(), new_merchant_id()
     refused = command_line.refused("payments", "show", payment_id, "--merchant", merchant_id)

@@ -28,6 +28,9 @@ SET rate_limit_per_s = :per_s::float8, rate_limit_burst = :burst::int4
 WHERE merchant_id = :merchant_id::text
 RETURNING merchant_id;
 
+-- :name find_organisation
+SELECT organisation_id FROM organisations WHERE organisation_id = :organisation_id::text;
+
 -- :name find_merchant
 SELECT merchant_id FROM merchants WHERE merchant_id = :merchant_id::text;
 
