@@ -139,7 +139,7 @@ def test_the_grace_period_counts_as_the_supervisor_does() -> None:
 def test_envoy_s_defaults_are_those_of_the_settings() -> None:
     envoy = (CHART / "templates" / "_envoy.tpl").read_text("utf-8")
     found = re.findall(r":= (\d+) }}{{- if hasKey \$settings \"(\w+)\"", envoy)
-    assert len(found) == 3
+    assert len(found) == 5
     for number, name in found:
         assert int(number) == Settings.model_fields[name].default
 
