@@ -359,18 +359,22 @@ class MemoryStore:
 
     # --- recovery ---
 
-    async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
+    async def add_evidence(
+        self, operation: Operation, answer: ConnectorAnswer, seen_to: Collection[int] = ()
+    ) -> ConnectorAnswer | None:
         """See the port."""
         await self.before("add_evidence")
         key = (operation.merchant_id, operation.operation_id)
         now = self.operations[key]
         is_as_read = (now.epoch, now.attempt.number) == (operation.epoch, operation.attempt.number)
         if now.state not in states.UNFINISHED or not is_as_read:
-            return False
+            return None
         row = self.doubts.setdefault(key, DoubtRow(self.now))
-        row.evidence, row.evidence_leased = copy.deepcopy(answer), False
+        kept = row.evidence.attempt_number if row.evidence else None
+        if kept is None or kept >= operation.attempt.number or kept in seen_to:
+            row.evidence, row.evidence_leased = copy.deepcopy(answer), False
         row.check_at = min(row.check_at, self.now)
-        return True
+        return copy.deepcopy(row.evidence)
 
     async def expired(self, limit: int) -> int:
         """See the port."""

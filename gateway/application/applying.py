@@ -337,8 +337,7 @@ class Applier:
         if operation.state in states.UNFINISHED:
             if states.next_state(operation.kind, operation.state, event) is None:
                 return _NO_NEWS
-            evidence = replace(answer, attempt_number=number)
-            await self._store.add_evidence(operation, evidence)
+            await self._outcomes.keep(operation, answer)
             raise _NotYet("recovery weighs it")
         if operation.state is not S.SUCCEEDED:
             return await self._late(received, found, number, answer, event)

@@ -419,9 +419,15 @@ class Store(Protocol):
     async def list_payments(self, filter_: ListFilter) -> Page:
         """A page of payments."""
 
-    async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
-        """Keep a definite answer to the operation's present attempt for recovery; False where the
-        operation has a definite outcome, another attempt or another epoch than was read, by now.
+    async def add_evidence(
+        self, operation: Operation, answer: ConnectorAnswer, seen_to: Collection[int] = ()
+    ) -> ConnectorAnswer | None:
+        """Keep a definite answer to the operation's present attempt, whose number it has, for
+        recovery; None where the operation has a definite outcome, another attempt or another epoch
+        than was read, by now.
+
+        One answer is kept: the one that is kept now. That is an answer to an earlier attempt where
+        there is one, unless its number is in `seen_to`: recovery may not have looked at it yet.
         """
 
     async def expired(self, limit: int) -> int:

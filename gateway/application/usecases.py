@@ -977,6 +977,24 @@ class Outcomes:
             if await self._commit(current, aggregate.payment, settled) is Stored.WRITTEN:
                 return
 
+    async def keep(self, operation: Operation, answer: ConnectorAnswer) -> bool:
+        """Keep a definite answer to the operation's present attempt as evidence, for recovery to
+        weigh; False where the operation is not any more as it was read. A success of an earlier
+        attempt that was kept in its place, and may still stand, is reversed first.
+        """
+        number = operation.attempt.number
+        evidence = replace(answer, attempt_number=number)
+        seen_to: list[int] = []
+        while True:
+            kept = await self._store.add_evidence(operation, evidence, seen_to)
+            if kept is None:
+                return False
+            if kept.attempt_number in (None, number):
+                return True
+            if decisions.event_of(kept) is Event.APPROVED:
+                await self.reverse(operation, kept.attempt_number, kept)
+            seen_to.append(kept.attempt_number)
+
     async def bounce(self, operation: Operation, answer: ConnectorAnswer) -> None:
         """A capture or refund that had succeeded was returned."""
         await self._add(operation, answer, decisions.bounce)
@@ -1112,8 +1130,7 @@ class Outcomes:
                 return found
             same_attempt = current.attempt.number == owned.attempt.number
             if same_attempt and current.state in states.UNFINISHED:
-                evidence = replace(answer, attempt_number=owned.attempt.number)
-                if await self._store.add_evidence(current, evidence):
+                if await self.keep(current, answer):
                     return found
                 continue
             if (

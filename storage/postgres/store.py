@@ -459,11 +459,13 @@ class PostgresStore:
 
     # --- recovery ---
 
-    async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
+    async def add_evidence(
+        self, operation: Operation, answer: ConnectorAnswer, seen_to: Collection[int] = ()
+    ) -> ConnectorAnswer | None:
         """See Store. Repeated for as long as an outcome is, and as an outcome never refused."""
 
-        async def add(connection: Connection) -> bool:
-            added = await run(
+        async def add(connection: Connection) -> ConnectorAnswer | None:
+            kept = await run(
                 connection,
                 _ADD_EVIDENCE,
                 merchant_id=operation.merchant_id,
@@ -472,9 +474,10 @@ class PostgresStore:
                 attempt_number=operation.attempt.number,
                 epoch=operation.epoch,
                 evidence=rows.answer_json(answer),
+                seen_to=list(seen_to),
                 unfinished=_UNFINISHED,
             )
-            return bool(added)
+            return rows.answer_of(kept[0]["evidence"]) if kept else None
 
         return await self._direct.run(add, reserved=True, retry_s_max=self._outcome_retry_s_max)
 
@@ -843,6 +846,7 @@ async def _lock_due(
             connection,
             _LOCK_DUE,
             limit=room,
+            account_limit=room if account_max is None else min(room, account_max),
             full_accounts=[
                 account for account, count in taken.items() if count >= (account_max or math.inf)
             ],

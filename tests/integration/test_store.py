@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -58,7 +59,7 @@ from storage.postgres import (
 )
 from storage.postgres.pool import ConnectionSettings, connect
 from storage.postgres.queries import queries, query, run
-from storage.postgres.store import DIRECT, FOLLOW_UPS, INTENTS, READS
+from storage.postgres.store import DIRECT, FOLLOW_UPS, INTENTS, LOCKED_DUE_MAX, READS
 from tests.servers import fetch, postgres_server
 from tests.store_data import (
     MERCHANT,
@@ -1004,6 +1005,29 @@ async def test_evidence_of_an_attempt_outlasts_a_recoverer_that_died_and_the_nex
     assert (await store.count_doubts())[0] == 0
 
 
+async def test_evidence_of_an_earlier_attempt_stays_until_its_bringer_has_seen_to_it(
+    store: PostgresStore,
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    first = replace(ANSWER, attempt_number=1)
+    assert await store.add_evidence(intent.operation, first) == first
+    change = outcome(intent.operation, intent.payment, S.NOT_SENT)
+    assert await store.write_change(change) is Stored.WRITTEN
+    operation, payment = await stored(store, intent.operation)
+    assert await store.write_change(restarted(operation, payment)) is Stored.WRITTEN
+    operation, _ = await stored(store, intent.operation)
+    second = replace(ANSWER, attempt_number=2, connector_transaction_id="ch_2")
+    assert await store.add_evidence(operation, second) == first
+    [seen] = await due(store, lease_s=0)  # by a recoverer that dies before it acts on it
+    assert await store.add_evidence(seen.operation, second) == first
+    assert await store.add_evidence(seen.operation, second, seen_to=[1]) == second
+    [lease] = await due(store, lease_s=0)
+    assert lease.evidence == second
+    newer = replace(second, reason="newer")
+    assert await store.add_evidence(lease.operation, newer) == newer
+
+
 async def test_evidence_is_refused_where_the_operation_was_taken_over_since_it_was_read(
     store: PostgresStore,
 ) -> None:
@@ -1179,7 +1203,7 @@ _EXPECTED_INDEXES = {
         "payments_pkey",
         "doubts_pkey",
     },
-    ("recovery", "lock_due"): {"payments_pkey", "doubts_check_at", "operations_pkey"},
+    ("recovery", "lock_due"): {"payments_pkey", "doubts_by_account"},
     ("recovery", "lease"): {"doubts_pkey", "operations_pkey"},
     ("recovery", "count_doubts"): {"doubts_check_at", "operations_pkey"},
     ("recovery", "postpone"): {"payments_pkey", "operations_pkey", "doubts_pkey"},
@@ -1266,6 +1290,39 @@ async def test_a_page_of_many_doubts_is_read_along_their_index(
         plan = await connection.fetchval(f"EXPLAIN (FORMAT JSON) EXECUTE plan({nothing})")
     assert "doubts_oldest_first" in plan
     assert '"Sort"' not in plan
+
+
+@pytest.mark.parametrize("full_accounts", [[], ["acc_long"]])
+async def test_a_lease_reads_no_more_of_an_accounts_list_than_it_may_take(
+    store: PostgresStore, dsn: str, full_accounts: list[str]
+) -> None:
+    await doubts_of(store, "acc_long", 1)
+    async with lane_session(dsn) as connection:
+        for statement in _MANY_DOUBTS:
+            await connection.execute(statement)
+        await connection.execute("UPDATE doubts SET connector_account_id = 'acc_long'")
+        await doubts_of(store, "acc_short", 1)
+        await run(connection, query("recovery", "read_in_order"), sorts="off")
+        lock_due = query("recovery", "lock_due")
+        values = {
+            "limit": 50,
+            "account_limit": 16,
+            "locked_max": LOCKED_DUE_MAX,
+            "full_accounts": full_accounts,
+            "at_work": [],
+        }
+        told = await connection.fetchval(
+            f"EXPLAIN (ANALYZE, FORMAT JSON) {lock_due.text}", *lock_due.arguments(values)
+        )
+    nodes = [json.loads(told)[0]["Plan"]]
+    read = 0
+    while nodes:
+        node = nodes.pop()
+        nodes += node.get("Plans", [])
+        if node.get("Relation Name") == "doubts":
+            removed = node.get("Rows Removed by Filter", 0)
+            read += (node["Actual Rows"] + removed) * node["Actual Loops"]
+    assert read < 2 * LOCKED_DUE_MAX
 
 
 async def test_the_audit_reads_discrepancies_once_for_a_page_of_payments(dsn: str) -> None:

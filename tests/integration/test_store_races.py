@@ -329,6 +329,7 @@ async def test_that_an_attempt_was_being_cancelled_is_forgotten_with_it_whatever
             attempt_number=1,
             epoch=operation.epoch,
             evidence=rows.answer_json(answer),
+            seen_to=[],
             unfinished=_UNFINISHED,
         )
         assert added

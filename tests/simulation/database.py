@@ -360,10 +360,13 @@ class SimulatedStore:
         """See the port."""
         return await self._run(lambda database: at_once(database.list_payments(filter_)))
 
-    async def add_evidence(self, operation: Operation, answer: ConnectorAnswer) -> bool:
+    async def add_evidence(
+        self, operation: Operation, answer: ConnectorAnswer, seen_to: Collection[int] = ()
+    ) -> ConnectorAnswer | None:
         """See the port."""
         return await self._run(
-            lambda database: at_once(database.add_evidence(operation, answer)), OUTCOME_RETRY_S
+            lambda database: at_once(database.add_evidence(operation, answer, seen_to)),
+            OUTCOME_RETRY_S,
         )
 
     async def expired(self, limit: int) -> int:

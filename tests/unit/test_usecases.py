@@ -1387,6 +1387,30 @@ async def test_evidence_of_the_first_attempt_is_no_answer_to_the_second(
     assert reversed_ == ([f"{operation.operation_id}-1"] if told is APPROVED else [])
 
 
+async def test_evidence_of_the_second_attempt_does_not_hide_the_success_of_the_first() -> None:
+    first, second = Gate(), Gate()
+    gateway = bench(CAPABLE, Step(after=first, arrives=False, answer=APPROVED), Step(after=second))
+    call = await paused(gateway, first)
+    [lease] = await take_over(gateway)
+    gone = await gateway.connector.cancel(K.AUTHORIZE, lease.operation.reference)
+    first.opened.set()
+    await call  # its answer is evidence now
+    await gateway.payments.outcomes.write(lease.operation, lease.aggregate.payment, gone)
+    again = in_background(gateway.payments.authorize(gateway.authorize()))
+    await second.reached.wait()
+    gateway.store.advance(TAKEOVER_S)
+    assert await take_over(gateway)  # by a recoverer that dies before it acts on the evidence
+    second.opened.set()
+    await again  # its answer is evidence now, too
+    gateway.store.advance(TAKEOVER_S)
+    await gateway.recover(rounds=3)
+    operation = gateway.store.by_key("a")
+    assert (operation.state, operation.attempt.number) == (S.SUCCEEDED, 2)
+    [reversal] = operations_of(gateway, operation.payment_id, K.REVERSAL)
+    assert (reversal.note, reversal.state) == (f"{operation.operation_id}-1", S.SUCCEEDED)
+    assert gateway.connector.standing(K.AUTHORIZE) == [operation.reference]
+
+
 async def test_answer_without_news_of_a_sender_that_was_fenced_out_is_dropped() -> None:
     gate = Gate()
     gateway = bench(CAPABLE, Step(after=gate, answer=NO_ANSWER))

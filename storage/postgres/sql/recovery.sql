@@ -26,10 +26,13 @@ WITH read AS MATERIALIZED (
         array_agg(merchant_id) FILTER (WHERE state = :processing::int2) AS merchant_ids,
         array_agg(operation_id) FILTER (WHERE state = :processing::int2) AS operation_ids,
         array_agg(payment_id) FILTER (WHERE state = :processing::int2) AS payment_ids,
+        array_agg(connector_account_id) FILTER (WHERE state = :processing::int2) AS account_ids,
         array_agg(created_at) FILTER (WHERE state = :processing::int2) AS created_ats,
         array_agg(recover_after) FILTER (WHERE state = :processing::int2) AS recover_afters
     FROM (
-        SELECT merchant_id, operation_id, payment_id, created_at, recover_after, state
+        SELECT
+            merchant_id, operation_id, payment_id, connector_account_id, created_at, recover_after,
+            state
         FROM operations
         WHERE created_at >= :created_from::timestamptz AND created_at < :created_until::timestamptz
         LIMIT :rows_max::int8
@@ -40,12 +43,14 @@ unfinished AS MATERIALIZED (
         operation.merchant_id COLLATE "C" AS merchant_id,
         operation.operation_id COLLATE "C" AS operation_id,
         operation.payment_id COLLATE "C" AS payment_id,
-        operation.created_at, operation.recover_after
+        operation.connector_account_id, operation.created_at, operation.recover_after
     FROM read
     CROSS JOIN LATERAL unnest(
-        read.merchant_ids, read.operation_ids, read.payment_ids, read.created_ats,
-        read.recover_afters
-    ) AS operation (merchant_id, operation_id, payment_id, created_at, recover_after)
+        read.merchant_ids, read.operation_ids, read.payment_ids, read.account_ids,
+        read.created_ats, read.recover_afters
+    ) AS operation (
+        merchant_id, operation_id, payment_id, connector_account_id, created_at, recover_after
+    )
     WHERE NOT EXISTS (
         SELECT FROM doubts AS doubt
         WHERE doubt.merchant_id = operation.merchant_id
@@ -53,7 +58,8 @@ unfinished AS MATERIALIZED (
     )
 ),
 due AS MATERIALIZED (
-    SELECT oldest.merchant_id, oldest.operation_id, oldest.payment_id
+    SELECT
+        oldest.merchant_id, oldest.operation_id, oldest.payment_id, oldest.connector_account_id
     FROM (
         SELECT *
         FROM (
@@ -71,8 +77,8 @@ due AS MATERIALIZED (
     ) AS payment
 ),
 put AS (
-    INSERT INTO doubts (merchant_id, operation_id, payment_id, check_at)
-    SELECT merchant_id, operation_id, payment_id, now() FROM due
+    INSERT INTO doubts (merchant_id, operation_id, payment_id, connector_account_id, check_at)
+    SELECT merchant_id, operation_id, payment_id, connector_account_id, now() FROM due
     ORDER BY merchant_id, operation_id
     ON CONFLICT DO NOTHING
     RETURNING merchant_id, operation_id
@@ -144,21 +150,46 @@ SELECT
 
 -- :name lock_due
 -- The doubts that are due, those longest due first, with their payments locked; but none of accounts
--- that have as many at work as they may, and none that the caller is at work on.
+-- that have as many at work as they may, and none that the caller is at work on. Each account's are
+-- looked at by themselves and only as many as it may have, so a long list of one that hangs costs
+-- nothing.
 -- Of those that are due, locked_max may be locked by others without hiding who comes after them. The
 -- locks are taken in no order, since none is waited for.
+WITH RECURSIVE account AS (
+    (
+        SELECT connector_account_id FROM doubts
+        WHERE connector_account_id >= ''
+        ORDER BY connector_account_id
+        LIMIT 1
+    )
+    UNION ALL
+    -- The next one in the index, not all entries of this one.
+    SELECT next.connector_account_id
+    FROM account
+    CROSS JOIN LATERAL (
+        SELECT connector_account_id FROM doubts
+        WHERE connector_account_id > account.connector_account_id
+        ORDER BY connector_account_id
+        LIMIT 1
+    ) AS next
+)
 SELECT due.merchant_id, due.operation_id, due.connector_account_id
 FROM (
-    SELECT
-        doubt.merchant_id, doubt.operation_id, doubt.payment_id, operation.connector_account_id
-    FROM doubts AS doubt
-    JOIN operations AS operation
-        ON operation.merchant_id = doubt.merchant_id
-        AND operation.operation_id = doubt.operation_id
-    WHERE doubt.check_at <= now()
-        AND (doubt.lease_until IS NULL OR doubt.lease_until <= now())
-        AND doubt.operation_id <> ALL (:at_work::text[])
-        AND operation.connector_account_id <> ALL (:full_accounts::text[])
+    SELECT doubt.merchant_id, doubt.operation_id, doubt.payment_id, account.connector_account_id
+    FROM account
+    CROSS JOIN LATERAL (
+        SELECT merchant_id, operation_id, payment_id, check_at
+        FROM doubts
+        -- As a range of the account's index alone: whatever PostgreSQL believes of the accounts'
+        -- numbers, it has no other that is in this order.
+        WHERE (connector_account_id, check_at) >= (account.connector_account_id, '-infinity')
+            AND (connector_account_id, check_at) <= (account.connector_account_id, now())
+            AND (lease_until IS NULL OR lease_until <= now())
+            AND operation_id <> ALL (:at_work::text[])
+        ORDER BY connector_account_id, check_at
+        LIMIT :account_limit::int4 + :locked_max::int4
+    ) AS doubt
+    WHERE account.connector_account_id <> ALL (:full_accounts::text[])
     ORDER BY doubt.check_at
     LIMIT :limit::int4 + :locked_max::int4
 ) AS due
@@ -261,15 +292,18 @@ WHERE doubt.merchant_id = :merchant_id::text
 -- both miss the evidence and remove it. Whoever brings evidence has looked at what else was told, and
 -- looks again where somebody has taken the operation over since: what is outdated must not replace
 -- what is not.
+-- There is room for one answer. That to an earlier attempt may be a charge which nobody has reversed
+-- yet: it stays, and is returned, but where the caller says that it has seen to it.
 INSERT INTO doubts AS doubt (
-    merchant_id, operation_id, payment_id, check_at, evidence, evidence_leased
+    merchant_id, operation_id, payment_id, connector_account_id, check_at, evidence,
+    evidence_leased
 )
 SELECT
-    operation.merchant_id, operation.operation_id, operation.payment_id, now(),
-    :evidence::jsonb, false
+    operation.merchant_id, operation.operation_id, operation.payment_id,
+    operation.connector_account_id, now(), :evidence::jsonb, false
 FROM {{locked_payment}}
 CROSS JOIN LATERAL (
-    SELECT merchant_id, operation_id, payment_id
+    SELECT merchant_id, operation_id, payment_id, connector_account_id
     FROM operations
     WHERE merchant_id = payment.merchant_id
         AND operation_id = :operation_id::text
@@ -280,10 +314,10 @@ CROSS JOIN LATERAL (
     FOR NO KEY UPDATE
 ) AS operation
 ON CONFLICT (merchant_id, operation_id) DO UPDATE
-SET evidence = excluded.evidence,
-    evidence_leased = false,
+SET evidence = CASE WHEN {{stays}} THEN doubt.evidence ELSE excluded.evidence END,
+    evidence_leased = {{stays}} AND doubt.evidence_leased,
     check_at = least(doubt.check_at, now())
-RETURNING true AS added;
+RETURNING evidence;
 
 -- :name count_doubts
 -- What waits for a customer or for a PSP's later answer is on recovery's list and in no doubt, but for
@@ -332,6 +366,13 @@ WHERE relid = 'outbox'::regclass;
     WHERE merchant_id = :merchant_id::text AND payment_id = :payment_id::text
     FOR NO KEY UPDATE
 ) AS payment
+
+-- :fragment stays
+coalesce(
+    (doubt.evidence ->> 'attempt_number')::int4 < :attempt_number::int4
+    AND (doubt.evidence ->> 'attempt_number')::int4 <> ALL (:seen_to::int4[]),
+    false
+)
 
 -- :fragment of_owner
 -- The payment is locked first and the epoch looked at under the lock, as in add_evidence.

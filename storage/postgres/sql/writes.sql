@@ -156,9 +156,12 @@ resolved AS (
     WHERE ((merchant_id, operation_id) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
 ),
 doubted AS (
-    INSERT INTO doubts AS doubt (merchant_id, operation_id, payment_id, check_at)
+    INSERT INTO doubts AS doubt (
+        merchant_id, operation_id, payment_id, connector_account_id, check_at
+    )
     SELECT
-        merchant_id, operation_id, payment_id, now() + check_after_s * interval '1 second'
+        merchant_id, operation_id, payment_id, connector_account_id,
+        now() + check_after_s * interval '1 second'
     FROM changed
     WHERE check_after_s IS NOT NULL
     ORDER BY merchant_id COLLATE "C", operation_id COLLATE "C"
@@ -182,6 +185,7 @@ doubted AS (
                 AND changed.operation_id = excluded.operation_id
                 AND changed.epoch <> changed.expected_epoch
         ),
+        connector_account_id = excluded.connector_account_id,
         lease_until = NULL
 ),
 forgotten AS (
