@@ -37,6 +37,10 @@ SUCCEEDED = payment_pb2.OPERATION_STATE_SUCCEEDED
 
 PROFILES: Final = ("idempotent", "non_idempotent", "no_query")
 
+SLEEPER: Final = {"recovery_enabled": False}
+"""Recovery is the other gateway's. Stopped in the middle of a search for dead senders, the sleeper
+would keep everybody from searching until PostgreSQL ended its transaction."""
+
 
 def _system(postgres: PostgresForTests, redis: EmbeddedRedis, profile: str) -> Any:
     return running_system(
@@ -98,7 +102,7 @@ async def test_a_sender_that_wakes_after_its_send_window_never_sends(
 ) -> None:
     """Stopped between the intent's COMMIT and its answer; recovery acts; SIGCONT."""
     with _system(postgres, redis, profile) as system, postgres_proxy(system.dsn) as proxy:
-        sleeper = system.start_gateway(transport=transport, postgres_dsn=proxy.dsn)
+        sleeper = system.start_gateway(transport=transport, postgres_dsn=proxy.dsn, **SLEEPER)
         system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         async with calling(sleeper, system.shop.api_key) as caller:
@@ -144,7 +148,7 @@ async def test_what_a_sender_sends_after_recovery_leaves_no_charge_unrecorded(
 ) -> None:
     """Stopped between its last look at the clock and the write; recovery acts; SIGCONT."""
     with _system(postgres, redis, profile) as system:
-        sleeper = system.fork_gateway(STOPPED_SENDER, "authorize", transport=transport)
+        sleeper = system.fork_gateway(STOPPED_SENDER, "authorize", transport=transport, **SLEEPER)
         other = system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         async with (
@@ -186,7 +190,7 @@ async def test_what_a_person_took_for_without_effect_is_reversed_should_it_take_
 ) -> None:
     """The PSP can be asked nothing, a person says "no effect", and then the sender wakes up."""
     with _system(postgres, redis, "no_query") as system:
-        sleeper = system.fork_gateway(STOPPED_SENDER, "authorize", transport=transport)
+        sleeper = system.fork_gateway(STOPPED_SENDER, "authorize", transport=transport, **SLEEPER)
         other = system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         async with (
@@ -231,7 +235,7 @@ async def test_a_sender_that_sends_after_recovery_and_dies_leaves_no_charge_unre
 ) -> None:
     """As above, but nobody lives to tell: what recovery did must have been enough."""
     with _system(postgres, redis, profile) as system:
-        sleeper = system.fork_gateway(STOPPED_SENDER, "authorize", transport=transport)
+        sleeper = system.fork_gateway(STOPPED_SENDER, "authorize", transport=transport, **SLEEPER)
         other = system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         control = system.control
@@ -271,7 +275,7 @@ async def test_a_follow_up_that_is_sent_after_recovery_never_moves_money_twice(
     postgres: PostgresForTests, redis: EmbeddedRedis, profile: str, kind: str, transport: str
 ) -> None:
     with _system(postgres, redis, profile) as system:
-        sleeper = system.fork_gateway(STOPPED_SENDER, kind, transport=transport)
+        sleeper = system.fork_gateway(STOPPED_SENDER, kind, transport=transport, **SLEEPER)
         other = system.start_gateway(transport=other_than(transport))
         async with (
             calling(sleeper, system.shop.api_key) as first,
@@ -312,7 +316,7 @@ async def test_a_gateway_stopped_before_the_answer_of_the_psp_does_not_keep_the_
 ) -> None:
     """Stopped with its request at the PSP, which answers meanwhile; recovery acts; SIGCONT."""
     with _system(postgres, redis, profile) as system:
-        sleeper = system.start_gateway(transport=transport)
+        sleeper = system.start_gateway(transport=transport, **SLEEPER)
         other = system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         control = system.control
@@ -345,10 +349,7 @@ async def test_an_outcome_written_after_recovery_took_over_does_not_overwrite_it
 ) -> None:
     """Stopped between the PSP's answer and the outcome's arrival at PostgreSQL."""
     with _system(postgres, redis, profile) as system, postgres_proxy(system.dsn) as proxy:
-        # The sleeper itself does not recover: it is to be late.
-        sleeper = system.start_gateway(
-            transport=transport, postgres_dsn=proxy.dsn, recovery_enabled=False
-        )
+        sleeper = system.start_gateway(transport=transport, postgres_dsn=proxy.dsn, **SLEEPER)
         system.start_gateway(transport=other_than(transport))
         request = authorize_request()
         async with calling(sleeper, system.shop.api_key) as caller:
