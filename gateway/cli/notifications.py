@@ -52,17 +52,16 @@ async def notifications_list(merchant: str, pending: bool, result: str | None, l
     await require_merchant(postgres_dsn(read_settings()), merchant)
     async with _notifications() as store:
         for each in await store.list(merchant, limit=limit, pending_only=pending, result=wanted):
-            told = each.received.notification
             click.echo(
                 "  ".join(
                     (
                         f"{each.received_at:%Y-%m-%dT%H:%M:%SZ}",
-                        told.event_id,
-                        told.connector,
-                        each.received.connector_account_id,
-                        told.event_type,
-                        told.kind.name,
-                        "PENDING" if each.result is None else each.result.name,
+                        each.event_id,
+                        each.connector,
+                        each.connector_account_id,
+                        each.event_type,
+                        each.kind,
+                        each.result or "PENDING",
                         each.payment_id or "-",
                     )
                 )
@@ -77,21 +76,19 @@ async def notifications_show(merchant: str, event_id: str) -> None:
     """Show what is stored of one, by the PSP's id, as JSON."""
     import orjson
 
-    from storage.postgres.notifications import notification_json
-
     async with _notifications() as store:
         found = await store.find(merchant, event_id)
     if not found:
         fail(_no_notification(merchant, event_id))
     for each in found:
         document = {
-            "connector_account_id": each.received.connector_account_id,
+            "connector_account_id": each.connector_account_id,
             "received_at": each.received_at.isoformat(),
-            "result": None if each.result is None else each.result.name,
+            "result": each.result or None,
             "applied_at": None if each.applied_at is None else each.applied_at.isoformat(),
             "payment_id": each.payment_id,
             "operation_id": each.operation_id,
-            "notification": orjson.loads(notification_json(each.received.notification)),
+            "notification": each.content,
         }
         click.echo(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
 

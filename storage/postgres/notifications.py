@@ -64,12 +64,19 @@ _Row = tuple[object, ...]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A notification as it is stored, for people."""
+    """A notification as it is stored, for people: also one that only a newer version can read."""
 
-    received: Received
+    event_id: str
+    connector: str
+    connector_account_id: str
+    event_type: str
+    kind: str
+    """By its name; by its number where this version has none."""
+    content: dict[str, Any]
+    """As `notification_json` makes it."""
     received_at: datetime
-    result: Result | None
-    """None until it was applied."""
+    result: str
+    """By its name; empty until it was applied."""
     applied_at: datetime | None
     payment_id: str
     operation_id: str
@@ -303,13 +310,25 @@ def _readable(records: Sequence[asyncpg.Record]) -> list[Pending]:
 def _kept_of(record: asyncpg.Record) -> Kept:
     result = record["result"]
     return Kept(
-        received=_received_of(record),
+        event_id=record["event_id"],
+        connector=record["connector"],
+        connector_account_id=record["connector_account_id"],
+        event_type=record["event_type"],
+        kind=_name(NotificationKind, record["kind"]),
+        content=orjson.loads(record["content"]),
         received_at=record["received_at"],
-        result=None if result is None else Result(result),
+        result="" if result is None else _name(Result, result),
         applied_at=record["applied_at"],
         payment_id=record["payment_id"] or "",
         operation_id=record["operation_id"] or "",
     )
+
+
+def _name(kinds: type[IntEnum], number: int) -> str:
+    try:
+        return kinds(number).name
+    except ValueError:
+        return str(number)
 
 
 def keeping_lane(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
 from gateway.application.notifications import (
@@ -124,6 +125,28 @@ async def test_one_that_cannot_be_read_holds_up_no_other(store: PostgresStore, d
     assert {each.received.notification.event_id for each in leased} == {"evt_0", "evt_2"}
 
 
+async def test_one_that_cannot_be_read_is_shown_and_hides_no_other(
+    store: PostgresStore, dsn: str
+) -> None:
+    one = received()
+    other = of_same_account(one, "evt_2", Verdict.APPROVED, 1)
+    await store.notifications.keep([one, other])
+    newer = """
+        UPDATE notifications
+        SET content = content || '{"of_a_newer_version": 1}', kind = 99, result = 98
+        WHERE event_id = 'evt_1' RETURNING 1
+    """
+    fetch(dsn, newer)
+    listed = await store.notifications.list(one.merchant_id, limit=5)
+    assert {(each.event_id, each.kind, each.result) for each in listed} == {
+        ("evt_1", "99", "98"),
+        ("evt_2", "REFUND", ""),
+    }
+    [found] = await store.notifications.find(one.merchant_id, "evt_1")
+    assert found.content["of_a_newer_version"] == 1
+    assert await store.notifications.apply_again(one.merchant_id, "evt_1")
+
+
 async def test_no_account_has_more_at_work_than_its_share_and_hides_nobody(
     store: PostgresStore,
 ) -> None:
@@ -152,7 +175,8 @@ async def test_what_is_finished_is_shown_and_not_leased_again(store: PostgresSto
     assert not await store.notifications.lease(10, 60)
     assert (await store.notifications.count_pending()).notifications == 0
     [kept] = await store.notifications.list(one.merchant_id, limit=5)
-    assert (kept.received, kept.result, kept.payment_id) == (one, Result.APPLIED, "pay_1")
+    assert (kept.event_id, kept.result, kept.payment_id) == ("evt_1", "APPLIED", "pay_1")
+    assert notification_of(orjson.dumps(kept.content).decode()) == one.notification
     assert not await store.notifications.list(new_merchant_id(), limit=5)
     assert await store.notifications.apply_again(one.merchant_id, "evt_1")
     assert not await store.notifications.apply_again(new_merchant_id(), "evt_1")
