@@ -4,12 +4,18 @@
 stored. PSPs repeat what has another status, so what is too much is refused early: a connection too
 many, a request too soon, a body too long, all before a signature is computed. Nothing of it shares
 a connection or a queue with the payments.
+
+Whose a request is only its signature tells, and anybody may send what has none. So where there is
+too much, what has proved nothing gives way: the oldest connection that has brought nothing genuine,
+the oldest unread body of the account that has the most of them, and the requests of accounts whose
+others fail.
 """
 
 import asyncio
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,6 +44,8 @@ LINGER_S: Final = 1.0
 """For how long the rest of a refused body is read, so that the refusal is."""
 BACKLOG: Final = 128
 """Connections that wait to be accepted."""
+FAILURES_PER_S_MAX: Final = 1
+"""An account of whose requests more fail leaves the second half of the rate to the others."""
 
 _TARGET: Final = re.compile(re.escape(PATH) + "/([a-z][a-z0-9_]{0,63})/(acc_[0-9a-f]{32})")
 _REFUSAL: Final = (
@@ -61,6 +69,10 @@ _STATUS: Final = {
     Receipt.OVERLOADED: 503,
     Receipt.STORE_UNAVAILABLE: 503,
 }
+_FAILURES: Final = frozenset(
+    {Receipt.BAD_SIGNATURE, Receipt.BAD_REQUEST, Receipt.TOO_LARGE, Receipt.TOO_SLOW}
+)
+"""What may be anybody's."""
 _RETRIED: Final = frozenset(
     {Receipt.RATE_LIMITED, Receipt.OVERLOADED, Receipt.STORE_UNAVAILABLE, Receipt.TOO_SLOW}
 )
@@ -106,11 +118,16 @@ class _Rate:
         self._tokens = float(per_s_max)
         self._at = time.monotonic()
 
-    def take(self) -> bool:
+    def has(self, tokens: float) -> bool:
+        """Whether so many are there."""
         now = time.monotonic()
         self._tokens = min(self._per_s_max, self._tokens + (now - self._at) * self._per_s_max)
         self._at = now
-        if self._tokens < 1:
+        return self._tokens >= tokens
+
+    def take(self, least: float = 1) -> bool:
+        """Take one where there are `least`, which are 1 or more."""
+        if not self.has(least):
             return False
         self._tokens -= 1
         return True
@@ -129,7 +146,10 @@ class _Refusing(asyncio.Protocol):
 
 
 class _Server(web.Server):
-    """A server that holds `connections_max` connections."""
+    """A server that holds `connections_max` connections.
+
+    One more closes the oldest that has brought nothing genuine; without such, it is refused.
+    """
 
     def __init__(
         self,
@@ -148,12 +168,32 @@ class _Server(web.Server):
         )
         self._limits = limits
         self._refused = refused
+        self._unproven: dict[web.RequestHandler, None] = {}
+        """The connections that have brought nothing genuine, the oldest first."""
 
     def __call__(self) -> asyncio.Protocol:  # type: ignore[override]
         if len(self.connections) >= self._limits.connections_max:
             self._refused()
-            return _Refusing(self._limits.retry_after_s)
+            if not self._unproven:
+                return _Refusing(self._limits.retry_after_s)
+            oldest = next(iter(self._unproven))
+            del self._unproven[oldest]
+            oldest.force_close()
         return super().__call__()
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        self._unproven[handler] = None
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        super().connection_lost(handler, exc)
+        self._unproven.pop(handler, None)
+
+    def proven(self, handler: web.RequestHandler) -> None:
+        """The connection has brought something genuine."""
+        self._unproven.pop(handler, None)
 
 
 class Receiver:
@@ -191,13 +231,18 @@ class Receiver:
         self._rate = _Rate(limits.per_s_max)
         self._strangers = _Rate(limits.per_s_max)
         """For those who name no account: they do not use up what is for the others."""
+        self._failures: dict[str, _Rate] = {}
+        """By account, of those that there are: what is left of what may fail."""
         self._in_flight = 0
+        self._unproven: dict[asyncio.Timeout, str] = {}
+        """The ends of those in flight that have proved nothing, the oldest first, by account."""
+        self._server: _Server | None = None
         self._runner: web.ServerRunner | None = None
 
     async def start(self) -> None:
         """Listen. Raises OSError where the address is taken."""
-        server = _Server(self._serve, self._limits, self._refused_connection)
-        self._runner = web.ServerRunner(server, shutdown_timeout=self._limits.timeout_s)
+        self._server = _Server(self._serve, self._limits, self._refused_connection)
+        self._runner = web.ServerRunner(self._server, shutdown_timeout=self._limits.timeout_s)
         await self._runner.setup()
         await listen(
             self._runner, self._host, self._port, backlog=BACKLOG, reuse_port=self._share_port
@@ -219,25 +264,27 @@ class Receiver:
         self._observer.notification_received("", Receipt.OVERLOADED)
 
     async def _serve(self, request: web.BaseRequest) -> web.Response:
-        connector, body = "", b""
+        named, connector, body = None, "", b""
         try:
-            account, source = self._admitted(request)
+            target = _TARGET.fullmatch(request.path)
+            named = None if target is None else self._account(target[2])
+            account, source = self._admitted(request, target, named)
             connector = account.connector
             self._in_flight += 1
             try:
-                async with asyncio.timeout(self._limits.timeout_s):
-                    received = await self._read(request, account, source)
+                received = await self._proven(request, account, source)
                 receipt = Receipt.KEPT if await self._stored(received) else Receipt.REPEATED
             finally:
                 self._in_flight -= 1
             status, body = 200, source.acknowledgement
-        except TimeoutError:
-            receipt, status = Receipt.TOO_SLOW, 408
         except _Refused as refused:
             receipt, status = refused.receipt, refused.status
         except Exception:  # noqa: BLE001 - with 500 a PSP would blame its event
             _log.exception("a notification could not be taken", extra={"connector": connector})
             receipt, status = Receipt.STORE_UNAVAILABLE, 503
+        if named is not None and receipt in _FAILURES:
+            rate = self._failures.setdefault(named.account_id, _Rate(FAILURES_PER_S_MAX))
+            rate.take()
         self._observer.notification_received(connector, receipt)
         response = web.Response(status=status, body=body, content_type="text/plain")
         if status == 405:
@@ -248,11 +295,23 @@ class Receiver:
             response.force_close()
         return response
 
-    def _admitted(self, request: web.BaseRequest) -> tuple[NotifiedAccount, NotificationSource]:
+    def _may_begin(self, account: NotifiedAccount | None) -> bool:
+        """Whether the rate allows it."""
+        if account is None:
+            return self._strangers.take()
+        failures = self._failures.get(account.account_id)
+        if failures is None or failures.has(1):
+            return self._rate.take()
+        return self._rate.take(least=max(1, self._limits.per_s_max / 2))
+
+    def _admitted(
+        self,
+        request: web.BaseRequest,
+        target: re.Match[str] | None,
+        account: NotifiedAccount | None,
+    ) -> tuple[NotifiedAccount, NotificationSource]:
         """Whose it is; what can be refused by its head is. Raises _Refused."""
-        target = _TARGET.fullmatch(request.path)
-        account = None if target is None else self._account(target[2])
-        if not (self._strangers if account is None else self._rate).take():
+        if not self._may_begin(account):
             raise _Refused(Receipt.RATE_LIMITED)
         if target is None:
             raise _Refused(Receipt.BAD_REQUEST, 404)
@@ -268,9 +327,38 @@ class Receiver:
             raise _Refused(Receipt.UNKNOWN_ACCOUNT)
         if not account.secrets:
             raise _Refused(Receipt.UNKNOWN_ACCOUNT)
-        if self._in_flight >= self._limits.in_flight_max:
+        if self._in_flight >= self._limits.in_flight_max and not self._gives_way(account):
             raise _Refused(Receipt.OVERLOADED)
         return account, source
+
+    def _gives_way(self, account: NotifiedAccount) -> bool:
+        """Whether another one ends for it: the oldest of whoever has the most without proof."""
+        counts = Counter(self._unproven.values())
+        [(most_id, most)] = counts.most_common(1) or [("", 0)]
+        if most <= counts[account.account_id] + 1:
+            return False
+        oldest = next(end for end, account_id in self._unproven.items() if account_id == most_id)
+        del self._unproven[oldest]
+        if not oldest.expired():
+            oldest.reschedule(asyncio.get_running_loop().time())
+        return True
+
+    async def _proven(
+        self, request: web.BaseRequest, account: NotifiedAccount, source: NotificationSource
+    ) -> list[Received]:
+        """As `_read`, in its time, or until it has to give way. Raises _Refused."""
+        try:
+            async with asyncio.timeout(self._limits.timeout_s) as end:
+                self._unproven[end] = account.account_id
+                try:
+                    received = await self._read(request, account, source)
+                finally:
+                    self._unproven.pop(end, None)
+        except TimeoutError:
+            raise _Refused(Receipt.TOO_SLOW) from None
+        assert self._server is not None, "started"
+        self._server.proven(request.protocol)
+        return received
 
     async def _read(
         self, request: web.BaseRequest, account: NotifiedAccount, source: NotificationSource

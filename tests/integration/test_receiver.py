@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -22,8 +22,10 @@ from gateway.domain.model import Mode
 from gateway.receiver import EVENTS_MAX, Receiver, ReceiverLimits
 
 ACCOUNT = new_connector_account_id()
+OTHER = new_connector_account_id()
 BARE = new_connector_account_id()
 PATH = f"/v1/notifications/psp/{ACCOUNT}"
+OTHERS_PATH = f"/v1/notifications/psp/{OTHER}"
 LIMITS = ReceiverLimits(
     body_bytes_max=2000,
     timeout_s=20,
@@ -147,7 +149,11 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], byt
 
 
 def account_of(account_id: str) -> NotifiedAccount | None:
-    secrets = {ACCOUNT: ("secret-1", "secret-2"), BARE: ()}.get(account_id)
+    secrets = {
+        ACCOUNT: ("secret-1", "secret-2"),
+        OTHER: ("secret-1",),
+        BARE: (),
+    }.get(account_id)
     if secrets is None:
         return None
     return NotifiedAccount("mer_1", account_id, "psp", Mode.TEST, secrets)
@@ -263,6 +269,34 @@ async def test_a_flood_is_refused_before_its_signatures_are_looked_at() -> None:
 async def test_a_flood_of_those_who_know_no_account_keeps_nobody_out() -> None:
     async with opened(per_s_max=2) as door:
         await flood(door, path=f"{PATH}x")
+        assert await door.post() == 200
+
+
+@pytest.mark.parametrize("more", [{"secret": "forged"}, {"method": "GET"}])
+async def test_a_flood_of_forgeries_for_one_account_leaves_half_of_the_rate_to_the_others(
+    more: dict[str, Any],
+) -> None:
+    async with opened(per_s_max=8) as door:
+        await flood(door, **more)
+        assert [await door.post(path=OTHERS_PATH) for _ in range(2)] == [200] * 2
+
+
+async def test_bodies_that_do_not_come_keep_no_other_account_out() -> None:
+    async with opened(in_flight_max=3) as door, AsyncExitStack() as senders:
+        for _ in range(3):
+            _, writer = await senders.enter_async_context(door.connected())
+            writer.write(request(length=100))
+        async with asyncio.timeout(WAIT_S):
+            while await door.post(b"evt_1") != 503:
+                pass  # the server has yet to read the heads of all three
+        assert await door.post(b"evt_2", path=OTHERS_PATH) == 200
+
+
+async def test_connections_that_bring_nothing_keep_nobody_out() -> None:
+    async with opened(connections_max=2) as door, AsyncExitStack() as senders:
+        for sent in (b"", b"POST ", request(length=100), b"", b"POST "):
+            _, writer = await senders.enter_async_context(door.connected())
+            writer.write(sent)
         assert await door.post() == 200
 
 
