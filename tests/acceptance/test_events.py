@@ -222,10 +222,11 @@ async def test_a_consumer_goes_on_at_its_stored_position(system: System, address
 
         await consumer.acknowledge("ledger", cursor)
         assert [each.events_behind for each in await consumer.consumers()] == [0]
-        await consumer.acknowledge("ledger", "", reset_reason=REASON)
+        reason = f"{REASON}\nin two lines"
+        await consumer.acknowledge("ledger", "", reset_reason=reason)
         assert (await consumer.read(consumer="ledger"))[0] == [first, second]
         [listed] = await consumer.consumers()
-        assert listed.reset_reason == REASON
+        assert listed.reset_reason == reason
         assert listed.reset_by.startswith("key_")
         await consumer.delete("ledger")
         assert not await consumer.consumers()
