@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, Protocol, cast
+from functools import partial
+from typing import Any, Final, Protocol, cast
 
 from aiohttp import web
 
@@ -145,6 +146,30 @@ class _Refusing(asyncio.Protocol):
         writable.close()
 
 
+class _Connection(web.RequestHandler):
+    """A connection that counts what is no HTTP, and neither logs it nor sends it back."""
+
+    __slots__ = ("_malformed",)
+
+    def __init__(self, malformed: Callable[[], None], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._malformed = malformed
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if status >= 500:
+            return super().handle_error(request, status, exc, message)
+        self._malformed()
+        response = web.Response(status=status)
+        response.force_close()
+        return response
+
+
 class _Server(web.Server):
     """A server that holds `connections_max` connections.
 
@@ -155,31 +180,33 @@ class _Server(web.Server):
         self,
         handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
         limits: ReceiverLimits,
-        refused: Callable[[], None],
+        told: Callable[[Receipt], None],
     ) -> None:
-        super().__init__(
-            handler,
-            access_log=None,
-            # Also for a first request that does not come, or comes a byte at a time.
-            keepalive_timeout=limits.timeout_s,
-            lingering_time=LINGER_S,
-            # A PSP compresses nothing, and a few bytes could become a gigabyte.
-            auto_decompress=False,
-        )
+        super().__init__(handler)
         self._limits = limits
-        self._refused = refused
+        self._told = told
         self._unproven: dict[web.RequestHandler, None] = {}
         """The connections that have brought nothing genuine, the oldest first."""
 
     def __call__(self) -> asyncio.Protocol:  # type: ignore[override]
         if len(self.connections) >= self._limits.connections_max:
-            self._refused()
+            self._told(Receipt.OVERLOADED)
             if not self._unproven:
                 return _Refusing(self._limits.retry_after_s)
             oldest = next(iter(self._unproven))
             del self._unproven[oldest]
             oldest.force_close()
-        return super().__call__()
+        return _Connection(
+            partial(self._told, Receipt.BAD_REQUEST),
+            self,
+            loop=asyncio.get_running_loop(),
+            access_log=None,
+            # Also for a first request that does not come, or comes a byte at a time.
+            keepalive_timeout=self._limits.timeout_s,
+            lingering_time=LINGER_S,
+            # A PSP compresses nothing, and a few bytes could become a gigabyte.
+            auto_decompress=False,
+        )
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
@@ -241,7 +268,9 @@ class Receiver:
 
     async def start(self) -> None:
         """Listen. Raises OSError where the address is taken."""
-        self._server = _Server(self._serve, self._limits, self._refused_connection)
+        self._server = _Server(
+            self._serve, self._limits, partial(self._observer.notification_received, "")
+        )
         self._runner = web.ServerRunner(self._server, shutdown_timeout=self._limits.timeout_s)
         await self._runner.setup()
         await listen(
@@ -259,9 +288,6 @@ class Receiver:
         """Finish what has begun, and close the port. Safe to repeat."""
         if self._runner is not None:
             await self._runner.cleanup()
-
-    def _refused_connection(self) -> None:
-        self._observer.notification_received("", Receipt.OVERLOADED)
 
     async def _serve(self, request: web.BaseRequest) -> web.Response:
         named, connector, body = None, "", b""

@@ -340,10 +340,21 @@ async def test_a_sender_who_does_not_go_on_is_left(sent: bytes) -> None:
                 pass  # on a stalled machine nobody goes on in time
 
 
-async def test_junk_is_no_500() -> None:
+async def test_junk_is_no_500_and_nothing_of_it_is_logged_or_sent_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with opened() as door:
-        for junk in (b"\x16\x03\x01\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/9.9\r\n\r\n"):
-            assert (await door.ask(junk))[0] == 400
+        for junk in (
+            b"\x16\x03\x01\r\n\r\n",
+            b"GET\r\n\r\n",
+            b"POST / HTTP/9.9\r\n\r\n",
+            request(path="http://[what-it-holds"),
+            request(headers="Transfer-Encoding: chunked\r\n"),
+        ):
+            status, _, body = await door.ask(junk)
+            assert (status, body) == (400, b"")
+        assert door.receipts == {Receipt.BAD_REQUEST: 5}
+        assert not caplog.records
         long_head = request(headers=f"X-Long: {'x' * 20_000}\r\n")
         assert (await door.ask(long_head))[0] == 400
         assert await door.post() == 200
