@@ -87,9 +87,9 @@ def instant(value: object) -> datetime | None:
 
 
 def instant_of_text(value: object) -> datetime | None:
-    """A time in ISO 8601 with its offset."""
+    """A time in ISO 8601 with its offset, in UTC; at the ends of the calendar it may have none."""
     try:
         at = datetime.fromisoformat(text(value))
-    except ValueError:
+        return None if at.tzinfo is None else at.astimezone(UTC)
+    except (ValueError, OverflowError):
         return None
-    return None if at.tzinfo is None else at

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 
 from gateway.connectors import values
@@ -27,6 +29,12 @@ def test_a_text_is_cut_to_its_length_and_what_is_none_is_empty() -> None:
     assert values.text("x" * 300) == "x" * values.CODE_LENGTH_MAX
     assert values.text("a\x00b\u200b") == "ab"
     assert values.text(None) == values.text(5) == ""
+
+
+def test_a_time_is_one_that_can_be_stored_or_none() -> None:
+    assert values.instant_of_text("2026-11-21T01:00:00+01:00") == datetime(2026, 11, 21, tzinfo=UTC)
+    for text in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00", "2026-11-21T01:00:00"):
+        assert values.instant_of_text(text) is None
 
 
 def test_a_sum_of_the_largest_amounts_that_a_psp_can_report_stays_within_int64() -> None:
