@@ -398,3 +398,9 @@ def test_time_without_an_offset_is_none() -> None:
 def test_adyen_expects_its_acknowledgement() -> None:
     assert SOURCE.acknowledgement == b"[accepted]"
     assert SOURCE.secrets({"webhook_secrets": f"{KEY} {OTHER_KEY}"}) == (KEY, OTHER_KEY)
+
+
+@pytest.mark.parametrize("event", ["AUTHORISATION", "CAPTURE", "CANCELLATION", "CHARGEBACK"])
+def test_what_somebody_else_calls_a_payment_is_not_kept(event: str) -> None:
+    card = "4111111111111111"
+    assert card not in str(told(event, merchantReference=card, originalReference=PAYMENT))

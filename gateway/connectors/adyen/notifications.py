@@ -27,6 +27,7 @@ from gateway.connectors.adyen import answers, codes
 from gateway.connectors.adyen.connector import NAME, REFUND_SUFFIX, REVERSAL_SUFFIX
 from gateway.connectors.base import Unusable
 from gateway.connectors.notifications import (
+    OUR_REFERENCE,
     BadSignature,
     UnusableNotification,
     signed_by_any,
@@ -179,7 +180,7 @@ def _read(
 ) -> Notification:
     """What an item says. Raises Unusable for an amount that ISO 4217 cannot express."""
     event_type: str = told["event_type"]
-    reference = values.identifier(item.get("merchantReference"))
+    reference = _reference(item)
     if event_type == "AUTHORISATION":
         own = {**told, "payment_transaction_id": own_id, "reference": reference}
         answer = _authorization(item, own_id, success=success)
@@ -203,6 +204,13 @@ def _read(
             **_amount(item),
         }
     return Notification(**told)
+
+
+def _reference(item: Mapping[str, Any]) -> str:
+    """Ours; empty for what somebody else called a payment of theirs, which may hold anything."""
+    reference = values.identifier(item.get("merchantReference"))
+    attempt = reference.removesuffix(REFUND_SUFFIX).removesuffix(REVERSAL_SUFFIX)
+    return reference if OUR_REFERENCE.fullmatch(attempt) else ""
 
 
 def _modified(
