@@ -76,5 +76,14 @@ class Telling:
             except (GatewayError, StoreUnavailable) as error:
                 _log.warning("what connectors told cannot be stored yet: %s", error)
                 await asyncio.sleep(PAUSE_S)
+            except Exception:  # noqa: BLE001 - without this loop nothing told is stored any more
+                if len(batch) == 1:
+                    _log.exception("what a connector told could not be stored")
+                    await asyncio.sleep(PAUSE_S)
+                    self.tell(batch[0])  # behind the others: whatever it is, it holds up none
+                    return
+                for each in batch:
+                    await self._store([each])
+                return
             else:
                 return

@@ -55,6 +55,36 @@ async def test_what_is_told_is_stored_together_once_the_store_takes_it(
     assert store.kept == [["evt_0", "evt_1", "evt_2"]]
 
 
+async def test_what_cannot_be_stored_for_whatever_reason_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(telling, "PAUSE_S", 0.0)
+    kept: list[str] = []
+    all_kept = asyncio.Event()
+    refused = 0
+
+    async def keep(batch: Sequence[Received]) -> int:
+        nonlocal refused
+        names = [each.notification.event_id for each in batch]
+        if "evt_1" in names and refused < 5:
+            refused += 1
+            raise RuntimeError
+        kept.extend(names)
+        if len(kept) == 4:
+            all_kept.set()
+        return len(batch)
+
+    told = Telling(keep, 10)
+    for number in range(4):
+        told.tell(received(number))
+    running = asyncio.create_task(told.run())
+    await asyncio.wait_for(all_kept.wait(), 30)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    assert kept == ["evt_0", "evt_2", "evt_3", "evt_1"]
+
+
 async def test_what_waits_at_the_end_is_stored_as_far_as_that_can_be_done() -> None:
     store = Store()
     told = Telling(store.keep, telling.BATCH_MAX + 1)
