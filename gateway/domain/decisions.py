@@ -650,7 +650,8 @@ def record_dispute(
     new_operation_id: str,
 ) -> Settled | None:
     """A dispute that the PSP tells of: an operation of its origin, PENDING until it is decided,
-    SUCCEEDED where the money is gone, FAILED where it stays. A person has to see it.
+    SUCCEEDED where the money is gone, FAILED where it stays. A person has to see it. An amount of
+    another currency than the payment's is told to that person alone.
 
     None where it is recorded already, by the PSP's id of it, or where the answer is none.
     """
@@ -660,6 +661,9 @@ def record_dispute(
     if state is None:
         return None
     authorization, payment = _authorization(aggregate), aggregate.payment
+    reported = str(amount_minor)
+    if answer.currency not in ("", payment.currency):
+        amount_minor, reported = 0, f"{amount_minor} {answer.currency}"
     settled = Settled(
         authorization.copy_with(updated_at=at),
         payment.copy_with(version=payment.version + 1, updated_at=at),
@@ -679,7 +683,7 @@ def record_dispute(
         updated_at=at,
     )
     settled.companions.append(dispute)
-    settled.discrepancies.append(_discrepancy(dispute, "dispute", "0", str(amount_minor)))
+    settled.discrepancies.append(_discrepancy(dispute, "dispute", "0", reported))
     return settled
 
 

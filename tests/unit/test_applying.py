@@ -1366,6 +1366,26 @@ async def test_a_dispute_is_an_operation_of_the_psps_origin(
     assert payment_of(gateway, payment_id).refunded_minor == 10
 
 
+async def test_an_amount_of_another_currency_is_not_shown_as_one_of_the_payments() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    disputed = Dispute("dp_1", DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED, "fraudulent")
+    told = gateway.told(
+        N.DISPUTE,
+        None,
+        payment_reference=reference,
+        amount_minor=9000,
+        currency="JPY",
+        dispute=disputed,
+    )
+    await gateway.tell(told)
+    dispute = only(gateway, payment_id, K.DISPUTE)
+    assert (dispute.amount_minor, dispute.currency) == (0, "EUR")
+    assert findings(gateway, payment_id) == []
+    assert [each.reported for each in gateway.store.discrepancies] == ["9000 JPY"]
+
+
 async def test_a_psp_that_cannot_be_asked_now_is_asked_again() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
