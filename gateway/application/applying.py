@@ -651,6 +651,13 @@ class Applier:
         if known is not None:
             event = decisions.event_of(answer)
             after = states.next_state(K.DISPUTE, known.state, event)
+            end = states.next_state(K.DISPUTE, S.PROCESSING, event)
+            if after is None and event in _DEFINITE and end is not known.state:
+                # The other end of what has ended: the operation stays, and the money has moved.
+                kind = "late_success" if event is Event.APPROVED else "late_refusal"
+                found = Found(known, payment)
+                await self._report(found, kind, known.state.name, event.name)
+                return Applied(Result.RECORDED, operation_id=known.operation_id)
             if after is None or after is known.state:
                 return Applied(Result.NO_NEWS, operation_id=known.operation_id)
             await self._outcomes.write(known, payment, answer)

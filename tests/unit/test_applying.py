@@ -1366,6 +1366,32 @@ async def test_a_dispute_is_an_operation_of_the_psps_origin(
     assert payment_of(gateway, payment_id).refunded_minor == 10
 
 
+@pytest.mark.parametrize(
+    ("statuses", "kind"),
+    [
+        ([DisputeStatus.WON, DisputeStatus.LOST], "late_success"),
+        ([DisputeStatus.LOST, DisputeStatus.WON], "late_refusal"),
+        ([DisputeStatus.LOST, DisputeStatus.EXPIRED], None),
+    ],
+)
+async def test_a_dispute_that_ends_the_other_way_after_all_is_shown_to_a_person(
+    statuses: list[DisputeStatus], kind: str | None
+) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    for status in statuses:
+        disputed = Dispute("dp_1", DisputeStage.ACTIVE_DISPUTE, status)
+        await gateway.tell(
+            gateway.told(
+                N.DISPUTE, None, payment_reference=reference, amount_minor=100, dispute=disputed
+            )
+        )
+    told = [each.kind for each in gateway.store.discrepancies]
+    assert told == (["dispute"] if kind is None else ["dispute", kind])
+    assert findings(gateway, payment_id) == []
+
+
 async def test_an_amount_of_another_currency_is_not_shown_as_one_of_the_payments() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
