@@ -347,6 +347,16 @@ def test_payment_that_nobody_came_back_to_has_expired() -> None:
         ("CHARGEBACK_REVERSED", "Won", DisputeStage.ACTIVE_DISPUTE, DisputeStatus.WON),
         ("SECOND_CHARGEBACK", None, DisputeStage.PRE_ARBITRATION, DisputeStatus.LOST),
         ("PREARBITRATION_WON", None, DisputeStage.PRE_ARBITRATION, DisputeStatus.WON),
+        ("DISPUTE_DEFENSE_PERIOD_ENDED", None, DisputeStage.ACTIVE_DISPUTE, DisputeStatus.EXPIRED),
+        (
+            "DISPUTE_DEFENSE_PERIOD_ENDED",
+            "Accepted",
+            DisputeStage.ACTIVE_DISPUTE,
+            DisputeStatus.ACCEPTED,
+        ),
+        ("ISSUER_RESPONSE_TIMEFRAME_EXPIRED", None, DisputeStage.ACTIVE_DISPUTE, DisputeStatus.WON),
+        ("SCHEME_ARBITRATION_WON", None, DisputeStage.PRE_ARBITRATION, DisputeStatus.WON),
+        ("SCHEME_ARBITRATION_LOST", None, DisputeStage.PRE_ARBITRATION, DisputeStatus.LOST),
     ],
 )
 def test_dispute_is_told_with_its_stage_and_status(

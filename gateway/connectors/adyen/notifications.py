@@ -71,10 +71,14 @@ _DISPUTES: Final = {
     "NOTIFICATION_OF_CHARGEBACK": (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED),
     "CHARGEBACK": (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED),
     "CHARGEBACK_REVERSED": (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.CHALLENGED),
+    "DISPUTE_DEFENSE_PERIOD_ENDED": (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.EXPIRED),
+    "ISSUER_RESPONSE_TIMEFRAME_EXPIRED": (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.WON),
     "SECOND_CHARGEBACK": (DisputeStage.PRE_ARBITRATION, DisputeStatus.LOST),
     "PREARBITRATION_OPEN": (DisputeStage.PRE_ARBITRATION, DisputeStatus.OPENED),
     "PREARBITRATION_WON": (DisputeStage.PRE_ARBITRATION, DisputeStatus.WON),
     "PREARBITRATION_LOST": (DisputeStage.PRE_ARBITRATION, DisputeStatus.LOST),
+    "SCHEME_ARBITRATION_WON": (DisputeStage.PRE_ARBITRATION, DisputeStatus.WON),
+    "SCHEME_ARBITRATION_LOST": (DisputeStage.PRE_ARBITRATION, DisputeStatus.LOST),
 }
 _DISPUTE_STATUSES: Final = {
     "Accepted": DisputeStatus.ACCEPTED,
