@@ -19,6 +19,7 @@ from typing import Final, Protocol
 
 from gateway.application.notifications import (
     Applied,
+    DisputeStage,
     DisputeStatus,
     LookupUnavailable,
     Notification,
@@ -637,9 +638,12 @@ class Applier:
         dispute = notification.dispute
         if dispute is None:
             return Applied(Result.UNKNOWN)
+        verdict = _DISPUTED[dispute.status]
+        if dispute.stage is DisputeStage.PRE_DISPUTE and dispute.status is DisputeStatus.EXPIRED:
+            verdict = Verdict.PENDING  # a question that had no answer: no money was demanded yet
         answer = ConnectorAnswer(
             Delivery.ANSWERED,
-            _DISPUTED[dispute.status],
+            verdict,
             Outcome(
                 connector_code=dispute.reason,
                 connector_message=f"{dispute.stage.name} {dispute.status.name}",

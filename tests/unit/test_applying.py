@@ -1366,6 +1366,26 @@ async def test_a_dispute_is_an_operation_of_the_psps_origin(
     assert payment_of(gateway, payment_id).refunded_minor == 10
 
 
+async def test_a_question_before_a_dispute_that_had_no_answer_costs_nothing_yet() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    states = []
+    for stage, status in (
+        (DisputeStage.PRE_DISPUTE, DisputeStatus.EXPIRED),
+        (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED),
+        (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.WON),
+    ):
+        disputed = Dispute("dp_1", stage, status)
+        await gateway.tell(
+            gateway.told(
+                N.DISPUTE, None, payment_reference=reference, amount_minor=100, dispute=disputed
+            )
+        )
+        states.append(only(gateway, payment_id, K.DISPUTE).state)
+    assert states == [S.PENDING, S.PENDING, S.FAILED]
+
+
 @pytest.mark.parametrize(
     ("statuses", "kind"),
     [
