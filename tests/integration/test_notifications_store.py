@@ -166,6 +166,17 @@ async def test_no_account_has_more_at_work_than_its_share_and_hides_nobody(
     assert at_work[0] not in [each.received for each in again]
 
 
+async def test_an_event_that_is_worked_on_holds_up_none_of_its_name_at_another_account(
+    store: PostgresStore,
+) -> None:
+    one, other = received(), received()
+    await store.notifications.keep([one])
+    [first] = await store.notifications.lease(10, 0)
+    await store.notifications.keep([other])
+    leased = await store.notifications.lease(10, 60, at_work=[first.received])
+    assert [each.received for each in leased] == [other]
+
+
 async def test_what_is_finished_is_shown_and_not_leased_again(store: PostgresStore) -> None:
     one = received()
     await store.notifications.keep([one])

@@ -30,12 +30,16 @@ RETURNING merchant_id, connector_account_id, event_id;
 -- :name lease
 -- Those longest due first; what another gateway is leasing at this moment is passed over, and what
 -- the caller is at work on. No account gets beyond its share, of which busy_accounts names each
--- that is at work.
+-- that is at work: first those of at_work, in its order.
 WITH due AS MATERIALIZED (
     SELECT merchant_id, connector_account_id, event_id, apply_at
     FROM pending_notifications
     WHERE apply_at <= now() AND (lease_until IS NULL OR lease_until <= now())
-        AND event_id <> ALL (:at_work::text[])
+        AND NOT EXISTS (
+            SELECT FROM unnest(:at_work::text[], :busy_accounts::text[]) AS busy (event_id, account_id)
+            WHERE busy.event_id = pending_notifications.event_id
+                AND busy.account_id = pending_notifications.connector_account_id
+        )
         AND connector_account_id <> ALL (:full_accounts::text[])
     ORDER BY apply_at
     LIMIT :limit::int4
