@@ -400,6 +400,34 @@ REFUSED: Final[tuple[tuple[Object, str], ...]] = (
         "migrations.login: with settings.postgres_row_security",
     ),
     (_PLAIN | {"migrations": {"login": "gateway"}}, "is for settings.postgres_row_security"),
+    (
+        _PLAIN
+        | {
+            "serviceAccount": {"name": "pay"},
+            "migrations": {"serviceAccount": {"name": "pay"}},
+        },
+        "migrations.serviceAccount.name: pay is the gateway's own",
+    ),
+    (
+        _PLAIN | {"serviceAccount": {"name": f"{RELEASE}-payment-gateway-migrations"}},
+        "is the gateway's own",
+    ),
+    (
+        _PLAIN
+        | {
+            "serviceAccount": {"create": False, "name": "pay"},
+            "migrations": {"serviceAccount": {"name": "pay"}},
+        },
+        "is the gateway's own",
+    ),
+    (
+        _PLAIN
+        | {
+            "serviceAccount": {"name": "pay"},
+            "migrations": {"serviceAccount": {"create": False, "name": "pay"}},
+        },
+        "is the gateway's own",
+    ),
     (_PLAIN | {"commonLabels": {"team": "pay ments"}}, "team"),
     (_PLAIN | {"podLabels": {"a/b/c": "1"}}, "a/b/c"),
     (

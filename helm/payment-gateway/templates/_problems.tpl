@@ -103,6 +103,10 @@ problems are told at once. */}}
 {{- if and .Values.settings.postgres_row_security .Values.migrations.enabled .Values.migrations.postgres.existingSecret (not .Values.migrations.login) }}
 {{- $problems = append $problems "migrations.login: with settings.postgres_row_security and an owner of its own in migrations.postgres, name the user of postgres.*, to whom the roles are granted" }}
 {{- end }}
+{{- $account := include "gateway.serviceAccountName" . }}
+{{- if and .Values.migrations.enabled (not .Values.embedded) (or .Values.serviceAccount.create .Values.migrations.serviceAccount.create) (eq $account (include "gateway.migrationsServiceAccountName" .)) }}
+{{- $problems = append $problems (printf "migrations.serviceAccount.name: %s is the gateway's own; the migrations' is made before it and deleted when they end" $account) }}
+{{- end }}
 {{- if and .Values.migrations.login (not .Values.settings.postgres_row_security) }}
 {{- $problems = append $problems "migrations.login: is for settings.postgres_row_security" }}
 {{- end }}
