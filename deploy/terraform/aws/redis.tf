@@ -6,6 +6,23 @@ resource "aws_elasticache_subnet_group" "this" {
   tags       = local.tags
 }
 
+resource "aws_elasticache_parameter_group" "this" {
+  # It has no name_prefix: another major version needs another name before the old one goes.
+  name        = "${var.name}-valkey${split(".", var.redis_version)[0]}"
+  family      = "valkey${split(".", var.redis_version)[0]}"
+  description = "Nothing is evicted: counts of the networks' limits would go first, they rest longest"
+  tags        = local.tags
+
+  parameter {
+    name  = "maxmemory-policy"
+    value = "noeviction"
+  }
+
+  lifecycle {
+    create_before_destroy = true
+  }
+}
+
 resource "random_password" "redis" {
   length  = 64
   special = false # it stands in a URL
@@ -24,6 +41,7 @@ resource "aws_elasticache_replication_group" "this" {
   automatic_failover_enabled = true
   multi_az_enabled           = true
   subnet_group_name          = aws_elasticache_subnet_group.this.name
+  parameter_group_name       = aws_elasticache_parameter_group.this.name
   security_group_ids         = [aws_security_group.redis.id]
 
   transit_encryption_enabled = true

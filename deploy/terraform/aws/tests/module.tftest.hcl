@@ -106,6 +106,23 @@ run "what_was_acknowledged_survives_a_zone" {
   }
 }
 
+run "redis_keeps_what_has_no_end_yet" {
+  assert {
+    condition = contains([
+      for each in aws_elasticache_parameter_group.this.parameter : "${each.name}=${each.value}"
+    ], "maxmemory-policy=noeviction")
+    error_message = "Redis evicts the counts of the networks' reattempt limits when it is full."
+  }
+
+  assert {
+    condition = (
+      aws_elasticache_replication_group.this.parameter_group_name == aws_elasticache_parameter_group.this.name
+      && aws_elasticache_parameter_group.this.family == "valkey8"
+    )
+    error_message = "Redis does not use the module's parameters, or they are another version's."
+  }
+}
+
 run "data_are_encrypted_at_rest_and_on_the_way" {
   assert {
     condition     = aws_db_instance.this.storage_encrypted && aws_db_instance.this.kms_key_id == aws_kms_key.this.arn
