@@ -9,7 +9,7 @@ from typing import Any, Final, NoReturn, ParamSpec, TypeVar
 import click
 
 from gateway.local import LocalState, read_state
-from gateway.settings import Settings, SettingsError, load_settings
+from gateway.settings import WORKERS_MAX, Settings, SettingsError, load_settings
 
 REASON_CHARACTERS_MIN: Final = 10
 REASON_CHARACTERS_MAX: Final = 1000
@@ -103,6 +103,12 @@ def option_group(*options: Callable[[Command], Command]) -> Callable[[Command], 
     return lambda command: reduce(lambda inner, option: option(inner), reversed(options), command)
 
 
+workers_option = click.option(
+    "--workers",
+    type=click.IntRange(1, WORKERS_MAX),
+    metavar="N",
+    help="Processes that serve the port together, by default GATEWAY_WORKERS, which is 1.",
+)
 merchant_option = click.option("--merchant", required=True, help="The merchant's id, mer_….")
 mode_option = click.option("--mode", type=click.Choice(["test", "live"]), required=True)
 reason_option = click.option(

@@ -5,19 +5,11 @@ from typing import Literal, cast
 
 import click
 
-from gateway.cli.common import coroutine, fail, postgres_dsn, read_settings
-from gateway.settings import WORKERS_MAX
-
-_workers = click.option(
-    "--workers",
-    type=click.IntRange(1, WORKERS_MAX),
-    metavar="N",
-    help="Processes that serve the port together, by default GATEWAY_WORKERS, which is 1.",
-)
+from gateway.cli.common import coroutine, fail, postgres_dsn, read_settings, workers_option
 
 
 @click.command()
-@_workers
+@workers_option
 def serve(workers: int | None) -> None:
     """Serve the contract on your PostgreSQL and Redis.
 
@@ -66,7 +58,7 @@ def worker(channel: int) -> None:
 
 
 @click.command()
-@_workers
+@workers_option
 def run(workers: int | None) -> None:
     """Run everything here: embedded PostgreSQL and Redis, a PSP simulator, and the gateway.
 

@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from gateway.cli.common import coroutine, fail, local_state, read_settings
+from gateway.cli.common import coroutine, fail, local_state, read_settings, workers_option
 
 
 @click.command()
@@ -52,15 +52,17 @@ def health(live: bool) -> None:
 
 
 @click.command()
+@workers_option
 @coroutine
-async def doctor() -> None:
+async def doctor(workers: int | None) -> None:
     """Check settings, files, servers, durability and clock, and say what to do about each finding.
 
-    May be run beside a gateway that serves. Exit status 1 where a finding is BAD.
+    May be run beside a gateway that serves. Where `serve` is given --workers, give it here, too:
+    each worker has connections of its own. Exit status 1 where a finding is BAD.
     """
     from gateway.doctor import examine
 
-    settings = read_settings()
+    settings = read_settings(workers=workers)
     click.echo("ok    settings are valid")
     findings = await examine(settings, local_state(settings))
     for finding in findings:

@@ -313,10 +313,11 @@ async def test_doctor_counts_the_connections_that_the_workers_hold(
         )
         environment = {name: v for name, v in os.environ.items() if not name.startswith("GATEWAY_")}
 
-        def doctor(workers: int) -> subprocess.CompletedProcess[str]:
+        def doctor(workers: int | None, *arguments: str) -> subprocess.CompletedProcess[str]:
+            variables = {} if workers is None else {"GATEWAY_WORKERS": str(workers)}
             return subprocess.run(
-                [sys.executable, "-m", "gateway", "doctor"],
-                env=environment | system.settings | {"GATEWAY_WORKERS": str(workers)},
+                [sys.executable, "-m", "gateway", "doctor", *arguments],
+                env=environment | system.settings | variables,
                 cwd=tmp_path,
                 capture_output=True,
                 text=True,
@@ -331,3 +332,6 @@ async def test_doctor_counts_the_connections_that_the_workers_hold(
         bad = await asyncio.to_thread(doctor, 64)
         assert bad.returncode == 1
         assert f"64 x {held} connections" in bad.stdout
+        # As of `serve --workers 64`, of which the environment knows nothing.
+        bad = await asyncio.to_thread(doctor, None, "--workers", "64")
+        assert (bad.returncode, f"64 x {held} connections" in bad.stdout) == (1, True), bad.stderr
