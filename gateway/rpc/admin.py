@@ -1,6 +1,8 @@
 """The handlers of AdminService: counted, admitted and logged as PaymentService's."""
 
-from collections.abc import AsyncIterator, Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
@@ -40,6 +42,8 @@ AUDITS_MAX: Final = 1
 """How many audits one process runs at once: each reads everything."""
 AUDIT_RETRY_S: Final = 30.0
 """When a refused audit may be tried again."""
+AUDIT_READ_S_MAX: Final = 30.0
+"""How long an audit waits for its caller to read: others wait for its place meanwhile."""
 REQUEST_TYPES: Final[tuple[type[Message], ...]] = (
     pb.ListInDoubtRequest,
     pb.ResolveInDoubtRequest,
@@ -157,29 +161,32 @@ class AdminService:
     async def _serve_verify(self, data: bytes, context: Context) -> None:
         door = self._door
         call = door.begin(VERIFY, context)
-        running = False
         try:
             door.admit(call, len(data))
             principal = await door.identify(call, Scope.PAYMENTS_ADMIN)
             checked(pb.VerifyInvariantsRequest, data, principal, call)
-            if self._audits >= AUDITS_MAX:
-                raise GatewayError(
-                    Reason.OVERLOADED, "Another audit is running.", retry_after_s=AUDIT_RETRY_S
-                )
-            self._audits += 1
-            running = True
-            audit = self._audit(_filter(principal, call, 0, None))
-            async for each in _until(audit.run(), lambda: self._draining):
-                await context.write(_message(each).SerializeToString())
+            with self._admitted():
+                audit = self._audit(_filter(principal, call, 0, None))
+                async for each in _until(audit.run(), lambda: self._draining):
+                    await _write(context, _message(each).SerializeToString())
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
             await door.failed(call, context, error)
         except BaseException:
             door.abandoned(call)
             raise
-        finally:
-            if running:
-                self._audits -= 1
         door.answered(call, context)
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        if self._audits >= AUDITS_MAX:
+            raise GatewayError(
+                Reason.OVERLOADED, "Another audit is running.", retry_after_s=AUDIT_RETRY_S
+            )
+        self._audits += 1
+        try:
+            yield
+        finally:
+            self._audits -= 1
 
 
 async def _until(
@@ -189,6 +196,16 @@ async def _until(
         if stop():
             raise GatewayError(Reason.DRAINING, "This server is shutting down.")
         yield each
+
+
+async def _write(context: Context, message: bytes) -> None:
+    try:
+        async with asyncio.timeout(AUDIT_READ_S_MAX):
+            await context.write(message)
+    except TimeoutError as error:
+        raise GatewayError(
+            Reason.OVERLOADED, "The audit was not read.", retry_after_s=AUDIT_RETRY_S
+        ) from error
 
 
 def _filter(

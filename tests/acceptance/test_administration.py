@@ -84,11 +84,13 @@ class Admin:
         )
         return await self.call("ResolveInDoubt", request)
 
-    async def verify(self, **fields: Any) -> list[pb.VerifyInvariantsResponse]:
-        call = self._stub.VerifyInvariants(
-            pb.VerifyInvariantsRequest(**fields), metadata=self._metadata, timeout=TIMEOUT_S
+    def begin_verify(self, timeout_s: float | None, **fields: Any) -> Any:
+        return self._stub.VerifyInvariants(
+            pb.VerifyInvariantsRequest(**fields), metadata=self._metadata, timeout=timeout_s
         )
-        return [each async for each in call]
+
+    async def verify(self, **fields: Any) -> list[pb.VerifyInvariantsResponse]:
+        return [each async for each in self.begin_verify(TIMEOUT_S, **fields)]
 
 
 def admin_key(system: System, *, merchants: tuple[str, ...] | None = None) -> str:
@@ -275,6 +277,59 @@ async def test_an_audit_streams_progress_findings_and_a_summary(
         system.fetch(
             "UPDATE payments SET voided_minor = 0 WHERE payment_id = $1 RETURNING 1", payment_id
         )
+
+
+_ENDLESS_AUDIT = """
+from gateway.application import verification
+from gateway.cli import main
+from gateway.domain.invariants import Finding, Kind
+from gateway.rpc import admin
+
+admin.AUDIT_READ_S_MAX = 0.5
+audit = verification.Audit.run
+runs = []
+
+async def run(self):
+    runs.append(self)
+    while len(runs) == 1:
+        yield Finding(Kind.ORPHAN, "mer_1", "", "", 1000 * "-")
+    async for each in audit(self):
+        yield each
+
+verification.Audit.run = run
+main(["serve"])
+"""
+"""A gateway whose first audit finds more than any window holds."""
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_an_audit_that_its_caller_does_not_read_ends_and_makes_room(
+    system: System, transport: str
+) -> None:
+    more = {"trusted_front": True} if transport == "native" else {}
+    gateway = system.start_program(_ENDLESS_AUDIT, transport=transport, **more)
+    await gateway.serving()
+    key = admin_key(system)
+    async with (
+        calling(gateway, system.shop.api_key) as idle,
+        calling(gateway, system.shop.api_key) as caller,
+    ):
+        unread = Admin(idle.channel, key).begin_verify(None)
+        admin = Admin(caller.channel, key)
+        assert (await anext(aiter(unread))).finding.kind == "orphan"
+
+        async def told() -> Any:
+            try:
+                return (await admin.verify())[-1]
+            except grpc.aio.AioRpcError as error:
+                if reason_of(error) != "OVERLOADED":
+                    raise
+                return None
+
+        last = await eventually(told, "the audit that nobody reads has ended")
+        assert last.WhichOneof("message") == "summary"
+        unread.cancel()
+    await asyncio.to_thread(gateway.stop)
 
 
 async def test_what_a_psp_contradicted_is_listed(system: System) -> None:
