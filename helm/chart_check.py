@@ -366,6 +366,18 @@ REFUSED: Final[tuple[tuple[Object, str], ...]] = (
         },
         "is in settings, too",
     ),
+    (
+        _PLAIN | {"secretSettings": {"postgres_row_security": {"name": "a", "key": "b"}}},
+        "secretSettings.postgres_row_security: other parts of the chart follow from it",
+    ),
+    (
+        _PLAIN
+        | {
+            "transport": "native",
+            "secretSettings": {"message_bytes_max": {"name": "a", "key": "b"}},
+        },
+        "secretSettings.message_bytes_max: other parts of the chart follow from it",
+    ),
     (_PLAIN | {"transport": "http"}, "transport"),
     (_PLAIN | {"updateStrategy": {"rollingUpdate": {"maxSurge": 0}}}, "could ever be replaced"),
     (_PLAIN | {"settings": {"client_identity": "certificate"}}, "needs tls.clientCa"),

@@ -80,6 +80,12 @@ problems are told at once. */}}
 {{- $problems = append $problems (printf "secretSettings.%s: is in settings, too" $name) }}
 {{- end }}
 {{- end }}
+{{- /* What the migrations, Envoy or this file must know too. */}}
+{{- range $name := list "client_identity" "concurrent_streams_max" "keepalive_time_s" "keepalive_timeout_s" "message_bytes_max" "metadata_bytes_max" "postgres_row_security" }}
+{{- if hasKey $.Values.secretSettings $name }}
+{{- $problems = append $problems (printf "secretSettings.%s: other parts of the chart follow from it; set it in settings" $name) }}
+{{- end }}
+{{- end }}
 {{- if and .Values.ingress.enabled (not .Values.ingress.hosts) }}
 {{- $problems = append $problems "ingress: needs hosts" }}
 {{- end }}
