@@ -27,7 +27,7 @@ from gateway.rpc.tokens import read_key_set
 from gateway.settings import Settings, algorithms_of, split_address
 from storage.postgres import SchemaError, check_schema, durability_problems, row_security
 from storage.postgres.store import DIRECT, EVENTS, FOLLOW_UPS, NOTIFICATIONS
-from storage.redis import RedisAway, RedisClient, RedisRefused
+from storage.redis import RedisAway, RedisClient, RedisRefused, evicting_policy
 
 CLOCK_DIFFERENCE_S_MAX = 2.0
 """How far this machine's clock may be from the database's before it is worth a word."""
@@ -50,7 +50,7 @@ async def examine(settings: Settings, state: LocalState) -> list[Finding]:
     simulator_url = settings.simulator_url or state.simulator_url
     findings = [*_tls(settings), *_connectors(settings)]
     findings += await _postgres(dsn, settings)
-    findings.append(await _redis(redis_url, settings))
+    findings += await _redis(redis_url, settings)
     findings += await _signing_keys(settings)
     findings.append(await _simulator(simulator_url))
     # Within a pod it is asked beside the gateway that has the addresses.
@@ -179,9 +179,9 @@ async def _connections(connection: "asyncpg.Connection[Any]", settings: Settings
     )
 
 
-async def _redis(url: str, settings: Settings) -> Finding:
+async def _redis(url: str, settings: Settings) -> list[Finding]:
     if not url:
-        return Finding(False, "Redis: no address; set GATEWAY_REDIS_URL")
+        return [Finding(False, "Redis: no address; set GATEWAY_REDIS_URL")]
     try:
         client = RedisClient(
             url,
@@ -189,19 +189,39 @@ async def _redis(url: str, settings: Settings) -> Finding:
             connect_timeout_ms=settings.redis_connect_timeout_ms,
         )
     except ValueError as error:
-        return Finding(False, f"GATEWAY_REDIS_URL: {error}")
+        return [Finding(False, f"GATEWAY_REDIS_URL: {error}")]
     try:
         await client.connect()
         started = time.monotonic()
         await client.execute("PING")
-        return Finding(True, f"Redis answers in {1000 * (time.monotonic() - started):.1f} ms")
+        took_ms = 1000 * (time.monotonic() - started)
+        return [Finding(True, f"Redis answers in {took_ms:.1f} ms"), *await _evictions(client)]
     except (RedisAway, RedisRefused) as error:
-        return Finding(
-            False,
-            f"Redis: {type(error).__name__}: {error}; payments go on without it, slower",
-        )
+        return [
+            Finding(
+                False,
+                f"Redis: {type(error).__name__}: {error}; payments go on without it, slower",
+            )
+        ]
     finally:
         await client.close()
+
+
+async def _evictions(client: RedisClient) -> list[Finding]:
+    """A Redis that gives away what has no end yet (docs/deploy.md)."""
+    try:
+        policy = evicting_policy(await client.execute("INFO", "memory"))
+    except RedisRefused:
+        return []  # this user may not ask
+    if not policy:
+        return []
+    return [
+        Finding(
+            False,
+            f"Redis: maxmemory-policy is {policy}: when it is full it gives away the counts of the"
+            " networks' reattempt limits; set noeviction",
+        )
+    ]
 
 
 async def _simulator(url: str) -> Finding:

@@ -6,6 +6,7 @@ from storage.redis.claims import (
     ClaimMetrics,
     Claims,
     NoClaimMetrics,
+    evicting_policy,
 )
 from storage.redis.connection import RedisAway, RedisClient, RedisRefused
 from storage.redis.learning import RedisCounts
@@ -22,4 +23,5 @@ __all__ = [
     "RedisClient",
     "RedisCounts",
     "RedisRefused",
+    "evicting_policy",
 ]

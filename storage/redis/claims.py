@@ -592,15 +592,27 @@ def _name_of(error: Exception) -> str:
 
 def _has_room(told: bytes) -> bool:
     """Whether Redis, by its INFO, may be given frozen responses; yes where it limits nothing."""
-    fields = dict(line.split(b":", 1) for line in told.split(b"\r\n") if b":" in line)
+    fields = _memory_of(told)
     try:
         most, used = int(fields[b"maxmemory"]), int(fields[b"used_memory"])
     except (KeyError, ValueError):
         return True
     # What evicts is always full.
-    if not most or fields.get(b"maxmemory_policy", b"noeviction") != b"noeviction":
+    if not most or evicting_policy(told):
         return True
     return used <= CACHE_MEMORY_SHARE_MAX * most
+
+
+def evicting_policy(told: bytes) -> str:
+    """The policy by which Redis, by its INFO, gives keys away when it is full; empty for none."""
+    fields = _memory_of(told)
+    policy = fields.get(b"maxmemory_policy", b"noeviction").decode("ascii", "replace")
+    limited = fields.get(b"maxmemory", b"0") != b"0"
+    return policy if limited and policy != "noeviction" else ""
+
+
+def _memory_of(told: bytes) -> dict[bytes, bytes]:
+    return dict(line.split(b":", 1) for line in told.split(b"\r\n") if b":" in line)
 
 
 def _limits_of(rows: Sequence[_Claim]) -> tuple[list[bytes], list[int | bytes]]:

@@ -1,0 +1,26 @@
+"""What the doctor finds of servers that answer, and are not as they should be."""
+
+from __future__ import annotations
+
+from gateway.doctor import examine
+from gateway.local import LocalState
+from gateway.settings import load_settings
+from tests.servers import redis_server
+
+
+async def _bad(redis_url: str) -> list[str]:
+    findings = await examine(load_settings(redis_url=redis_url), LocalState())
+    return [each.text for each in findings if not each.good and "Redis" in each.text]
+
+
+async def test_a_redis_that_evicts_is_found_bad() -> None:
+    with redis_server({"maxmemory": "8mb", "maxmemory-policy": "volatile-lru"}) as evicting:
+        [bad] = await _bad(evicting.url)
+    assert "maxmemory-policy is volatile-lru" in bad
+    with redis_server({"maxmemory": "0", "maxmemory-policy": "volatile-lru"}) as unlimited:
+        assert await _bad(unlimited.url) == []
+
+
+async def test_a_redis_that_keeps_what_it_has_is_found_good() -> None:
+    with redis_server({"maxmemory": "8mb", "maxmemory-policy": "noeviction"}) as keeping:
+        assert await _bad(keeping.url) == []
