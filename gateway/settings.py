@@ -948,7 +948,7 @@ class Settings(BaseSettings):
     @classmethod
     def _postgres(cls, value: SecretStr) -> SecretStr:
         text = value.get_secret_value()
-        if text and not _POSTGRES_DSN.fullmatch(text):
+        if text and not (_POSTGRES_DSN.fullmatch(text) and _has_hosts(text)):
             raise ValueError(f"a postgresql:// address {_ENCODED}, or empty")
         return value
 
@@ -956,7 +956,7 @@ class Settings(BaseSettings):
     @classmethod
     def _redis(cls, value: SecretStr) -> SecretStr:
         text = value.get_secret_value()
-        if text and not _REDIS_URL.fullmatch(text):
+        if text and not (_REDIS_URL.fullmatch(text) and _has_hosts(text)):
             raise ValueError(f"a redis://, rediss:// or unix:// address {_ENCODED}, or empty")
         return value
 
@@ -1109,10 +1109,27 @@ class Settings(BaseSettings):
 
 
 def _has_port(url: str) -> bool:
-    """Whether a URL has no port that cannot be one."""
+    """Whether a URL has no port that cannot be one, and no host that cannot be asked for."""
     try:
         _ = urlsplit(url).port
     except ValueError:
+        return False
+    return _has_hosts(url)
+
+
+def _has_hosts(url: str) -> bool:
+    """Whether each host of an address can be asked for: what resolvers raise is no OSError."""
+    place = re.split(r"[/?#]", url.partition("://")[2], maxsplit=1)[0]
+    hosts = place.rpartition("@")[2].split(",")
+    return all(_is_host(re.sub(r":\d*$", "", host)) for host in hosts)
+
+
+def _is_host(host: str) -> bool:
+    if host.upper().startswith("%2F"):  # the directory of a socket
+        return True
+    try:
+        host.encode("idna")  # as the resolver does: no label is empty or of more than 63 characters
+    except UnicodeError:
         return False
     return True
 
@@ -1151,7 +1168,7 @@ def variable(name: str) -> str:
 def split_address(address: str) -> tuple[str, int]:
     """`host:port` or `[host]:port` as host without brackets, and port; ValueError otherwise."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/@]+)):([0-9]{1,5})", address)
-    if match is None or int(match[3]) > 65_535:
+    if match is None or int(match[3]) > 65_535 or not _is_host(match[1] or match[2]):
         raise ValueError("host:port with a port from 0 to 65535")
     return match[1] or match[2], int(match[3])
 

@@ -382,6 +382,7 @@ def test_the_module_prints_the_table() -> None:
                 (
                     *("h/d", "h:5432/d?sslmode=verify-full&sslrootcert=/ca/a.pem", "[::1]:5432/d"),
                     *("h1:5432,h2:65535/d", "/d?host=/tmp/socket", "%2Ftmp%2Fsocket/d", "h"),
+                    f"%2F{'a' * 64}/d",
                 ),
             ),
             (
@@ -420,6 +421,9 @@ def test_where_errors_are_reported_to_is_what_the_reporters_library_takes(
         load_settings()
 
 
+_NO_HOSTS = ("a..b", f"{'a' * 64}.example")
+
+
 @pytest.mark.parametrize(
     ("name", "url"),
     [
@@ -429,6 +433,15 @@ def test_where_errors_are_reported_to_is_what_the_reporters_library_takes(
         ("connector_proxy_url", "http://user:password@h:65536"),
         ("tracing_endpoint", "http://h:65536/v1/traces"),
         ("jwt_jwks_url", "https://h:65536/jwks.json"),
+        # No resolver takes them, and none says so by an OSError.
+        *(
+            (name, f"http://{host}")
+            for name in ("simulator_url", "tracing_endpoint")
+            for host in _NO_HOSTS
+        ),
+        *(("metrics_address", f"{host}:1") for host in _NO_HOSTS),
+        *(("postgres_dsn", f"postgresql://user:word@h:1,{host}/d") for host in _NO_HOSTS),
+        *(("redis_url", f"rediss://:word@{host}:6379/0") for host in _NO_HOSTS),
     ],
 )
 def test_an_address_that_nothing_can_be_sent_to_is_refused(
