@@ -4,8 +4,10 @@ What lasts between runs lies in the folder: the servers' data, the simulator's j
 `local.json` (readable by its owner alone) with the addresses of what runs and the demo's key.
 """
 
+import contextlib
 import json
 import os
+import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from gateway.connectors.simulator.launch import SimulatorProcess
 from storage.embedded import EmbeddedPostgres, EmbeddedRedis
 
 STATE_FILE = "local.json"
+LOGS_EVERY_S = 60.0
+"""How often it is looked whether a server's log has grown too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class LocalServers:
         self._redis = EmbeddedRedis(folder / "redis") if redis else None
         self._profile = simulator_profile
         self._simulator: SimulatorProcess | None = None
+        self._stopping = threading.Event()
 
     def start(self) -> LocalState:
         """Start what is wanted. Raises EmbeddedServerError and SimulatorFailed."""
@@ -77,10 +82,19 @@ class LocalServers:
             journal = self._folder / f"simulator-{self._profile}.journal"
             self._simulator = SimulatorProcess.start(journal, self._profile)
             state = replace(state, simulator_url=self._simulator.url)
+        threading.Thread(target=self._limit_logs, name="logs", daemon=True).start()
         return state
+
+    def _limit_logs(self) -> None:
+        while not self._stopping.wait(LOGS_EVERY_S):
+            for server in (self._postgres, self._redis):
+                if server is not None:
+                    with contextlib.suppress(OSError):  # as of a full disk: looked at again
+                        server.limit_log()
 
     def stop(self) -> None:
         """Stop what was started."""
+        self._stopping.set()
         if self._simulator is not None:
             self._simulator.stop()
         if self._redis is not None:

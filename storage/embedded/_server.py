@@ -12,6 +12,7 @@ import fcntl
 import os
 import random
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -265,8 +266,7 @@ class EmbeddedServer(ABC):
     def _launch(self, port: int, lock_fd: int) -> None:
         if not port_is_free(port):
             raise self._port_taken(port)
-        if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES_MAX:
-            self.log_path.replace(self.log_path.with_name("server.log.1"))
+        self.limit_log()
         command = self._command(port)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         with os.fdopen(os.open(self.log_path, flags, 0o600), "ab") as log:
@@ -289,6 +289,16 @@ class EmbeddedServer(ABC):
         except BaseException:
             self._kill_all()
             raise
+
+    def limit_log(self) -> None:
+        """Put a log aside that has grown too large; the server may be writing to it.
+
+        It appends, and so goes on at the beginning. Lines of that moment may be lost. Raises
+        OSError.
+        """
+        if self.log_path.exists() and self.log_path.stat().st_size > LOG_BYTES_MAX:
+            shutil.copy(self.log_path, self.log_path.with_name("server.log.1"))
+            os.truncate(self.log_path, 0)
 
     def _port_taken(self, port: int) -> PortTakenError:
         return PortTakenError(

@@ -20,6 +20,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from gateway.local import LocalServers
 from storage.embedded import (
     BinaryUnavailableError,
     DataDirectoryInUseError,
@@ -524,6 +525,37 @@ def test_a_wrong_password_is_refused_and_the_right_one_is_its_owners_alone(
     for path in shared.server.data_dir.iterdir():
         assert path.stat().st_mode & 0o077 == 0, path
     assert shared.server.data_dir.stat().st_mode & 0o077 == 0
+
+
+def test_a_log_that_grows_is_put_aside_while_its_server_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    aside = threading.Event()
+    put_aside = EmbeddedRedis.limit_log
+
+    def limit_log(server: EmbeddedRedis) -> None:
+        put_aside(server)
+        if server.log_path.with_name("server.log.1").exists():
+            aside.set()
+
+    monkeypatch.setattr("storage.embedded._server.LOG_BYTES_MAX", 100_000)
+    monkeypatch.setattr("gateway.local.LOGS_EVERY_S", 0.01)
+    monkeypatch.setattr(EmbeddedRedis, "limit_log", limit_log)
+    with temporary_directory() as directory:
+        local = LocalServers(directory, postgres=False, redis=True, simulator_profile="")
+        local.start()
+        log = directory / "redis" / "server.log"
+        try:
+            with log.open("a") as file:
+                file.write("much\n" * 100_000)
+            assert aside.wait(60)
+        finally:
+            local.stop()
+        assert "much" in log.with_name("server.log.1").read_text()
+        # What it writes later begins the file: nothing is left of its length.
+        assert "much" not in log.read_text()
+        assert "\0" not in log.read_text()
+        assert "bye bye" in log.read_text()
 
 
 def test_redis_asks_for_its_password_and_never_evicts_a_claim() -> None:
