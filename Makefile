@@ -138,7 +138,7 @@ clean: ## remove .venv, generated files and caches; the gateway's data in .local
 		echo "setup: '$(PYTHON)' cannot make virtual environments;" \
 			'on Debian and Ubuntu install the package python3-venv' >&2; exit 1; }
 	@echo "setup: making .venv with $$('$(PYTHON)' -V)"
-	@'$(PYTHON)' -m venv --clear .venv
+	@rm -rf .venv && '$(PYTHON)' -m venv .venv
 	@echo "setup: installing $$(grep -c '^[a-z].*==' requirements.lock) locked packages (about half a minute)"
 	@$(PIP) install --require-hashes --only-binary=:all: -r requirements.lock
 	@touch $@
