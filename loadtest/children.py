@@ -119,14 +119,22 @@ class Process:
         if not self.running:
             raise self.failure(f"ended with status {self._process.returncode}")
 
-    def wait(self, timeout_s: float | None) -> None:
+    def wait(self, timeout_s: float) -> None:
         """Wait for its end. Raises ProcessFailed where it takes too long or ends with a failure."""
+        self.await_end(timeout_s)
+        if (status := self._process.returncode) != 0:
+            raise self.failure(f"ended with status {status}")
+
+    def await_end(self, timeout_s: float) -> None:
+        """Wait for its end, whatever its status. Raises ProcessFailed where it takes too long."""
         try:
-            status = self._process.wait(timeout_s)
+            self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise self.failure(f"did not end within {timeout_s:g} s") from None
-        if status != 0:
-            raise self.failure(f"ended with status {status}")
+
+    def ask_to_end(self) -> None:
+        """SIGTERM, without waiting. Harmless where it has ended."""
+        self._process.terminate()
 
     def stop(self) -> None:
         """SIGTERM, then SIGKILL. Harmless where it has ended."""

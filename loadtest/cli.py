@@ -17,7 +17,7 @@ from loadtest.knee import RATE_MIN
 from loadtest.plan import API_KEY_VARIABLE, DURATION_S_MIN, BadPlan, Plan
 from loadtest.report import write_report
 from loadtest.runner import REPORT_FILE, SUMMARY_FILE, Options, Outcome, run
-from loadtest.slo import SLO_FILE, BadSlo
+from loadtest.slo import SLO_FILE, BadSlo, conclusion
 from storage.embedded import EmbeddedServerError
 
 DSN_VARIABLE: Final = "LOADTEST_POSTGRES_DSN"
@@ -38,7 +38,9 @@ exit status:
   1  a gate is missed, the audit found a fault or could not be done, or the gateway ended
   2  the options make no sense
   3  the run is invalid: the control run or the simulator shows that the machine was too busy to
-     say anything, sends left no sample, an overload was none, or there was no run
+     say anything, it was stopped in Locust's web UI, sends left no sample, an overload was none,
+     or there was no run
+  130  interrupted; what was measured until then is told, once anything was sent
 
 profiles:
   steady    the rate, for the duration
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     sys.stdout.write(table(outcome))
     sys.stdout.write(f"\nreport   {report_file}\nsummary  {summary_file}\n")
-    return outcome.verdict.exit_status
+    return INTERRUPTED if outcome.interrupted else outcome.verdict.exit_status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -281,7 +283,7 @@ def table(outcome: Outcome) -> str:
         sign = "≥" if gate.at_least else "≤"
         mark = "ok  " if gate.met else "BAD "
         lines.append(f"{mark} {gate.name:<36} {value:>12} {sign} {gate.limit:g}")
-    return "\n".join([*lines, "", _verdict(summary)]) + "\n"
+    return "\n".join([*lines, "", conclusion(summary)[1]]) + "\n"
 
 
 def _percentiles(title: str, figures: Mapping[str, Any], prefix: str) -> str:
@@ -323,15 +325,3 @@ def _audit(audit: Mapping[str, Any]) -> list[str]:
     else:
         lines.append(f"  {audit['duplicate_charges']:,} duplicate charges")
     return lines
-
-
-def _verdict(summary: Mapping[str, Any]) -> str:
-    if summary["audit"]["clean"] is False:
-        return "FAILED: the audit found what must never be"
-    if summary["gateway_ended"]:
-        return "FAILED: the gateway ended during the run"
-    if "failure" in summary["audit"]:
-        return "FAILED: the audit could not be done"
-    if not summary["valid"]:
-        return "INVALID: this run says nothing of the gateway"
-    return "the SLO is met" if summary["slo_met"] else "FAILED: the SLO is not met"

@@ -34,6 +34,7 @@ from loadtest.samples import ACKNOWLEDGED_FILE, OUTCOME_FILE, SAMPLES_FILE, Samp
 MESSAGE: Final = "open-loop"
 WEB_UI_STAYS_S: Final = 3.0
 """After the last answer, so that the page shows it."""
+STOPPED: Final = "stopped before the end of its schedule"
 STATISTICS_SLICE: Final = 100
 """Calls entered into Locust's statistics at a time, before other greenlets have a turn."""
 
@@ -77,7 +78,7 @@ class OpenLoopUser(User):
         except gevent.GreenletExit:  # stopped by a person
             # The generator sends no more, and says what became of what it has sent.
             generator.stdin.close()
-            failure = reader.get() or "stopped before the end of its schedule"
+            failure = reader.get() or STOPPED
         finally:
             generator.stdin.close()
             status = generator.wait()
@@ -152,8 +153,12 @@ class Collector:
             self._failures.append(told["failure"])
         if told.get("done") or told.get("failure"):
             self._done += 1
-            if self._done >= self._plan.shares or told.get("failure"):
+            if self._done >= self._plan.shares:
                 self._finish()
+            elif told.get("failure"):
+                # The others send no more either, and say first what became of what they have sent.
+                assert self._environment.runner is not None
+                gevent.spawn(self._environment.runner.stop)
             return
         self._started_at = self._started_at or time.time() - told["elapsed_s"]
         self._reasons.update(told["reasons"])
@@ -195,7 +200,8 @@ class Collector:
         if self._out is not None:
             outcome = {
                 "reasons": dict(self._reasons),
-                "failures": self._failures,
+                "failures": [each for each in self._failures if each != STOPPED],
+                "stopped": STOPPED in self._failures,
                 "started_at": self._started_at,
             }
             (self._out / OUTCOME_FILE).write_text(json.dumps(outcome), "utf-8")

@@ -154,7 +154,14 @@ class Second:
 class Analysis:
     """Of a whole run. Every sample is looked at once."""
 
-    def __init__(self, samples: Iterable[Sample], segments: Sequence[Segment]) -> None:
+    def __init__(
+        self,
+        samples: Iterable[Sample],
+        segments: Sequence[Segment],
+        *,
+        until_s: float = float("inf"),
+    ) -> None:
+        """`until_s`: where the schedule was left, in seconds since its start."""
         self.segments = segments
         self.whole = Stats()
         """Of what is measured: all but the warm-up."""
@@ -171,7 +178,8 @@ class Analysis:
         self._added: dict[int, array[float]] = defaultdict(lambda: array("f"))
         self._latencies: dict[int, array[float]] = defaultdict(lambda: array("f"))
         self._counts: dict[str, Counter[int]] = defaultdict(Counter)
-        self._ends_s = list(accumulate(segment.duration_s for segment in segments))
+        ends_s = accumulate(segment.duration_s for segment in segments)
+        self._ends_s = [min(each, until_s) for each in ends_s]
         measured = [segment.name != WARM_UP for segment in segments]
         for sample in samples:
             self.of_segment[segments[sample.segment].name].add(sample)
@@ -184,15 +192,27 @@ class Analysis:
                 self.refusals.record(sample.latency_ms)
 
     @property
+    def spans(self) -> list[tuple[str, float, float]]:
+        """Each segment's name, beginning and end, as far as it was sent."""
+        names = [each.name for each in self.segments]
+        return list(zip(names, [0.0, *self._ends_s[:-1]], self._ends_s, strict=True))
+
+    @property
     def duration_s(self) -> float:
         """Of what is measured."""
-        return sum(each.duration_s for each in self.segments if each.name != WARM_UP)
+        return sum(end - begin for name, begin, end in self.spans if name != WARM_UP)
+
+    def offered_rps(self) -> float:
+        """Intended sends a second of all that is measured; 0 where that took no time."""
+        return self.whole.offered / self.duration_s if self.duration_s else 0.0
 
     def answered_rps(self, name: str = "") -> float:
-        """Answers as expected a second that came in a segment, or in all that is measured."""
+        """Answers as expected a second that came in a segment, or in all that is measured; 0 where
+        that took no time.
+        """
         names = {name} if name else self.of_segment.keys() - {WARM_UP}
-        duration_s = sum(each.duration_s for each in self.segments if each.name in names)
-        return sum(self.answered[each] for each in names) / duration_s
+        duration_s = sum(end - begin for each, begin, end in self.spans if each in names)
+        return sum(self.answered[each] for each in names) / duration_s if duration_s else 0.0
 
     def _add_to_timeline(self, sample: Sample) -> None:
         second = int(sample.at_s)

@@ -21,6 +21,7 @@ from loadtest.charts import (
 )
 from loadtest.measures import Second
 from loadtest.runner import Outcome, Step
+from loadtest.slo import conclusion
 
 COLORS_MAX: Final = 6
 _STYLE: Final = Path(__file__).with_name("report.css")
@@ -77,21 +78,13 @@ def render(outcome: Outcome) -> str:
 
 
 def _banner(summary: Mapping[str, Any]) -> str:
-    if summary["audit"]["clean"] is False:
-        kind, text = "bad", "Failed: the audit found what must never be"
-    elif summary["gateway_ended"]:
-        kind, text = "bad", "Failed: the gateway ended during the run"
-    elif "failure" in summary["audit"]:
-        kind, text = "bad", "Failed: the audit could not be done"
-    elif not summary["valid"]:
-        kind, text = "doubt", "Invalid: this run says nothing of the gateway"
-    elif summary["slo_met"]:
-        kind, text = "good", "The SLO is met"
-    else:
-        kind, text = "bad", "Failed: the SLO is not met"
+    kind, said = conclusion(summary)
+    # A page has no terminal's capitals.
+    word, colon, rest = said.partition(":")
+    text = word.capitalize() + colon + rest if colon else said[0].upper() + said[1:]
     missed = [gate["name"] for gate in summary["gates"] if not gate["met"]]
     detail = f" <small>missed: {escape(', '.join(missed))}</small>" if missed else ""
-    return f'<p class="banner {kind}"><strong>{text}</strong>{detail}</p>'
+    return f'<p class="banner {kind}"><strong>{escape(text)}</strong>{detail}</p>'
 
 
 def _tiles(summary: Mapping[str, Any]) -> str:
@@ -214,10 +207,7 @@ def series(timeline: Sequence[Second], name: str) -> list[Point]:
 
 
 def _segment_bands(step: Step) -> list[Band]:
-    bands, begin = [], 0.0
-    for segment in step.analysis.segments:
-        bands.append(Band(segment.name, begin, begin + segment.duration_s))
-        begin += segment.duration_s
+    bands = [Band(name, begin, end) for name, begin, end in step.analysis.spans if end > begin]
     # One measured segment needs no name.
     return bands if len(bands) > 2 else [band for band in bands if band.name == WARM_UP]
 

@@ -44,6 +44,10 @@ REPORT_FILE: Final = "report.html"
 LOCUST_FILE: Final = Path(__file__).with_name("locustfile.py")
 START_ALLOWANCE_S: Final = 60.0
 """What a generator may take beside its schedule and the last call's deadline."""
+WATCH_S: Final = 0.2
+"""How often it is looked whether a run has ended."""
+INTERRUPTED: Final = "interrupted"
+STOPPED: Final = "stopped in Locust"
 KNEE_WARM_UP_S: Final = 3.0
 REMOTE_PORT: Final = 5557
 """Where generators on other machines find the master, Locust's own default."""
@@ -118,6 +122,8 @@ class Step:
     reasons: Mapping[str, int]
     lateness: Mapping[str, float] | None
     """The simulator's; None where it is not ours."""
+    stopped: str = ""
+    """Why not all of it was sent; empty where all was."""
 
     @property
     def unaccounted(self) -> int:
@@ -135,13 +141,16 @@ class Outcome:
     step: Step
     """What was measured; of a search, the highest rate that held, or else the first."""
     steps: Sequence[Step]
+    interrupted: bool = False
+    """Whether somebody wanted it to end before its time, with what was measured until then."""
 
 
 def run(options: Options) -> Outcome:
     """Do it all, and say so as it goes on.
 
-    The files of a run before go first, so that none is taken for this one's. Raises ProcessFailed,
-    BadSlo and OSError.
+    The files of a run before go first, so that none is taken for this one's. An interruption ends
+    the sending, and what was measured is told; a second one, or one before, ends it all. Raises
+    ProcessFailed, BadSlo, OSError and KeyboardInterrupt.
     """
     limits = Limits.load(options.profile, options.slo)
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -162,11 +171,12 @@ def run(options: Options) -> Outcome:
         first, reply = _first_payment(system, plan)
         if options.profile == "knee":
             steps, knee = _search(options, plan, system, limits)
-            controls = _controls(
-                options, [replace(plan, rate=rate) for rate in controlled_rates(knee)], reply
-            )
+            rates = [] if steps[-1].stopped else controlled_rates(knee)
+            controls = _controls(options, [replace(plan, rate=rate) for rate in rates], reply)
         else:
             controls = _controls(options, [plan], reply)
+            if any(each.stopped for each in controls):
+                raise KeyboardInterrupt
             _say(
                 f"{options.profile}: {plan.rate:g} sends/s for {plan.duration:g} s after"
                 f" {plan.warm_up:g} s of warm-up, mix {plan.mix}"
@@ -175,6 +185,7 @@ def run(options: Options) -> Outcome:
         audit = _audit(options, plan, system, chain([first], _told(steps)))
         step = _shown(steps, knee)
         summary = summarize(options, step, controls, audit, system)
+        summary["stopped"] = stopped = steps[-1].stopped
         if knee is not None:
             summary["knee"] = knee
         verdict = evaluate(limits, summary)
@@ -183,7 +194,8 @@ def run(options: Options) -> Outcome:
             "slo_met": verdict.met,
             "gates": [gate.figures() for gate in verdict.gates],
         }
-        return Outcome(summary, verdict, step, steps)
+        interrupted = stopped == INTERRUPTED or audit.get("failure") == INTERRUPTED
+        return Outcome(summary, verdict, step, steps, interrupted)
 
 
 def _say(text: str) -> None:
@@ -330,6 +342,8 @@ def _controls(options: Options, plans: Sequence[Plan], reply: bytes) -> list[Ste
 def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
     """Have the schedule sent, and read what came of it. Raises ProcessFailed."""
     folder = options.folder / name
+    outcome_file = folder / OUTCOME_FILE
+    outcome_file.unlink(missing_ok=True)
     plan = replace(plan, run_id=secrets.token_hex(4), out=str(folder))
     if system.stack is not None:
         system.stack.reset_lateness()
@@ -338,19 +352,56 @@ def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
         watched = {name: [pid] for name, pid in system.pids.items()}
         observer = Observer({**watched, GENERATOR: [generator.pid, *worker_pids]})
         with observer.watching():
-            limit_s = plan.schedule.duration_s + plan.deadline + START_ALLOWANCE_S
-            generator.wait(None if options.web_port else limit_s)
-    told = json.loads((folder / OUTCOME_FILE).read_text("utf-8"))
+            stopped = _await_end(generator, plan, is_shown=bool(options.web_port))
+    if not outcome_file.exists():
+        if stopped == INTERRUPTED:  # before anything was sent
+            raise KeyboardInterrupt
+        generator.wait(0)
+        raise generator.failure("ended without an outcome")
+    told = json.loads(outcome_file.read_text("utf-8"))
+    if told["stopped"]:
+        stopped = stopped or STOPPED
+        _say(f"{stopped}: what was measured until then follows")
+    if told["failures"] or not stopped:
+        generator.wait(0)
     schedule = plan.schedule
+    sent_s = max((each.at_s for each in read_samples(folder / SAMPLES_FILE)), default=0.0)
     return Step(
         plan=plan,
         folder=folder,
-        analysis=Analysis(read_samples(folder / SAMPLES_FILE), schedule.segments),
+        analysis=Analysis(
+            read_samples(folder / SAMPLES_FILE),
+            schedule.segments,
+            until_s=sent_s if told["stopped"] else schedule.duration_s,
+        ),
         observations=observer.observations,
         started_at=told["started_at"],
         reasons=told["reasons"],
         lateness=system.stack.lateness() if system.stack is not None else None,
+        stopped=stopped if told["stopped"] else "",
     )
+
+
+def _await_end(generator: Process, plan: Plan, *, is_shown: bool) -> str:
+    """Until the generator has ended; why it was made to before all was sent, or nothing.
+
+    Raises ProcessFailed where it takes too long; where Locust's web UI is shown, it may.
+    """
+    drain_s = plan.deadline + START_ALLOWANCE_S
+    limit_s = plan.schedule.duration_s + drain_s
+    until = time.monotonic() + limit_s
+    try:
+        while generator.running:
+            if time.monotonic() > until and not is_shown:
+                raise generator.failure(f"did not end within {limit_s:g} s")
+            time.sleep(WATCH_S)
+    except KeyboardInterrupt:
+        _say("interrupted: waiting for the answers to what was sent; once more ends it all")
+        # Locust stops its users then, which wait for what is in flight.
+        generator.ask_to_end()
+        generator.await_end(drain_s)
+        return INTERRUPTED
+    return ""
 
 
 def _launch(
@@ -413,7 +464,8 @@ def _search(
         summary = summarize(options, step, [], None, system)
         verdict = evaluate(single, summary)
         missed = [gate.name for gate in verdict.gates if not gate.met]
-        search.record(held=verdict.met)
+        if not step.stopped:
+            search.record(held=verdict.met)
         steps.append(step)
         used = busiest(measured(step))
         told.append(
@@ -433,7 +485,7 @@ def _search(
             f"  {'holds' if verdict.met else 'does not hold: ' + ', '.join(missed)};"
             f" machine {summary['machine_percent']:.0f} % busy, most of it {used[0][0]}"
         )
-        if system.gateway_ended:
+        if step.stopped or system.gateway_ended:
             break
     failing = [each for each in told if not each["held"]]
     first = min(failing, key=lambda each: float(each["rate"]), default=None)
@@ -486,6 +538,9 @@ def _audit(
         failure = _refusal(error) if isinstance(error, grpc.RpcError) else str(error)
         _say(f"audit: not done: {failure}")
         return {"clean": None, "failure": failure}
+    except KeyboardInterrupt:
+        _say("audit: interrupted")
+        return {"clean": None, "failure": INTERRUPTED}
     _say(
         f"audit: {audit.acked} acknowledged authorizations against {audit.source},"
         f" {time.monotonic() - began:.1f} s"
@@ -521,7 +576,7 @@ def summarize(
         left_out += ["simulator", "gateway"]
     summary: dict[str, Any] = {
         "profile": options.profile,
-        "offered_rps": round(whole["offered"] / duration_s, 2),
+        "offered_rps": round(analysis.offered_rps(), 2),
         "achieved_rps": round(analysis.answered_rps(), 2),
         "duration_s": duration_s,
         **{name: value for name, value in whole.items() if name != "offered"},
@@ -533,6 +588,7 @@ def summarize(
         "audit": audit if audit is not None else {},
         "left_out": left_out,
         "gateway_ended": system.gateway_ended,
+        "stopped": step.stopped,
         "whole": whole,
         "segments": {name: each.figures() for name, each in analysis.of_segment.items()},
         "kinds": {name: each.figures() for name, each in analysis.of_kind.items()},

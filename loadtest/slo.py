@@ -179,6 +179,8 @@ def evaluate(limits: Limits, summary: Mapping[str, Any]) -> Verdict:
 def _validity(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
     # A send without a sample is one of which nobody knows how long it took.
     gates = [Gate("sends without a sample", summary["unaccounted"], 0, validity=True)]
+    if summary["stopped"]:
+        gates.append(Gate("runs that were stopped", 1, 0, validity=True))
     # What was left out on purpose, or is no part of the system, gates nothing.
     if "control" not in summary["left_out"]:
         gates.append(
@@ -296,6 +298,21 @@ def floor_for(floors: Mapping[str, float], factor: float) -> float | None:
     """The limit of the smallest factor that is not below this one; None beyond the largest."""
     at_or_above = [text for text in floors if float(text) >= factor]
     return floors[min(at_or_above, key=float)] if at_or_above else None
+
+
+def conclusion(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """`good`, `bad` or `doubt`, and what a finished summary says in a sentence."""
+    audit, stopped = summary["audit"], summary["stopped"]
+    cases = (
+        (audit["clean"] is False, "bad", "FAILED: the audit found what must never be"),
+        (summary["gateway_ended"], "bad", "FAILED: the gateway ended during the run"),
+        ("failure" in audit, "bad", "FAILED: the audit could not be done"),
+        (stopped, "doubt", f"INVALID: {stopped} before all was sent"),
+        (not summary["valid"], "doubt", "INVALID: this run says nothing of the gateway"),
+        (summary["slo_met"], "good", "the SLO is met"),
+        (True, "bad", "FAILED: the SLO is not met"),
+    )
+    return next((kind, said) for is_so, kind, said in cases if is_so)
 
 
 def _alive(summary: Mapping[str, Any]) -> list[Gate]:

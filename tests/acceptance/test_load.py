@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -270,6 +271,69 @@ def spoiled_load_test(
         process.terminate()
         process.wait(RUN_TIMEOUT_S)
         process.stdout.close()
+
+
+def interrupt(pid: int) -> None:
+    os.kill(pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("generators", "in_web_ui", "status"), [(1, False, 130), (2, False, 130), (2, True, 3)]
+)
+def test_run_that_a_person_ends_tells_what_was_measured_until_then(
+    tmp_path: Path, generators: int, status: int, *, in_web_ui: bool
+) -> None:
+    web_port = free_port()
+    arguments = ["--rate", "30", "--duration", "100", "--warm-up", "0", "--control", "0"]
+    arguments += ["--generators", str(generators), "--folder", str(tmp_path)]
+    if in_web_ui:
+        arguments += ["--web-port", str(web_port)]
+
+    def end(pid: int) -> None:
+        if in_web_ui:
+            ask(f"http://127.0.0.1:{web_port}/stop", {})
+        else:
+            interrupt(pid)
+
+    ended, said = spoiled_load_test(end, *arguments)
+    assert ended == status, said
+    summary = summary_in(tmp_path)
+    assert summary["stopped"]
+    assert f"INVALID: {summary['stopped']}" in said
+    assert not summary["valid"]
+    assert not summary["slo_met"]
+    assert 0 < summary["duration_s"] < 100
+    assert summary["offered_rps"] == pytest.approx(30, rel=0.9)
+    assert summary["ok"] == summary["offered"] > 0, summary["codes"]
+    # None of the generators' acknowledgements is lost: their charges would be unrecorded.
+    assert summary["audit"]["clean"], summary["audit"]
+    assert summary["audit"]["acked"] == summary["ok"] + 1
+    report = (tmp_path / "report.html").read_text("utf-8")
+    assert f"Invalid: {summary['stopped']}" in report
+
+
+def test_run_that_is_interrupted_before_it_sent_anything_has_no_result(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "loadtest", "--rate", "30", "--duration", "100"),
+            *("--control", "100", "--folder", str(tmp_path)),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        assert any(line.startswith("control: ") for line in process.stdout)
+        interrupt(process.pid)
+        said = process.stdout.read()
+        assert process.wait(RUN_TIMEOUT_S) == 130, said
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert "interrupted, no result" in said
+    assert not (tmp_path / "summary.json").exists()
 
 
 def kill_gateway_of(pid: int) -> None:
