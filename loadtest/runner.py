@@ -45,7 +45,9 @@ LOCUST_FILE: Final = Path(__file__).with_name("locustfile.py")
 START_ALLOWANCE_S: Final = 60.0
 """What a generator may take beside its schedule and the last call's deadline."""
 WATCH_S: Final = 0.2
-"""How often it is looked whether a run has ended."""
+"""How often it is looked whether a run has ended, or a server of it."""
+AFTERMATH_S: Final = 1.0
+"""How long sending goes on after a server has ended: the figures show what callers saw of it."""
 INTERRUPTED: Final = "interrupted"
 STOPPED: Final = "stopped in Locust"
 KNEE_WARM_UP_S: Final = 3.0
@@ -100,9 +102,14 @@ class System:
     stack: Stack | None
 
     @property
+    def ended(self) -> list[str]:
+        """Which servers have ended by themselves; of what is not ours nobody knows."""
+        return [] if self.stack is None else self.stack.ended
+
+    @property
     def gateway_ended(self) -> bool | None:
         """Whether the gateway has ended by itself; None where it is not ours."""
-        return None if self.stack is None else not self.stack.gateway.running
+        return None if self.stack is None else "gateway" in self.stack.ended
 
     @property
     def pids(self) -> Mapping[str, int]:
@@ -345,6 +352,7 @@ def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
     outcome_file = folder / OUTCOME_FILE
     outcome_file.unlink(missing_ok=True)
     plan = replace(plan, run_id=secrets.token_hex(4), out=str(folder))
+    _check_servers(system)
     if system.stack is not None:
         system.stack.reset_lateness()
     with ExitStack() as exit_stack:
@@ -352,8 +360,9 @@ def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
         watched = {name: [pid] for name, pid in system.pids.items()}
         observer = Observer({**watched, GENERATOR: [generator.pid, *worker_pids]})
         with observer.watching():
-            stopped = _await_end(generator, plan, is_shown=bool(options.web_port))
+            stopped = _await_end(generator, plan, system, is_shown=bool(options.web_port))
     if not outcome_file.exists():
+        _check_servers(system)
         if stopped == INTERRUPTED:  # before anything was sent
             raise KeyboardInterrupt
         generator.wait(0)
@@ -377,12 +386,28 @@ def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
         observations=observer.observations,
         started_at=told["started_at"],
         reasons=told["reasons"],
-        lateness=system.stack.lateness() if system.stack is not None else None,
+        lateness=_lateness(system),
         stopped=stopped if told["stopped"] else "",
     )
 
 
-def _await_end(generator: Process, plan: Plan, *, is_shown: bool) -> str:
+def _check_servers(system: System) -> None:
+    """Raises ProcessFailed where one has ended, and there is nothing to show of it."""
+    if system.ended:
+        raise ProcessFailed(f"ended by itself: {', '.join(system.ended)}")
+
+
+def _lateness(system: System) -> dict[str, float] | None:
+    if system.stack is None:
+        return None
+    try:
+        return system.stack.lateness()
+    except ProcessFailed as error:
+        _say(str(error))
+        return None
+
+
+def _await_end(generator: Process, plan: Plan, system: System, *, is_shown: bool) -> str:
     """Until the generator has ended; why it was made to before all was sent, or nothing.
 
     Raises ProcessFailed where it takes too long; where Locust's web UI is shown, it may.
@@ -392,6 +417,8 @@ def _await_end(generator: Process, plan: Plan, *, is_shown: bool) -> str:
     until = time.monotonic() + limit_s
     try:
         while generator.running:
+            if system.ended:
+                return _end_without(system.ended, generator, drain_s)
             if time.monotonic() > until and not is_shown:
                 raise generator.failure(f"did not end within {limit_s:g} s")
             time.sleep(WATCH_S)
@@ -402,6 +429,16 @@ def _await_end(generator: Process, plan: Plan, *, is_shown: bool) -> str:
         generator.await_end(drain_s)
         return INTERRUPTED
     return ""
+
+
+def _end_without(servers: Sequence[str], generator: Process, drain_s: float) -> str:
+    why = f"{' and '.join(servers)} ended"
+    _say(f"{why} by itself: the run ends")
+    with suppress(ProcessFailed):
+        generator.await_end(AFTERMATH_S)
+    generator.ask_to_end()
+    generator.await_end(drain_s)
+    return why
 
 
 def _launch(
@@ -485,7 +522,7 @@ def _search(
             f"  {'holds' if verdict.met else 'does not hold: ' + ', '.join(missed)};"
             f" machine {summary['machine_percent']:.0f} % busy, most of it {used[0][0]}"
         )
-        if step.stopped or system.gateway_ended:
+        if step.stopped or system.ended:
             break
     failing = [each for each in told if not each["held"]]
     first = min(failing, key=lambda each: float(each["rate"]), default=None)
@@ -526,8 +563,8 @@ def _audit(
                 stack.dsn,
                 stack.simulator.journal,
                 scratch,
-                # Nobody brings anything to an end once the gateway has ended.
-                settle_s=0 if system.gateway_ended else SETTLE_TIMEOUT_S,
+                # Nobody brings anything to an end without the gateway, or without its PSP.
+                settle_s=0 if {"gateway", "simulator"} & {*system.ended} else SETTLE_TIMEOUT_S,
             )
         elif options.audit_dsn:
             audit = audit_by_database(told, options.audit_dsn, None, scratch)
@@ -588,6 +625,7 @@ def summarize(
         "audit": audit if audit is not None else {},
         "left_out": left_out,
         "gateway_ended": system.gateway_ended,
+        "ended": system.ended,
         "stopped": step.stopped,
         "whole": whole,
         "segments": {name: each.figures() for name, each in analysis.of_segment.items()},

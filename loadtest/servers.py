@@ -16,8 +16,13 @@ from typing import Final, Self
 
 import asyncpg
 
-from gateway.connectors.simulator.launch import SimulatorControl, SimulatorProcess
-from loadtest.children import Process
+from gateway.connectors.http import MaybeSent, NotSent
+from gateway.connectors.simulator.launch import (
+    SimulatorControl,
+    SimulatorFailed,
+    SimulatorProcess,
+)
+from loadtest.children import Process, ProcessFailed
 from storage.embedded import EmbeddedPostgres, EmbeddedRedis
 from storage.postgres.accounts import Accounts
 from storage.postgres.migrate import migrate
@@ -59,6 +64,9 @@ class Stack:
     _exit: ExitStack = field(default_factory=ExitStack)
     _simulator: SimulatorProcess | None = None
     _gateway: Process | None = None
+    _servers: dict[str, EmbeddedPostgres | EmbeddedRedis | SimulatorProcess | Process] = field(
+        default_factory=dict
+    )
 
     def __enter__(self) -> Self:
         try:
@@ -88,6 +96,11 @@ class Stack:
         assert self._gateway is not None
         return self._gateway
 
+    @property
+    def ended(self) -> list[str]:
+        """The servers that have ended by themselves."""
+        return [name for name, server in self._servers.items() if not server.running]
+
     def _start(self) -> None:
         folder = self.options.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,15 +115,19 @@ class Stack:
         asyncio.run(self._prepare(postgres.dsn, database))
         journal = folder / "simulator.journal"
         journal.unlink(missing_ok=True)
-        self._simulator = SimulatorProcess.start(journal, latency=self.options.psp_latency)
+        try:
+            self._simulator = SimulatorProcess.start(journal, latency=self.options.psp_latency)
+        except SimulatorFailed as error:
+            raise ProcessFailed(str(error)) from error
         self._exit.callback(self._simulator.stop)
         self._gateway = self._start_gateway(redis.url)
-        self.pids = {
-            "gateway": self._gateway.pid,
-            "PostgreSQL": postgres.pid,
-            "Redis": redis.pid,
-            "simulator": self._simulator.pid,
+        self._servers = {
+            "gateway": self._gateway,
+            "PostgreSQL": postgres,
+            "Redis": redis,
+            "simulator": self._simulator,
         }
+        self.pids = {name: server.pid for name, server in self._servers.items()}
 
     def _start_gateway(self, redis_url: str) -> Process:
         settings = {
@@ -163,11 +180,11 @@ class Stack:
             self.api_key = key.text
 
     def reset_lateness(self) -> None:
-        """Have the simulator measure its lateness from now on."""
+        """Have the simulator measure its lateness from now on. Raises ProcessFailed."""
         asyncio.run(_with_control(self.simulator.url, reset=True))
 
     def lateness(self) -> dict[str, float]:
-        """The simulator's own, in milliseconds."""
+        """The simulator's own, in milliseconds. Raises ProcessFailed."""
         return asyncio.run(_with_control(self.simulator.url, reset=False))
 
 
@@ -177,6 +194,9 @@ async def _with_control(url: str, *, reset: bool) -> dict[str, float]:
         if reset:
             await control.reset_lateness()
         lateness: dict[str, float] = (await control.state())["lateness"]
+    except (NotSent, MaybeSent, SimulatorFailed) as error:
+        raise ProcessFailed(f"the simulator cannot be asked how late it was: {error}") from error
+    else:
         return lateness
     finally:
         await control.close()

@@ -179,6 +179,8 @@ def evaluate(limits: Limits, summary: Mapping[str, Any]) -> Verdict:
 def _validity(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
     # A send without a sample is one of which nobody knows how long it took.
     gates = [Gate("sends without a sample", summary["unaccounted"], 0, validity=True)]
+    if "gateway" not in summary["left_out"]:
+        gates.append(Gate("servers that ended", len(summary["ended"]), 0, validity=True))
     if summary["stopped"]:
         gates.append(Gate("runs that were stopped", 1, 0, validity=True))
     # What was left out on purpose, or is no part of the system, gates nothing.
@@ -303,10 +305,13 @@ def floor_for(floors: Mapping[str, float], factor: float) -> float | None:
 def conclusion(summary: Mapping[str, Any]) -> tuple[str, str]:
     """`good`, `bad` or `doubt`, and what a finished summary says in a sentence."""
     audit, stopped = summary["audit"], summary["stopped"]
+    ended = f"{' and '.join(summary['ended'])} ended" if summary["ended"] else ""
+    also = f", and {ended} during the run" if ended else ""
     cases = (
         (audit["clean"] is False, "bad", "FAILED: the audit found what must never be"),
         (summary["gateway_ended"], "bad", "FAILED: the gateway ended during the run"),
-        ("failure" in audit, "bad", "FAILED: the audit could not be done"),
+        ("failure" in audit, "bad", f"FAILED: the audit could not be done{also}"),
+        (ended, "doubt", f"INVALID: {ended} during the run"),
         (stopped, "doubt", f"INVALID: {stopped} before all was sent"),
         (not summary["valid"], "doubt", "INVALID: this run says nothing of the gateway"),
         (summary["slo_met"], "good", "the SLO is met"),

@@ -337,12 +337,43 @@ def test_run_that_is_interrupted_before_it_sent_anything_has_no_result(tmp_path:
 
 
 def kill_gateway_of(pid: int) -> None:
-    [gateway] = [
-        each
-        for each in psutil.Process(pid).children(recursive=True)
-        if each.cmdline()[-3:] == ["-m", "gateway", "serve"]
-    ]
-    gateway.kill()
+    kill_child(pid, lambda command: command[-3:] == ["-m", "gateway", "serve"])
+
+
+def kill_child(pid: int, is_meant: Callable[[list[str]], bool]) -> None:
+    [child] = [each for each in psutil.Process(pid).children() if is_meant(each.cmdline())]
+    child.kill()
+
+
+@pytest.mark.parametrize(
+    ("server", "word", "status"),
+    [
+        ("simulator", "gateway.connectors.simulator", 3),
+        ("Redis", "valkey", 3),
+        # Nobody can say then whether what was acknowledged is there.
+        ("PostgreSQL", "bin/postgres", 1),
+    ],
+)
+def test_server_that_ends_during_the_run_ends_it_and_leaves_its_figures(
+    tmp_path: Path, server: str, word: str, status: int
+) -> None:
+    ended, said = spoiled_load_test(
+        lambda pid: kill_child(pid, lambda command: any(word in each for each in command)),
+        *("--rate", "20", "--duration", "100", "--warm-up", "0", "--control", "0"),
+        *("--deadline", "2", "--folder", str(tmp_path)),
+    )
+    assert ended == status, said
+    assert "Traceback" not in said
+    assert f"{server} ended by itself" in said
+    assert f"{server} ended during the run" in said.splitlines()[-4]
+    summary = summary_in(tmp_path)
+    assert summary["ended"] == [server]
+    assert not summary["gateway_ended"]
+    assert not summary["valid"]
+    assert 0 < summary["duration_s"] < 100
+    assert summary["audit"]["clean"] is (None if server == "PostgreSQL" else True)
+    report = (tmp_path / "report.html").read_text("utf-8")
+    assert f"{server} ended during the run" in report
 
 
 def summary_in(folder: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "duration_s": 300.0,
         "unaccounted": 0,
         "gateway_ended": False,
+        "ended": [],
         "stopped": "",
         "whole": dict(FIGURES),
         "segments": {"before": dict(FIGURES), "after": dict(FIGURES), "spike": dict(FIGURES)},

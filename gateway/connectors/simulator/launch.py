@@ -101,6 +101,15 @@ class SimulatorProcess:
         """The process id."""
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        try:
+            self._process.wait(0)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
     def records(self) -> list[Record]:
         """The journal's records until now."""
         return read_journal(self.journal)
