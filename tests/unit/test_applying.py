@@ -208,6 +208,28 @@ async def test_a_capture_that_bounces_after_its_success_fails_and_gives_its_amou
     assert findings(gateway, payment_id) == []
 
 
+async def test_audit_knows_of_bounced_captures_which_one_stays_in_the_books() -> None:
+    # The first capture is reported with another amount, which is a discrepancy of its own.
+    other = Step(decides=answered(Verdict.APPROVED, 41))
+    gateway = bench(Step(), other)
+    payment_id = await gateway.authorized(100, CaptureMethod.MANUAL_MULTIPLE)
+    for key, amount_minor in (("first", 40), ("second", 60)):
+        await gateway.payments.capture(gateway.capture(payment_id, key, amount_minor=amount_minor))
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=30))
+    captures = [
+        each for each in gateway.store.of_payment(payment_id).operations if each.kind is K.CAPTURE
+    ]
+    for capture, left in zip(captures, (60, 60), strict=True):
+        await gateway.tell(gateway.told(N.CAPTURE, FAILED, reference=capture.reference))
+        assert payment_of(gateway, payment_id).captured_minor == left
+    assert [each.kind for each in gateway.store.discrepancies] == ["captured_amount"] * 2
+    assert findings(gateway, payment_id) == []
+    [stored] = gateway.store.payments.values()
+    for wrong in (39, 59, 61, 101):
+        stored.captured_minor = wrong
+        assert invariants.Kind.AMOUNTS_DIFFER in findings(gateway, payment_id)
+
+
 async def test_the_capture_of_an_automatic_payment_bounces_by_the_authorizations_reference() -> (
     None
 ):
