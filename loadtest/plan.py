@@ -18,7 +18,7 @@ from loadtest.arrivals import (
 )
 from loadtest.calls import Book
 from loadtest.engine import Engine, Target
-from loadtest.mixes import BadMix, load_mix
+from loadtest.mixes import load_mix
 
 API_KEY_VARIABLE: Final = "PAYMENTS_API_KEY"
 CONNECTIONS_MAX: Final = 256
@@ -82,7 +82,9 @@ class Plan:
             raise BadPlan(f"ca_file: there is no file {self.ca_file}")
         try:
             load_mix(self.mix)
-        except BadMix as error:
+            # A spike or an overload goes beyond the rate.
+            _ = self.schedule
+        except ValueError as error:
             raise BadPlan(str(error)) from error
 
     @property

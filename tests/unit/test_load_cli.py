@@ -34,6 +34,8 @@ def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--connections", "0"), "connections must be"),
         (("--deadline", "0"), "deadline must be"),
         (("--batch-items", "101"), "batch_items must be"),
+        (("--profile", "spike", "--rate", "50000"), "a rate must be above 0 and at most 100000"),
+        (("--profile", "overload", "--rate", "50000"), "a rate must be above 0 and at most 100000"),
         (("--control", "-1"), "--control must be"),
         (("--control", "0.05"), "--control must be 0 or at least 0.1"),
         (("--profile", "knee", "--rate", "9"), "--profile knee searches from a --rate of 10"),
