@@ -39,7 +39,7 @@ exit status:
   2  the options make no sense
   3  the run is invalid: the control run or the simulator shows that the machine was too busy to
      say anything, it was stopped in Locust's web UI, another server than the gateway ended,
-     sends left no sample, an overload was none, or there was no run
+     sends left no sample, nothing was sent, an overload was none, or there was no run
   130  interrupted; what was measured until then is told, once anything was sent
 
 profiles:

@@ -178,7 +178,11 @@ def evaluate(limits: Limits, summary: Mapping[str, Any]) -> Verdict:
 
 def _validity(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
     # A send without a sample is one of which nobody knows how long it took.
-    gates = [Gate("sends without a sample", summary["unaccounted"], 0, validity=True)]
+    # And where nothing was sent, there is nothing to say.
+    gates = [
+        Gate("sends without a sample", summary["unaccounted"], 0, validity=True),
+        Gate("sends", summary["whole"]["offered"], 1, at_least=True, validity=True),
+    ]
     if "gateway" not in summary["left_out"]:
         gates.append(Gate("servers that ended", len(summary["ended"]), 0, validity=True))
     if summary["stopped"]:

@@ -135,3 +135,17 @@ def test_frames_of_a_generator_are_read_up_to_a_torn_one(tmp_path: Path) -> None
     path.write_bytes(b"".join(frames))
     with path.open("rb") as file:
         assert list(read_frames(file)) == [chunk, "it broke"]
+
+
+def test_rates_of_a_run_that_was_left_count_the_time_that_was_sent_for() -> None:
+    segments = (*SEGMENTS, Segment("never", 5, 10, 10))
+    samples = [sample(0.5), sample(1.25), sample(2.0), sample(2.0, latency_ms=1.0)]
+    analysis = Analysis(samples, segments, until_s=2.0)
+    assert analysis.duration_s == 1.0
+    assert analysis.offered_rps() == 3.0
+    # The last answers came after the end.
+    assert analysis.answered_rps() == 1.0
+    assert analysis.answered_rps("never") == 0.0
+    assert analysis.spans == [(WARM_UP, 0.0, 1.0), ("steady", 1.0, 2.0), ("never", 2.0, 2.0)]
+    in_warm_up = Analysis([sample(0.5)], segments, until_s=0.5)
+    assert (in_warm_up.duration_s, in_warm_up.offered_rps(), in_warm_up.answered_rps()) == (0, 0, 0)

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from loadtest.calls import OK
 from loadtest.charts import POINTS_MAX
-from loadtest.measures import Second
+from loadtest.measures import Analysis, Second
 from loadtest.plan import Plan
 from loadtest.report import series
-from loadtest.runner import Options, control_of, controlled_rates
+from loadtest.runner import Options, Step, control_of, control_p99_ms, controlled_rates
+from loadtest.samples import Sample
 from loadtest.slo import SLO_FILE
 
 
@@ -63,6 +65,20 @@ def test_knee_is_controlled_on_both_of_its_sides(
 ) -> None:
     steps: list[dict[str, Any]] = [{"rate": rate, "held": held} for rate, held in tried]
     assert controlled_rates({"rate": knee, "steps": steps}) == rates
+
+
+def control_step(sends: int) -> Step:
+    plan = Plan(rate=0.01, duration=1, warm_up=0)
+    sample = Sample(0.5, 0.0, latency_ms=2.0, added_ms=2.0, kind=0, segment=0, code=OK)
+    analysis = Analysis([sample] * sends, plan.schedule.segments)
+    return Step(plan, Path("folder"), analysis, [], 0.0, {}, None)
+
+
+def test_control_that_sent_nothing_shows_nothing() -> None:
+    assert control_p99_ms([]) is None
+    assert control_p99_ms([control_step(0)]) is None
+    # More than was intended: what is not accounted for counts as never answered.
+    assert control_p99_ms([control_step(1)]) == 15_000
 
 
 def test_outage_in_a_long_run_is_in_the_chart_of_answers() -> None:
