@@ -509,6 +509,7 @@ def _search(
             {
                 "rate": rate,
                 "held": verdict.met,
+                "valid": verdict.valid,
                 "missed": missed,
                 "added_p99_ms": summary["added_p99_ms"],
                 "errors": summary["errors"],

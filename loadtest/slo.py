@@ -216,7 +216,17 @@ def _validity(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:
                 validity=True,
             )
         )
+    # Of a knee that is high enough nobody asks why the next rate did not hold.
+    if any(not gate.met for gate in _knee(limits, summary)):
+        is_valid = _next_to_knee_is_valid(summary["knee"])
+        gates.append(Gate("knee: next rate valid", int(is_valid), 1, at_least=True, validity=True))
     return gates
+
+
+def _next_to_knee_is_valid(knee: Mapping[str, Any]) -> bool:
+    """Whether the next rate, which did not hold, was one that could be measured."""
+    beyond = [each for each in knee["steps"] if each["rate"] > knee["rate"] and not each["held"]]
+    return not beyond or bool(min(beyond, key=lambda each: float(each["rate"]))["valid"])
 
 
 def _latency(limits: Limits, summary: Mapping[str, Any]) -> list[Gate]:

@@ -103,8 +103,24 @@ def test_soak_is_held_to_flat_memory() -> None:
 
 def test_knee_is_held_to_its_rate() -> None:
     limits = Limits.load("knee")
-    assert evaluate(limits, summary_of(knee={"rate": 1500.0})).exit_status == 0
-    assert evaluate(limits, summary_of(knee={"rate": 1499.0})).exit_status == 1
+    for rate, status in ((1500.0, 0), (1499.0, 1)):
+        assert evaluate(limits, summary_of(knee={"rate": rate, "steps": []})).exit_status == status
+
+
+@pytest.mark.parametrize(("valid", "status"), [(True, 1), (False, 3)])
+def test_knee_that_is_the_simulator_s_says_nothing_of_the_gateway(
+    *, valid: bool, status: int
+) -> None:
+    steps = [
+        {"rate": 1000.0, "held": True, "valid": True},
+        {"rate": 1500.0, "held": False, "valid": True},
+        {"rate": 1200.0, "held": False, "valid": valid},
+    ]
+    limits = Limits.load("knee")
+    low = summary_of(knee={"rate": 1000.0, "steps": steps})
+    assert evaluate(limits, low).exit_status == status
+    high = summary_of(knee={"rate": 2000.0, "steps": steps})
+    assert evaluate(limits, high).exit_status == 0
 
 
 def test_overload_is_held_to_goodput_latency_and_quick_refusals() -> None:
