@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, get_args
 
+import asyncpg
 import grpc
 
 from loadtest.arrivals import Process, Profile
@@ -64,7 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_report(outcome, report_file)
     except BadSlo as error:
         parser.error(str(error))
-    except (ProcessFailed, EmbeddedServerError, OSError, grpc.RpcError) as error:
+    except (
+        *(ProcessFailed, EmbeddedServerError, OSError, grpc.RpcError),
+        *(asyncpg.PostgresError, asyncpg.InterfaceError),
+    ) as error:
         sys.stderr.write(f"loadtest: no result: {error}\n")
         return INVALID
     except KeyboardInterrupt:

@@ -26,8 +26,7 @@ from gateway.domain.ids import new_request_id
 from loadtest import environment
 from loadtest.bench.generator import Generator, OpenLoad
 from loadtest.bench.report import BROKEN, INVALID, MET, MISSED
-from loadtest.bench.system import System, running_system
-from loadtest.children import ProcessFailed
+from loadtest.bench.system import CANNOT_MEASURE, System, running_system
 from loadtest.engine import reason_of
 from loadtest.knee import KneeSearch
 from loadtest.slo import Gate, Limits, overload_gates
@@ -252,7 +251,7 @@ def main(
                 knee=knee or 0.0,
             )
             missing = sum(system.missing().values())
-    except ProcessFailed as error:
+    except CANNOT_MEASURE as error:
         click.echo(f"overload: {error}", err=True)
         sys.exit(BROKEN)
     sys.exit(_tell(found, missing))

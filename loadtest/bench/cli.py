@@ -15,7 +15,7 @@ from loadtest.bench.figures import FIGURES, GROUPS, OPEN_SECONDS_MIN, Figure, se
 from loadtest.bench.measure import CONCURRENCIES, Bench, Progress
 from loadtest.bench.ratios import PAIRS_MIN
 from loadtest.bench.report import Result
-from loadtest.bench.system import running_system
+from loadtest.bench.system import CANNOT_MEASURE, running_system
 from loadtest.children import ProcessFailed
 
 SUMMARY: Final = Path(".local/bench/summary.json")
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report.BROKEN
     try:
         return _measure(options, began + options.budget, progress)
-    except ProcessFailed as error:
+    except CANNOT_MEASURE as error:
         print(f"bench: {error}", file=sys.stderr)
         return report.BROKEN
 

@@ -17,7 +17,7 @@ from gateway.domain.model import OperationState
 from loadtest.bench.generator import Target
 from loadtest.children import Process, ProcessFailed, stopping
 from loadtest.servers import REDIS_SETTINGS
-from storage.embedded import EmbeddedPostgres, EmbeddedRedis
+from storage.embedded import EmbeddedPostgres, EmbeddedRedis, EmbeddedServerError
 from storage.postgres.accounts import Accounts
 from storage.postgres.migrate import migrate
 
@@ -30,6 +30,12 @@ CALLERS_MAX: Final = 512
 AT_ONCE_MAX: Final = 3_000
 """The most calls, or items of batches and streams, under way at once in one: those that wait for a
 delayed PSP."""
+
+CANNOT_MEASURE: Final = (
+    *(ProcessFailed, EmbeddedServerError, OSError),
+    *(asyncpg.PostgresError, asyncpg.InterfaceError, grpc.RpcError),
+)
+"""What a benchmark ends with that could not measure."""
 
 _NATIVE: Final = {"transport": "native", "trusted_front": "true"}
 _CLOSED: Final = dict.fromkeys(("admission_calls_min", "admission_calls_max"), str(AT_ONCE_MAX))
@@ -113,7 +119,14 @@ class System:
                 asyncio.run(_analyze(server.dsn))
 
     def missing(self) -> dict[str, int]:
-        """Acknowledged authorizations that are not in the database, by server: there are none."""
+        """Acknowledged authorizations that are not in the database, by server: there are none.
+
+        Raises ProcessFailed where PostgreSQL or Redis has ended: gateways go on without Redis, and
+        what they did then is no figure.
+        """
+        for each in (self.postgres, self.redis):
+            if not each.running:
+                raise ProcessFailed(f"{each.title} ended while it was measured")
         missing = {}
         for name, server in self._servers.items():
             if server.dsn:
