@@ -76,6 +76,7 @@ def configuration(plan: Mapping[str, Any], options: Mapping[str, Any]) -> dict[s
         if name.startswith(PREFIX)
     }
     kept = {name: value for name, value in plan.items() if name not in ("out", "merchants")}
+    kept["ca_file"] = "set" if plan["ca_file"] else ""
     own = ("transport", "workers", "generators", "remote_generators", "control_s", "target")
     return {
         "plan": kept,

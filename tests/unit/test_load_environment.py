@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
@@ -35,3 +36,12 @@ def test_every_secret_setting_is_named_without_its_value(monkeypatch: pytest.Mon
             PREFIX + "ADMISSION_TARGET_MS": "30",
         }.items()
     )
+
+
+def test_summary_has_no_path_of_this_machine(tmp_path: Path) -> None:
+    ca_file = tmp_path / "ca.pem"
+    ca_file.touch()
+    plan = Plan(ca_file=str(ca_file), out=str(tmp_path), merchants=f"@{tmp_path}/merchants")
+    told = configuration(asdict(plan), OPTIONS)
+    assert str(tmp_path) not in str(told)
+    assert told["plan"]["ca_file"] == "set"
