@@ -12,7 +12,7 @@ import re
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -286,7 +286,8 @@ async def _settled(connection: asyncpg.Connection, settle_s: float) -> int:
 
 
 async def _ask_all(books: Books, target: Target) -> None:
-    channels = target.channels()
+    # A limit of the target's, or what it still has to do of the run, must not end the audit.
+    channels = replace(target, retries=True).channels()
     calls: list[Any] = [channel.unary_unary(f"/{SERVICE}/GetOperation") for channel in channels]
     metadata = (("authorization", f"Bearer {target.api_key}"),)
     room = asyncio.Semaphore(CALLS_MAX)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from payments.v1.money_pb2 import Money
+from payments.v1.payment_pb2 import Operation, OperationState
+from payments.v1.payment_service_pb2 import GetOperationRequest, GetOperationResponse
 
-from loadtest.calls import CONTRADICTED, OK, SERVICE, UNKNOWN
-from loadtest.engine import Chunk
+from loadtest.audit import audit_by_calls
+from loadtest.calls import CONTRADICTED, OK, SERVICE, UNKNOWN, Acknowledged
+from loadtest.engine import Chunk, Target
 from loadtest.measures import Analysis
 from loadtest.plan import API_KEY_VARIABLE, Plan
 from loadtest.samples import unpack_samples
@@ -79,6 +86,45 @@ async def test_refusal_whose_details_do_not_parse_is_counted(plan: Plan) -> None
     intended = len(list(plan.schedule.arrivals()))
     assert analysis.whole.codes == {grpc.StatusCode.UNAVAILABLE.value[0]: intended}
     assert reasons == {"UNAVAILABLE, details that do not parse": intended}
+
+
+def test_audit_by_calls_repeats_what_is_refused_for_a_while(tmp_path: Path) -> None:
+    calls: Counter[str] = Counter()
+
+    def get_operation(data: bytes, context: Any) -> bytes:
+        key = GetOperationRequest.FromString(data).idempotency_key
+        calls[key] += 1
+        if calls[key] == 1:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "later")
+        operation = Operation(
+            idempotency_key=key,
+            operation_id=f"op_{key}",
+            payment_id=f"pay_{key}",
+            state=OperationState.OPERATION_STATE_SUCCEEDED,
+            amount=Money(amount_minor=100, currency_code="EUR"),
+        )
+        return GetOperationResponse(operation=operation).SerializeToString()
+
+    # In threads: the audit has an event loop of its own.
+    server = grpc.server(ThreadPoolExecutor(1))
+    handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "GetOperation": grpc.unary_unary_rpc_method_handler(get_operation)
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    told = [
+        Acknowledged("AUTHORIZE", "mer_a", key, f"op_{key}", f"pay_{key}", 4, 100, "digest")
+        for key in ("k1", "k2", "k3")
+    ]
+    target = Target(f"127.0.0.1:{port}", "key", connections=1)
+    try:
+        audit = audit_by_calls(told, target, tmp_path / "audit.sqlite")
+    finally:
+        server.stop(0).wait()
+    assert audit.clean
+    assert (audit.acked, audit.missing) == (3, 0)
+    assert set(calls.values()) == {2}
 
 
 ENTERED = """
