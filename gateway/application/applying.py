@@ -651,21 +651,6 @@ class Applier:
             connector_transaction_id=dispute.dispute_id,
             currency=notification.currency,
         )
-        known = decisions.done_elsewhere(aggregate, K.DISPUTE, dispute.dispute_id)
-        if known is not None:
-            event = decisions.event_of(answer)
-            after = states.next_state(K.DISPUTE, known.state, event)
-            end = states.next_state(K.DISPUTE, S.PROCESSING, event)
-            if after is None and event in _DEFINITE and end is not known.state:
-                # The other end of what has ended: the operation stays, and the money has moved.
-                kind = "late_success" if event is Event.APPROVED else "late_refusal"
-                found = Found(known, payment)
-                await self._report(found, kind, known.state.name, event.name)
-                return Applied(Result.RECORDED, operation_id=known.operation_id)
-            if after is None or after is known.state:
-                return Applied(Result.NO_NEWS, operation_id=known.operation_id)
-            await self._outcomes.write(known, payment, answer)
-            return Applied(Result.APPLIED, operation_id=known.operation_id)
         recorded = await self._outcomes.record(
             payment.merchant_id,
             payment.payment_id,
@@ -673,7 +658,11 @@ class Applier:
                 now, max(0, notification.amount_minor or 0), answer, at, new_id
             ),
         )
-        return Applied(Result.RECORDED) if recorded else _NO_NEWS
+        known = decisions.done_elsewhere(aggregate, K.DISPUTE, dispute.dispute_id)
+        if known is None:
+            return Applied(Result.RECORDED) if recorded else _NO_NEWS
+        result = Result.APPLIED if recorded else Result.NO_NEWS
+        return Applied(result, operation_id=known.operation_id)
 
 
 def _can_deny(capabilities: Capabilities) -> bool:

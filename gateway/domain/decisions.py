@@ -650,14 +650,17 @@ def record_dispute(
     new_operation_id: str,
 ) -> Settled | None:
     """A dispute that the PSP tells of: an operation of its origin, PENDING until it is decided,
-    SUCCEEDED where the money is gone, FAILED where it stays. A person has to see it. An amount of
-    another currency than the payment's is told to that person alone.
+    SUCCEEDED where the money is gone, FAILED where it stays. A person has to see it, and another
+    end than was told before. An amount of another currency than the payment's is told to that
+    person alone.
 
     None where it is recorded already, by the PSP's id of it, or where the answer is none.
     """
-    if done_elsewhere(aggregate, K.DISPUTE, answer.connector_transaction_id) is not None:
-        return None
-    state = states.next_state(K.DISPUTE, S.PROCESSING, event_of(answer))
+    known = done_elsewhere(aggregate, K.DISPUTE, answer.connector_transaction_id)
+    event = event_of(answer)
+    if known is not None:
+        return _dispute_goes_on(aggregate.payment, known, answer, event, at)
+    state = states.next_state(K.DISPUTE, S.PROCESSING, event)
     if state is None:
         return None
     authorization, payment = _authorization(aggregate), aggregate.payment
@@ -685,6 +688,18 @@ def record_dispute(
     settled.companions.append(dispute)
     settled.discrepancies.append(_discrepancy(dispute, "dispute", "0", reported))
     return settled
+
+
+def _dispute_goes_on(
+    payment: Payment, dispute: Operation, answer: ConnectorAnswer, event: Event, at: datetime
+) -> Settled | None:
+    told = states.next_state(K.DISPUTE, S.PENDING, event)
+    if told in (None, S.PENDING, dispute.state):
+        return None
+    if dispute.state is S.PENDING:
+        return settle(payment, dispute, answer, at, "")
+    reported = answer.outcome.connector_message if answer.outcome else event.name
+    return report(payment, dispute, "dispute_outcome", dispute.state.name, reported, at)
 
 
 def done_elsewhere(

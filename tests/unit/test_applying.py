@@ -1388,6 +1388,75 @@ async def test_a_dispute_is_an_operation_of_the_psps_origin(
     assert payment_of(gateway, payment_id).refunded_minor == 10
 
 
+def of_dispute(
+    gateway: NotifiedBench, payment_id: str, status: DisputeStatus, after_s: float = 0
+) -> Received:
+    return gateway.told(
+        N.DISPUTE,
+        None,
+        after_s=after_s,
+        payment_reference=only(gateway, payment_id, K.AUTHORIZE).reference,
+        amount_minor=100,
+        currency="EUR",
+        dispute=Dispute("dp_1", DisputeStage.ACTIVE_DISPUTE, status),
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "statuses", "ends", "kinds"),
+    [
+        ([], ["OPENED", "LOST"], [S.SUCCEEDED], ["dispute"]),
+        ([], ["LOST", "OPENED"], [S.SUCCEEDED], ["dispute"]),
+        ([], ["OPENED", "WON"], [S.FAILED], ["dispute"]),
+        (["OPENED"], ["LOST", "LOST"], [S.SUCCEEDED], ["dispute"]),
+        (["OPENED"], ["WON", "LOST"], [S.SUCCEEDED, S.FAILED], ["dispute", "dispute_outcome"]),
+    ],
+)
+async def test_two_gateways_that_are_told_of_a_dispute_at_once_lose_nothing_of_it(
+    before: list[str], statuses: list[str], ends: list[S], kinds: list[str]
+) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    for name in before:
+        await gateway.tell(of_dispute(gateway, payment_id, DisputeStatus[name]))
+    told = [of_dispute(gateway, payment_id, DisputeStatus[name]) for name in statuses]
+    both, wrote = asyncio.Barrier(len(told)), 0
+
+    async def meet(method: str) -> None:
+        nonlocal wrote
+        if method == "write_change" and wrote < len(told):
+            wrote += 1
+            await both.wait()  # each has decided by what it read before
+
+    gateway.store.before = meet
+    await asyncio.gather(*map(gateway.applier.apply, told))
+    assert only(gateway, payment_id, K.DISPUTE).state in ends
+    assert [each.kind for each in gateway.store.discrepancies] == kinds
+    kinds_of_operations = [each.kind for each in gateway.store.of_payment(payment_id).operations]
+    assert kinds_of_operations == [K.AUTHORIZE, K.CAPTURE, K.DISPUTE]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "end"),
+    [(["WON", "LOST"], S.FAILED), (["LOST", "WON"], S.SUCCEEDED)],
+)
+async def test_another_end_of_a_dispute_than_was_told_before_is_shown_to_a_person(
+    statuses: list[str], end: S
+) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    for after_s, name in enumerate(["OPENED", *statuses, "CHALLENGED"]):
+        await gateway.tell(of_dispute(gateway, payment_id, DisputeStatus[name], after_s))
+    assert only(gateway, payment_id, K.DISPUTE).state is end
+    reported = gateway.store.discrepancies[-1]
+    assert (reported.kind, reported.expected, reported.reported) == (
+        "dispute_outcome",
+        end.name,
+        f"ACTIVE_DISPUTE {statuses[1]}",
+    )
+    assert len(gateway.store.discrepancies) == 2
+
+
 async def test_a_question_before_a_dispute_that_had_no_answer_costs_nothing_yet() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
@@ -1406,32 +1475,6 @@ async def test_a_question_before_a_dispute_that_had_no_answer_costs_nothing_yet(
         )
         states.append(only(gateway, payment_id, K.DISPUTE).state)
     assert states == [S.PENDING, S.PENDING, S.FAILED]
-
-
-@pytest.mark.parametrize(
-    ("statuses", "kind"),
-    [
-        ([DisputeStatus.WON, DisputeStatus.LOST], "late_success"),
-        ([DisputeStatus.LOST, DisputeStatus.WON], "late_refusal"),
-        ([DisputeStatus.LOST, DisputeStatus.EXPIRED], None),
-    ],
-)
-async def test_a_dispute_that_ends_the_other_way_after_all_is_shown_to_a_person(
-    statuses: list[DisputeStatus], kind: str | None
-) -> None:
-    gateway = bench()
-    payment_id = await captured(gateway)
-    reference = only(gateway, payment_id, K.AUTHORIZE).reference
-    for status in statuses:
-        disputed = Dispute("dp_1", DisputeStage.ACTIVE_DISPUTE, status)
-        await gateway.tell(
-            gateway.told(
-                N.DISPUTE, None, payment_reference=reference, amount_minor=100, dispute=disputed
-            )
-        )
-    told = [each.kind for each in gateway.store.discrepancies]
-    assert told == (["dispute"] if kind is None else ["dispute", kind])
-    assert findings(gateway, payment_id) == []
 
 
 async def test_an_amount_of_another_currency_is_not_shown_as_one_of_the_payments() -> None:
