@@ -544,11 +544,17 @@ class Applier:
     ) -> Applied:
         notification, payment = received.notification, aggregate.payment
         event = decisions.event_of(answer)
-        if event not in _DEFINITE or await self._notifications.is_outdated(received, event):
+        if event not in _DEFINITE:
             return _NO_NEWS
         known = decisions.done_elsewhere(aggregate, kind, answer.connector_transaction_id)
+        # An approval may be over too: whoever was told its end found it not recorded yet.
+        is_over = await self._notifications.is_outdated(received, event)
         if event is not Event.APPROVED:
-            if known is None or known.state is not S.SUCCEEDED or event not in _RETURNED:
+            if is_over or event not in _RETURNED:
+                return _NO_NEWS
+            is_over = True
+        if is_over:
+            if known is None or known.state is not S.SUCCEEDED:
                 return _NO_NEWS
             await self._outcomes.bounce(known, answer)
             return Applied(Result.APPLIED, operation_id=known.operation_id)
@@ -567,6 +573,8 @@ class Applier:
                 now, kind, amount, answer, at, new_id
             ),
         )
+        if await self._notifications.is_outdated(received, event):
+            raise _NotYet("its end was told meanwhile")
         return Applied(Result.RECORDED)
 
     async def _voided(

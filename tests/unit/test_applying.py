@@ -1347,6 +1347,50 @@ async def test_an_authorization_that_has_expired_is_expired(finished: bool) -> N
     assert payment_of(gateway, answer.payment_id).state is PaymentState.EXPIRED
 
 
+@pytest.mark.parametrize("kind", [N.CAPTURE, N.REFUND])
+async def test_the_end_of_what_is_being_recorded_from_elsewhere_is_not_lost(kind: N) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway, 50)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    done, failed = (
+        gateway.told(
+            kind,
+            answer,
+            after_s=after_s,
+            payment_reference=reference,
+            amount_minor=10,
+            transaction_id="tx-elsewhere",
+        )
+        for after_s, answer in enumerate([APPROVED, FAILED])
+    )
+    gate = Gate()
+
+    async def held_up(method: str) -> None:
+        if method == "write_change":
+            await gate.wait()
+
+    gateway.store.before = held_up
+    await gateway.notifications.keep([done])
+    recording = asyncio.ensure_future(gateway.applier.run_once())
+    await gate.reached.wait()
+    await gateway.notifications.keep([failed])
+    # At another gateway:
+    await gateway.notifications.finish(failed, await gateway.applier.apply(failed))
+    gate.opened.set()
+    await recording
+    await gateway.applier.run_once()
+    [elsewhere] = [
+        each
+        for each in gateway.store.of_payment(payment_id).operations
+        if each.origin is OperationOrigin.PSP
+    ]
+    assert elsewhere.state is S.FAILED
+    payment = payment_of(gateway, payment_id)
+    assert (payment.captured_reported_minor, payment.refunded_reported_minor) == (None, None)
+    assert not gateway.notifications.pending
+    assert findings(gateway, payment_id) == []
+
+
 # --- disputes -------------------------------------------------------------------------------------
 
 
@@ -1410,6 +1454,7 @@ def of_dispute(
         ([], ["OPENED", "WON"], [S.FAILED], ["dispute"]),
         (["OPENED"], ["LOST", "LOST"], [S.SUCCEEDED], ["dispute"]),
         (["OPENED"], ["WON", "LOST"], [S.SUCCEEDED, S.FAILED], ["dispute", "dispute_outcome"]),
+        (["OPENED"], ["LOST", "WON"], [S.SUCCEEDED, S.FAILED], ["dispute", "dispute_outcome"]),
     ],
 )
 async def test_two_gateways_that_are_told_of_a_dispute_at_once_lose_nothing_of_it(
