@@ -547,17 +547,13 @@ class Applier:
         if event not in _DEFINITE:
             return _NO_NEWS
         known = decisions.done_elsewhere(aggregate, kind, answer.connector_transaction_id)
-        # An approval may be over too: whoever was told its end found it not recorded yet.
-        is_over = await self._notifications.is_outdated(received, event)
+        is_outdated = await self._notifications.is_outdated(received, event)
         if event is not Event.APPROVED:
-            if is_over or event not in _RETURNED:
-                return _NO_NEWS
-            is_over = True
-        if is_over:
-            if known is None or known.state is not S.SUCCEEDED:
-                return _NO_NEWS
-            await self._outcomes.bounce(known, answer)
-            return Applied(Result.APPLIED, operation_id=known.operation_id)
+            ended = event in _RETURNED and not is_outdated
+            return await self._ended_elsewhere(known if ended else None, answer)
+        if is_outdated:
+            # Whoever was told its end may have found it not recorded yet.
+            return await self._ended_elsewhere(known, answer)
         if known is not None:
             return Applied(Result.NO_NEWS, operation_id=known.operation_id)
         amount = notification.amount_minor
@@ -576,6 +572,12 @@ class Applier:
         if await self._notifications.is_outdated(received, event):
             raise _NotYet("its end was told meanwhile")
         return Applied(Result.RECORDED)
+
+    async def _ended_elsewhere(self, known: Operation | None, answer: ConnectorAnswer) -> Applied:
+        if known is None or known.state is not S.SUCCEEDED:
+            return _NO_NEWS
+        await self._outcomes.bounce(known, answer)
+        return Applied(Result.APPLIED, operation_id=known.operation_id)
 
     async def _voided(
         self, received: Received, aggregate: Aggregate, number: int, tries: int
