@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 OK: Final = grpc.StatusCode.OK.name
 
-_IN_DATABASE: Final = ("operations", "payments", "events", "discrepancies")
+_IN_DATABASE: Final = ("operations", "payments", "events", "discrepancies", "resolutions")
 _CLIENTS, _PSP, _DATABASE = "clients.json", "psp.jsonl", "database.json"
 
 OPEN: Final = frozenset(
@@ -45,8 +45,9 @@ RESPONSES: Final = {
     OperationKind.VOID: payment_service_pb2.VoidPaymentResponse,
     OperationKind.REFUND: payment_service_pb2.RefundPaymentResponse,
     OperationKind.INCREMENT: payment_service_pb2.IncrementAuthorizationResponse,
-    # Of the gateway's own: stored as any other, told to nobody, with the same fields.
+    # Of the gateway's and the PSP's own: stored as any other, told to nobody, with the same fields.
     OperationKind.REVERSAL: payment_service_pb2.AuthorizePaymentResponse,
+    OperationKind.DISPUTE: payment_service_pb2.AuthorizePaymentResponse,
 }
 
 AMOUNTS: Final = (
@@ -85,6 +86,8 @@ class Call:
     """The payment that it is about; empty for an authorization."""
     amount_minor: int | None
     """Minor units; None: whatever is left."""
+    allows_partial: bool = False
+    """Whether less than the amount may be authorized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +167,32 @@ class Look:
     """The payment's."""
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a person said of an attempt that was in doubt."""
+
+    operation_id: str
+    attempt_number: int
+    outcome: str
+    """The DoubtOutcome by its name."""
+    amount_minor: int | None
+    """Where the PSP's differs."""
+    told: str | None
+    """The reason of its refusal; empty: it was accepted; None: there was no answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disputed:
+    """A dispute that a PSP told of."""
+
+    dispute_id: str
+    reference: str
+    """Of the authorization."""
+    amount_minor: int
+    statuses: list[str]
+    """All that was told, in the order in which it happened."""
+
+
 _UNKNOWN: Final = frozenset(code.name for code in REPEATABLE) | {"INTERNAL", "UNKNOWN"}
 
 
@@ -193,6 +222,12 @@ class History:
     events: list[Row] = field(default_factory=list)
     """The outbox: payment_id, payment_version, seq, and what `told_by` finds in them."""
     looks: list[Look] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    resolutions: list[Row] = field(default_factory=list)
+    """What is recorded of decisions: operation_id, attempt_number, outcome, amount_minor, state."""
+    has_people: bool = False
+    """Whether persons end the doubts that recovery does not."""
+    disputes: list[Disputed] = field(default_factory=list)
     discrepancies: list[Row] | None = None
     """operation_id and kind of each; None: nobody looked."""
     clock_step_s: float = 0.0
@@ -243,6 +278,8 @@ class History:
                 "answers": [Answer(**answer) for answer in values["answers"]],
                 "misuses": [Answer(**answer) for answer in values.get("misuses", ())],
                 "looks": [Look(**look) for look in values.get("looks", ())],
+                "disputes": [Disputed(**each) for each in values.get("disputes", ())],
+                "decisions": [Decision(**each) for each in values.get("decisions", ())],
                 "psp": [
                     json.loads(line) for line in (folder / _PSP).read_text("utf-8").splitlines()
                 ],

@@ -15,7 +15,7 @@ from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Final
 
 from gateway.connectors.simulator.journal import standing_charges
-from gateway.domain.model import OperationKind, OperationOrigin, PaymentState
+from gateway.domain.model import DoubtOutcome, OperationKind, OperationOrigin, PaymentState
 from gateway.domain.model import OperationState as S
 from gateway.domain.states import (
     FROZEN,
@@ -108,6 +108,14 @@ class Rule(enum.StrEnum):
     CUSTOMER_HAS_THE_TIME = "customer-has-the-time"
     """While a customer may act nothing cancels the payment but a void, and what has expired was
     ended at the PSP."""
+    PARTIAL_WHERE_ALLOWED = "partial-where-allowed"
+    """Less than was asked for is authorized only where the call allows it."""
+    DECISION_HOLDS = "decision-holds"
+    """A person's decision that was accepted is recorded, once for an attempt, with what it made of
+    the operation; no careful decision is refused but for another outcome."""
+    DISPUTE_IS_RECORDED = "dispute-is-recorded"
+    """Each dispute that a PSP told of is one operation on its payment, with its end where one was
+    told; a person is shown it, and another end than the one that counts."""
     DISCREPANCY_HAS_A_CAUSE = "discrepancy-has-a-cause"
     """Nobody but the gateway acts on the payments, and what it records as a contradiction some PSP
     did or said."""
@@ -145,8 +153,10 @@ def judge(history: History) -> list[Violation]:
 
 
 def unresolved(history: History) -> list[Row]:
-    """The operations without a definite outcome."""
-    return [row for row in history.operations if row["state"] in UNFINISHED]
+    """The operations without a definite outcome; disputes take as long as they take."""
+    return [
+        row for row in history.operations if row["state"] in UNFINISHED and row["kind"] != K.DISPUTE
+    ]
 
 
 @cache
@@ -206,7 +216,7 @@ class _Books:
         }
         self.effects: dict[str, list[Record]] = defaultdict(list)
         """What stands at the PSP, by the operation's id."""
-        for effect in _standing_effects(history.psp).values():
+        for effect in standing_effects(history.psp).values():
             self.effects[_operation_of(effect["reference"])].append(effect)
 
     def paid_by(self, effect: Record) -> str:
@@ -223,7 +233,7 @@ def _operation_of(reference: str) -> str:
     return reference.rpartition("-")[0]
 
 
-def _standing_effects(records: Iterable[Record]) -> dict[str, Record]:
+def standing_effects(records: Iterable[Record]) -> dict[str, Record]:
     """The effects that were not taken back, by the PSP's transaction id."""
     standing: dict[str, Record] = {}
     for record in records:
@@ -603,21 +613,42 @@ def _success(books: _Books, row: Row, found: list[Record]) -> Iterator[Violation
                     f"that of the attempt which succeeded, {present}",
                 )
     effects = [(each["amount_minor"], each["currency"], books.paid_by(each)) for each in found]
-    if effects != [(row["amount_minor"], row["currency"], row["payment_id"])]:
+    approved = _approved(row)
+    call = books.calls.get(row["idempotency_key"])
+    allows_partial = call is not None and call.allows_partial
+    if approved < row["amount_minor"] and not allows_partial:
+        yield Violation(
+            Rule.PARTIAL_WHERE_ALLOWED,
+            row["payment_id"],
+            row["operation_id"],
+            f"{approved} of {row['amount_minor']} authorized",
+            "declined, and taken back",
+        )
+    if effects != [(approved, row["currency"], row["payment_id"])]:
         yield Violation(
             Rule.SUCCESS_IS_CHARGED,
             row["payment_id"],
             row["operation_id"],
             f"effects (amount, currency, payment whose authorization it is of) {effects}",
-            f"one of {row['amount_minor']} {row['currency']} on its payment's",
+            f"one of {approved} {row['currency']} on its payment's",
         )
+
+
+def _approved(row: Row) -> int:
+    """The amount of an operation that succeeded: of an authorization, what was approved of it."""
+    approved: int = row["approved_minor" if "approved_minor" in row else "amount_minor"]
+    return approved
 
 
 def _sends(books: _Books) -> Iterator[Violation]:
     sends: dict[str, list[Record]] = defaultdict(list)
     references: dict[str, set[str]] = defaultdict(set)
     """Those that a PSP got, by operation."""
-    over: dict[str, bool] = {}
+    over = {
+        f"{each['operation_id']}-{each['attempt_number']}": True
+        for each in books.history.resolutions
+        if each["outcome"] == DoubtOutcome.NO_EFFECT.name
+    }
     """Whether all that came under a reference has ended without effect, and nothing can come."""
     standing: dict[str, Record] = {}
     done: dict[str, set[str]] = defaultdict(set)
@@ -805,6 +836,8 @@ def _customers(books: _Books) -> Iterator[Violation]:
     rule = Rule.CUSTOMER_HAS_THE_TIME
     until: dict[str, float] = {}
     ended: set[str] = set()
+    partial: set[str] = set()
+    """What a PSP approved less of, which declines it where the call does not allow that."""
     # A doubt that the gateway cancels may be of one whose page nobody was told of.
     sent_on = {
         event["operation_id"]
@@ -820,6 +853,8 @@ def _customers(books: _Books) -> Iterator[Violation]:
         if answer.get("result") in _ENDS_WITHOUT_EFFECT:
             ended.add(reference)
         row = books.operations.get(_operation_of(reference))
+        if row is not None and _is_refused_part(books, row, answer):
+            partial.add(reference)
         if record["type"] != "received" or record["method"] != "cancel" or row is None:
             continue
         if row["operation_id"] not in sent_on:
@@ -841,7 +876,7 @@ def _customers(books: _Books) -> Iterator[Violation]:
                 rule, row["payment_id"], row["operation_id"], "EXPIRED", "ended at the PSP"
             )
         references = {f"{row['operation_id']}-{n + 1}" for n in range(row["attempt_number"])}
-        if row["state"] == S.DECLINED and not references & ended:
+        if row["state"] == S.DECLINED and not references & (ended | partial):
             yield Violation(
                 Rule.STATE_IS_REACHABLE,
                 row["payment_id"],
@@ -851,10 +886,61 @@ def _customers(books: _Books) -> Iterator[Violation]:
             )
 
 
+def _disputes(books: _Books) -> Iterator[Violation]:
+    rule = Rule.DISPUTE_IS_RECORDED
+    shown = {(each["operation_id"], each["kind"]) for each in books.history.discrepancies or ()}
+    recorded: dict[str, list[Row]] = defaultdict(list)
+    for row in books.operations.values():
+        if row["kind"] == K.DISPUTE:
+            recorded[row["connector_transaction_id"]].append(row)
+    for each in books.history.disputes:
+        ends = {_ENDS_OF_DISPUTES[status] for status in each.statuses} - {S.PENDING}
+        authorization = books.operations.get(_operation_of(each.reference), {})
+        payment_id = authorization.get("payment_id", "")
+        found = [
+            (row["payment_id"], row["amount_minor"], row["state"] in (ends or {S.PENDING}))
+            for row in recorded.pop(each.dispute_id, ())
+        ]
+        rows = [row for row in books.of_payment[payment_id] if row["kind"] == K.DISPUTE]
+        wanted = {"dispute"} | ({"dispute_outcome"} if len(ends) > 1 else set())
+        missing = wanted - {
+            kind
+            for row in rows
+            if row["connector_transaction_id"] == each.dispute_id
+            for operation_id, kind in shown
+            if operation_id == row["operation_id"]
+        }
+        if found != [(payment_id, each.amount_minor, True)] or missing:
+            yield Violation(
+                rule,
+                payment_id,
+                each.dispute_id,
+                f"(payment, amount, whether as it was told) {found}, not shown {sorted(missing)}",
+                f"one of {each.amount_minor} that went {', '.join(each.statuses)}",
+            )
+    for dispute_id, rows in recorded.items():
+        yield Violation(rule, rows[0]["payment_id"], dispute_id, "a dispute", "none was told")
+
+
+_ENDS_OF_DISPUTES: Final = {
+    **dict.fromkeys(("OPENED", "CHALLENGED"), S.PENDING),
+    **dict.fromkeys(("WON", "CANCELLED"), S.FAILED),
+    **dict.fromkeys(("LOST", "ACCEPTED", "EXPIRED"), S.SUCCEEDED),
+}
+
+
+def _is_refused_part(books: _Books, row: Row, answer: Row) -> bool:
+    """Whether a PSP approved less than was asked for, and the call does not allow that."""
+    call = books.calls.get(row["idempotency_key"])
+    approved_minor = answer.get("amount_minor", row["amount_minor"])
+    is_part = answer.get("result") == "approved" and approved_minor < row["amount_minor"]
+    return is_part and not (call is not None and call.allows_partial)
+
+
 def _discrepancies(books: _Books) -> Iterator[Violation]:
     rule = Rule.DISCREPANCY_HAS_A_CAUSE
     for row in books.operations.values():
-        if row["origin"] == OperationOrigin.PSP:
+        if row["origin"] == OperationOrigin.PSP and row["kind"] != K.DISPUTE:
             yield Violation(
                 rule,
                 row["payment_id"],
@@ -886,6 +972,56 @@ def _discrepancies(books: _Books) -> Iterator[Violation]:
             )
 
 
+_MADE_BY: Final = {
+    # A partial approval that the call does not allow, and a void that waits, decide too.
+    DoubtOutcome.TOOK_EFFECT.name: frozenset({S.SUCCEEDED, S.DECLINED}),
+    DoubtOutcome.NO_EFFECT.name: frozenset({S.NOT_SENT, S.CANCELED, S.DECLINED}),
+    DoubtOutcome.DECLINED.name: frozenset({S.DECLINED}),
+    DoubtOutcome.FAILED.name: frozenset({S.FAILED}),
+    DoubtOutcome.CANCELED.name: frozenset({S.CANCELED}),
+}
+"""What a decision may make of an operation."""
+
+
+def _decisions(books: _Books) -> Iterator[Violation]:
+    rule = Rule.DECISION_HOLDS
+    recorded = {
+        (each["operation_id"], each["attempt_number"]): each for each in books.history.resolutions
+    }
+    for (operation_id, _), each in recorded.items():
+        payment_id = books.operations[operation_id]["payment_id"]
+        told = {
+            event["operation_state"]
+            for event in books.told[payment_id]
+            if event["operation_id"] == operation_id
+        }
+        if each["state"] not in _MADE_BY[each["outcome"]] or each["state"] not in told:
+            yield Violation(
+                rule,
+                payment_id,
+                operation_id,
+                f"{each['outcome']} made it {S(each['state']).name}, told were {sorted(told)}",
+                f"one of {sorted(_MADE_BY[each['outcome']])}, and told",
+            )
+    for decision in books.history.decisions:
+        operation_id = decision.operation_id
+        row = recorded.get((operation_id, decision.attempt_number))
+        said = (decision.outcome, decision.amount_minor)
+        same = row is not None and (row["outcome"], row["amount_minor"]) == said
+        wrong = not same if decision.told == "" else decision.told not in _NO_DECISION
+        if wrong:
+            yield Violation(
+                rule,
+                "",
+                operation_id,
+                f"{said} was told {decision.told or 'OK'}, {row} is recorded",
+                "recorded, or refused since there is no such doubt",
+            )
+
+
+_NO_DECISION: Final = frozenset({None, "OPERATION_NOT_IN_DOUBT"})
+
+
 # --- what the database holds ----------------------------------------------------------------------
 
 
@@ -897,7 +1033,7 @@ def _amounts(books: _Books) -> Iterator[Violation]:
             if row["state"] in UNFINISHED:
                 pending[K(row["kind"])] += row["amount_minor"]
             elif row["state"] == S.SUCCEEDED:
-                done[K(row["kind"])] += row["amount_minor"]
+                done[K(row["kind"])] += _approved(row)
         opening = [
             row["amount_minor"]
             for row in books.of_payment[payment_id]
@@ -1032,7 +1168,7 @@ def _unfinished(books: _Books) -> Iterator[Violation]:
         release = row["kind"] == K.VOID and row["origin"] == OperationOrigin.GATEWAY
         if release and not tells_of_voids:
             continue
-        if settles or row["state"] != S.IN_DOUBT:
+        if settles or row["state"] != S.IN_DOUBT or books.history.has_people:
             yield Violation(
                 Rule.NOTHING_UNFINISHED,
                 row["payment_id"],
@@ -1215,6 +1351,8 @@ _CHECKS: Final[tuple[Callable[[_Books], Iterator[Violation]], ...]] = (
     _effects,
     _sends,
     _customers,
+    _decisions,
+    _disputes,
     _discrepancies,
     _amounts,
     _totals,

@@ -48,6 +48,7 @@ IMPATIENT_SHARE: Final = 0.1
 """Tries whose deadline is too short."""
 IMPATIENCE_S: Final = (0.01, 0.3)
 
+ALLOWS_PARTIAL_SHARE: Final = 0.6
 REDIRECT_SHARE: Final = 0.6
 SOFT_SHARE: Final = 0.45
 """Of what an account that is not the last makes of a payment: a decline that another one may not
@@ -94,11 +95,13 @@ class Clients:
         accounts: int = 1,
         visit: Callable[[str, str], Awaitable[None]] | None = None,
         crowds: random.Random | None = None,
+        partials: random.Random | None = None,
     ) -> None:
         """`look` asks for an operation's state, where clients do that; `visit` presses a button on
         a PSP's page, where customers are sent to one. With `crowds` operations of all kinds act on
-        some payments at once.
+        some payments at once. With `partials` some calls allow that less is authorized.
         """
+        self._partials = partials
         self._crowds = crowds
         self._look = look
         self._accounts = accounts
@@ -265,14 +268,18 @@ class Clients:
 
     def _authorization(self, amount_minor: int, method: str) -> _Request:
         key = self._key()
+        partials = self._partials
+        allows_partial = partials is not None and partials.random() < ALLOWS_PARTIAL_SHARE
         message = rpc.AuthorizePaymentRequest(
             idempotency_key=key,
             amount=eur(amount_minor),
+            allow_partial_approval=allows_partial,
             capture_method=getattr(payment_method_pb2, f"CAPTURE_METHOD_{method}"),
             payment_method=self._payment_method(method),
             return_url="https://shop.example/back" if self._visit is not None else "",
         )
-        return _Request(Call(key, K.AUTHORIZE, "", amount_minor), message.SerializeToString())
+        call = Call(key, K.AUTHORIZE, "", amount_minor, allows_partial)
+        return _Request(call, message.SerializeToString())
 
     def _payment_method(self, method: str) -> payment_method_pb2.PaymentMethod:
         draw = self._draw

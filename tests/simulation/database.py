@@ -21,7 +21,15 @@ from tests.simulation.notifications import KeptNotifications
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
-    from gateway.application.ports import Change, Found, Intent, Lease, ListFilter, Page
+    from gateway.application.ports import (
+        Change,
+        Found,
+        Intent,
+        Lease,
+        ListFilter,
+        Page,
+        Resolution,
+    )
     from gateway.domain.model import Aggregate, ConnectorAnswer, Operation
     from tests.simulation.loop import Process, SimulatedLoop
     from tests.simulation.network import Network
@@ -70,6 +78,8 @@ class Database(MemoryStore):
         """Changes with every failover."""
         self.outbox: list[Event] = []
         self.notifications = KeptNotifications(lambda: self.now)
+        self.resolutions: dict[tuple[str, str, int], Resolution] = {}
+        """What persons decided, by merchant, operation and attempt."""
         self.wrong: list[str] = []
         """Broken promises that only the database sees."""
         self._begun_s: dict[tuple[str, str, int], float] = {}
@@ -139,7 +149,11 @@ class Database(MemoryStore):
         )
         stored = self._change(owned_change(change))
         if stored is Stored.WRITTEN:
-            self._undo = None if change.companions else before
+            decided = change.resolution
+            if decided is not None:
+                assert (*key, decided.attempt_number) not in self.resolutions
+                self.resolutions[*key, decided.attempt_number] = decided
+            self._undo = None if change.companions or decided is not None else before
             self._told(change)
             operation = change.operation
             if operation.state is OperationState.PROCESSING:
@@ -161,6 +175,13 @@ class Database(MemoryStore):
                     payload,
                 )
             )
+
+    def begun_s(self, operation: Operation) -> float:
+        """When the sender of an operation's attempt wrote its intent, by true time; 0: it has none
+        or nobody knows.
+        """
+        key = (operation.merchant_id, operation.operation_id, operation.attempt.number)
+        return self._begun_s.get(key, 0.0)
 
     def forget_last(self, event_id: str) -> bool:
         """Lose the latest change, if it is this one; False: it is not."""
@@ -198,10 +219,11 @@ class Database(MemoryStore):
                 continue
             if operation.origin is OperationOrigin.GATEWAY:
                 continue  # it was begun with an outcome, and has no sender
-            key = (operation.merchant_id, operation.operation_id, operation.attempt.number)
-            since_s = self._loop.now_s - self._begun_s.get(key, 0.0)
+            since_s = self._loop.now_s - self.begun_s(operation)
             if since_s < self._takeover_s and not self.step_s:
-                self.wrong.append(f"{key[1]} was taken over {since_s:.1f} s after its intent")
+                self.wrong.append(
+                    f"{operation.operation_id} was taken over {since_s:.1f} s after its intent"
+                )
         return leases
 
 
@@ -410,6 +432,13 @@ class SimulatedStore:
     async def forget(self, operation: Operation) -> None:
         """See the port."""
         await self._run(lambda database: at_once(database.forget(operation)))
+
+    async def find_resolution(
+        self, merchant_id: str, operation_id: str, attempt_number: int
+    ) -> Resolution | None:
+        """See AdminStore."""
+        key = (merchant_id, operation_id, attempt_number)
+        return await self._run(lambda database: database.resolutions.get(key))
 
     async def check(self) -> None:
         """Whether the database answers. Raises StoreUnavailable."""

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from payments.v1 import payment_service_pb2 as rpc
 
+from gateway.application.administration import Administration
 from gateway.application.applying import Applier
 from gateway.application.applying import Schedule as ApplyingSchedule
 from gateway.application.ports import StoreUnavailable
 from gateway.application.recovery import Recovery, Schedule
 from gateway.application.usecases import Limits, Payments
-from gateway.domain.errors import GatewayError
+from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import Mode, OperationKind
 from gateway.rpc import conversion, error_map
 from gateway.rpc.conversion import Caller, ContractEncoder
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from gateway.application.notifications import NotificationKind, Received, Result
+    from gateway.application.ports import Resolution
     from tests.simulation.accounts import Account
     from tests.simulation.database import Database
     from tests.simulation.loop import Process, SimulatedLoop
@@ -138,6 +140,7 @@ class Gateway:
         self.recovery = Recovery(
             self.store, router, encoder, self.payments.outcomes, SCHEDULE, counts
         )
+        self.administration = Administration(cast("Any", self.store), self.payments.outcomes)
         self.notifications = NotificationsOfGateway(self.store)
         self.applier = Applier(
             self.notifications,
@@ -195,6 +198,19 @@ class Gateway:
         except GatewayError:
             return None
         return found.operation.state, found.payment.state, found.payment.version
+
+    async def decide(self, operation_id: str, decision: Resolution) -> str | None:
+        """End a doubt by a person's decision; the reason of a refusal, empty for none, and None
+        without an answer.
+        """
+        if not self.ready:
+            return None
+        try:
+            await self.administration.resolve(MERCHANT, Mode.TEST, operation_id, decision)
+        except GatewayError as error:
+            known = error.reason not in (Reason.STORE_UNAVAILABLE, Reason.OVERLOADED)
+            return error.reason.value if known else None
+        return ""
 
     async def receive(self, received: Received) -> bool:
         """Keep what a PSP tells; whether it is kept."""

@@ -300,6 +300,7 @@ def collected_by_hand() -> Iterator[None]:
     finally:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            gc.collect()
+            while gc.collect():  # what ends may leave something behind
+                pass
         if was_on:
             gc.enable()

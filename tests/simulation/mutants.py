@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 from unittest.mock import patch
 
-from gateway.application import usecases
+from gateway.application import administration, usecases
 from gateway.application.applying import Applier, _NotYet
 from gateway.application.notifications import Applied, Result
 from gateway.application.ports import IntentResult, Stored
@@ -20,7 +20,13 @@ from gateway.application.usecases import Outcomes, Payments, connector_request
 from gateway.connectors.simulator.connector import SimulatorConnector
 from gateway.domain import decisions
 from gateway.domain.errors import Reason
-from gateway.domain.model import ConnectorAnswer, Delivery, OperationKind, OperationState
+from gateway.domain.model import (
+    ConnectorAnswer,
+    Delivery,
+    DoubtOutcome,
+    OperationKind,
+    OperationState,
+)
 from gateway.domain.model import Verdict as PspVerdict
 from gateway.domain.states import FROZEN, Event
 from gateway.routing import cascade
@@ -503,10 +509,12 @@ def _doubts_are_not_told() -> _Patches:
 def _answer_frozen_anew() -> _Patches:
     """a change after the first answer freezes another one"""
 
-    async def mutated(self: Outcomes, before: Operation, payment: Payment, settled: Any) -> Stored:
+    async def mutated(
+        self: Outcomes, before: Operation, payment: Payment, settled: Any, *given: Any
+    ) -> Stored:
         if settled.operation.state in FROZEN:
             settled.operation.response = None
-        return await _commit(self, before, payment, settled)
+        return await _commit(self, before, payment, settled, *given)
 
     return [patch.object(Outcomes, "_commit", mutated)]
 
@@ -515,11 +523,86 @@ def _answer_frozen_anew() -> _Patches:
 def _answer_cached_that_lost() -> _Patches:
     """an answer is cached though its change lost the comparison"""
 
-    async def mutated(self: Outcomes, before: Operation, payment: Payment, settled: Any) -> Stored:
+    async def mutated(
+        self: Outcomes, before: Operation, payment: Payment, settled: Any, *given: Any
+    ) -> Stored:
         generation = None if self._claims is None else self._claims.generation
-        stored = await _commit(self, before, payment, settled)
+        stored = await _commit(self, before, payment, settled, *given)
         if stored is Stored.CONFLICT:
             usecases._cache(self._claims, settled.operation, generation)
         return stored
 
     return [patch.object(Outcomes, "_commit", mutated)]
+
+
+@_mutant
+def _less_is_taken_for_asked() -> _Patches:
+    """a partial approval counts though the call does not allow it"""
+
+    def mutated(payment: Payment, *given: Any) -> Any:
+        return _settle(payment.copy_with(allow_partial_approval=True), *given)
+
+    return [patch.object(decisions, "settle", mutated)]
+
+
+@_mutant
+def _less_is_taken_for_the_whole() -> _Patches:
+    """of a partial approval the amount that was asked for counts"""
+
+    def mutated(payment: Payment, operation: Operation, answer: ConnectorAnswer, *args: Any) -> Any:
+        if operation.kind is OperationKind.AUTHORIZE and answer.outcome is not None:
+            outcome = replace(answer.outcome, amount_reported_minor=None)
+            answer = replace(answer, outcome=outcome)
+        return _settle(payment, operation, answer, *args)
+
+    return [patch.object(decisions, "settle", mutated)]
+
+
+@_mutant
+def _refused_part_stands() -> _Patches:
+    """a partial approval that the call does not allow is declined, and not taken back"""
+    refuse = decisions._refuse_partial_approval
+
+    def mutated(settled: Any, *given: Any) -> None:
+        refuse(settled, *given)
+        settled.companions.clear()
+
+    return [patch.object(decisions, "_refuse_partial_approval", mutated)]
+
+
+@_mutant
+def _decision_is_not_recorded() -> _Patches:
+    """a person's decision ends a doubt, and nobody knows who took it"""
+
+    async def mutated(
+        self: Outcomes, before: Operation, payment: Payment, settled: Any, resolution: object = None
+    ) -> Stored:
+        return await _commit(self, before, payment, settled)
+
+    return [patch.object(Outcomes, "_commit", mutated)]
+
+
+@_mutant
+def _decision_is_taken_for_a_failure() -> _Patches:
+    """what a person found to be without effect has failed: a repeat does not execute it"""
+    verdicts = administration._VERDICTS | {DoubtOutcome.NO_EFFECT: PspVerdict.FAILED}
+    return [patch.object(administration, "_VERDICTS", verdicts)]
+
+
+@_mutant
+def _first_word_of_a_dispute_counts() -> _Patches:
+    """a dispute stays as it was recorded at first"""
+    return [patch.object(decisions, "_dispute_goes_on", lambda *_: None)]
+
+
+@_mutant
+def _appeal_of_a_dispute_is_dropped() -> _Patches:
+    """another end of a dispute than was told before is shown to nobody"""
+    goes_on = decisions._dispute_goes_on
+
+    def mutated(payment: Payment, dispute: Operation, *given: Any) -> Any:
+        if dispute.state is not OperationState.PENDING:
+            return None
+        return goes_on(payment, dispute, *given)
+
+    return [patch.object(decisions, "_dispute_goes_on", mutated)]

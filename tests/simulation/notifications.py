@@ -10,9 +10,18 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.application.notifications import Notification, NotificationKind, Pending, Received
+from gateway.application.notifications import (
+    Dispute,
+    DisputeStage,
+    DisputeStatus,
+    Notification,
+    NotificationKind,
+    Pending,
+    Received,
+)
 from gateway.connectors.simulator.connector import _answered
 from gateway.domain.model import Verdict
+from tests.chaos.history import Disputed
 from tests.memory_notifications import Key, MemoryNotifications, _key, within_share
 from tests.simulation.loop import at_once
 
@@ -44,6 +53,15 @@ _RETRY_S: Final = (0.1, 1.5)
 _CAPTURE_TOLD_SHARE: Final = 0.5
 """Charges whose PSP tells the capture too, under the authorization's reference."""
 _OPEN: Final = frozenset({"pending", "requires_action"})
+_DISPUTED_SHARE: Final = 0.5
+"""Charges and captures that are disputed, where disputes are told."""
+_D: Final = DisputeStatus
+_ENDS_OF_DISPUTES: Final = (
+    *((), (_D.WON,), (_D.LOST,), (_D.ACCEPTED,), (_D.CHALLENGED, _D.LOST)),
+    *((_D.CHALLENGED, _D.WON), (_D.WON, _D.LOST), (_D.LOST, _D.WON), (_D.LOST, _D.EXPIRED)),
+)
+"""What follows the opening of a dispute; a second end is told when the first is appealed."""
+_DISPUTE_PAUSE_S: Final = (0.0, 0.0, 1.5)
 
 
 @dataclass(slots=True)
@@ -182,8 +200,16 @@ class Notifier:
         merchant_id: str,
         draw: random.Random,
         deliver: Callable[[Received], Coroutine[Any, Any, bool]],
+        disputes: random.Random | None = None,
+        disputed: list[Disputed] | None = None,
     ) -> None:
-        """`deliver` takes one to a gateway; whether that has kept it."""
+        """`deliver` takes one to a gateway; whether that has kept it. With `disputes` customers
+        dispute what was charged, which is entered into `disputed`.
+        """
+        self._disputes = disputes
+        self._disputed = [] if disputed is None else disputed
+        self._references: dict[str, str] = {}
+        """Of authorizations, by the PSP's ids."""
         self._loop = loop
         self._account = account
         self._merchant_id = merchant_id
@@ -199,6 +225,8 @@ class Notifier:
             received = Received(self._merchant_id, self._account.account_id, notification)
             self.undelivered += 1
             self._start(self._send(received))
+        if record["type"] == "effect" and "takes_back" not in record:
+            self._maybe_disputed(record)
         if record.get("answer", {}).get("result") in _OPEN:
             self._start(self._look_later(record["kind"], record["reference"]))
 
@@ -220,6 +248,42 @@ class Notifier:
         for _ in range(2):
             await asyncio.sleep(self._draw.uniform(0.2, 4.0))
             self._account.psp.look(kind, reference)
+
+    def _maybe_disputed(self, record: Record) -> None:
+        draw, effect = self._disputes, record["effect"]
+        if effect in ("authorization", "charge"):
+            self._references[record["authorization_id"]] = record["reference"]
+        if draw is None or effect not in ("charge", "capture") or draw.random() > _DISPUTED_SHARE:
+            return
+        statuses = [_D.OPENED, *draw.choice(_ENDS_OF_DISPUTES)]
+        reference = self._references[record["authorization_id"]]
+        dispute_id = f"dispute_{record['transaction_id']}"
+        self._disputed.append(
+            Disputed(
+                dispute_id, reference, record["amount_minor"], [each.name for each in statuses]
+            )
+        )
+        told_at = record["t"]
+        for number, status in enumerate(statuses):
+            notification = Notification(
+                connector=self._account.name,
+                event_id=f"evt_{dispute_id}_{number}",
+                event_type=f"dispute.{status.name.lower()}",
+                kind=N.DISPUTE,
+                occurred_at=datetime.fromtimestamp(told_at + number, UTC),
+                payment_reference=reference,
+                amount_minor=record["amount_minor"],
+                currency=record["currency"],
+                dispute=Dispute(dispute_id, DisputeStage.ACTIVE_DISPUTE, status),
+            )
+            self.undelivered += 1
+            pause_s = draw.choice(_DISPUTE_PAUSE_S) * number
+            received = Received(self._merchant_id, self._account.account_id, notification)
+            self._start(self._send_later(received, pause_s))
+
+    async def _send_later(self, received: Received, pause_s: float) -> None:
+        await asyncio.sleep(pause_s)
+        await self._send(received)
 
     def _made_of(self, record: Record) -> Iterator[Notification]:
         kind, reference = KINDS.get(record["kind"]), record["reference"]

@@ -7,13 +7,14 @@ import hashlib
 import logging
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import orjson
 from payments.v1 import payment_pb2
 
 from gateway.application.ports import StoreUnavailable
 from gateway.connectors.simulator.profiles import find_profile
+from gateway.domain.model import OperationKind
 from gateway.domain.states import UNFINISHED
 from tests.chaos.clients import FAULTY_TOKENS, TOKENS
 from tests.chaos.history import AMOUNTS, RESPONSES, History, digest_of, told_by
@@ -26,6 +27,7 @@ from tests.simulation.gateway import MERCHANT, TAKEOVER_S, Gateway
 from tests.simulation.loop import SimulatedLoop
 from tests.simulation.network import Network, Weather
 from tests.simulation.notifications import Notifier
+from tests.simulation.people import People
 from tests.simulation.psp import PSP, PspServer
 from tests.simulation.redis import REDIS, RedisServer
 
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from gateway.application.notifications import Received
+    from gateway.application.ports import Resolution
     from gateway.connectors.simulator.profiles import Profile
-    from gateway.domain.model import Operation, OperationKind
+    from gateway.domain.model import Operation
     from gateway.routing.availability import AccountAvailability
     from tests.chaos.history import Row
     from tests.simulation.clients import Looked
@@ -73,9 +76,22 @@ REFUSING_TOKENS: Final = tuple(
 )
 """With these, captures and the like are declined, at once or later."""
 BOUNCING_TOKENS: Final = ("tok_refund_bounces",) * 2
+PEOPLE_SHARE: Final = 0.25
+"""Histories in which persons end doubts; and thrice as many of those where recovery cannot."""
+PSP_AWAY_SHARE: Final = 0.7
+PSP_AWAY_AT_S: Final = (0.5, 4.0)
+PSP_AWAY_S: Final = (14.0, 25.0)
+DISPUTES_SHARE: Final = 0.4
+"""PSPs that notify whose customers dispute what was charged."""
+PARTIALS_SHARE: Final = 0.2
+"""Histories in which PSPs approve less than was asked for, which some callers allow."""
+PARTIAL_TOKEN: Final = "tok_partial_approval"
 GATEWAYS_ADDRESS: Final = "gateways"
 """The gateways, as PSPs reach them."""
 NOTIFICATION_TIMEOUT_S: Final = 2.0
+DECISION_TIMEOUT_S: Final = 10.0
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -119,6 +135,10 @@ class World:
         has_crowds = crowds.random() < CROWDS_SHARE
         if has_crowds:
             tokens = [*tokens, *REFUSING_TOKENS]
+        partials = random.Random(f"partials/{seed}")
+        has_partials = partials.random() < PARTIALS_SHARE
+        if has_partials:
+            tokens = [*tokens, *[PARTIAL_TOKEN] * (len(tokens) // 3)]
         if not all(each.query_by_reference for each in profiles):
             # Where the PSP cannot be asked, it cannot tell later.
             tokens = [each for each in tokens if "pending" not in each]
@@ -145,7 +165,12 @@ class World:
             accounts=len(self.accounts),
             visit=self._visit if redirects else None,
             crowds=crowds if has_crowds else None,
+            partials=partials if has_partials else None,
         )
+        self._people_draw = drawn = random.Random(f"people/{seed}")
+        share = PEOPLE_SHARE if self.history.settles else 3 * PEOPLE_SHARE
+        self.history.has_people = drawn.random() < share
+        self._people = People(self.history, self.database, drawn, self._decide, lambda: loop.now_s)
         self._rules = rules_of(self.accounts) if len(self.accounts) > 1 else ""
         for number in range(count):
             self._start(number)
@@ -174,7 +199,16 @@ class World:
             account.notifies = tells or drawn < TELLS_SHARE + NOTIFIES_SHARE
             if account.notifies:
                 draw = random.Random(f"notifications/{account_id}/{seed}")
-                notifier = Notifier(loop, account, MERCHANT, draw, self._delivery(psp))
+                disputes = random.Random(f"disputes/{account_id}/{seed}")
+                notifier = Notifier(
+                    loop,
+                    account,
+                    MERCHANT,
+                    draw,
+                    self._delivery(psp),
+                    disputes if disputes.random() < DISPUTES_SHARE else None,
+                    self.history.disputes,
+                )
                 psp.on_record(notifier.told)
                 self.notifiers.append(notifier)
             self.accounts.append(account)
@@ -241,21 +275,35 @@ class World:
 
     async def _look(self, number: int, operation_id: str, timeout_s: float) -> Looked | None:
         """What a gateway says of an operation now; None without an answer."""
-        loop, network, gateway = self.loop, self.network, self.gateways[number]
-        here, there = self._at_home.context, gateway.process
-        told: asyncio.Future[Looked | None] = loop.create_future()
+        gateway = self.gateways[number]
+        return await self._ask(gateway, lambda: gateway.look(operation_id), timeout_s)
 
-        async def serve() -> None:
-            answer = await gateway.look(operation_id)
+    async def _decide(self, operation_id: str, decision: Resolution) -> str | None:
+        """What a gateway says of a person's decision; None without an answer."""
+        gateway = self.gateways[self._people_draw.randrange(len(self.gateways))]
+        return await self._ask(
+            gateway, lambda: gateway.decide(operation_id, decision), DECISION_TIMEOUT_S
+        )
+
+    async def _ask(
+        self, gateway: Gateway, serve: Callable[[], Coroutine[Any, Any, T]], timeout_s: float
+    ) -> T | None:
+        """What a gateway says, over a way without faults; None without an answer."""
+        loop, network = self.loop, self.network
+        here, there = self._at_home.context, gateway.process
+        told: asyncio.Future[T] = loop.create_future()
+
+        async def run() -> None:
+            answer = await serve()
             loop.call_later(network.latency_s(), arrive_back, answer, context=here)
 
-        def arrive_back(answer: Looked | None) -> None:
+        def arrive_back(answer: T) -> None:
             if there.alive and not told.done():
                 told.set_result(answer)
 
         def arrive() -> None:
             if there.alive:
-                loop.start(there, serve())
+                loop.start(there, run())
 
         loop.call_later(network.latency_s(), arrive, context=loop.root.context)
         try:
@@ -314,6 +362,8 @@ class World:
         loop, clients = self.loop, self.clients
         shopping = loop.start(self._at_home, clients.shop(self.draw.randint(1, PAYMENTS_MAX)))
         striking = asyncio.create_task(self._strike())
+        self._people.over = not self.history.has_people
+        seeing_to_doubts = loop.start(self._at_home, self._people.work())
         await asyncio.wait([shopping])
         shopping.result()
         await striking
@@ -324,6 +374,9 @@ class World:
             await asyncio.wait([repeating])
             repeating.result()
             await self._settle()
+        self._people.over = True
+        await asyncio.wait([seeing_to_doubts])
+        seeing_to_doubts.result()
         looking = loop.start(self._at_home, clients.look_at_all())
         await asyncio.wait([looking])
         looking.result()
@@ -331,7 +384,8 @@ class World:
 
     async def _settle(self) -> None:
         until = self.loop.now_s + SETTLE_S + abs(self.database.step_s)
-        quiet_s = SETTLE_S if self.history.settles else 3 * TAKEOVER_S
+        settles = self.history.settles or self.history.has_people
+        quiet_s = SETTLE_S if settles else 3 * TAKEOVER_S
         until = min(until, self.loop.now_s + quiet_s + abs(self.database.step_s))
         while self._open() and self.loop.now_s < until:  # noqa: ASYNC110 - no event tells
             await asyncio.sleep(LOOK_S)
@@ -341,7 +395,10 @@ class World:
         return (
             bool(self.database.doubts)
             or bool(self.untold())
-            or any(operation.state in UNFINISHED for operation in operations)
+            or any(
+                operation.state in UNFINISHED and operation.kind is not OperationKind.DISPUTE
+                for operation in operations
+            )
         )
 
     def untold(self) -> int:
@@ -376,7 +433,10 @@ class World:
         )
         if len(self.accounts) > 1:
             kinds += (self._psp_mode, self._account_disabled, self._account_missing, self._killed)
-        await asyncio.gather(*(draw.choice(kinds)() for _ in range(draw.randint(0, FAULTS_MAX))))
+        struck = [draw.choice(kinds)() for _ in range(draw.randint(0, FAULTS_MAX))]
+        if self.history.has_people and self._people_draw.random() < PSP_AWAY_SHARE:
+            struck.append(self._psp_away())
+        await asyncio.gather(*struck)
 
     def _weather(self, server: str, share: float) -> None:
         draw = self.draw
@@ -535,6 +595,21 @@ class World:
         await asyncio.sleep(self.draw.random() * 3)
         account.psp.set_mode("up")
 
+    async def _psp_away(self) -> None:
+        """A PSP does not answer for so long that people look into its console."""
+        draw = self._people_draw
+        await asyncio.sleep(draw.uniform(*PSP_AWAY_AT_S))
+        account = draw.choice(self.accounts)
+        mode = draw.choice(("down", "hang", "reset", "mute", "mute", "mute"))
+        self.faults.append(f"{account.name} {mode} for long at {self.loop.now_s:.3f}")
+        if mode == "mute":  # it does what it is told to, and its answers are lost
+            self.network.weather[account.name] = Weather(answer_lost=1.0)
+        else:
+            account.psp.set_mode(mode)
+        await asyncio.sleep(draw.uniform(*PSP_AWAY_S))
+        account.psp.set_mode("up")
+        self.network.weather.pop(account.name, None)
+
     async def _account_disabled(self) -> None:
         await self._moment()
         account = self.draw.choice(self.accounts)
@@ -599,6 +674,15 @@ def _cancel(running: list[asyncio.Task[Any]]) -> None:
 # --- the journals ---------------------------------------------------------------------------------
 
 
+def approved_of(operation: Operation) -> int:
+    """Of an authorization, what its PSP approved: less than was asked for, maybe."""
+    outcome = operation.attempt.outcome
+    told = outcome.amount_reported_minor if outcome is not None else None
+    if operation.kind is not OperationKind.AUTHORIZE or told is None:
+        return operation.amount_minor
+    return told
+
+
 def _operation_row(operation: Operation) -> Row:
     digest = ""
     if operation.response is not None:
@@ -612,10 +696,12 @@ def _operation_row(operation: Operation) -> Row:
         "state": int(operation.state),
         "amount_minor": operation.amount_minor,
         "currency": operation.currency,
+        "approved_minor": approved_of(operation),
         "epoch": operation.epoch,
         "attempt_number": operation.attempt.number,
         "parent_operation_id": operation.parent_operation_id,
         "connector_account_id": operation.attempt.connector_account_id,
+        "connector_transaction_id": operation.attempt.connector_transaction_id,
         "digest": digest,
     }
 
@@ -644,6 +730,16 @@ def _enter(world: World) -> None:
             }
             | told_by(event)
         )
+    history.resolutions = [
+        {
+            "operation_id": operation_id,
+            "attempt_number": number,
+            "outcome": each.outcome.name,
+            "amount_minor": each.amount_reported_minor,
+            "state": int(each.state_after),
+        }
+        for (_, operation_id, number), each in database.resolutions.items()
+    ]
     history.clock_step_s = world.database.stepped_s
     history.discrepancies = [
         {"operation_id": each.operation_id, "kind": each.kind} for each in database.discrepancies

@@ -10,7 +10,17 @@ import pytest
 from gateway.domain.model import OperationKind as K
 from gateway.domain.model import OperationOrigin, PaymentState
 from gateway.domain.model import OperationState as S
-from tests.chaos.history import AMOUNTS, OK, OPEN, Answer, Call, History, Look
+from tests.chaos.history import (
+    AMOUNTS,
+    OK,
+    OPEN,
+    Answer,
+    Call,
+    Decision,
+    Disputed,
+    History,
+    Look,
+)
 from tests.chaos.oracle import Rule, judge, unresolved
 
 if TYPE_CHECKING:
@@ -818,7 +828,83 @@ def _look_at_what_no_event_told(book: Book) -> None:
     book.history.looks[0] = replace(book.history.looks[0], payment_state=PaymentState.AUTHORIZED)
 
 
+def _authorize_less_than_was_asked_for(book: Book) -> None:
+    book.row("n")["approved_minor"] = 250
+
+
+def _dispute(book: Book, state: S, *shown: str) -> None:
+    """A dispute that was opened, lost, and won in appeal."""
+    book.history.disputes.append(Disputed("dp_1", "op_n-2", 500, ["OPENED", "LOST", "WON"]))
+    row = book.row("n") | {
+        "operation_id": "op_dispute",
+        "idempotency_key": None,
+        "kind": K.DISPUTE,
+        "origin": OperationOrigin.PSP,
+        "parent_operation_id": "op_n",
+        "connector_transaction_id": "dp_1",
+        "state": state,
+    }
+    book.history.operations.append(row)
+    told = book.history.events[-1]
+    book.history.events.append(
+        told | {"seq": 1, "operation_id": "op_dispute", "operation_state": state}
+    )
+    book.history.discrepancies = [
+        {"operation_id": "op_dispute", "kind": kind} for kind in ("dispute", *shown)
+    ]
+
+
+def _lose_a_dispute(book: Book) -> None:
+    book.history.disputes.append(Disputed("dp_1", "op_n-2", 500, ["OPENED"]))
+
+
+def _leave_a_dispute_open(book: Book) -> None:
+    _dispute(book, S.PENDING, "dispute_outcome")
+
+
+def _drop_an_appeal(book: Book) -> None:
+    _dispute(book, S.SUCCEEDED)
+
+
+def _decide(book: Book, said: str, recorded: str, state: S, told: str = "") -> None:
+    """A person's decision on the first attempt of what was restarted."""
+    book.history.decisions.append(Decision("op_n", 1, said, None, told))
+    book.history.resolutions.append(
+        {
+            "operation_id": "op_n",
+            "attempt_number": 1,
+            "outcome": recorded,
+            "amount_minor": None,
+            "state": state,
+        }
+    )
+
+
+def _record_another_decision(book: Book) -> None:
+    _decide(book, "CANCELED", "NO_EFFECT", S.NOT_SENT)
+
+
+def _make_something_else_of_a_decision(book: Book) -> None:
+    _decide(book, "NO_EFFECT", "NO_EFFECT", S.SUCCEEDED)
+
+
+def _decide_and_tell_nobody(book: Book) -> None:
+    _decide(book, "NO_EFFECT", "NO_EFFECT", S.CANCELED)
+
+
+def _refuse_a_decision(book: Book) -> None:
+    _decide(book, "NO_EFFECT", "NO_EFFECT", S.NOT_SENT, "OUTCOME_NOT_ALLOWED")
+
+
 BAD: Final[dict[Callable[[Book], None], Rule]] = {
+    _authorize_less_than_was_asked_for: Rule.PARTIAL_WHERE_ALLOWED,
+    _lose_a_dispute: Rule.DISPUTE_IS_RECORDED,
+    _leave_a_dispute_open: Rule.DISPUTE_IS_RECORDED,
+    _drop_an_appeal: Rule.DISPUTE_IS_RECORDED,
+    _record_another_decision: Rule.DECISION_HOLDS,
+    _make_something_else_of_a_decision: Rule.DECISION_HOLDS,
+    _decide_and_tell_nobody: Rule.DECISION_HOLDS,
+    _refuse_a_decision: Rule.DECISION_HOLDS,
     _lose_the_row: Rule.ACKNOWLEDGED_IS_DURABLE,
     _lose_the_payment: Rule.ACKNOWLEDGED_IS_DURABLE,
     _store_another_answer: Rule.ACKNOWLEDGED_IS_DURABLE,
@@ -1042,6 +1128,16 @@ def test_a_void_may_cancel_before_the_customers_time_is_over() -> None:
     book = sent_on()
     _cancel_too_early(book)
     book.payment("pay_2")["cancel_requested"] = True
+    assert judge(book.history) == []
+
+
+def test_a_decision_that_was_taken_and_a_dispute_that_was_lost_and_won_are_good() -> None:
+    book = good()
+    _decide(book, "NO_EFFECT", "NO_EFFECT", S.NOT_SENT)
+    book.history.decisions.append(
+        Decision("op_n", 1, "FAILED", None, "OPERATION_NOT_IN_DOUBT"),
+    )
+    _dispute(book, S.SUCCEEDED, "dispute_outcome")
     assert judge(book.history) == []
 
 
