@@ -61,6 +61,7 @@ FIRST_SEEDS: Final = {
     "decision-is-taken-for-a-failure": 19,
     "first-word-of-a-dispute-counts": 12,
     "appeal-of-a-dispute-is-dropped": 12,
+    "refunds-forget-what-was-given-back": 19,
 }
 """With which history each is hunted first: one that was seen to catch it."""
 QUICK_MAX: Final = 100

@@ -88,6 +88,8 @@ class Call:
     """Minor units; None: whatever is left."""
     allows_partial: bool = False
     """Whether less than the amount may be authorized."""
+    capture_operation_id: str = ""
+    """Of a refund, the capture that it names."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1048,6 +1048,7 @@ def _amounts(books: _Books) -> Iterator[Violation]:
                 f"{opening} by its authorization",
             )
         yield from _parents(books, payment_id)
+        yield from _allocations(books, payment_id)
         yield from _voids(books, payment)
         for row in books.of_payment[payment_id]:
             if row["currency"] != payment["currency"]:
@@ -1096,6 +1097,39 @@ def _parents(books: _Books, payment_id: str) -> Iterator[Violation]:
                 row["operation_id"],
                 f"a {K(row['kind']).name} on {row['parent_operation_id']}",
                 "on its payment's authorization, a refund on a capture of it",
+            )
+
+
+def _allocations(books: _Books, payment_id: str) -> Iterator[Violation]:
+    """A refund is divided among captures, the named one alone where it names one, and of none is
+    more given back than it took.
+    """
+    given: Counter[str] = Counter()
+    for row in books.of_payment[payment_id]:
+        if row["kind"] != K.REFUND or "allocations" not in row:
+            continue
+        parts: dict[str, int] = dict(row["allocations"])
+        call = books.calls.get(row["idempotency_key"])
+        named = call.capture_operation_id if call is not None else ""
+        if sum(parts.values()) != row["amount_minor"] or (named and set(parts) != {named}):
+            yield Violation(
+                Rule.AMOUNTS_ADD_UP,
+                payment_id,
+                row["operation_id"],
+                f"divided into {parts}",
+                f"{row['amount_minor']} of {named or 'captures'}",
+            )
+        if row["state"] in UNFINISHED or row["state"] == S.SUCCEEDED:
+            given.update(parts)
+    for capture_id, part in given.items():
+        capture = books.operations.get(capture_id, {})
+        if capture.get("kind") != K.CAPTURE or part > capture["amount_minor"]:
+            yield Violation(
+                Rule.AMOUNTS_ADD_UP,
+                payment_id,
+                capture_id,
+                f"{part} refunded of it",
+                f"at most {capture.get('amount_minor')}",
             )
 
 

@@ -49,6 +49,8 @@ IMPATIENT_SHARE: Final = 0.1
 IMPATIENCE_S: Final = (0.01, 0.3)
 
 ALLOWS_PARTIAL_SHARE: Final = 0.6
+NAMED_SHARE: Final = 0.5
+"""Refunds in a crowd that name the capture that they give back."""
 REDIRECT_SHARE: Final = 0.6
 SOFT_SHARE: Final = 0.45
 """Of what an account that is not the last makes of a payment: a decline that another one may not
@@ -106,6 +108,9 @@ class Clients:
         self._look = look
         self._accounts = accounts
         self._visit = visit
+        self._names = random.Random(f"names/{seed}")
+        self._captures: dict[str, list[str]] = {}
+        """Those that have succeeded, by payment."""
         self._customers: dict[str, asyncio.Task[None]] = {}
         """By the page that each is sent to."""
         self._history = history
@@ -204,7 +209,11 @@ class Clients:
             amount = draw.choice(amounts)
             if kind in (K.INCREMENT, K.VOID):
                 amount = INCREMENT_MINOR if kind is K.INCREMENT else None
-            await self._patiently(self._follow_up(kind, payment_id, amount))
+            named = ""
+            captures = self._captures.get(payment_id)
+            if kind is K.REFUND and captures and self._names.random() < NAMED_SHARE:
+                named = self._names.choice(captures)
+            await self._patiently(self._follow_up(kind, payment_id, amount, named))
 
         if method != "AUTOMATIC" and draw.random() < 0.5:
             await self._patiently(self._follow_up(K.CAPTURE, payment_id, amount_minor // 2))
@@ -313,11 +322,16 @@ class Clients:
             )
         return self._draw.choice(plans)
 
-    def _follow_up(self, kind: K, payment_id: str, amount_minor: int | None) -> _Request:
+    def _follow_up(
+        self, kind: K, payment_id: str, amount_minor: int | None, named: str = ""
+    ) -> _Request:
         key = self._key()
         final = kind is K.CAPTURE and self._draw.random() < FINAL_SHARE
         message = follow_up(kind, key, payment_id, amount_minor, final=final)
-        return _Request(Call(key, kind, payment_id, amount_minor), message.SerializeToString())
+        if named:
+            message.capture_operation_id = named
+        call = Call(key, kind, payment_id, amount_minor, capture_operation_id=named)
+        return _Request(call, message.SerializeToString())
 
     # --- a call -----------------------------------------------------------------------------------
 
@@ -378,6 +392,10 @@ class Clients:
         response: Any = RESPONSES[call.kind].FromString(data)
         payment = response.payment
         self._hear(response.operation.operation_id, payment.payment_id, payment.version)
+        if call.kind is K.CAPTURE and response.operation.state == S.SUCCEEDED:
+            captures = self._captures.setdefault(payment.payment_id, [])
+            if response.operation.operation_id not in captures:
+                captures.append(response.operation.operation_id)
         page = response.operation.next_action.redirect_url
         if self._visit is not None and page.startswith(PAGES) and page not in self._customers:
             self._customers[page] = asyncio.create_task(self._customer(page))

@@ -606,3 +606,17 @@ def _appeal_of_a_dispute_is_dropped() -> _Patches:
         return goes_on(payment, dispute, *given)
 
     return [patch.object(decisions, "_dispute_goes_on", mutated)]
+
+
+@_mutant
+def _refunds_forget_what_was_given_back() -> _Patches:
+    """refunds are divided among captures as if none were refunded yet"""
+
+    def mutated(operations: Sequence[Operation]) -> list[tuple[str, int]]:
+        return [
+            (each.operation_id, each.amount_minor)
+            for each in operations
+            if each.kind is OperationKind.CAPTURE and each.state is OperationState.SUCCEEDED
+        ]
+
+    return [patch.object(decisions, "refundable_captures", mutated)]

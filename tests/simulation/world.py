@@ -700,6 +700,7 @@ def _operation_row(operation: Operation) -> Row:
         "epoch": operation.epoch,
         "attempt_number": operation.attempt.number,
         "parent_operation_id": operation.parent_operation_id,
+        "allocations": [list(each) for each in operation.allocations],
         "connector_account_id": operation.attempt.connector_account_id,
         "connector_transaction_id": operation.attempt.connector_transaction_id,
         "digest": digest,

@@ -896,7 +896,26 @@ def _refuse_a_decision(book: Book) -> None:
     _decide(book, "NO_EFFECT", "NO_EFFECT", S.NOT_SENT, "OUTCOME_NOT_ALLOWED")
 
 
+def _divide_less_than_a_refund(book: Book) -> None:
+    book.row("r")["allocations"] = [["op_c", 100]]
+
+
+def _give_back_more_than_a_capture_took(book: Book) -> None:
+    book.row("c")["amount_minor"] = 100
+    book.row("r")["allocations"] = [["op_c", 200]]
+
+
+def _give_another_capture_back(book: Book) -> None:
+    [call] = [each for each in book.history.calls if each.key == "r"]
+    named = replace(call, capture_operation_id="op_other")
+    book.history.calls[book.history.calls.index(call)] = named
+    book.row("r")["allocations"] = [["op_c", 200]]
+
+
 BAD: Final[dict[Callable[[Book], None], Rule]] = {
+    _divide_less_than_a_refund: Rule.AMOUNTS_ADD_UP,
+    _give_back_more_than_a_capture_took: Rule.AMOUNTS_ADD_UP,
+    _give_another_capture_back: Rule.AMOUNTS_ADD_UP,
     _authorize_less_than_was_asked_for: Rule.PARTIAL_WHERE_ALLOWED,
     _lose_a_dispute: Rule.DISPUTE_IS_RECORDED,
     _leave_a_dispute_open: Rule.DISPUTE_IS_RECORDED,
