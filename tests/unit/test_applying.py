@@ -1502,24 +1502,26 @@ async def test_another_end_of_a_dispute_than_was_told_before_is_shown_to_a_perso
     assert len(gateway.store.discrepancies) == 2
 
 
-async def test_a_question_before_a_dispute_that_had_no_answer_costs_nothing_yet() -> None:
+@pytest.mark.parametrize(
+    ("status", "end"), [(DisputeStatus.WON, S.FAILED), (DisputeStatus.LOST, S.SUCCEEDED)]
+)
+async def test_a_request_for_information_that_expires_takes_no_money(
+    status: DisputeStatus, end: S
+) -> None:
     gateway = bench()
     payment_id = await captured(gateway)
-    reference = only(gateway, payment_id, K.AUTHORIZE).reference
-    states = []
-    for stage, status in (
-        (DisputeStage.PRE_DISPUTE, DisputeStatus.EXPIRED),
-        (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED),
-        (DisputeStage.ACTIVE_DISPUTE, DisputeStatus.WON),
-    ):
-        disputed = Dispute("dp_1", stage, status)
+    for told in (DisputeStatus.OPENED, DisputeStatus.EXPIRED):
+        received = of_dispute(gateway, payment_id, told)
+        asked = Dispute("dp_1", DisputeStage.PRE_DISPUTE, told)
         await gateway.tell(
-            gateway.told(
-                N.DISPUTE, None, payment_reference=reference, amount_minor=100, dispute=disputed
-            )
+            replace(received, notification=replace(received.notification, dispute=asked))
         )
-        states.append(only(gateway, payment_id, K.DISPUTE).state)
-    assert states == [S.PENDING, S.PENDING, S.FAILED]
+        assert only(gateway, payment_id, K.DISPUTE).state is S.PENDING
+    # The chargeback that follows has the same id at Adyen.
+    await gateway.tell(of_dispute(gateway, payment_id, DisputeStatus.OPENED))
+    await gateway.tell(of_dispute(gateway, payment_id, status))
+    assert only(gateway, payment_id, K.DISPUTE).state is end
+    assert [each.kind for each in gateway.store.discrepancies] == ["dispute"]
 
 
 async def test_an_amount_of_another_currency_is_not_shown_as_one_of_the_payments() -> None:
