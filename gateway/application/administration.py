@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Protocol
 
+from gateway.application.outcomes import Outcomes
 from gateway.application.ports import Found, Resolution, StoreUnavailable
-from gateway.application.usecases import Outcomes
 from gateway.domain.errors import GatewayError, Reason, Violation, refuse
 from gateway.domain.model import (
     ConnectorAnswer,

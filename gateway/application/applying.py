@@ -30,6 +30,7 @@ from gateway.application.notifications import (
     ReferenceLookup,
     Result,
 )
+from gateway.application.outcomes import Outcomes
 from gateway.application.ports import (
     Capabilities,
     Connector,
@@ -39,7 +40,7 @@ from gateway.application.ports import (
     Store,
     StoreUnavailable,
 )
-from gateway.application.usecases import Outcomes, connector_request
+from gateway.application.requests import connector_request
 from gateway.domain import decisions, states
 from gateway.domain.ids import is_operation_id
 from gateway.domain.model import (

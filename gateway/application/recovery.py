@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
+from gateway.application.outcomes import Outcomes
 from gateway.application.ports import (
     Connector,
     ConnectorRequest,
@@ -30,7 +31,7 @@ from gateway.application.ports import (
     Store,
     StoreUnavailable,
 )
-from gateway.application.usecases import Outcomes, connector_request
+from gateway.application.requests import connector_request
 from gateway.domain import decisions, states
 from gateway.domain.errors import Reason
 from gateway.domain.model import (

@@ -106,8 +106,8 @@ async def doubts_resolve(
     REFERENCE is the attempt's, as `doubts list` prints it: the operation's id, "-", the number.
     """
     from gateway.application.administration import Administration
+    from gateway.application.outcomes import DatabaseClock, Outcomes
     from gateway.application.ports import Resolution
-    from gateway.application.usecases import DatabaseClock, Outcomes
     from gateway.domain.model import DoubtOutcome
     from gateway.rpc.conversion import ContractEncoder
     from storage.postgres import open_reader

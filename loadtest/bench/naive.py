@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 
 from gateway.application.commands import Answer, Authorize
 from gateway.application.ports import Connector, Encoder
-from gateway.application.usecases import connector_request
+from gateway.application.requests import connector_request
 from gateway.composition import run_loop, server_options
 from gateway.connectors.registry import ConnectorRegistry
 from gateway.connectors.simulator.latency import Latency

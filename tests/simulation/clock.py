@@ -10,7 +10,7 @@ import random
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from gateway.application import usecases
+from gateway.application import outcomes
 from gateway.connectors.simulator import ledger
 from gateway.domain import ids
 from tests.simulation.database import REPLACED
@@ -49,7 +49,7 @@ def simulated_sources(loop: SimulatedLoop, seed: int) -> Iterator[None]:
         (time, "time", lambda: EPOCH_S + loop.now_s),
         (os, "urandom", nonces.randbytes),
         (ids, "uuid7", lambda: _Id(next(numbers))),
-        (usecases, "datetime", SimulatedDatetime),
+        (outcomes, "datetime", SimulatedDatetime),
         (ledger, "ACTION_LIFE_S", ACTION_LIFE_S),
         *REPLACED,
     ]

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 import pytest
 
-from gateway.application.usecases import Outcomes
+from gateway.application.outcomes import Outcomes
 from storage.redis import claims
 
 if TYPE_CHECKING:

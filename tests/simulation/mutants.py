@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 from unittest.mock import patch
 
-from gateway.application import administration, usecases
+from gateway.application import administration, outcomes, usecases
 from gateway.application.applying import Applier, _NotYet
 from gateway.application.notifications import Applied, Result
+from gateway.application.outcomes import Outcomes
 from gateway.application.ports import IntentResult, Stored
 from gateway.application.recovery import Recovery
-from gateway.application.usecases import Outcomes, Payments, connector_request
+from gateway.application.requests import connector_request
+from gateway.application.usecases import Payments
 from gateway.connectors.simulator.connector import SimulatorConnector
 from gateway.domain import decisions
 from gateway.domain.errors import Reason
@@ -529,7 +531,7 @@ def _answer_cached_that_lost() -> _Patches:
         generation = None if self._claims is None else self._claims.generation
         stored = await _commit(self, before, payment, settled, *given)
         if stored is Stored.CONFLICT:
-            usecases._cache(self._claims, settled.operation, generation)
+            outcomes.cache_answer(self._claims, settled.operation, generation)
         return stored
 
     return [patch.object(Outcomes, "_commit", mutated)]

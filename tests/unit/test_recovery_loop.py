@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from gateway.application import usecases
+from gateway.application import outcomes
 from gateway.application.ports import StoreUnavailable
 from gateway.domain.model import (
     ConnectorAnswer,
@@ -173,7 +173,7 @@ async def test_a_customers_time_is_judged_by_the_databases_clock_before_any_call
         def now(cls, tz: Any = None) -> Any:
             return datetime.now(tz) + timedelta(seconds=ACTION_TIMEOUT_S + ACTION_MARGIN_S + 60)
 
-    monkeypatch.setattr(usecases, "datetime", Ahead)
+    monkeypatch.setattr(outcomes, "datetime", Ahead)
     # A gateway that has had no call yet, on a machine whose clock is ahead.
     other = Bench(first.connector, store=first.store)
     first.store.advance(2 * FIRST_CHECK_S)
