@@ -48,6 +48,8 @@ async def notifications_list(merchant: str, pending: bool, result: str | None, l
     """List them, the newest first."""
     from gateway.application.notifications import Result
 
+    if pending and result is not None:
+        raise click.UsageError("--pending is what has no --result yet: give one of them.")
     wanted = None if result is None else Result[result.upper().replace("-", "_")]
     await require_merchant(postgres_dsn(read_settings()), merchant)
     async with _notifications() as store:

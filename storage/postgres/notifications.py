@@ -44,6 +44,7 @@ _PUT_OFF = query("notifications", "put_off")
 _IS_OUTDATED = query("notifications", "is_outdated")
 _COUNT_PENDING = query("notifications", "count_pending")
 _LIST = query("notifications", "list")
+_LIST_PENDING = query("notifications", "list_pending")
 _FIND = query("notifications", "find")
 _APPLY_AGAIN = query("notifications", "apply_again")
 
@@ -178,9 +179,12 @@ class Notifications(DirectStore):
         self, merchant_id: str, *, limit: int, pending_only: bool = False, result: int | None = None
     ) -> Sequence[Kept]:
         """A merchant's, the newest first."""
-        records = await self._lane.fetch(
-            _LIST, merchant_id=merchant_id, limit=limit, pending_only=pending_only, result=result
-        )
+        if pending_only:
+            records = await self._lane.fetch(_LIST_PENDING, merchant_id=merchant_id, limit=limit)
+        else:
+            records = await self._lane.fetch(
+                _LIST, merchant_id=merchant_id, limit=limit, result=result
+            )
         return [_kept_of(record) for record in records]
 
     async def find(self, merchant_id: str, event_id: str) -> Sequence[Kept]:

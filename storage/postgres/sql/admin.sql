@@ -10,6 +10,7 @@ FROM discrepancies AS discrepancy
 CROSS JOIN LATERAL (
     SELECT mode FROM payments
     WHERE merchant_id = discrepancy.merchant_id AND payment_id = discrepancy.payment_id
+    OFFSET 0  -- Not to be joined the other way round, from all payments.
 ) AS payment
 WHERE (:all_merchants::bool OR discrepancy.merchant_id = ANY (:merchant_ids::text[]))
     AND (:mode::int2 IS NULL OR payment.mode = :mode::int2)

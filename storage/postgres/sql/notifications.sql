@@ -128,26 +128,52 @@ FROM pending_notifications;
 
 -- :name list
 SELECT {{listed}}
-FROM notifications
-WHERE merchant_id = :merchant_id::text
-    AND (NOT :pending_only::bool OR result IS NULL)
-    AND (:result::int2 IS NULL OR result = :result::int2)
+FROM notifications AS notification
+WHERE merchant_id = :merchant_id::text AND (:result::int2 IS NULL OR result = :result::int2)
+ORDER BY received_at DESC, event_id
+LIMIT :limit::int4;
+
+-- :name list_pending
+-- Those are few among many: what was applied is not looked at.
+SELECT {{listed}}
+FROM (
+    SELECT merchant_id, connector_account_id, event_id
+    FROM pending_notifications
+    WHERE merchant_id = :merchant_id::text
+) AS pending
+CROSS JOIN LATERAL (
+    SELECT * FROM notifications
+    WHERE merchant_id = pending.merchant_id
+        AND connector_account_id = pending.connector_account_id
+        AND event_id = pending.event_id
+) AS notification
 ORDER BY received_at DESC, event_id
 LIMIT :limit::int4;
 
 -- :name find
+WITH RECURSIVE {{account}}
 SELECT {{listed}}
-FROM notifications
-WHERE merchant_id = :merchant_id::text AND event_id = :event_id::text
-ORDER BY connector_account_id;
+FROM account
+CROSS JOIN LATERAL (
+    SELECT * FROM notifications
+    WHERE merchant_id = :merchant_id::text
+        AND connector_account_id = account.connector_account_id
+        AND event_id = :event_id::text
+) AS notification
+ORDER BY notification.connector_account_id;
 
 -- :name apply_again
 -- One that was applied too: applying it twice has one effect.
-WITH again AS (
-    UPDATE notifications
+WITH RECURSIVE {{account}},
+again AS (
+    UPDATE notifications AS notification
     SET result = NULL, applied_at = NULL
-    WHERE merchant_id = :merchant_id::text AND event_id = :event_id::text
-    RETURNING merchant_id, connector_account_id, event_id
+    FROM account
+    WHERE notification.merchant_id = :merchant_id::text
+        AND notification.connector_account_id = account.connector_account_id
+        AND notification.event_id = :event_id::text
+    RETURNING
+        notification.merchant_id, notification.connector_account_id, notification.event_id
 )
 INSERT INTO pending_notifications (merchant_id, connector_account_id, event_id)
 SELECT merchant_id, connector_account_id, event_id
@@ -156,6 +182,27 @@ ON CONFLICT (merchant_id, connector_account_id, event_id) DO UPDATE
 SET apply_at = now(), lease_until = NULL, tries = 0
 RETURNING event_id;
 
+-- :fragment account
+-- The merchant's accounts that were told something, each by one step along the primary key.
+account AS (
+    (
+        SELECT connector_account_id FROM notifications
+        WHERE merchant_id = :merchant_id::text AND connector_account_id >= ''
+        ORDER BY connector_account_id
+        LIMIT 1
+    )
+    UNION ALL
+    SELECT next.connector_account_id
+    FROM account
+    CROSS JOIN LATERAL (
+        SELECT connector_account_id FROM notifications
+        WHERE merchant_id = :merchant_id::text
+            AND connector_account_id > account.connector_account_id
+        ORDER BY connector_account_id
+        LIMIT 1
+    ) AS next
+)
+
 -- :fragment listed
-merchant_id, connector_account_id, event_id, connector, event_type, kind, occurred_at, received_at,
-subject, content::text AS content, result, applied_at, payment_id, operation_id
+notification.merchant_id, notification.connector_account_id, notification.event_id, connector,
+event_type, kind, occurred_at, received_at, subject, content::text AS content, result, applied_at, payment_id, operation_id
