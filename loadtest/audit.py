@@ -10,9 +10,11 @@ SQLite on the disk (`audit.sql`), and both sides are read as streams.
 import asyncio
 import re
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -33,19 +35,28 @@ SETTLE_TIMEOUT_S: Final = 30.0
 """How long unfinished operations are waited for."""
 SETTLE_POLL_S: Final = 0.2
 
+# Each index serves a condition of its own collation only: the key's, then the payment's.
+# PROCESSING and IN_DOUBT are unfinished, whichever operation of the payment it is.
 _STORED_SQL: Final = """
 SELECT o.idempotency_key, o.operation_id, o.payment_id, o.state, o.amount_minor,
-    coalesce(encode(sha256(o.response), 'hex'), '') AS digest
+    coalesce(encode(sha256(o.response), 'hex'), '') AS digest,
+    told.merchant_id, o.created_at,
+    ARRAY(
+        SELECT other.operation_id FROM operations other
+        WHERE other.payment_id = o.payment_id
+            AND other.merchant_id COLLATE "default" = told.merchant_id
+            AND other.state IN (1, 8)
+    ) AS unfinished
 FROM unnest($1::text[], $2::text[]) AS told (merchant_id, key)
-JOIN operations o ON o.idempotency_key = told.key AND o.merchant_id = told.merchant_id
+JOIN operations o
+    ON o.idempotency_key = told.key AND o.merchant_id COLLATE "POSIX" = told.merchant_id
 """
-# PROCESSING and IN_DOUBT.
-_UNFINISHED_SQL: Final = "SELECT count(*) FROM operations WHERE state IN (1, 8)"
-# Reversals without a definite outcome.
+# Reversals without a definite outcome. What is taken back of a run came after its first operation.
 _REVERSING_SQL: Final = """
-SELECT DISTINCT payment_id FROM operations WHERE kind = 7 AND state IN (1, 2, 3, 8)
+SELECT DISTINCT payment_id FROM operations
+WHERE created_at >= $1 AND kind = 7 AND state IN (1, 2, 3, 8)
 """
-_DISCREPANCIES_SQL: Final = "SELECT count(*) FROM discrepancies"
+_DISCREPANCIES_SQL: Final = "SELECT payment_id FROM discrepancies WHERE created_at >= $1"
 
 _STATEMENTS: Final = frozenset({"schema", "indexes", "only_merchant"})
 """The parts of audit.sql that are no questions."""
@@ -56,6 +67,7 @@ _DOING: Final = frozenset(
 """The journal's effects that do something; the others only take back."""
 
 Stored = tuple[str, str, str, int, int, str]
+STORED_COLUMNS: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +98,9 @@ class Audit:
     """Calls without an answer, whose outcome is open. No failure."""
     unknown_recorded: int
     unfinished: int | None
-    """Operations that had no definite outcome yet when the audit began."""
+    """Operations of these payments that had no definite outcome after all the waiting."""
     discrepancies: int | None
-    """Where the PSP reported something else than was asked for."""
+    """Where the PSP reported something else of these payments than was asked for."""
     source: str
     """What was compared with."""
 
@@ -145,6 +157,13 @@ class Books:
     def reverse(self, payment_ids: Iterable[str]) -> None:
         """Enter the payments of which something is being taken back."""
         self._enter("INSERT OR IGNORE INTO reversing VALUES (?)", ((each,) for each in payment_ids))
+
+    def concerned(self, payment_ids: Iterable[str]) -> int:
+        """How many of these are of payments that were entered as stored."""
+        # The index on them comes with the comparison.
+        known = self._database.execute("SELECT DISTINCT payment_id FROM stored")
+        asked = Counter(payment_ids)
+        return sum(asked[payment_id] for (payment_id,) in known) if asked else 0
 
     def portions(self) -> Iterator[list[tuple[str, str]]]:
         """Merchants and keys of every call, in portions."""
@@ -252,37 +271,53 @@ def audit_by_calls(told: Iterable[Acknowledged], target: Target, scratch: Path) 
 async def _look(dsn: str) -> None:
     connection = await asyncpg.connect(dsn)
     try:
-        await connection.fetchval(_UNFINISHED_SQL)
-        await connection.fetchval(_DISCREPANCIES_SQL)
+        await connection.fetch(_STORED_SQL, [], [])
+        await connection.fetch(_DISCREPANCIES_SQL, datetime.now(UTC))
     finally:
         await connection.close()
 
 
 async def _read_database(books: Books, dsn: str, settle_s: float) -> tuple[int, int]:
+    """Enter what is stored; how many operations stay unfinished, and how many discrepancies.
+
+    Only what was told of is asked for, since others may use this database too.
+    """
+    clock = asyncio.get_running_loop().time
+    until = clock() + settle_s
+    unfinished: set[str] = set()
+    began: list[datetime] = []
     connection = await asyncpg.connect(dsn)
     try:
-        unfinished = await _settled(connection, settle_s)
         for portion in books.portions():
-            rows = await connection.fetch(
-                _STORED_SQL,
-                [merchant_id for merchant_id, _ in portion],
-                [key for _, key in portion],
-            )
-            books.store(tuple(row) for row in rows)
-        books.reverse(row[0] for row in await connection.fetch(_REVERSING_SQL))
-        return unfinished, int(await connection.fetchval(_DISCREPANCIES_SQL))
+            waiting = portion
+            while waiting:
+                is_last = clock() >= until
+                rows = await connection.fetch(
+                    _STORED_SQL,
+                    [merchant_id for merchant_id, _ in waiting],
+                    [key for _, key in waiting],
+                )
+                definite = [row for row in rows if is_last or not row["unfinished"]]
+                books.store(tuple(row)[:STORED_COLUMNS] for row in definite)
+                began = sorted([*began, *(row["created_at"] for row in definite)])[:1]
+                waiting = [
+                    (row["merchant_id"], row["idempotency_key"])
+                    for row in rows
+                    if row["unfinished"]
+                ]
+                if is_last:
+                    unfinished.update(*(row["unfinished"] for row in rows))
+                    break
+                if waiting:
+                    await asyncio.sleep(SETTLE_POLL_S)
+        if not began:
+            return len(unfinished), 0
+        reversing = await connection.fetch(_REVERSING_SQL, *began)
+        books.reverse(row["payment_id"] for row in reversing)
+        discrepancies = await connection.fetch(_DISCREPANCIES_SQL, *began)
+        return len(unfinished), books.concerned(row["payment_id"] for row in discrepancies)
     finally:
         await connection.close()
-
-
-async def _settled(connection: asyncpg.Connection, settle_s: float) -> int:
-    """How many operations remain unfinished, after a while."""
-    until = asyncio.get_running_loop().time() + settle_s
-    while True:
-        unfinished = int(await connection.fetchval(_UNFINISHED_SQL))
-        if not unfinished or asyncio.get_running_loop().time() > until:
-            return unfinished
-        await asyncio.sleep(SETTLE_POLL_S)
 
 
 async def _ask_all(books: Books, target: Target) -> None:

@@ -224,6 +224,51 @@ def test_audit_finds_what_was_lost_or_changed_after_it_was_acknowledged(
     assert (audit.missing, audit.contradicted, audit.unrecorded_charges) == (1, 1, 1)
 
 
+COPY_SQL = """
+INSERT INTO operations
+SELECT (jsonb_populate_record(o, $2::jsonb)).* FROM operations o WHERE operation_id = $1
+"""
+DISCREPANCY_SQL = """
+INSERT INTO discrepancies (merchant_id, payment_id, operation_id, kind, expected, reported)
+VALUES ('mer', $1, 'op', 'kind', '', '')
+"""
+
+
+def test_audit_asks_for_no_operations_but_those_of_the_run(
+    system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = system.start_gateway()
+    with sending(system, gateway, Plan(rate=30, duration=1, warm_up=0)) as sent:
+        pass
+    mine = sent.told(tmp_path)[0]
+
+    async def execute(sql: str, *values: object) -> None:
+        connection = await connect(system.dsn)
+        try:
+            await connection.execute(sql, *values)
+        finally:
+            await connection.close()
+
+    theirs = {"operation_id": "op_theirs", "payment_id": "pay_theirs", "idempotency_key": "theirs"}
+    reversal = {"operation_id": "op_reversal", "kind": 7, "idempotency_key": None}
+    for other in (theirs, reversal):
+        in_doubt = json.dumps({**other, "state": 8})
+        asyncio_run(partial(execute, COPY_SQL, mine.operation_id, in_doubt))
+    for payment_id in ("pay_theirs", mine.payment_id):
+        asyncio_run(partial(execute, DISCREPANCY_SQL, payment_id))
+    waited = 0
+
+    async def settle(_: float) -> None:
+        nonlocal waited
+        waited += 1
+        await execute("UPDATE operations SET state = 4 WHERE operation_id = 'op_reversal'")
+
+    monkeypatch.setattr("loadtest.audit.asyncio.sleep", settle)
+    audit = sent.audit(system, tmp_path)
+    assert audit.clean
+    assert (audit.unfinished, audit.discrepancies, waited) == (0, 1, 1)
+
+
 async def connect(dsn: str) -> asyncpg.Connection:
     import asyncpg  # noqa: PLC0415
 
