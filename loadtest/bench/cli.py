@@ -7,12 +7,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from loadtest.bench import report
 from loadtest.bench.figures import FIGURES, GROUPS, OPEN_SECONDS_MIN, Figure, select
-from loadtest.bench.measure import CONCURRENCIES, Bench, Progress
+from loadtest.bench.measure import CONCURRENCIES, Bench, Progress, Rounds
 from loadtest.bench.ratios import PAIRS_MIN
 from loadtest.bench.report import Result
 from loadtest.bench.system import CANNOT_MEASURE, running_system
@@ -180,8 +181,9 @@ def _measure(options: argparse.Namespace, until: float, progress: Progress) -> i
         # Before the rest of the time is spent on what is invalid.
         open_load = bench.open_loop(options.open_seconds) if in_open else None
         results = [report.evaluate(figure, rounds) for figure in in_rounds]
+        again: dict[str, Rounds] = {}
         if options.pairs >= PAIRS_MIN:
-            results = _run_again(bench, results, options, until - CLOSING_S, progress)
+            results, again = _run_again(bench, results, options, until - CLOSING_S, progress)
         if open_load is not None:
             results += [
                 report.evaluate_open(figure, open_load, options.open_seconds) for figure in in_open
@@ -190,9 +192,11 @@ def _measure(options: argparse.Namespace, until: float, progress: Progress) -> i
         missing = system.missing()
     print(report.table(results))
     print(f"\n{report.costs(rounds)}")
+    if again:
+        print(f"\nthe rounds that were run again:\n{report.costs(again)}")
     for name, count in missing.items():
         print(f"\nLOST: {count:,} acknowledged authorizations of {name} are not in its database")
-    summary = report.summary(results, rounds, bench.tries, open_load, missing)
+    summary = report.summary(results, rounds, again, bench.tries, open_load, missing)
     options.summary.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     print(f"\nsummary: {options.summary}")
     return report.exit_status(results, missing)
@@ -208,8 +212,9 @@ def _run_again(
     options: argparse.Namespace,
     until: float,
     progress: Progress,
-) -> list[Result]:
-    """The results, those that were invalid from rounds of their own where there is time for them.
+) -> tuple[list[Result], dict[str, Rounds]]:
+    """The results, those that were invalid from rounds of their own where there is time for them;
+    and these rounds.
 
     The others stay as they are: a round's sides are compared with each other alone.
     """
@@ -226,13 +231,15 @@ def _run_again(
         again.append(result.figure)
         sides = wanted
     if not again:
-        return [*results]
+        return [*results], {}
     try:
         rounds = bench.alternate(sides, options.pairs, options.seconds, "again, round", until)
     except ProcessFailed as error:
         progress(f"running them again failed, so they stay invalid: {error}")
-        return [*results]
+        return [*results], {}
     return [
-        report.evaluate(result.figure, rounds) if result.figure in again else result
+        replace(report.evaluate(result.figure, rounds), again=True)
+        if result.figure in again
+        else result
         for result in results
-    ]
+    ], rounds

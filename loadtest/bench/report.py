@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from loadtest import environment
 from loadtest.bench.figures import NATIVE, OPEN_SECONDS_MIN, Figure
@@ -14,6 +14,7 @@ Verdict = Literal["met", "MISSED", "INVALID", "printed"]
 
 MET, MISSED, INVALID, BROKEN = 0, 1, 3, 4
 """Exit statuses; 2 is a wrong command line."""
+AGAIN: Final = "run again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Result:
     """Why it is invalid; empty where it is valid."""
     remark: str = ""
     """Why it misses its target whatever its value; empty where nothing is wrong."""
+    again: bool = False
+    """Whether it is of the rounds that were run again."""
 
     @property
     def verdict(self) -> Verdict:
@@ -93,7 +96,7 @@ def table(results: Sequence[Result]) -> str:
                 "" if figure.target is None else f"{sign} {_number(figure.target)}",
                 "" if figure.aim is None else _number(figure.aim),
                 result.verdict,
-                result.problem or result.remark,
+                ", ".join(filter(None, (result.problem or result.remark, result.again * AGAIN))),
             )
         )
     text = _columns(lines, right={1})
@@ -143,11 +146,12 @@ def _number(value: float) -> str:
 def summary(
     results: Sequence[Result],
     rounds: Mapping[str, Rounds],
+    again: Mapping[str, Rounds],
     tries: Mapping[str, Mapping[int, float]],
     open_load: OpenLoad | None,
     missing: Mapping[str, int],
 ) -> dict[str, Any]:
-    """All of it, for a file."""
+    """All of it, for a file. The figures that were run again are of the rounds in `again`."""
     return {
         "rounds": max((len(each.loads) for each in rounds.values()), default=0),
         **{result.figure.name: result.value.median for result in results},
@@ -163,19 +167,29 @@ def summary(
             for result in results
             if result.figure.target is not None
         },
-        "rates": {side: each.rates for side, each in rounds.items()},
+        **_of_rounds(rounds),
+        "again": {
+            "figures": [result.figure.name for result in results if result.again],
+            **_of_rounds(again),
+        },
         "concurrency": {side: each.concurrency for side, each in rounds.items()},
         "concurrency_tried": {side: dict(seen) for side, seen in tries.items()},
-        "cpu_us": {
-            side: {
-                name: _cpu_us(each.loads, name) for load in each.loads[:1] for name in load.cpu_us
-            }
-            for side, each in rounds.items()
-        },
         "open_5000": None if open_load is None else asdict(open_load),
         "acknowledged_missing": dict(missing),
         "native_does_not_promise": NATIVE,
         "machine": environment.machine(),
         "versions": environment.versions(),
         "commit": environment.commit(),
+    }
+
+
+def _of_rounds(rounds: Mapping[str, Rounds]) -> dict[str, Any]:
+    return {
+        "rates": {side: each.rates for side, each in rounds.items()},
+        "cpu_us": {
+            side: {
+                name: _cpu_us(each.loads, name) for load in each.loads[:1] for name in load.cpu_us
+            }
+            for side, each in rounds.items()
+        },
     }

@@ -45,7 +45,7 @@ def rounds_of(rates: list[float]) -> Rounds:
 
 def again(
     naive: list[float], time_left_s: float, failure: ProcessFailed | None = None
-) -> tuple[list[report.Result], list[str]]:
+) -> tuple[list[report.Result], list[str], dict[str, Rounds]]:
     rounds = {
         "authorize": rounds_of(STEADY),
         "echo": rounds_of(STEADY),
@@ -55,11 +55,14 @@ def again(
     bench = Rerun(failure)
     options = argparse.Namespace(pairs=7, seconds=1)
     until = time.monotonic() + time_left_s
-    return _run_again(cast("Bench", bench), results, options, until, lambda _: None), bench.sides
+    results, rounds = _run_again(cast("Bench", bench), results, options, until, lambda _: None)
+    return results, bench.sides, rounds
 
 
 def test_only_invalid_figures_are_run_again_and_the_others_keep_their_rounds() -> None:
-    results, sides = again(WIDE, 1000)
+    results, sides, rounds = again(WIDE, 1000)
+    assert [*rounds] == ["authorize", "naive"]
+    assert [result.again for result in results] == [False, True, False]
     assert sides == ["authorize", "naive"]
     assert [result.verdict for result in results] == ["met", "met", "INVALID"]
     assert results[0].value.rounds == 7
@@ -68,18 +71,21 @@ def test_only_invalid_figures_are_run_again_and_the_others_keep_their_rounds() -
 
 
 def test_nothing_is_run_again_where_all_is_valid() -> None:
-    results, sides = again(STEADY, 1000)
+    results, sides, rounds = again(STEADY, 1000)
     assert sides == []
+    assert rounds == {}
     assert [result.verdict for result in results] == ["met", "met", "printed"]
 
 
 def test_nothing_is_run_again_where_there_is_no_time() -> None:
-    results, sides = again(WIDE, 13)
+    results, sides, rounds = again(WIDE, 13)
     assert sides == []
+    assert rounds == {}
     assert results[1].verdict == "INVALID"
 
 
 def test_a_second_run_that_fails_loses_nothing_of_the_first() -> None:
-    results, sides = again(WIDE, 1000, ProcessFailed("gone"))
+    results, sides, rounds = again(WIDE, 1000, ProcessFailed("gone"))
     assert sides == ["authorize", "naive"]
     assert [result.verdict for result in results] == ["met", "INVALID", "INVALID"]
+    assert rounds == {}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -111,7 +112,7 @@ def test_the_summary_has_every_key_that_is_promised() -> None:
         else report.evaluate(figure, rounds)
         for figure in FIGURES
     ]
-    got = json.loads(json.dumps(report.summary(results, rounds, {}, load, {})))
+    got = json.loads(json.dumps(report.summary(results, rounds, {}, {}, load, {})))
     promised = (
         *("rounds", "echo_rps", "authorize_rps"),
         *("naive_rps", "authorize_over_echo", "authorize_over_native_echo"),
@@ -167,3 +168,19 @@ def test_a_wrong_command_line_is_refused(
         cli.main(arguments)
     assert ended.value.code == 2
     assert "error: argument" in capsys.readouterr().err
+
+
+def test_figures_that_were_run_again_are_told_with_the_rates_they_are_of() -> None:
+    rounds = both(1.0)
+    again = {side: rounds_of([2000.0] * PAIRS_MIN) for side in ("a", "b")}
+    results = [
+        report.evaluate(RATE, rounds),
+        replace(report.evaluate(RATIO, again), again=True),
+    ]
+    got = report.summary(results, rounds, again, {}, None, {})
+    assert got["rates"]["a"] == rounds["a"].rates
+    assert got["again"]["figures"] == ["a_over_b"]
+    assert got["again"]["rates"] == {"a": again["a"].rates, "b": again["b"].rates}
+    assert got["again"]["cpu_us"]["a"] == {"server": 100.0, "generator": 30.0}
+    lines = report.table(results).splitlines()
+    assert [report.AGAIN in line for line in lines[:3]] == [False, False, True]
