@@ -27,6 +27,8 @@ _WITH_PARENT: Final = (
     "os.execv(sys.argv[1], sys.argv[1:])"
 )
 """Ends with the thread that started it, and becomes the program."""
+INTERRUPTED: Final = 130
+"""Exit status of what a person ended, by Ctrl-C or SIGTERM."""
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 
 
@@ -166,6 +168,11 @@ def _signals_held() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
         for number in came:
             signal.raise_signal(number)
+
+
+def interrupted_by_sigterm() -> None:
+    """From now on SIGTERM does what Ctrl-C does: everything is stopped and told on the way out."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager

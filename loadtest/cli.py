@@ -13,7 +13,7 @@ import asyncpg
 import grpc
 
 from loadtest.arrivals import Process, Profile
-from loadtest.children import ProcessFailed
+from loadtest.children import INTERRUPTED, ProcessFailed
 from loadtest.knee import RATE_MIN
 from loadtest.plan import API_KEY_VARIABLE, DURATION_S_MIN, BadPlan, Plan
 from loadtest.report import write_report
@@ -23,7 +23,6 @@ from storage.embedded import EmbeddedServerError
 
 DSN_VARIABLE: Final = "LOADTEST_POSTGRES_DSN"
 MET, FAILED, USAGE, INVALID = 0, 1, 2, 3
-INTERRUPTED: Final = 130
 SOAK_S: Final = 3600.0
 KNEE_STEP_S: Final = 20.0
 PORT_MAX: Final = 65_535
@@ -41,7 +40,8 @@ exit status:
   3  the run is invalid: the control run or the simulator shows that the machine was too busy to
      say anything, it was stopped in Locust's web UI, another server than the gateway ended,
      sends left no sample, nothing was sent, an overload was none, or there was no run
-  130  interrupted; what was measured until then is told, once anything was sent
+  130  interrupted, by Ctrl-C or SIGTERM; what was measured until then is told, once anything was
+     sent
 
 profiles:
   steady    the rate, for the duration

@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,8 @@ from gateway.domain.ids import new_request_id
 from loadtest import environment
 from loadtest.bench.generator import Generator, OpenLoad
 from loadtest.bench.report import BROKEN, INVALID, MET, MISSED
-from loadtest.bench.system import CANNOT_MEASURE, System, running_system
+from loadtest.bench.system import CANNOT_MEASURE, Server, System, running_system
+from loadtest.children import INTERRUPTED, interrupted_by_sigterm
 from loadtest.engine import reason_of
 from loadtest.knee import KneeSearch
 from loadtest.slo import Gate, Limits, overload_gates
@@ -82,6 +84,8 @@ class Overload:
     """Rates of the search, and whether they held."""
     steps: list[Step] = field(default_factory=list)
     """The knee's own rate first."""
+    interrupted: bool = False
+    """Whether somebody ended it before its time, with what was measured until then."""
 
     def gates(self) -> list[Gate]:
         """What each rate beyond the knee is held to."""
@@ -176,7 +180,8 @@ def measure(
 ) -> Overload:
     """Search the knee, from `rate` in steps of `step_s`, unless it is given; then go beyond it.
 
-    Raises ProcessFailed.
+    An interruption ends it with what was measured until then, where there is anything. Raises
+    ProcessFailed and KeyboardInterrupt.
     """
     server = system.server(f"overload_{transport}")
     generator = Generator(system.folder)
@@ -191,8 +196,26 @@ def measure(
     offer(WARM_UP_RATE, WARM_UP_S)
     system.analyze()
     found = Overload(transport, knee, seconds)
-    if not knee:
-        search = KneeSearch(rate)
+    search = KneeSearch(rate)
+    found.tried = search.tried
+    try:
+        _go_beyond(found, search, offer, server, step_s)
+    except KeyboardInterrupt:
+        if not found.tried and not found.steps:
+            raise
+        click.echo("interrupted: what was measured until then follows", err=True)
+        found.interrupted = True
+    return found
+
+
+def _go_beyond(
+    found: Overload,
+    search: KneeSearch,
+    offer: Callable[[float, int], OpenLoad],
+    server: Server,
+    step_s: int,
+) -> None:
+    if not found.knee_per_s:
         while not search.done:
             load = offer(search.rate, step_s)
             click.echo(
@@ -201,18 +224,17 @@ def measure(
                 err=True,
             )
             search.record(held=holds(load))
-        found.tried, found.knee_per_s = search.tried, search.holding
+        found.knee_per_s = search.holding
     if not found.knee_per_s:
-        return found
+        return
     for factor in (1.0, *FACTORS):
         asker = _Asker(server.target.address, server.target.api_key)
         with asker.asking() if factor > 1 else nullcontext():
-            load = offer(factor * found.knee_per_s, seconds)
+            load = offer(factor * found.knee_per_s, found.seconds)
         server.acknowledged += asker.accepted
-        step = Step(factor, load, seconds, asker.refusals, asker.without_retry_info)
+        step = Step(factor, load, found.seconds, asker.refusals, asker.without_retry_info)
         click.echo(_line(step), err=True)
         found.steps.append(step)
-    return found
 
 
 def _line(step: Step) -> str:
@@ -237,8 +259,10 @@ def main(
     """Measure, print and write the summary. Native is gated, grpcio printed.
 
     Exit status: 0 all bounds are met, 1 one is missed or an acknowledged authorization is not in
-    the database, 3 it proves nothing, 4 it could not be measured.
+    the database, 3 it proves nothing, 4 it could not be measured, 130 it was interrupted; what was
+    measured until then is told, once a rate was offered.
     """
+    interrupted_by_sigterm()
     SUMMARY.unlink(missing_ok=True)  # or it would be taken for this run's
     try:
         with running_system() as system:
@@ -254,6 +278,9 @@ def main(
     except CANNOT_MEASURE as error:
         click.echo(f"overload: {error}", err=True)
         sys.exit(BROKEN)
+    except KeyboardInterrupt:
+        click.echo("overload: interrupted, no result", err=True)
+        sys.exit(INTERRUPTED)
     sys.exit(_tell(found, missing))
 
 
@@ -270,13 +297,16 @@ def _tell(found: Overload, missing: int) -> int:
     gates = found.gates() if found.steps else []
     summary["gates"] = [gate.figures() for gate in gates]
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-    is_gated = found.transport == "native"
-    if not found.steps:
+    if found.steps:
+        click.echo(
+            f"{found.transport}: knee {found.knee_per_s:,.0f}/s"
+            f" (p99 {LIMITS.added_p99_ms_max:g} ms)"
+        )
+    elif found.interrupted:
+        for rate, held in found.tried:
+            click.echo(f"{rate:8,.0f}/s {'holds' if held else 'does not hold'}")
+    else:
         click.echo(f"{found.transport}: no rate holds a p99 of {LIMITS.added_p99_ms_max:g} ms")
-        return MISSED if is_gated else MET
-    click.echo(
-        f"{found.transport}: knee {found.knee_per_s:,.0f}/s (p99 {LIMITS.added_p99_ms_max:g} ms)"
-    )
     for step in found.steps:
         click.echo(_line(step))
     for gate in gates:
@@ -286,9 +316,17 @@ def _tell(found: Overload, missing: int) -> int:
     if missing:
         click.echo(f"MISSED {missing} acknowledged authorizations are not in the database")
     click.echo(f"summary: {SUMMARY}")
-    if missing or (is_gated and not all(gate.met for gate in gates)):
+    return _exit_status(found, gates, missing)
+
+
+def _exit_status(found: Overload, gates: Sequence[Gate], missing: int) -> int:
+    if found.interrupted:
+        click.echo("INVALID interrupted before all was offered")
+        return INTERRUPTED
+    is_met = bool(found.steps) and all(gate.met for gate in gates)
+    if missing or (found.transport == "native" and not is_met):
         return MISSED
-    if found.invalid():
+    if found.steps and found.invalid():
         click.echo(f"INVALID {found.invalid()}")
         return INVALID
     return MET

@@ -3,27 +3,28 @@
 import argparse
 import importlib.util
 import json
-import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
 from loadtest.bench import report
 from loadtest.bench.figures import FIGURES, GROUPS, OPEN_SECONDS_MIN, Figure, select
+from loadtest.bench.generator import OpenLoad
 from loadtest.bench.measure import CONCURRENCIES, Bench, Progress, Rounds
 from loadtest.bench.ratios import PAIRS_MIN
 from loadtest.bench.report import Result
 from loadtest.bench.system import CANNOT_MEASURE, running_system
-from loadtest.children import ProcessFailed
+from loadtest.children import INTERRUPTED, ProcessFailed, interrupted_by_sigterm
 
 SUMMARY: Final = Path(".local/bench/summary.json")
 BUDGET_S: Final = 570
 """All of it ends within ten minutes; figures that are invalid are run again while this allows."""
 CLOSING_S: Final = 15
 """For looking through the databases and stopping everything."""
+OPEN: Final = "open_5000"
 QUICK: Final = {"pairs": 3, "seconds": 1, "open_seconds": 10}
 
 _DESCRIPTION: Final = """\
@@ -39,7 +40,8 @@ sides:    {", ".join(CONCURRENCIES)}
 exit status: {report.MET} every target met, {report.MISSED} a valid figure misses its target or an \
 acknowledged
 authorization is missing, {report.INVALID} nothing missed but a figure with a target is invalid, \
-{report.BROKEN} it could not be measured.
+{report.BROKEN} it could not be measured,
+{INTERRUPTED} interrupted; what was measured until then is told, once there was a round.
 
 examples:
   python -m loadtest.bench                                  all of it, nine minutes
@@ -151,8 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - began:5.0f} s] {line}", file=sys.stderr, flush=True)
 
-    # As an exception, so that everything is stopped and removed.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    interrupted_by_sigterm()
     if importlib.util.find_spec("k9") is None:
         print("bench: the load generator is missing: `make bench` installs it", file=sys.stderr)
         return report.BROKEN
@@ -161,45 +162,90 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CANNOT_MEASURE as error:
         print(f"bench: {error}", file=sys.stderr)
         return report.BROKEN
+    except KeyboardInterrupt:
+        print("bench: interrupted, no result", file=sys.stderr)
+        return INTERRUPTED
+
+
+@dataclass(slots=True)
+class _Found:
+    """What has been measured until now."""
+
+    rounds: dict[str, Rounds] = field(default_factory=dict)
+    again: dict[str, Rounds] = field(default_factory=dict)
+    open_load: OpenLoad | None = None
+    results: list[Result] = field(default_factory=list)
 
 
 def _measure(options: argparse.Namespace, until: float, progress: Progress) -> int:
     figures = select(options.only)
-    in_rounds = [figure for figure in figures if figure.side != "open_5000"]
-    in_open = [figure for figure in figures if figure.side == "open_5000"]
+    interrupted = False
     with running_system() as system:
         bench = Bench(system, progress)
-        sides = [side for figure in in_rounds for side in _sides(figure)]
-        bench.prepare(
-            sides,
-            dict(options.concurrency),
-            search=not options.no_search,
-            warm_up=not options.no_warm_up,
-        )
-        open_s = options.open_seconds + CLOSING_S if in_open else 0
-        rounds = bench.alternate(sides, options.pairs, options.seconds, "round", until - open_s)
-        # Before the rest of the time is spent on what is invalid.
-        open_load = bench.open_loop(options.open_seconds) if in_open else None
-        results = [report.evaluate(figure, rounds) for figure in in_rounds]
-        again: dict[str, Rounds] = {}
-        if options.pairs >= PAIRS_MIN:
-            results, again = _run_again(bench, results, options, until - CLOSING_S, progress)
-        if open_load is not None:
-            results += [
-                report.evaluate_open(figure, open_load, options.open_seconds) for figure in in_open
-            ]
+        found = _Found()
+        try:
+            _find(found, bench, figures, options, until, progress)
+        except KeyboardInterrupt:
+            found.rounds = found.rounds or bench.rounds
+            if not any(each.loads for each in found.rounds.values()) and found.open_load is None:
+                raise
+            progress("interrupted: what was measured until then follows; once more ends it all")
+            interrupted = True
         progress("looking for every acknowledged authorization in the databases")
         missing = system.missing()
+    results = found.results or _evaluated(figures, found.rounds)
+    if found.open_load is not None:
+        results += [
+            report.evaluate_open(figure, found.open_load, options.open_seconds)
+            for figure in figures
+            if figure.side == OPEN
+        ]
     print(report.table(results))
-    print(f"\n{report.costs(rounds)}")
-    if again:
-        print(f"\nthe rounds that were run again:\n{report.costs(again)}")
+    print(f"\n{report.costs(found.rounds)}")
+    if found.again:
+        print(f"\nthe rounds that were run again:\n{report.costs(found.again)}")
     for name, count in missing.items():
         print(f"\nLOST: {count:,} acknowledged authorizations of {name} are not in its database")
-    summary = report.summary(results, rounds, again, bench.tries, open_load, missing)
+    summary = report.summary(
+        results, found.rounds, found.again, bench.tries, found.open_load, missing
+    )
+    summary["interrupted"] = interrupted
     options.summary.write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
     print(f"\nsummary: {options.summary}")
-    return report.exit_status(results, missing)
+    return INTERRUPTED if interrupted else report.exit_status(results, missing)
+
+
+def _find(
+    found: _Found,
+    bench: Bench,
+    figures: Sequence[Figure],
+    options: argparse.Namespace,
+    until: float,
+    progress: Progress,
+) -> None:
+    in_open = any(figure.side == OPEN for figure in figures)
+    sides = [side for figure in figures if figure.side != OPEN for side in _sides(figure)]
+    bench.prepare(
+        sides,
+        dict(options.concurrency),
+        search=not options.no_search,
+        warm_up=not options.no_warm_up,
+    )
+    open_s = options.open_seconds + CLOSING_S if in_open else 0
+    found.rounds = bench.alternate(sides, options.pairs, options.seconds, "round", until - open_s)
+    # Before the rest of the time is spent on what is invalid.
+    found.open_load = bench.open_loop(options.open_seconds) if in_open else None
+    found.results = _evaluated(figures, found.rounds)
+    if options.pairs >= PAIRS_MIN:
+        found.results, found.again = _run_again(
+            bench, found.results, options, until - CLOSING_S, progress
+        )
+
+
+def _evaluated(figures: Sequence[Figure], rounds: Mapping[str, Rounds]) -> list[Result]:
+    """The figures of all the sides that had a round."""
+    had = {side for side, each in rounds.items() if each.loads}
+    return [report.evaluate(figure, rounds) for figure in figures if had.issuperset(_sides(figure))]
 
 
 def _sides(figure: Figure) -> list[str]:

@@ -81,6 +81,8 @@ class Bench:
         """The number of callers of each side."""
         self.tries: dict[str, dict[int, float]] = {}
         """What the search saw: calls or items a second by concurrency, for each side."""
+        self.rounds: dict[str, Rounds] = {}
+        """What `alternate` has measured until now, in whole rounds."""
 
     def run_once(self, side: str, concurrency: int, seconds: int) -> Load:
         """One round of a side."""
@@ -179,17 +181,19 @@ class Bench:
         Windows become shorter where the rounds would not end before `until` (time.monotonic()).
         """
         measured = {side: Rounds(self.concurrency[side]) for side in self.ordered(sides)}
+        self.rounds = measured
         for number in range(pairs):
             began = time.monotonic()
             shown = []
+            loads: dict[str, Load] = {}
             for side in turns([*measured], number):
-                rounds = measured[side]
                 started = time.monotonic()
-                load = self.run_once(side, rounds.concurrency, seconds)
+                load = loads[side] = self.run_once(side, measured[side].concurrency, seconds)
                 self._took_s[side] = time.monotonic() - started
-                rounds.loads.append(load)
                 failed = f" ({load.failed:,} failed)" if load.failed else ""
                 shown.append(f"{side} {load.per_s:,.0f}{failed}")
+            for side, load in loads.items():
+                measured[side].loads.append(load)
             took_s = time.monotonic() - began
             self._progress(f"{what} {number + 1}/{pairs} ({took_s:.0f} s): {', '.join(shown)}")
             left = pairs - number - 1

@@ -82,17 +82,43 @@ def test_it_measures_every_kind_of_side_and_leaves_nothing_behind(folder: Path) 
     assert processes_of(folder) == []
 
 
-def test_it_ends_all_that_it_started_when_it_is_stopped(folder: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_it_tells_what_was_measured_until_it_is_stopped_and_ends_all_that_it_started(
+    folder: Path, end: signal.Signals
+) -> None:
     bench = start(
         folder,
-        *("--only", "echo_rps", "--pairs", "1000", "--seconds", "1", "--no-warm-up"),
-        *("--concurrency", "echo=2"),
+        *("--only", "echo_rps,naive_rps", "--pairs", "1000", "--seconds", "1", "--no-warm-up"),
+        *("--concurrency", "echo=2", "--concurrency", "naive=2"),
     )
     assert bench.stderr is not None
     assert "round 1/1000" in bench.stderr.readline()
     assert processes_of(folder)
-    bench.send_signal(signal.SIGTERM)
-    _, progress = bench.communicate(timeout=RUN_TIMEOUT_S)
-    assert bench.returncode == 128 + signal.SIGTERM, progress
+    bench.send_signal(end)
+    printed, progress = bench.communicate(timeout=RUN_TIMEOUT_S)
+    assert bench.returncode == 130, progress
+    assert "interrupted: what was measured until then follows" in progress
+    assert "Traceback" not in progress
+    assert "echo" in printed
+    summary = json.loads((folder / "out.json").read_text("utf-8"))
+    assert summary["interrupted"]
+    assert summary["echo_rps"] > 0
+    # Whole rounds alone: the sides of a round are compared with each other.
+    assert len(summary["rates"]["echo"]) == len(summary["rates"]["naive"]) >= 1
+    (folder / "out.json").unlink()
+    assert list(folder.iterdir()) == []
+    assert processes_of(folder) == []
+
+
+def test_it_has_no_result_where_it_is_stopped_before_its_first_round(folder: Path) -> None:
+    bench = start(folder, "--only", "echo_rps", "--seconds", "100", "--no-search")
+    try:
+        while not any("loadtest.bench.server" in command for command in processes_of(folder)):
+            assert bench.poll() is None
+        bench.send_signal(signal.SIGINT)
+        printed, progress = bench.communicate(timeout=RUN_TIMEOUT_S)
+    finally:
+        bench.kill()
+    assert (bench.returncode, printed, progress) == (130, "", "bench: interrupted, no result\n")
     assert list(folder.iterdir()) == []
     assert processes_of(folder) == []

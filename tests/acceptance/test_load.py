@@ -323,22 +323,23 @@ def interrupt(pid: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("generators", "in_web_ui", "status"), [(1, False, 130), (2, False, 130), (2, True, 3)]
+    ("generators", "how", "status"),
+    [(1, "SIGINT", 130), (1, "SIGTERM", 130), (2, "SIGINT", 130), (2, "web UI", 3)],
 )
 def test_run_that_a_person_ends_tells_what_was_measured_until_then(
-    tmp_path: Path, generators: int, status: int, *, in_web_ui: bool
+    tmp_path: Path, generators: int, how: str, status: int
 ) -> None:
     web_port = free_port()
     arguments = ["--rate", "30", "--duration", "100", "--warm-up", "0", "--control", "0"]
     arguments += ["--generators", str(generators), "--folder", str(tmp_path)]
-    if in_web_ui:
+    if how == "web UI":
         arguments += ["--web-port", str(web_port)]
 
     def end(pid: int) -> None:
-        if in_web_ui:
+        if how == "web UI":
             ask(f"http://127.0.0.1:{web_port}/stop", {})
         else:
-            interrupt(pid)
+            os.kill(pid, signal.Signals[how])
 
     ended, said = spoiled_load_test(end, *arguments)
     assert ended == status, said

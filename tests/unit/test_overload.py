@@ -1,11 +1,23 @@
 """What an overload run is held to."""
 
+from __future__ import annotations
+
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from loadtest.bench.generator import OpenLoad
-from loadtest.overload import Overload, Step, holds
+from loadtest.bench.generator import OpenLoad, Target
+from loadtest.bench.system import Server
+from loadtest.overload import Overload, Step, _tell, holds, measure
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loadtest.bench.system import System
+    from loadtest.children import Process
 
 CALM = OpenLoad(
     offered_per_s=2000,
@@ -29,6 +41,27 @@ FULL = replace(
     accepted_p99_ms=21,
     refusal_p99_ms=9,
 )
+
+
+class Served:
+    """A system with one server, and the generator that offers it a load."""
+
+    folder = Path()
+
+    def __init__(self, offer: Callable[[float, int], OpenLoad]) -> None:
+        self._offer = offer
+
+    def server(self, _side: str) -> Server:
+        return Server(Target("", ""), cast("Process", None))
+
+    def open(self, _target: Target, rate: int, seconds: int, _callers: int) -> OpenLoad:
+        return self._offer(rate, seconds)
+
+    def forget_logs(self) -> None:
+        pass
+
+    def analyze(self) -> None:
+        pass
 
 
 def run(
@@ -83,3 +116,55 @@ def test_a_short_run_proves_nothing() -> None:
 def test_a_knee_is_held_without_refusals_drops_or_late_answers(changes: dict[str, float]) -> None:
     assert holds(CALM)
     assert not holds(replace(CALM, **changes))  # type: ignore[arg-type]
+
+
+def ended(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, found: Overload, missing: int = 0
+) -> tuple[int, dict[str, Any]]:
+    """The exit status and the summary."""
+    summary = folder / "overload.json"
+    monkeypatch.setattr("loadtest.overload.SUMMARY", summary)
+    return _tell(found, missing), json.loads(summary.read_text("utf-8"))
+
+
+def test_a_run_that_is_interrupted_tells_what_was_measured_until_then(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    offered: list[float] = []
+
+    def offer(rate: float, _seconds: int) -> OpenLoad:
+        offered.append(rate)
+        if len(offered) == 3:
+            raise KeyboardInterrupt
+        return CALM
+
+    system = cast("System", Served(offer))
+    monkeypatch.setattr("loadtest.overload.Generator", lambda _: system)
+    found = measure(system, "native", rate=1000, step_s=1, seconds=60, knee=0)
+    assert found.interrupted
+    assert found.tried == [(1000, True)]
+    status, summary = ended(monkeypatch, tmp_path, found)
+    assert status == 130
+    assert summary["tried"] == [[1000, True]]
+    assert "1,000/s holds" in capsys.readouterr().out
+
+
+def test_a_run_that_is_interrupted_before_a_rate_was_offered_has_no_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def offer(_rate: float, _seconds: int) -> OpenLoad:
+        raise KeyboardInterrupt
+
+    system = cast("System", Served(offer))
+    monkeypatch.setattr("loadtest.overload.Generator", lambda _: system)
+    with pytest.raises(KeyboardInterrupt):
+        measure(system, "native", rate=1000, step_s=1, seconds=60, knee=0)
+
+
+def test_a_lost_authorization_is_told_where_no_rate_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Overload("grpcio", 0.0, 60)
+    assert ended(monkeypatch, tmp_path, found)[0] == 0
+    assert ended(monkeypatch, tmp_path, found, missing=2)[0] == 1
+    assert "MISSED 2 acknowledged" in capsys.readouterr().out
