@@ -356,11 +356,12 @@ def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
     if system.stack is not None:
         system.stack.reset_lateness()
     with ExitStack() as exit_stack:
-        generator, worker_pids = _launch(options, plan, system, exit_stack)
+        generator, workers = _launch(options, plan, system, exit_stack)
         watched = {name: [pid] for name, pid in system.pids.items()}
-        observer = Observer({**watched, GENERATOR: [generator.pid, *worker_pids]})
+        pids = [generator.pid, *(worker.pid for worker in workers)]
+        observer = Observer({**watched, GENERATOR: pids})
         with observer.watching():
-            stopped = _await_end(generator, plan, system, is_shown=bool(options.web_port))
+            stopped = _await_end(generator, workers, plan, system, is_shown=bool(options.web_port))
     if not outcome_file.exists():
         _check_servers(system)
         if stopped == INTERRUPTED:  # before anything was sent
@@ -407,10 +408,18 @@ def _lateness(system: System) -> dict[str, float] | None:
         return None
 
 
-def _await_end(generator: Process, plan: Plan, system: System, *, is_shown: bool) -> str:
+def _await_end(
+    generator: Process,
+    workers: Sequence[Process],
+    plan: Plan,
+    system: System,
+    *,
+    is_shown: bool,
+) -> str:
     """Until the generator has ended; why it was made to before all was sent, or nothing.
 
-    Raises ProcessFailed where it takes too long; where Locust's web UI is shown, it may.
+    Raises ProcessFailed where it takes too long, which it may where Locust's web UI is shown, and
+    where a worker of it ends before it has the outcome.
     """
     drain_s = plan.deadline + START_ALLOWANCE_S
     limit_s = plan.schedule.duration_s + drain_s
@@ -419,6 +428,10 @@ def _await_end(generator: Process, plan: Plan, system: System, *, is_shown: bool
         while generator.running:
             if system.ended:
                 return _end_without(system.ended, generator, drain_s)
+            for worker in [each for each in workers if not each.running]:
+                # The outcome is written before workers are told to end.
+                if not (Path(plan.out) / OUTCOME_FILE).exists():
+                    raise worker.failure("ended before all was sent")
             if time.monotonic() > until and not is_shown:
                 raise generator.failure(f"did not end within {limit_s:g} s")
             time.sleep(WATCH_S)
@@ -443,8 +456,8 @@ def _end_without(servers: Sequence[str], generator: Process, drain_s: float) -> 
 
 def _launch(
     options: Options, plan: Plan, system: System, exit_stack: ExitStack
-) -> tuple[Process, list[int]]:
-    """Start Locust: alone, or a master and the workers whose process ids follow."""
+) -> tuple[Process, list[Process]]:
+    """Start Locust: alone, or a master and its workers."""
     variables = {API_KEY_VARIABLE: system.api_key}
     locust = ["-m", "locust", "-f", str(LOCUST_FILE), "--skip-log-setup"]
     command = [*locust, "--host", system.address, "-u", str(plan.shares), "-r", str(plan.shares)]
@@ -468,7 +481,7 @@ def _launch(
             )
     process = Process("generator", [sys.executable, *command], variables, None)
     exit_stack.callback(process.stop)
-    worker_pids: list[int] = []
+    workers: list[Process] = []
     if plan.shares > 1 and not options.remote_generators:
         for number in range(plan.shares):
             worker = Process.python(
@@ -478,8 +491,8 @@ def _launch(
                 options.folder,
             )
             exit_stack.callback(worker.stop)
-            worker_pids.append(worker.pid)
-    return process, worker_pids
+            workers.append(worker)
+    return process, workers
 
 
 # --- the search -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -420,6 +421,24 @@ def test_server_that_ends_during_the_run_ends_it_and_leaves_its_figures(
     assert summary["audit"]["clean"] is (None if server == "PostgreSQL" else True)
     report = (tmp_path / "report.html").read_text("utf-8")
     assert f"{server} ended during the run" in report
+
+
+def test_generator_that_is_killed_ends_the_run_which_names_it(tmp_path: Path) -> None:
+    def kill_worker(pid: int) -> None:
+        for child in psutil.Process(pid).children():
+            if "--worker" in child.cmdline():
+                child.kill()
+                return
+
+    ended, said = spoiled_load_test(
+        kill_worker,
+        # Longer than a test may take: the end is not that of the schedule.
+        *("--rate", "20", "--duration", "1000", "--warm-up", "0", "--control", "0"),
+        *("--generators", "2", "--folder", str(tmp_path)),
+    )
+    assert ended == 3, said
+    assert re.search("no result: generator-[01] ended before all was sent", said), said
+    assert not (tmp_path / "summary.json").exists()
 
 
 def summary_in(folder: Path) -> dict[str, Any]:
