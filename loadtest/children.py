@@ -195,6 +195,19 @@ def cpu_s(pid: int) -> float:
         stat = Path(f"/proc/{pid}/stat").read_text("utf-8")
         fields = stat[stat.rindex(")") + 2 :].split()
         total = (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split():
-            total += cpu_s(int(child))
+        for child in child_pids(pid):
+            total += cpu_s(child)
     return total
+
+
+def child_pids(pid: int) -> list[int]:
+    """The children of a process, whichever of its threads started them; of one that is gone, none.
+
+    psutil looks through all processes of the machine for that.
+    """
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += map(int, (thread / "children").read_text("utf-8").split())
+    return found

@@ -9,9 +9,9 @@ from typing import Final
 
 import psutil
 
+from loadtest.children import child_pids
+
 SAMPLE_S: Final = 1.0
-TREE_S: Final = 5.0
-"""How often it is looked for new children."""
 MB: Final = 1024 * 1024
 
 
@@ -42,24 +42,25 @@ class _Trees:
     """The process trees below some roots, as one."""
 
     def __init__(self, pids: Iterable[int]) -> None:
-        self._roots = [psutil.Process(pid) for pid in pids]
-        self._members: list[psutil.Process] = []
-        self._looked_at = -TREE_S
-        self._cpu_s: dict[int, float] = {}
+        self._roots = [*pids]
+        self._members: dict[int, psutil.Process] = {}
+        self._cpu_s: dict[int, float] | None = None
+        """What each had used at the last look; None before the first one."""
 
     def usage(self, elapsed_s: float) -> Usage:
-        now = time.monotonic()
-        if now - self._looked_at >= TREE_S:
-            self._looked_at = now
-            self._members = [each for root in self._roots for each in _tree(root)]
+        members: dict[int, psutil.Process] = {}
+        for pid in (each for root in self._roots for each in _tree(root)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                members[pid] = self._members.get(pid) or psutil.Process(pid)
+        self._members = members
+        before, self._cpu_s = self._cpu_s, {}
         used_s, own, shared, largest = 0.0, 0, 0, 0
-        for process in self._members:
+        for pid, process in members.items():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess), process.oneshot():
                 times, memory = process.cpu_times(), process.memory_info()
-                total_s = times.user + times.system
-                # A process that is new to us counts from its next interval on.
-                used_s += total_s - self._cpu_s.get(process.pid, total_s)
-                self._cpu_s[process.pid] = total_s
+                total_s = self._cpu_s[pid] = times.user + times.system
+                # What is new since the last look has used all of it since then.
+                used_s += 0.0 if before is None else total_s - before.get(pid, 0.0)
                 own += memory.rss - memory.shared
                 shared = max(shared, memory.shared)
                 largest = max(largest, memory.rss)
@@ -70,11 +71,10 @@ class _Trees:
         )
 
 
-def _tree(root: psutil.Process) -> list[psutil.Process]:
-    try:
-        return [root, *root.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+def _tree(pid: int) -> Iterator[int]:
+    yield pid
+    for child in child_pids(pid):
+        yield from _tree(child)
 
 
 class Observer:
