@@ -1,6 +1,7 @@
 """The open-loop engine: sends at the intended times, however slowly the server answers."""
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -104,6 +105,8 @@ class Engine:
         self._samples = bytearray()
         self._reasons: Counter[str] = Counter()
         self._start = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._sending: asyncio.Task[None] | None = None
         self._stopping = False
 
     async def run(self, hand_over: Callable[[Chunk], object]) -> None:
@@ -119,7 +122,13 @@ class Engine:
             # Deadlines of both clocks are monotonic; this is the one of all intended times.
             self._start = time.monotonic() + START_S
             handing_over = asyncio.create_task(self._hand_over_regularly(hand_over))
-            await self._send_all()
+            self._loop = asyncio.get_running_loop()
+            self._sending = asyncio.create_task(self._send_all())
+            try:
+                await self._sending
+            except asyncio.CancelledError:
+                if not self._stopping:
+                    raise
             while self._tasks:
                 await asyncio.wait(set(self._tasks))
             handing_over.cancel()
@@ -129,8 +138,11 @@ class Engine:
             await asyncio.gather(*(channel.close() for channel in channels))
 
     def stop(self) -> None:
-        """Send no more; what is in flight is still waited for."""
+        """Send no more; what is in flight is still waited for. Any thread may say so."""
         self._stopping = True
+        if self._loop is not None and self._sending is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended already
+                self._loop.call_soon_threadsafe(self._sending.cancel)
 
     def _prepare(self, channels: Sequence[grpc.aio.Channel]) -> None:
         methods = (
@@ -157,6 +169,9 @@ class Engine:
         burst = 0
         create_task = asyncio.get_running_loop().create_task
         for number, arrival in enumerate(self._arrivals):
+            # Before the pause, too: nobody could end it while there was no task.
+            if self._stopping:
+                return
             due = self._start + arrival.at_s
             wait_s = due - time.monotonic()
             if wait_s > 0:
@@ -165,8 +180,6 @@ class Engine:
             elif (burst := burst + 1) >= BURST_SENDS_MAX:
                 burst = 0
                 await asyncio.sleep(0)
-            if self._stopping:
-                return
             call = self._book.next()
             if len(self._tasks) >= self._in_flight_max:
                 self._record(arrival, call, max(0.0, time.monotonic() - due), 0.0, 0.0, DROPPED)

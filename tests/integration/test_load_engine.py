@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +27,14 @@ from loadtest.measures import Analysis
 from loadtest.plan import API_KEY_VARIABLE, Plan
 from loadtest.samples import unpack_samples
 
+GUARD_S = 40.0
 TORN = b"\x0a\xff"
 """A field that is longer than its message."""
 
 
-async def sent_to(
-    answer: Callable[[bytes, Any], Awaitable[bytes]], plan: Plan
-) -> tuple[Analysis, dict[str, int], list[str]]:
-    """What came of a plan at a server that answers so: figures, reasons, acknowledged lines."""
+@asynccontextmanager
+async def serving(answer: Callable[[bytes, Any], Awaitable[bytes]]) -> AsyncIterator[str]:
+    """The address of a server that answers so."""
     server = grpc.aio.server()
     handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
         "AuthorizePayment": grpc.unary_unary_rpc_method_handler(answer)
@@ -39,11 +42,19 @@ async def sent_to(
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    chunks: list[Chunk] = []
     try:
-        await plan.engine(f"127.0.0.1:{port}", 0).run(chunks.append)
+        yield f"127.0.0.1:{port}"
     finally:
         await server.stop(0)
+
+
+async def sent_to(
+    answer: Callable[[bytes, Any], Awaitable[bytes]], plan: Plan
+) -> tuple[Analysis, dict[str, int], list[str]]:
+    """What came of a plan at a server that answers so: figures, reasons, acknowledged lines."""
+    chunks: list[Chunk] = []
+    async with serving(answer) as address:
+        await plan.engine(address, 0).run(chunks.append)
     reasons: dict[str, int] = {}
     for chunk in chunks:
         for reason, count in chunk.reasons.items():
@@ -57,6 +68,27 @@ async def sent_to(
 def plan(monkeypatch: pytest.MonkeyPatch) -> Plan:
     monkeypatch.setenv(API_KEY_VARIABLE, "key")
     return Plan(rate=100, duration=1, warm_up=0, run_id="run", merchants="mer_a", control=True)
+
+
+@pytest.mark.parametrize("rate", [0.01, 100])
+async def test_stop_waits_for_answers_and_for_no_further_send(plan: Plan, rate: float) -> None:
+    async def answer(_request: bytes, _context: object) -> bytes:
+        return b""
+
+    chunks: list[Chunk] = []
+    async with serving(answer) as address:
+        # Of the lower rate nothing is intended for 50 s.
+        engine = replace(plan, rate=rate, duration=10_000, arrivals="constant").engine(address, 0)
+
+        def take(chunk: Chunk) -> None:
+            chunks.append(chunk)
+            engine.stop()
+
+        async with asyncio.timeout(GUARD_S):
+            await engine.run(take)
+    samples = list(unpack_samples(b"".join(chunk.samples for chunk in chunks)))
+    assert {sample.code for sample in samples} <= {OK}
+    assert (len(samples) > 0) == (rate > 1)
 
 
 async def test_answer_that_does_not_parse_is_an_error_and_unknown(plan: Plan) -> None:
