@@ -6,6 +6,7 @@
 
 import asyncio
 import contextlib
+import logging
 import shutil
 import socket
 import tempfile
@@ -51,6 +52,8 @@ _QUIET_WAIT_S_MAX: Final = 0.3
 refused clients are told (DRAINING in the error map), so that none is refused twice."""
 _LITTER_AGE_S_MIN: Final = 60.0
 """Younger directories of the native transport may belong to a server that is just starting."""
+_GRPC_LOGGER: Final = "grpc._cython.cygrpc"
+_HEADER_COMPLAINT: Final = "Invalid encoding on %s"
 
 
 class ServerConfigError(RuntimeError):
@@ -155,6 +158,7 @@ class GrpcServer:
         options = self._options
         # Native's streams are grpc.aio's too.
         finish_cancelled_receives()
+        logging.getLogger(_GRPC_LOGGER).addFilter(_is_no_header_complaint)
         if options.transport == "native":
             _remove_litter()
             server: aio.Server = pygrpc_native.aio.server(options=_channel_options(options))
@@ -238,6 +242,15 @@ class GrpcServer:
     async def _wait_idle(self, timeout_s: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._service.wait_idle(), max(0.0, timeout_s))
+
+
+def _is_no_header_complaint(record: logging.LogRecord) -> bool:
+    """Whether it is anything but grpc.aio's error, with a traceback, for a header not in UTF-8.
+
+    It quotes the header, and anyone can send hundreds with a call: to log them took the event loop
+    a quarter of a second. The header is read as ISO 8859-1, and the call goes on.
+    """
+    return record.msg != _HEADER_COMPLAINT
 
 
 def _check(options: ServerOptions) -> None:

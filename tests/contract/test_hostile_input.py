@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from payments.v1 import payment_service_pb2
 
+from tests.chaos import frames
 from tests.harness import (
     SERVICE,
     System,
@@ -21,6 +23,7 @@ from tests.harness import (
     authorize_request,
     calling,
     eur,
+    eventually,
     new_key,
     reason_of,
     running_system,
@@ -108,6 +111,27 @@ async def test_oversized_metadata_harm_no_later_call(system: System) -> None:
                 timeout=30,
             )
         assert (await caller.authorize()).payment.amounts.authorized_minor == 1000
+
+
+async def test_headers_that_are_no_text_are_not_logged(system: System) -> None:
+    gateway, request_id = system.gateways[0], new_key()
+    address, _, port = gateway.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(address, int(port))
+    block = frames.call_headers(f"/{SERVICE.full_name}/GetPayment", "none", 30)
+    block += frames.header_block([("x-request-id", request_id)]) + b"\x00\x01a\x02n\xff" * 200
+    try:
+        writer.write(
+            frames.PREFACE
+            + frames.frame(frames.SETTINGS, 0, 0, b"")
+            + frames.frame(frames.HEADERS, frames.END_HEADERS, 1, block)
+            + frames.frame(frames.DATA, frames.END_STREAM, 1, bytes(5))
+        )
+        await eventually(lambda: request_id in gateway.log, "the call is answered")
+    finally:
+        writer.close()
+        reader.feed_eof()
+    assert "Invalid encoding" not in gateway.log
+    assert "\\xff" not in gateway.log
 
 
 async def test_each_broken_field_has_a_violation_of_its_own(system: System) -> None:
