@@ -6,6 +6,7 @@ all; `/readyz` 200 where calls are served, 503 where they are not (starting, dra
 """
 
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 from aiohttp import web
 from prometheus_client import generate_latest
@@ -14,6 +15,10 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encode
 from gateway.listening import listen
 from gateway.settings import split_address
 from gateway.telemetry.merging import Encode
+
+SHUTDOWN_S: Final = 1.0
+"""How long an answer that is under way at the end is waited for, and then its connection: aiohttp's
+60 s, twice, are more than a process has that drains, and whoever asks may read nothing."""
 
 
 class MetricsServer:
@@ -39,7 +44,7 @@ class MetricsServer:
         app.router.add_get("/metrics", self._serve_metrics)
         app.router.add_get("/livez", self._serve_live)
         app.router.add_get("/readyz", self._serve_ready)
-        self._runner = web.AppRunner(app, access_log=None)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
         await self._runner.setup()
         await listen(self._runner, self._host, self._port)
 
