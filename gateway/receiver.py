@@ -20,7 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final, Protocol, cast
+from typing import Final, Protocol, cast
 
 from aiohttp import web
 
@@ -33,6 +33,7 @@ from gateway.connectors.notifications import (
     UnusableNotification,
 )
 from gateway.domain.errors import GatewayError
+from gateway.http_connection import Connection
 from gateway.listening import listen
 from gateway.settings import split_address
 
@@ -146,30 +147,6 @@ class _Refusing(asyncio.Protocol):
         writable.close()
 
 
-class _Connection(web.RequestHandler):
-    """A connection that counts what is no HTTP, and neither logs it nor sends it back."""
-
-    __slots__ = ("_malformed",)
-
-    def __init__(self, malformed: Callable[[], None], *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._malformed = malformed
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if status >= 500:
-            return super().handle_error(request, status, exc, message)
-        self._malformed()
-        response = web.Response(status=status)
-        response.force_close()
-        return response
-
-
 class _Server(web.Server):
     """A server that holds `connections_max` connections.
 
@@ -196,7 +173,7 @@ class _Server(web.Server):
             oldest = next(iter(self._unproven))
             del self._unproven[oldest]
             oldest.force_close()
-        return _Connection(
+        return Connection(
             partial(self._told, Receipt.BAD_REQUEST),
             self,
             loop=asyncio.get_running_loop(),

@@ -5,6 +5,7 @@ exemplars. `/livez` answers 200 for as long as this process answers at
 all; `/readyz` 200 where calls are served, 503 where they are not (starting, draining, no database).
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -12,6 +13,7 @@ from aiohttp import web
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
 
+from gateway.http_connection import Connection
 from gateway.listening import listen
 from gateway.settings import split_address
 from gateway.telemetry.merging import Encode
@@ -19,6 +21,11 @@ from gateway.telemetry.merging import Encode
 SHUTDOWN_S: Final = 1.0
 """How long an answer that is under way at the end is waited for, and then its connection: aiohttp's
 60 s, twice, are more than a process has that drains, and whoever asks may read nothing."""
+
+
+class _Server(web.Server):
+    def __call__(self) -> asyncio.Protocol:  # type: ignore[override]
+        return Connection(lambda: None, self, loop=asyncio.get_running_loop(), access_log=None)
 
 
 class MetricsServer:
@@ -36,15 +43,11 @@ class MetricsServer:
         self._render = render
         self._ready = ready
         self._host, self._port = split_address(address)
-        self._runner: web.AppRunner | None = None
+        self._runner: web.ServerRunner | None = None
 
     async def start(self) -> None:
         """Listen. Raises OSError where the address is taken."""
-        app = web.Application()
-        app.router.add_get("/metrics", self._serve_metrics)
-        app.router.add_get("/livez", self._serve_live)
-        app.router.add_get("/readyz", self._serve_ready)
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+        self._runner = web.ServerRunner(_Server(self._serve), shutdown_timeout=SHUTDOWN_S)
         await self._runner.setup()
         await listen(self._runner, self._host, self._port)
 
@@ -60,14 +63,26 @@ class MetricsServer:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _serve_metrics(self, request: web.Request) -> web.Response:
+    async def _serve(self, request: web.BaseRequest) -> web.Response:
+        serve = {
+            "/metrics": self._serve_metrics,
+            "/livez": self._serve_live,
+            "/readyz": self._serve_ready,
+        }.get(request.path)
+        if serve is None:
+            return web.Response(status=404)
+        if request.method not in ("GET", "HEAD"):
+            return web.Response(status=405, headers={"Allow": "GET, HEAD"})
+        return await serve(request)
+
+    async def _serve_metrics(self, request: web.BaseRequest) -> web.Response:
         encode, content_type = _format(",".join(request.headers.getall("Accept", ())))
         return web.Response(body=await self._render(encode), headers={"Content-Type": content_type})
 
-    async def _serve_live(self, _: web.Request) -> web.Response:
+    async def _serve_live(self, _: web.BaseRequest) -> web.Response:
         return web.Response(text="alive\n")
 
-    async def _serve_ready(self, _: web.Request) -> web.Response:
+    async def _serve_ready(self, _: web.BaseRequest) -> web.Response:
         ready, text = await self._ready()
         return web.Response(text=f"{text}\n", status=200 if ready else 503)
 

@@ -6,14 +6,14 @@ import asyncio
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+import pytest
+
 from gateway.telemetry import http
 from gateway.telemetry.http import MetricsServer
 from tests.harness import START_TIMEOUT_S
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    import pytest
 
     from gateway.telemetry.merging import Encode
 
@@ -35,6 +35,53 @@ async def _serving(metrics: bytes = b"metrics") -> AsyncIterator[MetricsServer]:
         yield server
     finally:
         await server.stop()
+
+
+async def _answer(server: MetricsServer, request: bytes) -> bytes:
+    """All that comes until the server closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    try:
+        writer.write(request)
+        async with asyncio.timeout(START_TIMEOUT_S):
+            return await reader.read()
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        ("GET /metrics", b"200"),
+        ("GET /livez", b"200"),
+        ("HEAD /readyz", b"200"),
+        ("GET /", b"404"),
+        ("POST /metrics", b"405"),
+    ],
+)
+async def test_only_what_there_is_can_be_read(request_line: str, status: bytes) -> None:
+    head = f"{request_line} HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n"
+    async with _serving() as server:
+        answer = await _answer(server, head.encode())
+    assert answer.split()[1] == status
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /metrics HTTP/1.1\r\nHost: gateway\r\nno header\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nHost: gateway\r\nno: " + b"header" * 2000 + b"\r\n\r\n",
+        b"no header",
+    ],
+    ids=["no header", "a long header", "no request"],
+)
+async def test_what_is_no_http_is_neither_logged_nor_sent_back(
+    request_: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with _serving() as server:
+        answer = await _answer(server, request_ + b"\r\n\r\n")
+    assert answer.split()[1] == b"400"
+    assert b"header" not in answer
+    assert not caplog.records
 
 
 async def test_whoever_reads_nothing_does_not_hold_up_the_end(
