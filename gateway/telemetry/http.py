@@ -6,6 +6,7 @@ all; `/readyz` 200 where calls are served, 503 where they are not (starting, dra
 """
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -21,6 +22,8 @@ from gateway.telemetry.merging import Encode
 SHUTDOWN_S: Final = 1.0
 """How long an answer that is under way at the end is waited for, and then its connection: aiohttp's
 60 s, twice, are more than a process has that drains, and whoever asks may read nothing."""
+
+_UNCLEAR_VERSION: Final = re.compile(r"version=(?![0-9]{1,9}(?:\.[0-9]{1,9})*\s*(?:[;,]|\Z))")
 
 
 class _Server(web.Server):
@@ -89,7 +92,6 @@ class MetricsServer:
 
 def _format(accept: str) -> tuple[Encode, str]:
     """What a scraper asks for, by its Accept header; plain text where that is unclear."""
-    try:
-        return choose_encoder(accept)
-    except ValueError:  # a version that is no number
+    if _UNCLEAR_VERSION.search(accept):
         return generate_latest, CONTENT_TYPE_PLAIN_0_0_4
+    return choose_encoder(accept)

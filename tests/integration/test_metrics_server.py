@@ -84,6 +84,16 @@ async def test_what_is_no_http_is_neither_logged_nor_sent_back(
     assert not caplog.records
 
 
+@pytest.mark.parametrize("version", ["", "beta", '"1.0.0"', "\u00b2", "\t1.0.0", "1..0"])
+async def test_a_version_that_is_no_number_is_answered_in_plain_text(version: str) -> None:
+    accept = f"Accept: application/openmetrics-text;version={version}\r\n"
+    head = f"GET /metrics HTTP/1.1\r\nHost: gateway\r\n{accept}Connection: close\r\n\r\n"
+    async with _serving() as server:
+        answer = await _answer(server, head.encode())
+    assert answer.split()[1] == b"200"
+    assert b"Content-Type: text/plain" in answer
+
+
 async def test_whoever_reads_nothing_does_not_hold_up_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
