@@ -1,5 +1,6 @@
 """The handlers of EventService: counted, admitted and logged as PaymentService's."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
@@ -121,7 +122,7 @@ class EventService:
                         await _write(context, batch)
         except _CallerGone:
             door.abandoned(call)
-            return
+            raise asyncio.CancelledError from None  # as in `PaymentService._serve_stream`
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
             await door.failed(call, context, error)
         except BaseException:

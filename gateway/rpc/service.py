@@ -646,7 +646,8 @@ class PaymentService:
             await stream.run()
         except _CallerGone:
             self.abandoned(call)
-            return
+            # Returned from, grpc.aio would send a status, and log as an error that it cannot.
+            raise asyncio.CancelledError from None
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
             await self.failed(call, context, error)
         except asyncio.CancelledError:

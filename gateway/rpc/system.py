@@ -52,6 +52,14 @@ async def _fail(context: Context, error: Exception) -> None:
     await context.abort(error_map.status_code(error.reason), status.message, trailers)
 
 
+async def _write(context: Context, message: Message) -> None:
+    try:
+        await context.write(message.SerializeToString())
+    except Exception as error:
+        # The caller has gone: the transport's errors mean nothing else.
+        raise asyncio.CancelledError from error
+
+
 class Health:
     """`grpc.health.v1.Health`. No watcher, however slow, can hold up a change."""
 
@@ -115,7 +123,7 @@ class Health:
                 # What changes while this one is written is told before the end.
                 closed, serving = self._closed, self._serving.get(request.service)
                 if first or serving is not last:
-                    await context.write(_encode(_health(serving)))
+                    await _write(context, _health(serving))
                 first, last = False, serving
                 if closed:
                     raise GatewayError(Reason.DRAINING, "This server is shutting down.")
@@ -156,7 +164,7 @@ class Reflection:
 
         try:
             async for response in self._servicer.ServerReflectionInfo(requests(), context):
-                await context.write(response.SerializeToString())
+                await _write(context, response)
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
             await _fail(context, error)
 

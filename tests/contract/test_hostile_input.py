@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 UNARY = [method.name for method in SERVICE.methods if method.name != "StreamAuthorizePayments"]
+LINES_PER_S = 10_000
+"""More than tests can make: each finds its own."""
+NO_WINDOW = b"\0\4\0\0\0\0"
+"""The setting that a client takes no byte of an answer (SETTINGS_INITIAL_WINDOW_SIZE)."""
 NEVER = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DATA_LOSS}
 
 
@@ -45,7 +49,12 @@ def system(
     request: pytest.FixtureRequest, postgres: PostgresForTests, redis: EmbeddedRedis
 ) -> Iterator[System]:
     with running_system(postgres, redis) as running:
-        running.start_gateway(transport=request.param, trusted_front=True, message_bytes_max=65536)
+        running.start_gateway(
+            transport=request.param,
+            trusted_front=True,
+            message_bytes_max=65536,
+            log_refusals_per_s_max=LINES_PER_S,
+        )
         yield running
 
 
@@ -132,6 +141,39 @@ async def test_headers_that_are_no_text_are_not_logged(system: System) -> None:
         reader.feed_eof()
     assert "Invalid encoding" not in gateway.log
     assert "\\xff" not in gateway.log
+
+
+async def test_a_stream_that_is_reset_while_it_is_written_to_is_not_logged_as_an_error(
+    system: System,
+) -> None:
+    gateway, request_id, later_id = system.gateways[0], new_key(), new_key()
+    address, _, port = gateway.address.rpartition(":")
+    _, writer = await asyncio.open_connection(address, int(port))
+    path = f"/{SERVICE.full_name}/StreamAuthorizePayments"
+    block = frames.call_headers(path, system.shop.api_key, 30)
+    block += frames.header_block([("x-request-id", request_id)])
+    item = payment_service_pb2.AuthorizePaymentItem(item_ref="refused")
+    data = payment_service_pb2.StreamAuthorizePaymentsRequest(items=[item]).SerializeToString()
+    try:
+        writer.write(
+            frames.PREFACE
+            + frames.frame(frames.SETTINGS, 0, 0, NO_WINDOW)
+            + frames.frame(frames.HEADERS, frames.END_HEADERS, 1, block)
+            + frames.frame(frames.DATA, 0, 1, b"\0" + len(data).to_bytes(4, "big") + data)
+        )
+        await eventually(lambda: request_id in gateway.log, "the item is refused")
+        writer.write(frames.frame(frames.RST_STREAM, 0, 1, frames.CANCEL))
+        await eventually(lambda: gateway.log.count(request_id) == 2, "the call is abandoned")
+    finally:
+        writer.close()
+    async with calling(gateway.address, system.shop.api_key) as caller:
+        metadata = (*caller.metadata, ("x-request-id", later_id))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await caller.stub.GetPayment(
+                payment_service_pb2.GetPaymentRequest(), metadata=metadata, timeout=30
+            )
+    await eventually(lambda: later_id in gateway.log, "the later call is logged")
+    assert '"level":"ERROR"' not in gateway.log
 
 
 async def test_each_broken_field_has_a_violation_of_its_own(system: System) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -48,3 +49,15 @@ async def test_a_watcher_is_told_what_changed_while_it_was_written_to_before_the
     with pytest.raises(Aborted):
         await watch(b"", watching)
     assert watching.told == [SERVING, NOT_SERVING]
+
+
+async def test_a_watcher_that_has_gone_is_not_logged_as_an_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def reset() -> None:
+        raise RuntimeError("the call is reset")
+
+    watch = cast("Any", Health([]).method_handlers()["Watch"]).unary_stream
+    with pytest.raises(asyncio.CancelledError):
+        await watch(b"", Watching(reset))
+    assert not caplog.records
