@@ -265,10 +265,13 @@ class ScriptedLine(asyncio.Protocol):
             if fields["t"] == "0800" and (self._host.answers_echoes or not is_echo):
                 self.write({**fields, "t": "0810", "39": self._host.sign_on_code})
 
+    def encoded(self, fields: Fields) -> bytes:
+        """A message without its frame."""
+        return self._host.specification.encode(fields)
+
     def write(self, fields: Fields) -> None:
         """Write a message."""
-        specification = self._host.specification
-        self.transport.write(specification.framing.pack(specification.encode(fields)))
+        self.transport.write(self._host.specification.framing.pack(self.encoded(fields)))
 
     def answer(self, request: Fields, code: str = "00", **changes: str) -> None:
         """Answer a request; `de4="…"` and the like change what comes back."""

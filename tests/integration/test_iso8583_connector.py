@@ -20,7 +20,13 @@ from gateway.application.connector_accounts import ConnectorAccount, Sealed, Wra
 from gateway.application.notifications import Notification, NotificationKind
 from gateway.application.ports import ConnectorRequest
 from gateway.connectors.iso8583.connector import Iso8583Connector, capabilities_of
-from gateway.connectors.iso8583.host import AcquirerHost, Event, HostAddress, HostLimits
+from gateway.connectors.iso8583.host import (
+    AcquirerHost,
+    Event,
+    HostAddress,
+    HostLimits,
+    _Link,
+)
 from gateway.connectors.iso8583.identity import identity_of
 from gateway.connectors.iso8583.kind import Iso8583Kind, open_hosts
 from gateway.connectors.iso8583.specification import (
@@ -442,6 +448,18 @@ async def test_garbage_between_answers_is_passed_over_and_a_frame_too_long_ends_
         await line.lost.wait()
 
 
+async def test_answer_counts_that_came_whole_before_the_stream_broke() -> None:
+    async with acquirer(without_repeats()) as psp:
+        sending = psp.start(request_of())
+        line, request = await psp.scripted.request()
+        told = {**request, "t": "0110", "39": "00"}
+        answer = psp.scripted.specification.framing.pack(line.encoded(told))
+        line.transport.write(answer + b"\xff\xff")
+        assert (await sending).verdict is Verdict.APPROVED
+        await line.lost.wait()
+        assert psp.events[Event.UNDECODABLE] == 1
+
+
 async def test_line_of_nothing_but_garbage_is_given_up() -> None:
     async with acquirer(without_repeats()) as psp:
         sending = psp.start(request_of())
@@ -507,6 +525,31 @@ async def test_tls_is_verified_and_carries_the_messages(tmp_path: Path) -> None:
 
 
 # --- messages -------------------------------------------------------------------------------------
+
+
+async def test_answer_counts_that_came_whole_before_tls_broke(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ca = trustme.CA()
+    ca_file = tmp_path / "ca.pem"
+    ca.cert_pem.write_to_path(str(ca_file))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ca.issue_cert("localhost").configure_cert(context)
+    of_nobody = b"\x17\x03\x03\x00\x20" + bytes(32)
+    decrypt = _Link._decrypt
+    async with scripted_host(tls=context) as (scripted, address):
+        host = AcquirerHost(address, scripted.specification, ONE, ca_file=str(ca_file))
+        try:
+            sending = asyncio.create_task(send(connector_to(host), request_of()))
+            line, request = await scripted.request()
+            monkeypatch.setattr(
+                _Link, "_decrypt", lambda link, data: decrypt(link, data + of_nobody)
+            )
+            line.answer(request)
+            assert (await sending).verdict is Verdict.APPROVED
+            await line.lost.wait()
+        finally:
+            await host.close()
 
 
 async def test_authorization_tells_the_acquirers_token_and_no_card_number() -> None:

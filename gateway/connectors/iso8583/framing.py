@@ -78,16 +78,21 @@ class FrameReader:
     def feed(self, data: bytes) -> list[bytes]:
         """The messages that are whole now; an empty frame, which keeps a line alive, is none.
 
-        Raises FrameError, after which the stream is of no use. At most one frame is kept beside
-        `data`.
+        Raises FrameError, after which the stream is of no use; messages that were whole before are
+        given first, and the next call raises. At most one frame is kept beside `data`.
         """
         framing, buffer = self._framing, self._buffer
         buffer += data
-        messages = []
+        messages: list[bytes] = []
         at = 0
         while len(buffer) - at >= framing.length_bytes:
             begin = at + framing.length_bytes
-            size = framing.size_of(bytes(buffer[at:begin]))
+            try:
+                size = framing.size_of(bytes(buffer[at:begin]))
+            except FrameError:
+                if not messages:
+                    raise
+                break
             if len(buffer) - begin < size:
                 break
             message = bytes(buffer[begin + len(framing.header) : begin + size])

@@ -394,7 +394,7 @@ class _Link(asyncio.Protocol):
         self._stan = random.randrange(STAN_MAX)
         self._leaving = False
         self._farewell = False
-        """The other side has ended TLS: no more will come."""
+        """The other side has ended TLS, or it broke: no more will come."""
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
         self.lost: asyncio.Future[None] = loop.create_future()
@@ -530,13 +530,16 @@ class _Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.heard_at = time.monotonic()
         try:
-            for message in self._reader.feed(self._decrypt(data)):
-                self._take(message)
+            clear = self._decrypt(data)
+            # Once more where something came: what is broken is told after what was whole.
+            while messages := self._reader.feed(clear):
+                for message in messages:
+                    self._take(message)
+                clear = b""
             if self._farewell:
                 self.abort(Reason.CONNECTION_LOST)
-        except (FrameError, ssl.SSLError) as error:
-            if isinstance(error, FrameError):
-                self._host.count(Event.UNDECODABLE)
+        except FrameError as error:
+            self._host.count(Event.UNDECODABLE)
             self._fail(error)
 
     def resume_writing(self) -> None:
@@ -631,7 +634,6 @@ class _Link(asyncio.Protocol):
                 self._transport.write(hello)
 
     def _decrypt(self, data: bytes) -> bytes:
-        """Raises ssl.SSLError."""
         if self._tls is None:
             return data
         self._cipher_in.write(data)
@@ -640,9 +642,13 @@ class _Link(asyncio.Protocol):
             if not self.ready.done():
                 return b""
         clear = bytearray()
-        with contextlib.suppress(ssl.SSLWantReadError):
+        try:
             while part := self._tls.read(TLS_READ_BYTES):
                 clear += part
+            self._farewell = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLError:  # bytes that are none of the other side's
             self._farewell = True
         return bytes(clear)
 
