@@ -420,6 +420,20 @@ async def test_host_that_signs_off_gets_no_more_and_may_answer_what_it_has() -> 
         assert [(message["11"], message["39"]) for message in told] == [("000007", "00")]
 
 
+async def test_host_that_signs_off_may_answer_on_another_connection() -> None:
+    async with acquirer(limits=QUICK) as psp:
+        sending = psp.start(request_of())
+        line, request = await psp.scripted.request()
+        await psp.counted(Event.CONNECTED, 2)
+        [other] = [each for each in psp.scripted.lines if each is not line]
+        line.write({"t": "0800", "7": "1121163158", "11": "000007", "70": "002"})
+        await asyncio.wait_for(psp.scripted.answered.wait(), WAIT_S)
+        other.answer(request)
+        assert (await sending).verdict is Verdict.APPROVED
+        await line.lost.wait()
+        assert psp.events[Event.UNMATCHED] == 0
+
+
 async def test_hosts_own_echo_is_answered() -> None:
     async with acquirer() as psp:
         sending = psp.start(request_of())

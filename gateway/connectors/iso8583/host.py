@@ -169,7 +169,7 @@ class AcquirerHost:
         self._tls = verifying_context(ca_file) if address.tls else None
         self._tells_terminals = "41" in specification.match
         self._links: set[_Link] = set()
-        """Signed on."""
+        """Signed on; those too that the host has signed off, until they are gone."""
         self._keepers: list[asyncio.Task[None]] = []
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._numbers: dict[_Key, asyncio.Future[None]] = {}
@@ -287,7 +287,8 @@ class AcquirerHost:
             budget_s = wait_before - time.monotonic()
             if budget_s <= 0:
                 self.wake()
-                raise NotSent(Reason.CONNECTOR_BUSY if self._links else Reason.CONNECT_FAILED)
+                is_busy = any(not link.leaving for link in self._links)
+                raise NotSent(Reason.CONNECTOR_BUSY if is_busy else Reason.CONNECT_FAILED)
             if not queued and len(self._waiters) >= self.limits.waiters_max:
                 raise NotSent(Reason.CONNECTOR_BUSY)
             await self._wait(budget_s, first=queued)
@@ -372,10 +373,6 @@ class AcquirerHost:
             except MaybeSent:
                 return
 
-    def leave(self, link: "_Link") -> None:
-        """The host has signed off: the connection takes no new requests."""
-        self._links.discard(link)
-
 
 class _Link(asyncio.Protocol):
     """One connection."""
@@ -392,7 +389,8 @@ class _Link(asyncio.Protocol):
         self.pending: dict[_Key, _Waiting] = {}
         self._undecodable = 0
         self._stan = random.randrange(STAN_MAX)
-        self._leaving = False
+        self.leaving = False
+        """The host has signed off: no new requests."""
         self._farewell = False
         """The other side has ended TLS, or it broke: no more will come."""
         loop = asyncio.get_running_loop()
@@ -408,7 +406,9 @@ class _Link(asyncio.Protocol):
 
     @property
     def room(self) -> int:
-        return self._host.limits.in_flight_max - len(self.pending) if self._is_writable else 0
+        if self.leaving or not self._is_writable:
+            return 0
+        return self._host.limits.in_flight_max - len(self.pending)
 
     @property
     def has_room(self) -> bool:
@@ -498,7 +498,7 @@ class _Link(asyncio.Protocol):
         waiting = self.pending.pop(key, None)
         if waiting is not None:
             self._host.remember(key, _Past(Event.ANSWERED_LATE, waiting.later))
-        if self._leaving and not self.pending:
+        if self.leaving and not self.pending:
             self.abort(Reason.CONNECTION_LOST)
 
     def abort(self, reason: Reason) -> None:
@@ -579,8 +579,7 @@ class _Link(asyncio.Protocol):
         """A network management request of the host."""
         self._tell(self._specification.network_answer(request))
         if self._specification.is_sign_off(request):
-            self._leaving = True
-            self._host.leave(self)
+            self.leaving = True
             if not self.pending:
                 self.abort(Reason.CONNECTION_LOST)
 
