@@ -462,6 +462,24 @@ async def test_garbage_between_answers_is_passed_over_and_a_frame_too_long_ends_
         await line.lost.wait()
 
 
+@pytest.mark.parametrize("unanswerable", [{"t": "080X"}, {"t": "0800", "11": "      "}])
+async def test_network_request_that_no_answer_can_be_written_to_is_passed_over(
+    unanswerable: dict[str, str],
+) -> None:
+    async with acquirer(without_repeats()) as psp:
+        sending = psp.start(request_of())
+        line, request = await psp.scripted.request()
+        echo = {"t": "0800", "7": "1121163158", "11": "000009", "70": "301"}
+        framing, encoded = psp.scripted.specification.framing, line.encoded(echo)
+        for name, text in unanswerable.items():
+            encoded = encoded.replace(echo[name].encode(), text.encode(), 1)
+        line.transport.write(framing.pack(encoded))
+        line.answer(request)
+        assert (await sending).verdict is Verdict.APPROVED
+        assert psp.events[Event.UNDECODABLE] == 1
+        assert not line.lost.is_set()
+
+
 async def test_answer_counts_that_came_whole_before_the_stream_broke() -> None:
     async with acquirer(without_repeats()) as psp:
         sending = psp.start(request_of())

@@ -457,7 +457,7 @@ class _Link(asyncio.Protocol):
     def tell(self, name: NetworkName) -> None:
         """The same without an answer."""
         if name in self._specification.network:
-            self._tell(self._network(name))
+            self._tell(self._pack(self._network(name)))
 
     def write(
         self, key: _Key, frame: bytes, later: Later | None = None
@@ -553,6 +553,9 @@ class _Link(asyncio.Protocol):
     def _take(self, data: bytes) -> None:
         try:
             fields = self._specification.decode(data)
+            mti = fields["t"]
+            is_asked = mti[1] == "8" and mti[2] in "02"
+            answer = self._pack(self._specification.network_answer(fields)) if is_asked else b""
         except ValueError:
             self._host.count(Event.UNDECODABLE)
             self._undecodable += 1
@@ -560,9 +563,8 @@ class _Link(asyncio.Protocol):
                 raise FrameError("no messages are coming") from None
             return
         self._undecodable = 0
-        mti = fields["t"]
-        if mti[1] == "8" and mti[2] in "02":
-            self._serve(fields)
+        if is_asked:
+            self._serve(fields, answer)
             return
         is_network = mti[1] == "8"
         key = (mti, fields.get("11", "")) if is_network else self._specification.key(mti, fields)
@@ -575,19 +577,19 @@ class _Link(asyncio.Protocol):
             self._host.remember(key, _Past(Event.ANSWERED_TWICE, waiting.later, fields))
             waiting.answer.set_result(fields)
 
-    def _serve(self, request: Fields) -> None:
-        """A network management request of the host."""
-        self._tell(self._specification.network_answer(request))
+    def _serve(self, request: Fields, answer: bytes) -> None:
+        """A network management request of the host, and the frame that answers it."""
+        self._tell(answer)
         if self._specification.is_sign_off(request):
             self.leaving = True
             if not self.pending:
                 self.abort(Reason.CONNECTION_LOST)
 
-    def _tell(self, fields: Fields) -> None:
+    def _tell(self, frame: bytes) -> None:
         """Write what has no answer, behind what is not written yet; it is not missed."""
         if self._transport is None or self._transport.is_closing():
             return
-        frame = self._encrypt(self._pack(fields))
+        frame = self._encrypt(frame)
         written = 0
         if self._is_writable:
             with contextlib.suppress(OSError):
