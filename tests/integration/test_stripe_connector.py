@@ -271,6 +271,24 @@ async def test_direct_debit_is_pending_until_the_bank_paid_or_refused(psp: Strip
         assert found.verdict is verdict
 
 
+async def test_what_stripe_could_not_cancel_then_is_cancelled_once_it_can_be(
+    psp: StripePsp,
+) -> None:
+    stored = {"stored_payment_method_id": "pm_sepa", "method_type": "sepa_debit"}
+    request = request_of(
+        payment_method_token="", capture=True, fields={"payment_method": {"stored": stored}}
+    )
+    answer = await send(psp.connector, request)
+    request.target_transaction_id = answer.connector_transaction_id
+    # The refusal would be saved under a key, and be answered again whatever changed since.
+    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
+    intent = psp.double.intents[answer.connector_transaction_id]
+    psp.double.customer_fails(intent)
+    told = await psp.connector.cancel(K.AUTHORIZE, request.reference, request)
+    assert told.verdict is Verdict.CANCELED
+    assert intent["status"] == "canceled"
+
+
 @pytest.mark.parametrize("kind", [K.AUTHORIZE, K.VERIFY])
 async def test_what_a_customer_did_not_do_can_be_cancelled_and_not_be_done_later(
     psp: StripePsp, kind: K

@@ -504,10 +504,7 @@ class StripeConnector(HttpConnector):
         """Nothing of a PaymentIntent stands afterwards. Raises NotSent, MaybeSent, Unusable."""
         intent_id = str(intent.get("id"))
         if intent.get("status") not in ("succeeded", "canceled"):
-            response = await self._post(
-                _Call(f"/v1/payment_intents/{quote(intent_id, safe='')}/cancel", b""),
-                f"{reference}-cancel",
-            )
+            response = await self._cancel_object(f"/v1/payment_intents/{quote(intent_id, safe='')}")
             if response.status == 200:
                 intent = answers.read(response)
             else:
@@ -529,10 +526,7 @@ class StripeConnector(HttpConnector):
         """
         if kind is K.AUTHORIZE:
             return await self._take_back(await self._intent(id_), reference)
-        response = await self._post(
-            _Call(f"/v1/setup_intents/{id_}/cancel", b""),
-            f"{reference}-cancel",
-        )
+        response = await self._cancel_object(f"/v1/setup_intents/{id_}")
         if response.status == 200:
             told = answers.read(response)
         else:
@@ -541,6 +535,12 @@ class StripeConnector(HttpConnector):
         if quote(str(told.get("id")), safe="") != id_:
             raise Unusable
         return answers.verification(told)
+
+    async def _cancel_object(self, path: str) -> Response:
+        """Without a key, and a second one does no harm: under a key Stripe would answer with the
+        first refusal for a day, as of a payment that was being processed then.
+        """
+        return await self._post(_Call(f"{path}/cancel", b""), "")
 
     async def _give_back(self, intent_id: str, reference: str, amount: str) -> ConnectorAnswer:
         """Refund an amount in Stripe's unit, or what is left. Raises as `_take_back`."""
