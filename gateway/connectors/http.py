@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple, cast
 from urllib.parse import SplitResult, unquote, urlsplit
 
+from gateway.connectors.reaching import reach
 from gateway.domain.errors import Reason
 
 HEAD_BYTES_MAX: Final = 16 * 1024
@@ -286,17 +287,19 @@ class HttpClient:
             self._place_free()
             raise NotSent(Reason.SEND_WINDOW_PASSED)
         self._connecting += 1
-        connection = _Connection(self, self._limits.body_bytes_max, self._way)
+        connection: _Connection | None = None
         try:
             async with asyncio.timeout(min(self._limits.connect_timeout_s, budget_s)):
-                await asyncio.get_running_loop().create_connection(lambda: connection, *self._peer)
+                connection = await reach(self._new_connection, *self._peer)
                 await connection.ready
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            connection.abort()
+            if connection is not None:
+                connection.abort()
             self._warn(error)
             raise NotSent(Reason.CONNECT_FAILED) from error
         except asyncio.CancelledError:
-            connection.abort()
+            if connection is not None:
+                connection.abort()
             raise
         finally:
             self._connecting -= 1
@@ -305,6 +308,9 @@ class HttpClient:
         if self._closed:
             connection.abort()
         return connection
+
+    def _new_connection(self) -> "_Connection":
+        return _Connection(self, self._limits.body_bytes_max, self._way)
 
     def _release(self, connection: "_Connection") -> None:
         """A connection is free again: for the waiter longest in line, or for the next request."""

@@ -18,6 +18,7 @@ import trustme
 from gateway.connectors import http
 from gateway.connectors.http import FORM, HttpClient, Limits, MaybeSent, NotSent, Response
 from gateway.domain.errors import Reason
+from tests.addresses import resolving, swallowing
 
 pytestmark = pytest.mark.integration
 
@@ -144,6 +145,31 @@ async def reason_of(call: Awaitable[object]) -> tuple[type[Exception], Reason]:
     except (NotSent, MaybeSent) as error:
         return type(error), error.reason
     raise AssertionError("it was answered")
+
+
+# --- addresses ------------------------------------------------------------------------------------
+
+
+async def test_address_that_swallows_everything_leaves_the_hosts_others(clients: Clients) -> None:
+    async with serving(OK) as (port, heard):
+        with swallowing(port) as address, resolving("psp.test", address, "127.0.0.1"):
+            client = clients(f"http://psp.test:{port}", Limits(connect_timeout_s=WAIT_S))
+            assert (await post(client)).status == 200
+            assert heard.connections == 1
+            # What else was tried is gone with it.
+            assert len(client._open) == 1
+
+
+async def test_address_that_refuses_leaves_the_hosts_others_and_alone_is_a_request_not_sent(
+    clients: Clients,
+) -> None:
+    async with serving(OK) as (port, _):
+        with resolving("psp.test", "127.0.0.3", "127.0.0.1"):
+            assert (await post(clients(f"http://psp.test:{port}"))).status == 200
+        for addresses in (["127.0.0.3"], []):
+            with resolving("psp.test", *addresses):
+                told = await reason_of(post(clients(f"http://psp.test:{port}")))
+                assert told == (NotSent, Reason.CONNECT_FAILED)
 
 
 # --- TLS ------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
 )
+from tests.addresses import resolving, swallowing
 from tests.connector_conformance import SHORT_S, WAIT_S, is_doubt, request_of, send
 from tests.foreign_host import ForeignHost, foreign_host
 from tests.iso8583 import QUICK, ScriptedHost, scripted_host
@@ -166,6 +167,25 @@ async def test_refused_sign_on_and_no_host_at_all_are_requests_not_sent() -> Non
         assert is_doubt(await impatient.cancel(K.AUTHORIZE, request.reference, request))
     finally:
         await host.close()
+
+
+async def test_address_that_swallows_everything_leaves_the_hosts_others() -> None:
+    async with scripted_host() as (scripted, address):
+        named = replace(address, host="acquirer.test")
+        limits = replace(ONE, connect_timeout_s=WAIT_S)
+        with (
+            swallowing(address.port) as nowhere,
+            resolving("acquirer.test", nowhere, "127.0.0.1"),
+        ):
+            host = AcquirerHost(named, scripted.specification, limits)
+            try:
+                sending = asyncio.create_task(send(connector_to(host), request_of()))
+                line, request = await scripted.request()
+                line.answer(request)
+                assert (await sending).verdict is Verdict.APPROVED
+                assert scripted.lines == [line]
+            finally:
+                await host.close()
 
 
 async def test_host_without_network_management_gets_requests_at_once() -> None:

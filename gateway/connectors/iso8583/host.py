@@ -27,6 +27,7 @@ from gateway.connectors.iso8583.specification import (
     Specification,
     answer_mti,
 )
+from gateway.connectors.reaching import reach
 from gateway.domain.errors import Reason
 from gateway.domain.model import Mode
 
@@ -166,7 +167,7 @@ class AcquirerHost:
         self.limits = limits or HostLimits()
         self.address = address
         self.count: Callable[[Event], None] = count or (lambda _: None)
-        self._tls = verifying_context(ca_file) if address.tls else None
+        self.tls = verifying_context(ca_file) if address.tls else None
         self._tells_terminals = "41" in specification.match
         self._links: set[_Link] = set()
         """Signed on; those too that the host has signed off, until they are gone."""
@@ -332,10 +333,11 @@ class AcquirerHost:
         pause_s = limits.reconnect_s_min
         warned = False
         while True:
-            link = _Link(self)
+            link: _Link | None = None
             try:
                 async with asyncio.timeout(limits.connect_timeout_s):
-                    await link.connect(self.address, self._tls)
+                    link = await reach(lambda: _Link(self), self.address.host, self.address.port)
+                    await link.ready
                 if "sign_on" in self.specification.network:
                     await link.ask("sign_on")
                 self.count(Event.CONNECTED)
@@ -349,13 +351,17 @@ class AcquirerHost:
                     _log.warning("an acquirer's host cannot be used: %r", error)
                 warned = True
             finally:
-                self._links.discard(link)
-                if self._closed and link.is_open:
-                    # Told, not waited for.
-                    link.tell("sign_off")
-                link.abort(Reason.CONNECTION_LOST)
+                if link is not None:
+                    self._drop(link)
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, limits.reconnect_s_max)
+
+    def _drop(self, link: "_Link") -> None:
+        self._links.discard(link)
+        if self._closed and link.is_open:
+            # Told, not waited for.
+            link.tell("sign_off")
+        link.abort(Reason.CONNECTION_LOST)
 
     async def _watch(self, link: "_Link") -> None:
         """Until the connection is lost, silent, or the host has signed off and all is answered."""
@@ -383,9 +389,13 @@ class _Link(asyncio.Protocol):
         self._reader = FrameReader(host.specification.framing)
         self._transport: asyncio.Transport | None = None
         self._fd = -1
-        self._tls: ssl.SSLObject | None = None
         self._cipher_in = ssl.MemoryBIO()
         self._cipher_out = ssl.MemoryBIO()
+        self._tls: ssl.SSLObject | None = None
+        if host.tls is not None:
+            self._tls = host.tls.wrap_bio(
+                self._cipher_in, self._cipher_out, server_hostname=host.address.host
+            )
         self.pending: dict[_Key, _Waiting] = {}
         self._undecodable = 0
         self._stan = random.randrange(STAN_MAX)
@@ -395,6 +405,7 @@ class _Link(asyncio.Protocol):
         """The other side has ended TLS, or it broke: no more will come."""
         loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = loop.create_future()
+        """Done when messages can be written; it fails with an OSError."""
         self.lost: asyncio.Future[None] = loop.create_future()
         self.heard_at = time.monotonic()
 
@@ -426,16 +437,6 @@ class _Link(asyncio.Protocol):
             and not self._transport.is_closing()
             and self._transport.get_write_buffer_size() == 0
         )
-
-    async def connect(self, address: HostAddress, tls: ssl.SSLContext | None) -> None:
-        """Raises OSError."""
-        if tls is not None:
-            self._tls = tls.wrap_bio(
-                self._cipher_in, self._cipher_out, server_hostname=address.host
-            )
-        loop = asyncio.get_running_loop()
-        await loop.create_connection(lambda: self, address.host, address.port)
-        await self.ready
 
     async def ask(self, name: NetworkName) -> None:
         """A network management message. Raises MaybeSent, also where it is refused."""
