@@ -16,6 +16,7 @@ from graphql import parse, validate
 from gateway.connectors.braintree import documents
 from gateway.connectors.braintree.connector import API_VERSION, widest
 from gateway.connectors.braintree.kind import usual
+from gateway.connectors.http import MaybeSent, Response
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
     SENT_KINDS,
@@ -30,6 +31,9 @@ from gateway.domain.model import (
     ResponseCode,
     Verdict,
 )
+from gateway.routing.breakers import is_failure
+from gateway.routing.cascade import Next
+from gateway.routing.cascade import after as cascade_after
 from tests.braintree_double import (
     DECLINE,
     MERCHANT_ACCOUNTS,
@@ -315,23 +319,54 @@ async def test_error_of_a_class_that_may_have_acted_is_a_doubt(
 
 
 @pytest.mark.parametrize(
-    ("error_class", "code", "told", "sendings"),
+    ("error_class", "code", "told"),
     [
-        ("VALIDATION", "91564", "91564", 1),
-        ("AUTHORIZATION", "", "AUTHORIZATION", 1),
-        ("NOT_FOUND", "", "NOT_FOUND", 1),
-        ("RESOURCE_LIMIT", "", "RESOURCE_LIMIT", 2),
+        ("VALIDATION", "91564", "91564"),
+        ("AUTHORIZATION", "", "AUTHORIZATION"),
+        ("NOT_FOUND", "", "NOT_FOUND"),
     ],
 )
 async def test_error_of_a_class_that_refuses_fails_the_request(
-    psp: BraintreePsp, error_class: str, code: str, told: str, sendings: int
+    psp: BraintreePsp, error_class: str, code: str, told: str
 ) -> None:
     psp.double.error = refused(error_class, code)
     answer = await send(psp.connector, request_of())
     assert (answer.delivery, answer.verdict) == (Delivery.ANSWERED, Verdict.FAILED)
     assert outcome_of(answer).response_code is ResponseCode.REJECTED_BY_CONNECTOR
     assert outcome_of(answer).connector_code == told
-    assert len(psp.double.requests) == sendings
+    assert len(psp.double.requests) == 1
+
+
+@pytest.mark.parametrize("kind", [K.AUTHORIZE, K.CAPTURE, K.VOID, K.REFUND, K.VERIFY])
+async def test_what_was_limited_each_time_was_surely_not_done(psp: BraintreePsp, kind: K) -> None:
+    request = await prepared(psp, kind)
+    before = len(psp.double.requests)
+    psp.double.error = refused("RESOURCE_LIMIT")
+    answer = await send(single(psp), request)
+    assert (answer.delivery, answer.verdict) == (Delivery.NOT_SENT, Verdict.UNKNOWN)
+    assert answer.reason is Reason.CONNECTOR_RATE_LIMITED
+    assert len(psp.double.requests) - before == (1 if kind is K.VERIFY else 2)
+    assert cascade_after(answer) is Next.ANOTHER
+    assert is_failure(answer)  # so that a breaker opens where it lasts
+
+
+async def test_limit_of_the_repeat_says_nothing_of_the_first_sending(
+    psp: BraintreePsp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of()
+    connector = single(psp)
+    through = connector._request
+
+    async def lost_and_then_limited(*args: Any, **more: Any) -> Response:
+        if psp.double.error is not None:
+            return await through(*args, **more)  # type: ignore[no-any-return]
+        await through(*args, **more)
+        psp.double.error = refused("RESOURCE_LIMIT")
+        raise MaybeSent(Reason.CONNECTION_LOST)
+
+    monkeypatch.setattr(connector, "_request", lost_and_then_limited)
+    assert is_doubt(await send(connector, request))
+    assert await psp.effects(request.reference) == 1
 
 
 async def test_document_that_is_not_executed_fails_the_request(

@@ -153,6 +153,8 @@ class BraintreeConnector(HttpConnector):
         if isinstance(call, ConnectorAnswer):
             return call
         answered, definite = await self._deliver(call, send_before)
+        if definite and answered.is_limited:
+            raise NotSent(Reason.CONNECTOR_RATE_LIMITED)
         try:
             return await self._answer(request, call, answered, definite=definite)
         except (NotSent, MaybeSent):
