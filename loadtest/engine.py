@@ -77,6 +77,8 @@ class Chunk:
     reasons: dict[str, int]
     """Refusals by code and reason, with whether they said when to repeat."""
     in_flight: int
+    due: int
+    """Sends whose intended time has come since the start; each leaves one sample."""
     elapsed_s: float
     """Since the first intended time could come."""
 
@@ -105,6 +107,7 @@ class Engine:
         self._samples = bytearray()
         self._reasons: Counter[str] = Counter()
         self._start = 0.0
+        self._due = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._sending: asyncio.Task[None] | None = None
         self._stopping = False
@@ -180,6 +183,7 @@ class Engine:
             elif (burst := burst + 1) >= BURST_SENDS_MAX:
                 burst = 0
                 await asyncio.sleep(0)
+            self._due += 1
             call = self._book.next()
             if len(self._tasks) >= self._in_flight_max:
                 self._record(arrival, call, max(0.0, time.monotonic() - due), 0.0, 0.0, DROPPED)
@@ -248,6 +252,7 @@ class Engine:
             acknowledged=acknowledged_lines(told),
             reasons=dict(reasons),
             in_flight=len(self._tasks),
+            due=self._due,
             elapsed_s=time.monotonic() - self._start,
         )
 

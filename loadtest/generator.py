@@ -36,6 +36,7 @@ def frame_of(chunk: Chunk | str) -> bytes:
         head = {
             "reasons": chunk.reasons,
             "in_flight": chunk.in_flight,
+            "due": chunk.due,
             "elapsed_s": chunk.elapsed_s,
         }
     text = json.dumps(head).encode()

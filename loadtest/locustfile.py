@@ -133,6 +133,7 @@ class Collector:
         self._finished = False
         self._reasons: Counter[str] = Counter()
         self._in_flight: dict[int, int] = {}
+        self._due: dict[int, int] = {}
         self._done = 0
         self._failures: list[str] = []
         self._second: list[tuple[float, float, int]] = []
@@ -163,6 +164,7 @@ class Collector:
         self._started_at = self._started_at or time.time() - told["elapsed_s"]
         self._reasons.update(told["reasons"])
         self._in_flight[told["share"]] = told["in_flight"]
+        self._due[told["share"]] = told["due"]
         if self._out is not None:
             _append(self._out / SAMPLES_FILE, told["samples"])
             _append(self._out / ACKNOWLEDGED_FILE, told["acknowledged"])
@@ -202,6 +204,7 @@ class Collector:
                 "reasons": dict(self._reasons),
                 "failures": [each for each in self._failures if each != STOPPED],
                 "stopped": STOPPED in self._failures,
+                "due": sum(self._due.values()),
                 "started_at": self._started_at,
             }
             (self._out / OUTCOME_FILE).write_text(json.dumps(outcome), "utf-8")

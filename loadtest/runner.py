@@ -131,12 +131,15 @@ class Step:
     """The simulator's; None where it is not ours."""
     stopped: str = ""
     """Why not all of it was sent; empty where all was."""
+    due: int | None = None
+    """Where not all was sent: the sends whose intended time had come."""
 
     @property
     def unaccounted(self) -> int:
-        """By how many the samples differ from the intended sends; each send leaves one sample."""
+        """By how many the samples differ from the sends that were due; each leaves one sample."""
         recorded = sum(each.offered for each in self.analysis.of_segment.values())
-        return abs(sum(1 for _ in self.plan.schedule.arrivals()) - recorded)
+        due = sum(1 for _ in self.plan.schedule.arrivals()) if self.due is None else self.due
+        return abs(due - recorded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,6 +392,7 @@ def _send(options: Options, plan: Plan, system: System, name: str) -> Step:
         reasons=told["reasons"],
         lateness=_lateness(system),
         stopped=stopped if told["stopped"] else "",
+        due=told["due"] if told["stopped"] else None,
     )
 
 

@@ -352,6 +352,7 @@ def test_run_that_a_person_ends_tells_what_was_measured_until_then(
     assert 0 < summary["duration_s"] < 100
     assert summary["offered_rps"] == pytest.approx(30, rel=0.9)
     assert summary["ok"] == summary["offered"] > 0, summary["codes"]
+    assert summary["unaccounted"] == 0
     # None of the generators' acknowledgements is lost: their charges would be unrecorded.
     assert summary["audit"]["clean"], summary["audit"]
     assert summary["audit"]["acked"] == summary["ok"] + 1

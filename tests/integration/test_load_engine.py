@@ -89,6 +89,7 @@ async def test_stop_waits_for_answers_and_for_no_further_send(plan: Plan, rate: 
     samples = list(unpack_samples(b"".join(chunk.samples for chunk in chunks)))
     assert {sample.code for sample in samples} <= {OK}
     assert (len(samples) > 0) == (rate > 1)
+    assert chunks[-1].due == len(samples)
 
 
 async def test_answer_that_does_not_parse_is_an_error_and_unknown(plan: Plan) -> None:

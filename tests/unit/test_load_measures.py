@@ -129,7 +129,7 @@ def test_samples_and_acknowledgements_survive_their_files(tmp_path: Path) -> Non
 
 
 def test_frames_of_a_generator_are_read_up_to_a_torn_one(tmp_path: Path) -> None:
-    chunk = Chunk(b"abc", b"de", {"UNAVAILABLE": 2}, 7, 1.5)
+    chunk = Chunk(b"abc", b"de", {"UNAVAILABLE": 2}, 7, 9, 1.5)
     frames = [frame_of(chunk), frame_of("it broke"), frame_of(chunk)[:-1]]
     path = tmp_path / "frames"
     path.write_bytes(b"".join(frames))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,12 @@ def test_control_that_sent_nothing_shows_nothing() -> None:
     assert control_p99_ms([control_step(0)]) is None
     # More than was intended: what is not accounted for counts as never answered.
     assert control_p99_ms([control_step(1)]) == 15_000
+
+
+def test_sends_of_a_stopped_run_that_were_never_due_are_not_missed() -> None:
+    step = replace(control_step(1), plan=Plan(rate=100, duration=60), stopped="interrupted")
+    assert replace(step, due=1).unaccounted == 0
+    assert replace(step, due=3).unaccounted == 2
 
 
 def test_outage_in_a_long_run_is_in_the_chart_of_answers() -> None:
