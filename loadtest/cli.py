@@ -15,7 +15,7 @@ import grpc
 from loadtest.arrivals import Process, Profile
 from loadtest.children import INTERRUPTED, ProcessFailed
 from loadtest.knee import RATE_MIN
-from loadtest.plan import API_KEY_VARIABLE, DURATION_S_MIN, BadPlan, Plan
+from loadtest.plan import API_KEY_VARIABLE, DURATION_S_MIN, BadPlan, Plan, merchants_of
 from loadtest.report import write_report
 from loadtest.runner import REPORT_FILE, SUMMARY_FILE, Options, Outcome, run
 from loadtest.slo import SLO_FILE, BadSlo, conclusion
@@ -231,11 +231,9 @@ def _check_target(parser: argparse.ArgumentParser, given: argparse.Namespace) ->
 
 
 def _merchants(parser: argparse.ArgumentParser, text: str) -> str:
-    if not text.startswith("@"):
-        return text
     try:
-        return ",".join(Path(text[1:]).read_text("utf-8").split())
-    except OSError as error:
+        return merchants_of(text)
+    except (OSError, ValueError) as error:
         parser.error(f"--merchants: {error}")
 
 

@@ -28,7 +28,7 @@ from loadtest.engine import Chunk
 from loadtest.generator import read_frames
 from loadtest.measures import code_name
 from loadtest.mixes import Kind
-from loadtest.plan import BadPlan, Plan, add_options
+from loadtest.plan import BadPlan, Plan, add_options, merchants_of
 from loadtest.samples import ACKNOWLEDGED_FILE, OUTCOME_FILE, SAMPLES_FILE, Sample, unpack_samples
 
 MESSAGE: Final = "open-loop"
@@ -237,24 +237,15 @@ def _append(path: Path, data: bytes) -> None:
         file.write(data)
 
 
-def _merchants(path: Path) -> str:
-    try:
-        return ",".join(path.read_text("utf-8").split())
-    except OSError as error:
-        sys.stderr.write(f"load generator: merchants: {error}\n")
-        raise SystemExit(2) from error
-
-
 def _prepare(environment: Environment, **_: object) -> None:
     options = environment.parsed_options
     if isinstance(environment.runner, WorkerRunner) or options is None:
         return
-    if options.load_merchants.startswith("@"):
-        # Read here, so that workers on other machines need no such file.
-        options.load_merchants = _merchants(Path(options.load_merchants[1:]))
     try:
+        # Read here, so that workers on other machines need no such file.
+        options.load_merchants = merchants_of(options.load_merchants)
         plan = Plan.of(options)
-    except BadPlan as error:
+    except (OSError, ValueError) as error:
         sys.stderr.write(f"load generator: {error}\n")
         raise SystemExit(2) from error
     collector = Collector(environment, plan)

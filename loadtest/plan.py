@@ -147,6 +147,20 @@ class Plan:
         return cls(**{each.name: getattr(options, _PREFIX + each.name) for each in fields(cls)})
 
 
+def merchants_of(text: str) -> str:
+    """Merchants' ids with commas between, of such a text or of @FILE; empty: the key's only one.
+
+    Raises OSError, and ValueError where there are none in what was given.
+    """
+    if not text:
+        return ""
+    given = Path(text[1:]).read_text("utf-8") if text.startswith("@") else text
+    ids = given.replace(",", " ").split()
+    if not ids:
+        raise ValueError(f"there is no merchant in {text}")
+    return ",".join(ids)
+
+
 _PREFIX: Final = "load_"
 
 

@@ -175,7 +175,7 @@ def run(options: Options) -> Outcome:
         system = _system(options, exit_stack)
         plan = replace(
             options.plan,
-            merchants=f"@{system.merchants}" if system.merchants else options.plan.merchants,
+            merchants=f"@{system.merchants}" if system.merchants else "",
             shares=options.generators,
         )
         first, reply = _first_payment(system, plan)
@@ -217,8 +217,14 @@ def _say(text: str) -> None:
 
 
 def _system(options: Options, exit_stack: ExitStack) -> System:
+    file = options.folder / "merchants.txt"
     if options.target:
-        return System(options.target, os.environ[API_KEY_VARIABLE], None, None)
+        merchants = None
+        if options.plan.merchants:
+            # As a file: there may be more of them than an argument can hold.
+            merchants = file
+            file.write_text(options.plan.merchants.replace(",", "\n") + "\n", "utf-8")
+        return System(options.target, os.environ[API_KEY_VARIABLE], merchants, None)
     _say(f"starting PostgreSQL, Redis, the PSP simulator and the gateway ({options.transport})")
     stack = exit_stack.enter_context(
         Stack(
@@ -231,9 +237,8 @@ def _system(options: Options, exit_stack: ExitStack) -> System:
             )
         )
     )
-    merchants = options.folder / "merchants.txt"
-    merchants.write_text("\n".join(stack.merchant_ids) + "\n", "utf-8")
-    return System(stack.address, stack.api_key, merchants, stack)
+    file.write_text("\n".join(stack.merchant_ids) + "\n", "utf-8")
+    return System(stack.address, stack.api_key, file, stack)
 
 
 def _target(system: System, plan: Plan) -> Target:
@@ -253,8 +258,6 @@ def _first_payment(system: System, plan: Plan) -> tuple[Acknowledged, bytes]:
     merchant_id = ""
     if system.merchants is not None:
         merchant_id = system.merchants.read_text("utf-8").split()[0]
-    elif plan.merchants:
-        merchant_id = plan.merchants.split(",")[0]
     key = f"load-first-r{secrets.token_hex(8)}"
     if target.tls:
         channel = grpc.secure_channel(

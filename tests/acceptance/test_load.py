@@ -482,8 +482,11 @@ def test_deployed_gateway_is_called_by_several_generators_and_audited_by_its_own
     system: System, tmp_path: Path
 ) -> None:
     gateway = system.start_gateway()
+    merchants = tmp_path / "their merchants"
+    # More than the kernel takes in one argument.
+    merchants.write_text(f"{system.shop.merchant_id}\n" * 10_000)
     done = load_test(
-        *("--target", gateway.address, "--merchants", system.shop.merchant_id),
+        *("--target", gateway.address, "--merchants", f"@{merchants}"),
         *("--rate", "40", "--duration", "3", "--warm-up", "0", "--control", "0"),
         *("--generators", "2", "--folder", str(tmp_path)),
         **{API_KEY_VARIABLE: system.shop.api_key},

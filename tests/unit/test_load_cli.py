@@ -10,7 +10,7 @@ import pytest
 
 from loadtest.charts import Band, Limit, Line, bar_chart, line_chart, percentile_place, thinned
 from loadtest.cli import DSN_VARIABLE, main
-from loadtest.plan import API_KEY_VARIABLE, BadPlan, Plan, add_options
+from loadtest.plan import API_KEY_VARIABLE, BadPlan, Plan, add_options, merchants_of
 
 
 def usage_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -58,6 +58,28 @@ def test_bad_option_is_refused_with_its_reason(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
 ) -> None:
     assert said in usage_error(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [(b" \n", "there is no merchant in @"), (b"\xff\xfe", "--merchants: 'utf-8' codec")],
+)
+def test_file_without_merchants_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: bytes, said: str
+) -> None:
+    # Empty, it would mean the only merchant of the key.
+    file = tmp_path / "merchants"
+    file.write_bytes(data)
+    assert said in usage_error(capsys, "--target", "127.0.0.1:1", "--merchants", f"@{file}")
+    assert "there is no merchant in ," in usage_error(capsys, "--merchants", ",")
+
+
+def test_merchants_stand_with_commas_or_spaces_between_or_one_a_line(tmp_path: Path) -> None:
+    file = tmp_path / "merchants"
+    file.write_text("mer_a\nmer_b,mer_c\n")
+    for text in (f"@{file}", "mer_a, mer_b,mer_c,"):
+        assert merchants_of(text) == "mer_a,mer_b,mer_c"
+    assert merchants_of("") == ""
 
 
 def test_target_needs_a_key_from_the_environment(
