@@ -106,6 +106,13 @@ class Process:
         """What it printed; nothing where it has no log."""
         return "" if self._log is None else self._log.read_text("utf-8", "replace")
 
+    def lines_with(self, text: str) -> int:
+        """How many lines of what it printed have a text."""
+        if self._log is None:
+            return 0
+        with self._log.open(encoding="utf-8", errors="replace") as lines:
+            return sum(text in line for line in lines)
+
     def forget_log(self) -> None:
         """Empty the log, so that a long run fills no disk."""
         if self._log is not None:

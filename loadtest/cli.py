@@ -35,7 +35,8 @@ database for the audit, which otherwise asks GetOperation for every key.
 
 exit status:
   0  every gate is met
-  1  a gate is missed, the audit found a fault or could not be done, or the gateway ended
+  1  a gate is missed, the audit found a fault or could not be done, or the gateway or a worker
+     of it ended
   2  the options make no sense
   3  the run is invalid: the control run or the simulator shows that the machine was too busy to
      say anything, it was stopped in Locust's web UI, another server than the gateway ended,

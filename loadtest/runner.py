@@ -647,6 +647,7 @@ def summarize(
         "left_out": left_out,
         "gateway_ended": system.gateway_ended,
         "ended": system.ended,
+        "workers_ended": 0 if system.stack is None else system.stack.workers_ended,
         "stopped": step.stopped,
         "whole": whole,
         "segments": {name: each.figures() for name, each in analysis.of_segment.items()},

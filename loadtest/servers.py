@@ -101,6 +101,11 @@ class Stack:
         """The servers that have ended by themselves."""
         return [name for name, server in self._servers.items() if not server.running]
 
+    @property
+    def workers_ended(self) -> int:
+        """How many workers of the gateway have ended; its supervisor replaces them."""
+        return self.gateway.lines_with('"message":"worker ended"')
+
     def _start(self) -> None:
         folder = self.options.folder
         folder.mkdir(parents=True, exist_ok=True)

@@ -324,6 +324,7 @@ def conclusion(summary: Mapping[str, Any]) -> tuple[str, str]:
     cases = (
         (audit["clean"] is False, "bad", "FAILED: the audit found what must never be"),
         (summary["gateway_ended"], "bad", "FAILED: the gateway ended during the run"),
+        (summary["workers_ended"], "bad", "FAILED: workers of the gateway ended during the run"),
         ("failure" in audit, "bad", f"FAILED: the audit could not be done{also}"),
         (ended, "doubt", f"INVALID: {ended} during the run"),
         (stopped, "doubt", f"INVALID: {stopped} before all was sent"),
@@ -336,7 +337,12 @@ def conclusion(summary: Mapping[str, Any]) -> tuple[str, str]:
 
 def _alive(summary: Mapping[str, Any]) -> list[Gate]:
     ended = summary["gateway_ended"]
-    return [] if ended is None else [Gate("gateway that ended", int(ended), 0, absolute=True)]
+    if ended is None:
+        return []
+    return [
+        Gate("gateway that ended", int(ended), 0, absolute=True),
+        Gate("gateway's workers that ended", summary["workers_ended"], 0, absolute=True),
+    ]
 
 
 def _audit(summary: Mapping[str, Any]) -> list[Gate]:

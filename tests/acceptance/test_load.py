@@ -521,6 +521,23 @@ def test_gateway_that_ends_during_the_run_fails_it_and_leaves_its_figures(tmp_pa
     assert "Failed: the gateway ended during the run" in report
 
 
+def test_worker_of_the_gateway_that_ends_fails_the_run_which_tells_of_it(tmp_path: Path) -> None:
+    def kill_worker(pid: int) -> None:
+        for child in psutil.Process(pid).children(recursive=True):
+            if child.cmdline()[-4:-1] == ["-m", "gateway", "worker"]:
+                child.kill()
+                return
+
+    status, said = spoiled_load_test(
+        kill_worker,
+        *("--rate", "20", "--duration", "4", "--warm-up", "0", "--control", "0"),
+        *("--workers", "2", "--deadline", "5", "--folder", str(tmp_path)),
+    )
+    summary = summary_in(tmp_path)
+    assert (status, summary["workers_ended"], summary["gateway_ended"]) == (1, 1, False), said
+    assert "FAILED: workers of the gateway ended during the run" in said
+
+
 def test_target_that_goes_away_fails_the_run_and_leaves_its_figures(
     system: System, tmp_path: Path
 ) -> None:

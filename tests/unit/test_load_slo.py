@@ -33,6 +33,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         "duration_s": 300.0,
         "unaccounted": 0,
         "gateway_ended": False,
+        "workers_ended": 0,
         "ended": [],
         "stopped": "",
         "whole": dict(FIGURES),
@@ -80,6 +81,7 @@ def summary_of(**changes: Any) -> dict[str, Any]:
         ({"gateway_ended": True}, 1),
         ({"gateway_ended": True, "control_p99_ms": 99.0}, 1),
         ({"gateway_ended": None}, 0),
+        ({"workers_ended": 1}, 1),
     ],
 )
 def test_exit_status_says_met_missed_or_invalid(changes: dict[str, Any], status: int) -> None:
