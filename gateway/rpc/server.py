@@ -136,6 +136,7 @@ class GrpcServer:
         # The native transport reserves the trailer's name: a call that ends with it never ends.
         service.pushback = options.transport != "native"
         self._health = Health(self._names)
+        self._reflection = Reflection(self._names)
         self._server: aio.Server | None = None
         self._drained: asyncio.Task[None] | None = None
         self.port = 0
@@ -182,9 +183,8 @@ class GrpcServer:
             yield name, handlers if self._wrap is None else self._wrap(name, handlers)
         yield HEALTH_SERVICE, self._health.method_handlers()
         if self._options.reflection:
-            reflection = Reflection(self._names).method_handlers()
             for name in REFLECTION_SERVICES:
-                yield name, reflection
+                yield name, self._reflection.method_handlers()
 
     def _own_services(self) -> Iterator[tuple[str, Handlers]]:
         yield SERVICE_NAME, self._service.method_handlers()
@@ -220,6 +220,7 @@ class GrpcServer:
         if self._events is not None:
             self._events.begin_drain()
         self._health.close()
+        self._reflection.close()
         await self._wait_quiet()
         if self._options.transport == "native":
             # Its stop() tells clients nothing (no GOAWAY): they learn by our refusals first.

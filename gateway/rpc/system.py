@@ -152,6 +152,15 @@ class Reflection:
     def __init__(self, services: Iterable[str]) -> None:
         names = (*services, HEALTH_SERVICE, *REFLECTION_SERVICES)
         self._servicer = reflection_aio.ReflectionServicer(names)
+        self._waiting: set[asyncio.Task[Any]] = set()
+        """The calls that wait for their clients to ask something."""
+        self._closed = False
+
+    def close(self) -> None:
+        """End the streams, once what was asked is answered: their clients would leave them open."""
+        self._closed = True
+        for call in self._waiting:
+            call.cancel()
 
     def method_handlers(self) -> Handlers:
         """The handler by the name of its method."""
@@ -159,7 +168,7 @@ class Reflection:
 
     async def _info(self, _requests: object, context: Context) -> None:
         async def requests() -> AsyncIterator[ServerReflectionRequest]:
-            while (data := await context.read()) is not grpc.aio.EOF:
+            while (data := await self._read(context)) is not grpc.aio.EOF:
                 yield validation.parse(ServerReflectionRequest, data)
 
         try:
@@ -167,6 +176,20 @@ class Reflection:
                 await _write(context, response)
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
             await _fail(context, error)
+
+    async def _read(self, context: Context) -> Any:
+        call = asyncio.current_task()
+        assert call is not None, "a handler has a task"
+        if not self._closed:
+            self._waiting.add(call)
+            try:
+                return await context.read()
+            except asyncio.CancelledError:
+                if not self._closed:
+                    raise
+            finally:
+                self._waiting.discard(call)
+        raise GatewayError(Reason.DRAINING, "This server is shutting down.")
 
 
 class UnknownMethods(grpc.GenericRpcHandler):

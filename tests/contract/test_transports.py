@@ -1192,6 +1192,20 @@ async def test_reflection_knows_the_services_and_their_files(gateway: Running) -
 # --- draining -------------------------------------------------------------------------------------
 
 
+async def test_draining_ends_the_streams_of_reflection(gateway: Running) -> None:
+    call: Any = gateway.channel.stream_stream(
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        request_serializer=ServerReflectionRequest.SerializeToString,
+        response_deserializer=ServerReflectionResponse.FromString,
+    )()
+    await call.write(ServerReflectionRequest(list_services=""))
+    await call.read()
+    drained = asyncio.ensure_future(gateway.server.drain(PATIENCE_S))
+    told = await refusal(call.read())
+    assert (told.code, told.reason) == (StatusCode.UNAVAILABLE, "DRAINING")
+    await drained
+
+
 async def test_draining_finishes_what_is_in_flight_and_takes_nothing_more(
     gateway: Running,
 ) -> None:
