@@ -94,6 +94,8 @@ _FAULTS: Final = frozenset(
 """Codes that make a server's span an error (OpenTelemetry's conventions for gRPC)."""
 
 _log = logging.getLogger(__name__)
+# It warns of an invalid `tracestate`, and quotes it, and anyone can send one with every call.
+logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
 
 T = TypeVar("T")
 

@@ -67,11 +67,12 @@ def test_two_traceparents_are_as_good_as_none() -> None:
     ],
 )
 def test_a_tracestate_is_taken_over_where_it_is_valid_and_without_card_numbers(
-    header: str, kept: str
+    header: str, kept: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caller = caller_of((("traceparent", VALID), ("tracestate", header)))
     assert caller is not None
     assert caller.trace_state.to_header() == kept
+    assert not caplog.records, "nobody can fill the log with it"
 
 
 @given(st.lists(st.tuples(st.sampled_from(("traceparent", "tracestate")), st.text())))
