@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -232,3 +233,20 @@ async def test_with_tls_settings_only_tls_is_answered(
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await caller.authorize()
             assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_handshake_that_fails_leaves_no_line_that_is_no_json(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    with running_system(postgres, redis) as system:
+        gateway = system.start_gateway(
+            tls_certificate_file=DATA / "localhost.pem", tls_key_file=DATA / "localhost.key"
+        )
+        address, _, port = gateway.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(address, int(port))
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        await reader.read()  # until it is hung up on
+        writer.close()
+        assert await asyncio.to_thread(gateway.stop) == 0
+    for line in gateway.lines:
+        json.loads(line)
