@@ -189,8 +189,11 @@ def _clean_number(value: int | float) -> object:  # noqa: PYI041 - mypy tells th
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if contains_pan(text):
         return mask_pans(text)
-    # JSON has no infinity, and readers of JSON no integers beyond 64 bits.
-    return value if abs(value) < 2**63 else text
+    # JSON has no infinity, and readers of JSON no integers beyond 64 bits; orjson takes no float but
+    # Python's own.
+    if not abs(value) < 2**63:
+        return text
+    return float(value) if isinstance(value, float) else value
 
 
 def _clean_mapping(value: Mapping[Any, Any], depth: int) -> dict[str, object]:

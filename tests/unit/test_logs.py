@@ -333,6 +333,13 @@ def test_values_that_json_cannot_hold_are_logged() -> None:
     assert set("abcdef") <= set(json.loads(line))
 
 
+def test_a_number_of_a_kind_of_its_own_is_logged() -> None:
+    class Seconds(float):
+        pass
+
+    assert json.loads(formatted("m", a=Seconds(1.5), b=[Seconds(2)]))["a"] == 1.5
+
+
 def test_size_and_depth_of_a_record_are_bounded() -> None:
     deep: object = "x"
     for _ in range(DEPTH_MAX * 3):
