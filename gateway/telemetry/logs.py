@@ -189,8 +189,8 @@ def _clean_number(value: int | float) -> object:  # noqa: PYI041 - mypy tells th
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if contains_pan(text):
         return mask_pans(text)
-    # JSON has no infinity, and readers of JSON no integers beyond 64 bits; orjson takes no float but
-    # Python's own.
+    # JSON has no infinity, and readers of JSON no integers beyond 64 bits. Of floats, orjson takes
+    # Python's own alone.
     if not abs(value) < 2**63:
         return text
     return float(value) if isinstance(value, float) else value
