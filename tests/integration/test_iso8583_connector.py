@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import ssl
 import time
 from collections import Counter
@@ -420,6 +421,33 @@ async def test_silent_connection_is_made_anew() -> None:
         await sending
         await line.lost.wait()
         await psp.counted(Event.CONNECTED, 2)
+
+
+async def test_connection_that_is_lost_as_often_as_it_is_made_is_made_ever_more_seldom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(pause_s: float) -> None:
+        pauses.append(pause_s)
+        await sleep(0)
+
+    limits = HostLimits(connections=1)
+    async with acquirer(without_repeats(), limits) as psp:
+        monkeypatch.setattr(asyncio, "sleep", noted)
+        monkeypatch.setattr(random, "uniform", lambda _, most: most)
+        for count in (1, 5):
+            # One that was of use is missed at once.
+            sending = psp.start(request_of())
+            line, request = await psp.scripted.request()
+            line.answer(request)
+            assert (await sending).verdict is Verdict.APPROVED
+            for lost in range(count, count + 4):
+                # As of a host in maintenance, which takes the sign-on and ends the connection.
+                psp.scripted.lines[-1].transport.abort()
+                await psp.counted(Event.CONNECTED, lost + 1)
+        assert pauses == [limits.reconnect_s_min * factor for factor in (1, 2, 4, 8)] * 2
 
 
 async def test_host_that_signs_off_gets_no_more_and_may_answer_what_it_has() -> None:

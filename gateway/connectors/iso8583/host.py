@@ -101,6 +101,8 @@ class HostLimits:
     reconnect_s_min: float = 0.1
     """The first pause before a connection is made again; doubled up to the next."""
     reconnect_s_max: float = 15.0
+    """The longest pause. After a connection that lasted as long, or on which a request was
+    answered, the first one comes again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,11 +343,13 @@ class AcquirerHost:
                 if "sign_on" in self.specification.network:
                     await link.ask("sign_on")
                 self.count(Event.CONNECTED)
-                pause_s, warned = limits.reconnect_s_min, False
+                warned, since = False, time.monotonic()
                 self._links.add(link)
                 self.wake()
                 await self._watch(link)
                 self.count(Event.LOST)
+                if link.served or time.monotonic() - since >= limits.reconnect_s_max:
+                    pause_s = limits.reconnect_s_min
             except Exception as error:  # noqa: BLE001 - the connection is made again, whatever it was
                 if not warned:
                     _log.warning("an acquirer's host cannot be used: %r", error)
@@ -399,6 +403,8 @@ class _Link(asyncio.Protocol):
         self.pending: dict[_Key, _Waiting] = {}
         self._undecodable = 0
         self._stan = random.randrange(STAN_MAX)
+        self.served = False
+        """A request was answered on it."""
         self.leaving = False
         """The host has signed off: no new requests."""
         self._farewell = False
@@ -575,6 +581,7 @@ class _Link(asyncio.Protocol):
         if waiting is None:
             self._host.answered_afterwards(key, fields)
         elif not waiting.answer.done():
+            self.served |= not is_network
             self._host.remember(key, _Past(Event.ANSWERED_TWICE, waiting.later, fields))
             waiting.answer.set_result(fields)
 
