@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Final, cast
 
 import gevent
+from gevent.event import Event
 from locust import User, events, task
 from locust.env import Environment
 from locust.exception import StopUser
-from locust.runners import WorkerRunner
+from locust.runners import MasterRunner, WorkerRunner
 from locust.stats import RequestStats
 
 from loadtest.calls import DROPPED, OK
@@ -35,6 +36,8 @@ MESSAGE: Final = "open-loop"
 WEB_UI_STAYS_S: Final = 3.0
 """After the last answer, so that the page shows it."""
 STOPPED: Final = "stopped before the end of its schedule"
+LAST_WORDS_S: Final = 10.0
+"""How long after the deadline of the last call generators may take to say what became of it."""
 STATISTICS_SLICE: Final = 100
 """Calls entered into Locust's statistics at a time, before other greenlets have a turn."""
 
@@ -130,7 +133,7 @@ class Collector:
 
     def begin(self) -> None:
         """Forget everything, the files' contents too, for a new run."""
-        self._finished = False
+        self._over = Event()
         self._reasons: Counter[str] = Counter()
         self._in_flight: dict[int, int] = {}
         self._due: dict[int, int] = {}
@@ -196,9 +199,8 @@ class Collector:
         self._shown_at = now
 
     def _finish(self) -> None:
-        if self._finished:
+        if self._over.is_set():
             return
-        self._finished = True
         if self._out is not None:
             outcome = {
                 "reasons": dict(self._reasons),
@@ -211,7 +213,20 @@ class Collector:
         for failure in self._failures:
             sys.stderr.write(f"load generator: {failure}\n")
         self._environment.process_exit_code = 1 if self._failures else 0
+        self._over.set()
         gevent.spawn_later(0.1, self._end)
+
+    def conclude(self, **_: object) -> None:
+        """Before Locust quits: have all generators end, and take what they have to say. Locust
+        itself gives its workers half a second.
+        """
+        runner = self._environment.runner
+        if self._over.is_set() or not isinstance(runner, MasterRunner):
+            return
+        runner.stop()
+        until = time.monotonic() + self._plan.deadline + LAST_WORDS_S
+        while runner.worker_count and time.monotonic() < until and not self._over.wait(0.1):
+            pass
 
     def _end(self) -> None:
         """Quit; where a person started the run in the web UI, only stop it."""
@@ -259,6 +274,7 @@ def _prepare(environment: Environment, **_: object) -> None:
         cast("Any", environment.events).test_start.add_listener(renew)
     assert environment.runner is not None
     environment.runner.register_message(MESSAGE, cast("Any", collector.receive))
+    cast("Any", environment.events).quitting.add_listener(collector.conclude)
 
 
 _hooks = cast("Any", events)  # locust types them not
