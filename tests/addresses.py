@@ -29,10 +29,12 @@ def swallowing(port: int) -> Iterator[str]:
 
 @contextmanager
 def resolving(host: str, *addresses: str) -> Iterator[None]:
-    """A resolver that knows one host."""
+    """A resolver that knows one host, and addresses."""
+    resolve: Any = asyncio.get_running_loop().getaddrinfo
 
-    async def getaddrinfo(asked: str, port: int, **_: Any) -> list[Any]:
-        assert asked == host
+    async def getaddrinfo(asked: str, port: int, **how: Any) -> Any:
+        if asked != host:
+            return await resolve(asked, port, **{**how, "flags": socket.AI_NUMERICHOST})
         kind = (socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
         return [(*kind, (address, port)) for address in addresses]
 

@@ -7,8 +7,9 @@ not stop a host whose other addresses work.
 import asyncio
 import socket
 from collections.abc import Callable
-from itertools import chain, zip_longest
 from typing import Final, TypeVar
+
+from aiohappyeyeballs import start_connection
 
 ADDRESS_DELAY_S: Final = 0.25
 """How long the addresses tried so far are waited for until the next is tried beside them (§5)."""
@@ -17,42 +18,21 @@ _P = TypeVar("_P", bound=asyncio.BaseProtocol)
 
 
 async def reach(make: Callable[[], _P], host: str, port: int) -> _P:
-    """The protocol of the first connection that is made; `make` may be called for others, which are
-    closed. Raises OSError. The caller bounds the time.
+    """The protocol of the first connection that is made. Raises OSError. The caller bounds the
+    time.
     """
     loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    families: dict[int, list[tuple[str, int]]] = {}
-    for family, *_, address in found:
-        families.setdefault(family, []).append((str(address[0]), int(address[1])))
-    # The families take turns, the resolver's first one first (§4).
-    in_turns = filter(None, chain.from_iterable(zip_longest(*families.values())))
-    left = list(dict.fromkeys(in_turns))
-    failure = OSError("the host has no address")
-    trying: set[asyncio.Task[tuple[asyncio.Transport, _P]]] = set()
+    addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if not addresses:
+        raise OSError("the host has no address")
     try:
-        while left or trying:
-            if left:
-                trying.add(loop.create_task(loop.create_connection(make, *left.pop(0))))
-            done, _ = await asyncio.wait(
-                trying,
-                timeout=ADDRESS_DELAY_S if left else None,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            for task in done:
-                trying.discard(task)
-                try:
-                    return task.result()[1]
-                except OSError as error:
-                    failure = error
-    finally:
-        for task in trying:
-            task.cancel()
-            task.add_done_callback(_close)
-    raise failure
-
-
-def _close(task: "asyncio.Task[tuple[asyncio.Transport, _P]]") -> None:
-    """Close the connection of a task, should it have one."""
-    if not task.cancelled() and task.exception() is None:
-        task.result()[0].abort()
+        # The families take turns, the resolver's first one first (§4).
+        connected = await start_connection(addresses, happy_eyeballs_delay=ADDRESS_DELAY_S)
+    except RuntimeError as error:  # as uvloop may tell it
+        raise OSError("the host cannot be reached") from error
+    try:
+        _, protocol = await loop.create_connection(make, sock=connected)
+    except BaseException:
+        connected.close()
+        raise
+    return protocol
