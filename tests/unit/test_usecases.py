@@ -1330,20 +1330,28 @@ async def test_first_caller_who_is_told_what_a_repeat_has_executed_is_told_a_rep
     assert late.first_request_id == gateway.store.by_key("a").request_id
 
 
+async def second_attempt(gateway: Bench, first: Gate, second: Gate) -> asyncio.Task[Answer]:
+    """The call's repeat, at its gate: the first one's reference was cancelled, and what its sender
+    was told is evidence.
+    """
+    call = await paused(gateway, first)
+    [lease] = await take_over(gateway)
+    gone = await gateway.connector.cancel(K.AUTHORIZE, lease.operation.reference)
+    first.opened.set()
+    await call
+    await gateway.payments.outcomes.write(lease.operation, lease.aggregate.payment, gone)
+    again = in_background(gateway.payments.authorize(gateway.authorize()))
+    await second.reached.wait()
+    return again
+
+
 async def test_the_second_attempt_is_not_asked_for_by_the_first_ones_id() -> None:
     first, second = Gate(), Gate()
     told = replace(APPROVED, connector_transaction_id="tx-first")
     gateway = bench(
         CAPABLE, Step(after=first, arrives=False, answer=told), replace(LOST, after=second)
     )
-    call = await paused(gateway, first)
-    [lease] = await take_over(gateway)
-    gone = await gateway.connector.cancel(K.AUTHORIZE, lease.operation.reference)
-    first.opened.set()
-    await call  # its answer is evidence now
-    await gateway.payments.outcomes.write(lease.operation, lease.aggregate.payment, gone)
-    again = in_background(gateway.payments.authorize(gateway.authorize()))
-    await second.reached.wait()
+    again = await second_attempt(gateway, first, second)
     gateway.connector.asked_with.clear()
     await gateway.recover()
     second.opened.set()
@@ -1363,15 +1371,7 @@ async def test_evidence_of_the_first_attempt_is_no_answer_to_the_second(
 ) -> None:
     first, second = Gate(), Gate()
     gateway = bench(CAPABLE, Step(after=first, arrives=False, answer=told), Step(before=second))
-    call = await paused(gateway, first)
-    [lease] = await take_over(gateway)
-    gone = await gateway.connector.cancel(K.AUTHORIZE, lease.operation.reference)
-    first.opened.set()
-    await call  # its answer is evidence now
-    outcomes = gateway.payments.outcomes
-    await outcomes.write(lease.operation, lease.aggregate.payment, gone)
-    again = in_background(gateway.payments.authorize(gateway.authorize()))
-    await second.reached.wait()
+    again = await second_attempt(gateway, first, second)
     assert gateway.store.by_key("a").attempt.number == 2
     # The second sender keeps all of its time.
     gateway.store.advance(TAKEOVER_S - 1)
@@ -1390,14 +1390,7 @@ async def test_evidence_of_the_first_attempt_is_no_answer_to_the_second(
 async def test_evidence_of_the_second_attempt_does_not_hide_the_success_of_the_first() -> None:
     first, second = Gate(), Gate()
     gateway = bench(CAPABLE, Step(after=first, arrives=False, answer=APPROVED), Step(after=second))
-    call = await paused(gateway, first)
-    [lease] = await take_over(gateway)
-    gone = await gateway.connector.cancel(K.AUTHORIZE, lease.operation.reference)
-    first.opened.set()
-    await call  # its answer is evidence now
-    await gateway.payments.outcomes.write(lease.operation, lease.aggregate.payment, gone)
-    again = in_background(gateway.payments.authorize(gateway.authorize()))
-    await second.reached.wait()
+    again = await second_attempt(gateway, first, second)
     gateway.store.advance(TAKEOVER_S)
     assert await take_over(gateway)  # by a recoverer that dies before it acts on the evidence
     second.opened.set()
