@@ -376,6 +376,22 @@ def test_void_after_a_partial_capture_releases_the_rest() -> None:
     refused(Reason.NOTHING_TO_VOID, book.void)
 
 
+@pytest.mark.parametrize("method", [AUTOMATIC, MULTIPLE])
+def test_void_of_what_is_captured_as_a_whole_is_refused(method: CaptureMethod) -> None:
+    book = Book(method).authorized()
+    if method is MULTIPLE:
+        book.settle(book.capture(), YES)
+    assert book.payment.state is P.CAPTURED
+    refused(Reason.NOTHING_TO_VOID, book.void)
+
+
+def test_void_of_what_has_expired_is_refused() -> None:
+    book = Book().authorized()
+    book.settle("op_1", says(Verdict.EXPIRED))
+    assert (book.payment.state, book.payment.authorized_minor) == (P.EXPIRED, 100)
+    refused(Reason.NOTHING_TO_VOID, book.void)
+
+
 def test_void_that_was_declined_leaves_the_payment_as_it_was() -> None:
     book = Book().authorized()
     book.settle(book.void(), NO)
@@ -420,6 +436,15 @@ def test_void_of_what_never_was_authorized_is_refused() -> None:
 
 
 # --- refunds --------------------------------------------------------------------------------------
+
+
+def test_the_smallest_amount_can_be_captured_and_refunded_and_none_cannot() -> None:
+    book = Book().authorized()
+    refused(Reason.AMOUNT_EXCEEDS_AUTHORIZED, lambda: book.capture(0))
+    book.settle(book.capture(1), YES)
+    refused(Reason.AMOUNT_EXCEEDS_CAPTURED, lambda: book.refund(0))
+    book.settle(book.refund(1), YES)
+    assert (book.payment.captured_minor, book.payment.refunded_minor) == (1, 1)
 
 
 def captured_twice() -> tuple[Book, str, str]:
