@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from storage.embedded import EmbeddedRedis
 
-# uvloop starts a program with fork(), in which gRPC's handlers would run: beside calls in flight some
-# children die of one, in 3 % of the starts, before they are the program. No test needs gRPC in a fork.
+# uvloop starts a program with fork(), in which gRPC's handlers would run: beside calls in flight
+# some children die of one, in 3 % of the starts, before they are the program. No test needs gRPC in
+# a fork.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
 
 _KINDS = ("unit", "integration", "contract", "faults", "acceptance")
