@@ -25,7 +25,13 @@ from gateway.probe import ask_health
 from gateway.rpc.tls import TlsFiles, TlsFilesUnusable
 from gateway.rpc.tokens import read_key_set
 from gateway.settings import Settings, algorithms_of, split_address
-from storage.postgres import SchemaError, check_schema, durability_problems, row_security
+from storage.postgres import (
+    SchemaError,
+    check_schema,
+    durability_problems,
+    row_security,
+    unrecorded_tables,
+)
 from storage.postgres.store import DIRECT, EVENTS, FOLLOW_UPS, NOTIFICATIONS
 from storage.redis import RedisAway, RedisClient, RedisRefused, evicting_policy
 
@@ -137,6 +143,15 @@ async def _postgres(dsn: str, settings: Settings) -> list[Finding]:
         try:
             await check_schema(connection)
             findings.append(Finding(True, "the schema is the one that this version needs"))
+            unrecorded = ", ".join(await unrecorded_tables(connection))
+            findings.append(
+                Finding(
+                    not unrecorded,
+                    f"changes are not recorded, or not kept, of: {unrecorded}; a trigger is missing"
+                    if unrecorded
+                    else "changes of the configuration are recorded",
+                )
+            )
         except SchemaError as error:
             findings.append(Finding(False, f"schema: {error}"))
         if settings.postgres_row_security:

@@ -209,9 +209,9 @@ class ConsumerStore(Protocol):
         """Move a consumer forward, or wherever a reset says; False where nothing moved."""
 
     async def delete_consumer(
-        self, name: ConsumerName, merchant_ids: frozenset[str] | None
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None, deleted_by: str
     ) -> bool:
-        """False where there was none that the caller reaches."""
+        """False where there was none that the caller reaches; otherwise recorded."""
 
     async def consumers(
         self, of: tuple[str, Mode] | None, merchant_ids: frozenset[str] | None, consumers_max: int
@@ -668,10 +668,10 @@ class Events:
         return [consumer for consumer in found if consumer.is_reached]
 
     async def delete_consumer(
-        self, name: ConsumerName, merchant_ids: frozenset[str] | None
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None, deleted_by: str
     ) -> None:
         """Raises GatewayError: EVENT_CONSUMER_NOT_FOUND, EVENT_CONSUMER_OUT_OF_REACH."""
-        if await told(self.consumer_store.delete_consumer(name, merchant_ids)):
+        if await told(self.consumer_store.delete_consumer(name, merchant_ids, deleted_by)):
             return
         await self._reached(name, merchant_ids)
         raise GatewayError(Reason.EVENT_CONSUMER_NOT_FOUND, "There is no consumer of this name.")

@@ -5,6 +5,7 @@ import click
 from gateway import __version__
 from gateway.cli import (
     accounts,
+    changes,
     connectors,
     doubts,
     events,
@@ -38,6 +39,7 @@ _COMMANDS: tuple[click.Command, ...] = (
     accounts.keys,
     accounts.identities,
     connectors.connectors,
+    changes.changes,
     routing.routing,
     payments.payments,
     notifications.notifications,

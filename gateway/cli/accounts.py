@@ -10,6 +10,7 @@ import click
 from gateway.cli.common import (
     coroutine,
     fail,
+    login_name,
     mode_option,
     no_card_number,
     option_group,
@@ -266,7 +267,7 @@ def _expiry(at: Any) -> str:
 def _accounts() -> Any:
     from storage.postgres.accounts import Accounts
 
-    return Accounts.connect(postgres_dsn(read_settings()))
+    return Accounts.connect(postgres_dsn(read_settings()), login_name())
 
 
 @asynccontextmanager

@@ -94,8 +94,26 @@ def one_line(text: str) -> str:
 def login_name() -> str:
     """Who runs the command, as the audit records have it."""
     import getpass
+    import os
 
-    return f"login:{getpass.getuser()}"
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # as in a container, by a number that has no name
+        name = str(os.getuid())
+    return f"login:{one_line(name)}"
+
+
+def point_in_time(text: str) -> Any:
+    """A time that says where it is."""
+    from datetime import datetime
+
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        fail(f"{text!r} is no time as 2026-01-31T04:00+01:00.")
+    if at.tzinfo is None:
+        fail(f"{text!r} says no offset from UTC, as 2026-01-31T04:00+01:00 does.")
+    return at
 
 
 def option_group(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:

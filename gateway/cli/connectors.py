@@ -13,6 +13,7 @@ from gateway.cli.common import (
     merchant_option,
     mode_option,
     option_group,
+    point_in_time,
     postgres_dsn,
     read_settings,
     reason_option,
@@ -108,7 +109,7 @@ def connector_accounts(settings: Settings) -> Any:
     """The store of accounts at PSPs, as a context."""
     from storage.postgres import ConnectorAccounts
 
-    return ConnectorAccounts.connect(postgres_dsn(settings))
+    return ConnectorAccounts.connect(postgres_dsn(settings), login_name())
 
 
 @connectors.command("new-key")
@@ -401,23 +402,11 @@ async def connectors_maintenance(begins: str | None, ends: str, **of: Any) -> No
     """Send nothing to an account or a connector for a time. Prints the window's id."""
     from datetime import UTC, datetime
 
-    begins_at = _time(begins) if begins else None
-    ends_at = _time(ends)
+    begins_at = point_in_time(begins) if begins else None
+    ends_at = point_in_time(ends)
     if ends_at <= (begins_at or datetime.now(UTC)):
         fail("The window ends before it begins.")
     await _suspend("MAINTENANCE", **of, begins_at=begins_at, ends_at=ends_at)
-
-
-def _time(text: str) -> Any:
-    from datetime import datetime
-
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        fail(f"{text!r} is no time as 2026-01-31T04:00+01:00.")
-    if at.tzinfo is None:
-        fail(f"{text!r} says no offset from UTC, as 2026-01-31T04:00+01:00 does.")
-    return at
 
 
 @connectors.command("revive")

@@ -212,5 +212,5 @@ async def events_delete(consumer: str, mode: str, organisation: str) -> None:
     name = _consumer_name(organisation, mode, consumer)
     async with _events() as streams:
         found = await _stored_consumer(streams, name)
-        await streams.delete_consumer(name, found.merchant_ids)
+        await streams.delete_consumer(name, found.merchant_ids, login_name())
     click.echo(f"{consumer} is deleted")

@@ -190,7 +190,7 @@ class EventService:
     ) -> Reply:
         reach = _reach(principal, caller)
         name = reach.consumer(caller, request.consumer)
-        await self._events.delete_consumer(name, reach.merchant_ids)
+        await self._events.delete_consumer(name, reach.merchant_ids, principal.key_id)
         return Reply.of(pb.DeleteEventConsumerResponse())
 
 

@@ -4,6 +4,7 @@
 """
 
 from storage.postgres.accounts import Accounts, KeyRow, MerchantRow, OrganisationRow
+from storage.postgres.changes import ConfigurationChanges, unrecorded_tables
 from storage.postgres.connector_accounts import ConnectorAccounts
 from storage.postgres.errors import NotDurable, RowRefused, SchemaError
 from storage.postgres.events import OutboxEvents
@@ -17,6 +18,7 @@ from storage.postgres.store import PostgresStore, open_reader
 
 __all__ = [
     "Accounts",
+    "ConfigurationChanges",
     "ConnectorAccounts",
     "KeyRow",
     "LaneLimits",
@@ -36,4 +38,5 @@ __all__ = [
     "open_reader",
     "required_version",
     "system_generation",
+    "unrecorded_tables",
 ]

@@ -27,10 +27,13 @@ class DirectStore:
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, dsn: str) -> AsyncIterator[Self]:
-        """With a connection of its own."""
+    async def connect(cls, dsn: str, author: str = "") -> AsyncIterator[Self]:
+        """With a connection of its own, by which `author` changes what it changes."""
         settings = ConnectionSettings(
-            dsn, connect_timeout_s=_CONNECT_TIMEOUT_S, statement_timeout_s=cls.STATEMENT_TIMEOUT_S
+            dsn,
+            connect_timeout_s=_CONNECT_TIMEOUT_S,
+            statement_timeout_s=cls.STATEMENT_TIMEOUT_S,
+            author=author,
         )
         lane = DirectLane(cls.NAME, HeldConnections(settings, cls.NAME, 1), _LIMITS)
         try:

@@ -121,11 +121,14 @@ class OutboxEvents(DirectStore):
         return bool(rows)
 
     async def delete_consumer(
-        self, name: ConsumerName, merchant_ids: frozenset[str] | None
+        self, name: ConsumerName, merchant_ids: frozenset[str] | None, deleted_by: str
     ) -> bool:
         """See the port."""
         rows = await self._lane.fetch(
-            _DELETE_CONSUMER, **_name(name), merchant_ids=_sorted(merchant_ids)
+            _DELETE_CONSUMER,
+            **_name(name),
+            merchant_ids=_sorted(merchant_ids),
+            deleted_by=deleted_by,
         )
         return bool(rows)
 

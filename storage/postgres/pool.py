@@ -80,6 +80,8 @@ class ConnectionSettings:
     """The role that statements run as; empty: the user's own."""
     prepared_statements: bool = True
     """Off for a pooler that cannot hold them."""
+    author: str = ""
+    """Who changes the configuration, for the record of it; empty: the record names the user."""
 
     @property
     def answer_timeout_s(self) -> float:
@@ -153,9 +155,13 @@ async def _connect_to(dsn: str, settings: ConnectionSettings, name: str) -> Conn
         raise ConnectionUnavailable(f"PostgreSQL: {type(error).__name__}") from error
     try:
         transaction_timeout_s = settings.answer_timeout_s + TRANSACTION_MARGIN_S
-        await connection.fetch(
-            _PLANS.text, _milliseconds(transaction_timeout_s), timeout=settings.connect_timeout_s
+        told = _PLANS.arguments(
+            {
+                "transaction_timeout": _milliseconds(transaction_timeout_s),
+                "author": settings.author,
+            }
         )
+        await connection.fetch(_PLANS.text, *told, timeout=settings.connect_timeout_s)
         connection.add_log_listener(confirmation.notice)
         await connection.execute(_CONFIRM.text, timeout=settings.connect_timeout_s)
         confirmation.check()

@@ -209,6 +209,7 @@ def test_what_does_not_exist_is_refused_in_one_line_that_names_it(
         ("doubts", "list"),
         ("notifications", "list"),
         ("connectors", "list"),
+        ("changes", "list"),
         ("connectors", "costs", "show"),
         ("events", "tail", "--mode", "test", "--consumer", "relay"),
         ("routing", "list", "--mode", "test"),
@@ -225,7 +226,7 @@ def test_a_merchant_that_there_is_not_is_refused_rather_than_taken_for_one_witho
     assert command_line.printed("events", "consumers") == ""
 
 
-@pytest.mark.parametrize("what", ["merchants", "keys", "identities"])
+@pytest.mark.parametrize("what", ["merchants", "keys", "identities", "changes"])
 def test_an_organisation_that_there_is_not_is_refused_rather_than_taken_for_an_empty_one(
     command_line: CommandLine, what: str
 ) -> None:
@@ -412,6 +413,7 @@ async def test_doctor_tells_good_from_bad(
         }
         good = alone.run("doctor", **settings)
         assert (good.returncode, "BAD" in good.stdout) == (0, False), good.stdout
+        assert "changes of the configuration are recorded" in good.stdout
         # As within a pod: beside the gateway that has the addresses.
         gateway = system.start_gateway(
             listen_address=settings["listen_address"], metrics_address=settings["metrics_address"]

@@ -16,7 +16,7 @@ import pytest
 from payments.v1 import event_service_pb2 as pb
 from payments.v1 import event_service_pb2_grpc
 
-from storage.postgres import Accounts
+from storage.postgres import Accounts, ConfigurationChanges
 from tests.harness import (
     CALL_TIMEOUT_S,
     asyncio_run,
@@ -230,6 +230,10 @@ async def test_a_consumer_goes_on_at_its_stored_position(system: System, address
         assert listed.reset_by.startswith("key_")
         await consumer.delete("ledger")
         assert not await consumer.consumers()
+        async with ConfigurationChanges.connect(system.dsn) as changes:
+            removed, reset, *_ = await changes.list(organisation_id=shop.organisation_id, limit=3)
+        assert (removed.action, reset.action) == ("DELETE", "UPDATE")
+        assert removed.author == reset.author == listed.reset_by
 
 
 async def test_an_idle_stream_gets_signs_of_life_whose_cursor_moves(

@@ -379,7 +379,7 @@ async def test_streams_and_consumers_obey_row_level_security(dsn: str) -> None:
         [consumer] = await store.event_lag.consumers(None, None, 10)
         assert (consumer.position, consumer.events_behind) == (last, 0)
         assert await store.event_lag.held_back_s() == 0
-        await events.delete_consumer(NAME, REACH)
+        await events.delete_consumer(NAME, REACH, "key_1")
 
 
 async def test_an_idle_stream_s_cursor_moves_past_what_is_another_merchant_s(
@@ -608,7 +608,7 @@ async def test_a_credential_that_reaches_less_neither_reads_nor_moves_nor_delete
         events.consumer_position(NAME, REACH, begin_latest=False),
         events.acknowledge(NAME, REACH, encode_cursor(last), None),
         events.acknowledge(NAME, REACH, "", RESET),
-        events.delete_consumer(NAME, REACH),
+        events.delete_consumer(NAME, REACH, "key_1"),
     ):
         with pytest.raises(GatewayError) as error:
             await refused
@@ -616,9 +616,9 @@ async def test_a_credential_that_reaches_less_neither_reads_nor_moves_nor_delete
     assert await events.consumers("org_1", Mode.TEST, REACH) == []
     assert await events.consumer_position(NAME, both, begin_latest=False) == last
 
-    await events.delete_consumer(NAME, both)
+    await events.delete_consumer(NAME, both, "key_1")
     with pytest.raises(GatewayError) as error:
-        await events.delete_consumer(NAME, both)
+        await events.delete_consumer(NAME, both, "key_1")
     assert error.value.reason is Reason.EVENT_CONSUMER_NOT_FOUND
 
 

@@ -103,7 +103,7 @@ FROM event_consumers AS consumer
 WHERE {{of_name}};
 
 -- :name acknowledge
--- Forward; back too with a reset, which is recorded.
+-- Forward; back too with a reset, which is recorded: by the trigger, at the end of the statement.
 UPDATE event_consumers AS consumer
 SET merchant_ids = :merchant_ids::text[],
     at_xact_id = :xact_id::xid8,
@@ -125,12 +125,17 @@ WHERE {{of_name}}
             :seq::int2
         )
     )
-RETURNING name;
+RETURNING
+    name,
+    CASE
+        WHEN :reset_reason::text <> '' THEN set_config('gateway.author', :reset_by::text, true)
+    END;
 
 -- :name delete_consumer
+-- The trigger that records it runs at the end of the statement.
 DELETE FROM event_consumers AS consumer
 WHERE {{of_name}} AND {{reached}}
-RETURNING name;
+RETURNING name, set_config('gateway.author', :deleted_by::text, true);
 
 -- :name consumers
 -- With what they have not acknowledged, running transactions' events included, as far as is looked. The

@@ -72,6 +72,10 @@ BEGIN
         'GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA %I TO gateway_recoverer',
         current_schema()
     );
+    -- A trigger writes it, by its own rights.
+    EXECUTE format(
+        'REVOKE ALL ON %I.configuration_changes FROM gateway_recoverer', current_schema()
+    );
 END
 $$;
 

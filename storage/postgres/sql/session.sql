@@ -41,6 +41,8 @@ SELECT
     set_config('enable_mergejoin', 'off', false),
     set_config('enable_memoize', 'off', false),
     set_config('jit', 'off', false),
+    -- Triggers read it for the record of what is changed. Empty too: a pooler's session may be another's.
+    set_config('gateway.author', :author::text, false),
     -- Stronger than "on": a server that waits for its standbys to apply keeps doing so.
     set_config(
         'synchronous_commit',
