@@ -395,6 +395,26 @@ async def test_the_lanes_roles_change_what_is_recorded_and_cannot_touch_the_reco
             await connection.close()
 
 
+async def test_an_owner_with_no_other_rights_records_in_a_schema_of_its_own(
+    postgres: PostgresForTests, dsn: str
+) -> None:
+    owner = f"own_{ids.new_key_id()[-8:]}"
+    database = postgres.create_database()
+    try:
+        fetch(database, f"CREATE ROLE {owner} LOGIN PASSWORD 'test'")
+        fetch(database, f"CREATE SCHEMA {owner} AUTHORIZATION {owner}")  # in its search_path
+        own = re.sub(r"//[^@]+@", f"//{owner}:test@", database)
+        await migrate(own)
+        _, merchant_id = await merchant_of(own)
+        async with ConnectorAccounts.connect(own, ANN) as accounts:
+            await accounts.add(ConnectorAccount(merchant_id, "acc_1", Mode.TEST, "stripe", SEALED))
+        assert {each.database_user for each in await changes(own)} == {owner}
+        assert len(await changes(own)) == 3
+    finally:
+        postgres.drop_database(database)
+        fetch(dsn, f"DROP ROLE {owner}")
+
+
 async def test_every_table_of_people_s_decisions_is_recorded_or_names_its_authors(
     dsn: str,
 ) -> None:
