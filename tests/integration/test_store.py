@@ -1169,7 +1169,8 @@ async def test_the_generation_is_told_at_every_connection(dsn: str) -> None:
 @asynccontextmanager
 async def lane_session(dsn: str) -> AsyncIterator[Connection]:
     """A connection as the lanes have them. Left open, it would keep uvloop from closing."""
-    connection = await connect(ConnectionSettings(dsn), "test")
+    # What fills the tables has its time, however busy the machine is.
+    connection = await connect(ConnectionSettings(dsn, statement_timeout_s=300), "test")
     try:
         yield connection
     finally:
