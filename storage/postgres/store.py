@@ -523,25 +523,12 @@ class PostgresStore:
                 # Under the locks: the epochs are those that were just raised, and no others'.
                 aggregates = await _aggregates(connection, _LOAD, payments)
             by_payment = dict(zip(payments, aggregates, strict=True))
-            leases = []
-            for record in leased:
-                aggregate = by_payment[record["merchant_id"], record["payment_id"]]
-                if not isinstance(aggregate, Aggregate):
-                    continue  # what cannot be read holds up nobody, and is looked at again
-                for operation in aggregate.operations:
-                    if operation.operation_id == record["operation_id"]:
-                        evidence = rows.answer_of(record["evidence"])
-                        leases.append(
-                            Lease(
-                                operation,
-                                aggregate,
-                                record["tries"],
-                                evidence,
-                                record["cancel_begun"],
-                                record["at"],
-                            )
-                        )
-            return leases
+            leases = (
+                _lease_of(record, by_payment[record["merchant_id"], record["payment_id"]])
+                for record in leased
+            )
+            # What cannot be read holds up nobody, and is looked at again.
+            return [lease for lease in leases if lease is not None]
 
         return await self._direct.run(take)
 
@@ -701,6 +688,20 @@ _Read = tuple[Query, str, str]
 
 _Loaded = Aggregate | Exception | None
 """What was found, or why a row of it cannot be read: one that a newer version wrote, or nobody."""
+
+
+_UNREADABLE: Final = (ValueError, TypeError, KeyError)
+"""What is raised where such a row is read."""
+
+
+def _tell_unreadable(what: str, error: Exception, record: asyncpg.Record) -> None:
+    names = ("merchant_id", "payment_id", "operation_id")
+    _log.error(
+        "%s cannot be read: %s",
+        what,
+        type(error).__name__,
+        extra={name: record[name] for name in names},
+    )
 
 
 async def _check(connection: Connection, standby_required: bool) -> Exception | None:
@@ -864,6 +865,22 @@ async def _lock_due(
     return locked
 
 
+def _lease_of(record: asyncpg.Record, aggregate: "_Loaded") -> Lease | None:
+    """None where its payment or its evidence cannot be read."""
+    if not isinstance(aggregate, Aggregate):
+        return None
+    try:
+        evidence = rows.answer_of(record["evidence"])
+    except _UNREADABLE as error:
+        _tell_unreadable("evidence", error, record)
+        return None
+    for operation in aggregate.operations:
+        if operation.operation_id == record["operation_id"]:
+            tries, cancel_begun, at = record["tries"], record["cancel_begun"], record["at"]
+            return Lease(operation, aggregate, tries, evidence, cancel_begun, at)
+    return None
+
+
 async def _read(connection: Connection, batch: Sequence[LaneRow[_Read]]) -> Sequence["_Loaded"]:
     statement = batch[0].value[0]
     keys = [(merchant_id, wanted) for _, merchant_id, wanted in (row.value for row in batch)]
@@ -889,17 +906,9 @@ async def _aggregates(
                 aggregate = found[number] = Aggregate(rows.payment_of(record))
             if isinstance(aggregate, Aggregate):
                 aggregate.operations.append(rows.operation_of(record))
-        except (ValueError, TypeError, KeyError) as error:
+        except _UNREADABLE as error:
             found[number] = error
-            _log.error(
-                "a payment cannot be read: %s",
-                type(error).__name__,
-                extra={
-                    "merchant_id": record["merchant_id"],
-                    "payment_id": record["payment_id"],
-                    "operation_id": record["operation_id"],
-                },
-            )
+            _tell_unreadable("a payment", error, record)
     return found
 
 

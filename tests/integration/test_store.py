@@ -733,6 +733,23 @@ async def test_an_operation_that_cannot_be_read_holds_up_no_other_s_recovery(
     assert leased == set(others)
 
 
+async def test_evidence_that_cannot_be_read_holds_up_no_other_s_recovery(
+    store: PostgresStore, dsn: str
+) -> None:
+    intents = [authorize() for _ in range(3)]
+    await asyncio.gather(*map(store.write_intent, intents))
+    for intent in intents:
+        assert await store.add_evidence(intent.operation, ANSWER)
+    newer = """
+        UPDATE doubts SET evidence = evidence || '{"verdict": 99}'
+        WHERE operation_id = $1 RETURNING 1
+    """
+    unreadable, *others = (intent.operation.operation_id for intent in intents)
+    fetch(dsn, newer, unreadable)
+    leased = {lease.operation.operation_id for lease in await store.lease(10, NEVER_S)}
+    assert leased == set(others)
+
+
 async def test_a_lease_that_runs_out_is_taken_again_and_the_epoch_raised_again(
     store: PostgresStore, other_store: PostgresStore
 ) -> None:
