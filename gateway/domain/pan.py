@@ -4,6 +4,10 @@ A card number here is 13 to 19 digits at token boundaries, with spaces and dashe
 that pass the Luhn check (ISO/IEC 7812-1 annex B) and begin with an issuer prefix in use for that
 length. Both conditions together keep order numbers and timestamps out.
 
+Between groups as cards have them, 4-4-4-4 or 4-6-5, one of the characters . _ / : , may stand too,
+and a space after it, the same each time: the parts of times, amounts and addresses are longer or
+shorter.
+
 A token is bounded by anything but an ASCII letter or digit. Unicode digits, spaces and dashes count
 as their ASCII forms; percent-encoding and backslash escapes are read through. An RFC 9562 UUID in
 its dashed form with a hex letter in it is no card number, though some of its digits may look so.
@@ -90,7 +94,13 @@ _DOUBLED = tuple(sum(divmod(2 * digit, 10)) for digit in range(10))
 # "+" is a space in form-encoded text; line breaks because text is wrapped.
 _GAP = rf"[ \t\r\n+\-]{{1,{SEPARATORS_MAX}}}"
 # Necessary, not sufficient, and quick: so many digits and separators in a row.
-_CANDIDATE = re.compile(rf"[0-9 \t\r\n+\-]{{{PAN_DIGITS_MIN}}}")
+_CANDIDATE = re.compile(rf"[0-9 \t\r\n+\-._/:,]{{{PAN_DIGITS_MIN}}}")
+_GROUPED = re.compile(
+    r"(?<![A-Za-z0-9])[0-9]{4}"
+    r"(?:([._/:,] ?)(?:[0-9]{4}\1){2}[0-9]{1,7}(?:\1[0-9]{1,3})?|([._/:,] ?)[0-9]{6}\2[0-9]{4,5})"
+    r"(?![A-Za-z0-9])"
+)
+_NOT_DIGITS = re.compile(r"[^0-9]")
 _CHAIN = re.compile(rf"(?<![A-Za-z0-9])[0-9]+(?:{_GAP}[0-9]+)*(?![A-Za-z0-9])")
 _TOKEN = re.compile(r"[0-9]+")
 _UUID = re.compile(
@@ -160,12 +170,17 @@ def _windows(text: str) -> Iterator[tuple[int, int, str]]:
     for view, offsets in _views(text):
         if _CANDIDATE.search(view) is None:
             continue
-        for chain in _CHAIN.finditer(_UUID.sub(_UUID_BLANK, view)):
+        spaced = _GROUPED.sub(_with_spaces, view)
+        for chain in _CHAIN.finditer(_UUID.sub(_UUID_BLANK, spaced)):
             for start, end, digits in _windows_of_chain(chain):
                 if offsets is None:
                     yield start, end, digits
                 else:
                     yield offsets[start], offsets[end], digits
+
+
+def _with_spaces(grouped: re.Match[str]) -> str:
+    return _NOT_DIGITS.sub(" ", grouped[0])
 
 
 def _windows_of_chain(chain: re.Match[str]) -> Iterator[tuple[int, int, str]]:

@@ -77,7 +77,7 @@ _MESSAGE_RULE_FIELDS: Final = {
 # separators, "%" an escape (or NUL), "<" and ">" a character beyond ASCII in UTF-8, its first byte
 # and the further ones.
 _CLASSES = b"".join(
-    b"0" if byte in b"0123456789 \t\r\n+-"
+    b"0" if byte in b"0123456789 \t\r\n+-._/:,"
     else b"%" if byte in b"%\\\0"
     else b"<" if 0xC2 <= byte <= 0xF4
     else b">" if 0x80 <= byte <= 0xBF

@@ -122,7 +122,7 @@ _SECRET_RULES: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]
     ),
 )
 _INTEGER_BITS_MAX = 256
-_CUT_EDGE = r"[\w\s+%\\.:/@=-]{0,100}"
+_CUT_EDGE = r"[\w\s+%\\.,:/@=-]{0,100}"
 _CUT_END = re.compile(_CUT_EDGE + r"\Z")
 _CUT_START = re.compile(r"\A" + _CUT_EDGE)
 

@@ -171,8 +171,11 @@ def test_a_card_number_is_masked_wherever_it_stands(place: str, written: str) ->
         formatted("m", a=Broken()),
         formatted("5425 2334\n3010 9903"),
         formatted(SPACED.replace(" ", "\r\n")),
+        formatted(SPACED.replace(" ", ".")),
+        formatted("[" + SPACED.replace(" ", ", ") + "]"),
         formatted("٥٤٢٥٢٣٣٤٣٠١٠٩٩٠٣"),
         formatted("x" * (TEXT_CHARACTERS_MAX - 8) + " " + PAN),
+        formatted("x" * (TEXT_CHARACTERS_MAX - 19) + " " + SPACED.replace(" ", ",")),
         formatted("m", a=["x"] * ITEMS_MAX + [PAN]),
     ],
     # The lines hold the time: each process of a parallel run must give a test the same name.

@@ -157,6 +157,20 @@ def test_other_writings_of_digits_and_separators_are_read(text: str) -> None:
     assert mask_pans(text).count("*") == 12
 
 
+@pytest.mark.parametrize("separator", [".", "_", "/", ":", ",", ", "])
+@pytest.mark.parametrize(
+    "groups",
+    ["4111 1111 1111 1111", "3782 822463 10005", "3056 930902 5904", "4000 0000 0000 0000 006"],
+)
+def test_a_number_is_found_in_the_groups_of_a_card_whatever_divides_them(
+    groups: str, separator: str
+) -> None:
+    pan, digits = groups.replace(" ", separator), groups.replace(" ", "")
+    for text in (pan, f"card {pan}.", f'{{"a": "{pan}"}}', f"[{pan}]", f"a%3D{pan}\\n"):
+        masked = mask_pans(text)
+        assert masked == text.replace(pan, "*" * (len(digits) - 4) + digits[-4:])
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -198,8 +212,13 @@ def test_a_number_among_other_tokens_is_found(text: str) -> None:
         "20251121042133",
         "+49 30 901820",
         "DE89 3704 0044 0532 0130 00",
-        "4111.1111.1111.1111",
-        "4111/1111/1111/1111",
+        "4111.1111/1111.1111",
+        "41.11.11.11.11.11.11.11",
+        "411.111.111.111.111.1",
+        "2026-11-30 05:12:34.123456",
+        "10:19:34.123456789",
+        "ipv4:192.168.10.10:50051",
+        "4.242.424.242.424.242",
         "550e8400-e29b-41d4-a716-446655440000",
         "550e8400e29b41d4a716446655440000",
         "********1111",
@@ -278,6 +297,7 @@ def test_long_hostile_text_is_read_in_linear_time() -> None:
     # Tokens, runs and gaps that would make a backtracking search quadratic; it would not end.
     for text in (
         *("4 " * 200_000, "4" * 1_000_000 + "a", ("4" + " " * 5) * 100_000, "%25" * 300_000),
+        *("4111." * 200_000, "4111, " * 200_000, "4111.1111.1111.1112." * 50_000),
         *("\\" * 1_000_000, "\\u" * 300_000, "\\u003" * 200_000, "%" * 1_000_000),
     ):
         mask_pans(text)
