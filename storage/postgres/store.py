@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequ
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 import asyncpg
 
@@ -61,6 +61,8 @@ from storage.postgres.row_security import (
     within_merchants,
 )
 from storage.postgres.search import Search
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -411,7 +413,9 @@ class PostgresStore:
         return await self._reads.put(read, reserved=for_outcome, retry_s_max=retry_s_max)
 
     async def list_payments(self, filter_: ListFilter) -> Page:
-        """See Store. A page may be short, or empty, and yet not be the last one."""
+        """See Store. A page may be short, or empty, and yet not be the last one: what cannot be
+        read, as a newer version's, is left out.
+        """
         scan_max = max(self._list_scan_max, filter_.page_size + 1)
         after_created_at, after_payment_id = filter_.after or (None, "")
 
@@ -440,15 +444,11 @@ class PostgresStore:
 
         records = await self._direct.run(select)
         first = records[0]
-        payments = [
-            rows.payment_of(record)
-            for record in records
-            if record["payment_payment_id"] is not None
-        ]
-        if len(payments) > filter_.page_size:
-            last = payments[filter_.page_size - 1]
-            assert last.created_at is not None
-            return Page(payments[: filter_.page_size], (last.created_at, last.payment_id))
+        found = [record for record in records if record["payment_payment_id"] is not None]
+        payments = _readable("a payment", rows.payment_of, found[: filter_.page_size], "payment_")
+        if len(found) > filter_.page_size:
+            last = found[filter_.page_size - 1]
+            return Page(payments, (last["payment_created_at"], last["payment_payment_id"]))
         if first["scanned"] == scan_max:
             last_id: str = first["last_payment_id"]
             if not first["last_is_told"]:
@@ -626,10 +626,11 @@ class PostgresStore:
             after_operation_id=after_id,
             page_size=filter_.page_size,
         )
-        doubts = [rows.doubt_of(record) for record in records[: filter_.page_size]]
+        doubts = _readable("a doubt", rows.doubt_of, records[: filter_.page_size])
         if len(records) <= filter_.page_size:
             return DoubtPage(doubts, None)
-        return DoubtPage(doubts, (doubts[-1].since, doubts[-1].operation.operation_id))
+        last = records[filter_.page_size - 1]
+        return DoubtPage(doubts, (last["since"], last["operation_id"]))
 
     async def list_discrepancies(self, filter_: AdminFilter) -> DiscrepancyPage:
         """See AdminStore."""
@@ -694,13 +695,32 @@ _UNREADABLE: Final = (ValueError, TypeError, KeyError)
 """What is raised where such a row is read."""
 
 
-def _tell_unreadable(what: str, error: Exception, record: asyncpg.Record) -> None:
-    names = ("merchant_id", "payment_id", "operation_id")
+def _readable(
+    what: str,
+    read: Callable[[asyncpg.Record], T],
+    records: Sequence[asyncpg.Record],
+    prefix: str = "",
+) -> list[T]:
+    """Those of a list that this version can read; the others are said."""
+    found = []
+    for record in records:
+        try:
+            found.append(read(record))
+        except _UNREADABLE as error:
+            _tell_unreadable(what, error, record, prefix)
+    return found
+
+
+def _tell_unreadable(what: str, error: Exception, record: asyncpg.Record, prefix: str = "") -> None:
     _log.error(
         "%s cannot be read: %s",
         what,
         type(error).__name__,
-        extra={name: record[name] for name in names},
+        extra={
+            "merchant_id": record[prefix + "merchant_id"],
+            "payment_id": record[prefix + "payment_id"],
+            "operation_id": record.get("operation_id"),
+        },
     )
 
 

@@ -676,6 +676,39 @@ async def test_a_filter_that_matches_little_gives_short_pages_and_still_all(dsn:
     assert [len(page.payments) for page in found] == [0, 1, 0]
 
 
+async def test_a_payment_that_cannot_be_read_hides_no_other_from_a_list(
+    store: PostgresStore, dsn: str
+) -> None:
+    newest_first = (await listed(store, dsn))[1:]
+    newer = "UPDATE payments SET state = 99 WHERE payment_id = ANY ($1::text[]) RETURNING 1"
+    fetch(dsn, newer, [newest_first[n] for n in (2, 3, 4, 5, 8)])  # the last of a page, and all
+    found = await pages(store, filtered())
+    assert ids_of(found) == [newest_first[n] for n in (0, 1, 6, 7)]
+    assert [len(page.payments) for page in found] == [2, 0, 2]
+
+
+async def test_a_doubt_that_cannot_be_read_hides_no_other_from_a_list(
+    store: PostgresStore, dsn: str
+) -> None:
+    intents = [authorize() for _ in range(3)]
+    for intent in intents:
+        await store.write_intent(intent)
+        change = outcome(intent.operation, intent.payment, S.IN_DOUBT, check_after_s=NEVER_S)
+        await store.write_change(change)
+    first, *others = (intent.operation.operation_id for intent in intents)
+    newer = "UPDATE operations SET origin = 99 WHERE operation_id = $1 RETURNING 1"
+    fetch(dsn, newer, first)
+    filter_ = AdminFilter(None, None, 1)
+    listed_: list[str] = []
+    while True:
+        page = await store.list_doubts(filter_, needs_person_only=False)
+        listed_ += [doubt.operation.operation_id for doubt in page.doubts]
+        if page.next_after is None:
+            break
+        filter_ = replace(filter_, after=page.next_after)
+    assert listed_ == others
+
+
 async def test_no_place_in_a_list_names_a_payment_of_the_other_mode(dsn: str) -> None:
     modes = [Mode.TEST, *[Mode.LIVE] * 12, Mode.TEST]
     intents = [authorize(mode=mode) for mode in modes]
