@@ -133,7 +133,8 @@ def validate(request: Message) -> None:
     own_rules = _OWN_RULES.get(type(request))
     violations = [] if own_rules is None else own_rules(request)
     if found or violations:
-        raise _invalid(_by_field([*map(_translated, found), *violations]))
+        translated = (_translated(request, each) for each in found)
+        raise _invalid(_by_field([*translated, *violations]))
 
 
 def _shorten(message: Message) -> None:
@@ -185,21 +186,26 @@ def _by_field(violations: Sequence[Violation]) -> list[Violation]:
     return [Violation(path, "; ".join(texts)) for path, texts in by_field.items()]
 
 
-def _translated(violation: RuleViolation) -> Violation:
+def _translated(request: Message, violation: RuleViolation) -> Violation:
     proto = violation.proto
     path: list[str] = []
     in_map = False
+    # The violation's own `field_value` takes half a millisecond to tell.
+    value: Any = request
     for element in proto.field.elements if proto.field is not None else ():
         name = element.field_name
+        value = getattr(value, name, None)  # a oneof is no field
         subscript = element.subscript
         if subscript is not None:
             if subscript.field == "index":
                 name += f"[{subscript.value}]"
             else:
                 in_map = True
+            is_key = in_map and proto.for_key
+            value = subscript.value if is_key else value[subscript.value]
         path.append(name)
     description = proto.message or "is not valid"
-    if proto.rule_id.startswith(("string.", "enum.")) and not violation.field_value:
+    if proto.rule_id.startswith(("string.", "enum.")) and not value:
         description = "value is required"  # rather than which pattern the empty text does not match
     if in_map:
         description = f"a {'key' if proto.for_key else 'value'} {description}"

@@ -546,6 +546,26 @@ def test_no_refusal_repeats_a_text(request_: Message, path: str) -> None:
     assert CANARY not in told(caught.value)
 
 
+def test_no_violation_is_asked_for_its_value_which_takes_longer_than_all_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Bare:
+        def __init__(self, violation: Any) -> None:
+            self.proto = violation.proto
+
+    class Validator:
+        def collect_violations(self, request: Message) -> list[Bare]:
+            return [Bare(each) for each in found.collect_violations(request)]
+
+    found = validation._validator
+    request = authorization(idempotency_key="", metadata={"": "x", "b": "y" * 3_000})
+    before = [(each.field, each.description) for each in refusal(request).violations]
+    assert ("idempotency_key", "value is required") in before
+    assert any(text.startswith("a key value is required; a value ") for _, text in before)
+    monkeypatch.setattr(validation, "_validator", Validator())
+    assert [(each.field, each.description) for each in refusal(request).violations] == before
+
+
 def test_no_refusal_repeats_a_key_or_a_value_of_metadata() -> None:
     for key, value in ((f"{CANARY} ", ""), ("a", CANARY * 100)):
         error = refusal(authorization(metadata={key: value}))
