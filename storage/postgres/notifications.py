@@ -44,6 +44,7 @@ _PUT_OFF = query("notifications", "put_off")
 _IS_OUTDATED = query("notifications", "is_outdated")
 _COUNT_PENDING = query("notifications", "count_pending")
 _LIST = query("notifications", "list")
+_PART_OF_LIST = query("notifications", "part_of_list")
 _LIST_PENDING = query("notifications", "list_pending")
 _FIND = query("notifications", "find")
 _APPLY_AGAIN = query("notifications", "apply_again")
@@ -58,6 +59,10 @@ DEFINITE: Final = (
 """Events that say how something ended."""
 ENDS: Final = (Event.APPROVED, Event.EXPIRED)
 """Of these, those of a VOID: nothing is held any more."""
+
+LIST_SCAN_MAX: Final = 100_000
+"""About how many notifications one statement looks at for those of one result: read at once, a long
+list in which they are rare would take longer than a statement may."""
 
 _Key = tuple[str, str, str]
 _Row = tuple[object, ...]
@@ -181,11 +186,30 @@ class Notifications(DirectStore):
         """A merchant's, the newest first."""
         if pending_only:
             records = await self._lane.fetch(_LIST_PENDING, merchant_id=merchant_id, limit=limit)
-        else:
+            return [_kept_of(record) for record in records]
+        found: list[Kept] = []
+        before = None
+        while True:
+            since = None if result is None else await self._part_of_list(merchant_id, before)
             records = await self._lane.fetch(
-                _LIST, merchant_id=merchant_id, limit=limit, result=result
+                _LIST,
+                merchant_id=merchant_id,
+                received_from=since,
+                received_before=before,
+                result=result,
+                limit=limit - len(found),
             )
-        return [_kept_of(record) for record in records]
+            found += map(_kept_of, records)
+            if since is None or len(found) >= limit:
+                return found
+            before = since
+
+    async def _part_of_list(self, merchant_id: str, before: datetime | None) -> datetime | None:
+        """Where the next part of the list begins; None where that is the rest."""
+        records = await self._lane.fetch(
+            _PART_OF_LIST, merchant_id=merchant_id, received_before=before, rows=LIST_SCAN_MAX
+        )
+        return records[0]["received_at"] if records else None
 
     async def find(self, merchant_id: str, event_id: str) -> Sequence[Kept]:
         """By the PSP's id; one for each account that has it."""

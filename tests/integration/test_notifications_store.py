@@ -32,6 +32,7 @@ from gateway.domain.model import (
 from gateway.domain.states import Event
 from storage.postgres import LaneLimits, PostgresStore
 from storage.postgres.notifications import notification_json, notification_of
+from storage.postgres.queries import Query
 from tests.servers import fetch
 
 if TYPE_CHECKING:
@@ -193,6 +194,46 @@ async def test_what_is_finished_is_shown_and_not_leased_again(store: PostgresSto
     assert not await store.notifications.apply_again(new_merchant_id(), "evt_1")
     [leased] = await store.notifications.lease(10, 60)
     assert leased.received == one
+
+
+async def test_those_of_a_rare_result_are_looked_for_in_parts_of_the_list(
+    store: PostgresStore, dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = received("evt_0")
+    for number in range(9):
+        await store.notifications.keep([of_same_account(one, f"evt_{number}", Verdict.FAILED, 0)])
+    # Two at a time were received in one moment, and the parts are of three.
+    fetch(
+        dsn,
+        "UPDATE notifications SET received_at = timestamptz '2026-03-01'"
+        " - right(event_id, 1)::int / 2 * interval '1 second',"
+        " result = CASE WHEN event_id IN ('evt_3', 'evt_4', 'evt_8') THEN 5 ELSE 2 END RETURNING 1",
+    )
+    monkeypatch.setattr("storage.postgres.notifications.LIST_SCAN_MAX", 3)
+    looked_at: list[int] = []
+    fetched = store.notifications._lane.fetch
+
+    async def counted(statement: Query, /, **values: Any) -> Any:
+        if "received_from" in values:
+            in_part = fetch(
+                dsn,
+                "SELECT count(*) FROM notifications WHERE received_at >="
+                " coalesce($1::timestamptz, '-infinity')"
+                " AND received_at < coalesce($2::timestamptz, 'infinity')",
+                values["received_from"],
+                values["received_before"],
+            )
+            looked_at.append(in_part[0][0])
+        return await fetched(statement, **values)
+
+    monkeypatch.setattr(store.notifications._lane, "fetch", counted)
+    for limit, parts in ((2, [4, 4]), (5, [4, 4, 1])):
+        found = await store.notifications.list(
+            one.merchant_id, limit=limit, result=Result.UNMATCHED
+        )
+        assert [each.event_id for each in found] == ["evt_3", "evt_4", "evt_8"][:limit]
+        assert looked_at == parts
+        looked_at.clear()
 
 
 async def test_of_the_events_of_one_attempt_the_latest_counts(store: PostgresStore) -> None:

@@ -1260,6 +1260,7 @@ _EXPECTED_INDEXES = {
     ("recovery", "postpone"): {"payments_pkey", "operations_pkey", "doubts_pkey"},
     ("recovery", "begin_cancel"): {"payments_pkey", "operations_pkey", "doubts_pkey"},
     ("notifications", "list"): {"notifications_newest_first"},
+    ("notifications", "part_of_list"): {"notifications_newest_first"},
     ("notifications", "find"): {"notifications_pkey"},
     ("admin", "list_discrepancies"): {"discrepancies_oldest_first", "payments_pkey"},
     ("events", "read"): {"outbox_xact_id"},

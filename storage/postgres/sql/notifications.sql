@@ -129,9 +129,22 @@ FROM pending_notifications;
 -- :name list
 SELECT {{listed}}
 FROM notifications AS notification
-WHERE merchant_id = :merchant_id::text AND (:result::int2 IS NULL OR result = :result::int2)
+WHERE merchant_id = :merchant_id::text
+    AND received_at >= coalesce(:received_from::timestamptz, '-infinity')
+    AND received_at < coalesce(:received_before::timestamptz, 'infinity')
+    AND (:result::int2 IS NULL OR result = :result::int2)
 ORDER BY received_at DESC, event_id
 LIMIT :limit::int4;
+
+-- :name part_of_list
+-- Where a part of the list begins that has about so many rows and ends before received_before.
+SELECT received_at
+FROM notifications
+WHERE merchant_id = :merchant_id::text
+    AND received_at < coalesce(:received_before::timestamptz, 'infinity')
+ORDER BY received_at DESC
+OFFSET :rows::int8 - 1
+LIMIT 1;
 
 -- :name list_pending
 -- Those are few among many: what was applied is not looked at.
