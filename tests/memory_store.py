@@ -288,7 +288,8 @@ class MemoryStore:
             row.check_at = self.now if row.has_unseen_evidence and not sending else check_at
             row.lease_until = None
             if change.operation.epoch != change.expected_epoch:
-                row.cancel_begun = False
+                row.tries, row.cancel_begun = 0, False
+                row.cause, row.needs_person = DoubtCause.UNSPECIFIED, False
 
     # --- reads ---
 

@@ -32,6 +32,7 @@ from gateway.domain.model import (
     ConnectorAnswer,
     Delivery,
     Discrepancy,
+    DoubtCause,
     DoubtOutcome,
     Mode,
     NextAction,
@@ -988,6 +989,32 @@ async def test_evidence_of_an_earlier_attempt_leaves_the_new_ones_sender_its_tim
     [lease] = await due(store)
     assert (lease.operation.attempt.number, lease.evidence) == (2, ANSWER)
     assert not lease.cancel_begun
+
+
+async def test_a_new_attempt_has_nothing_of_what_recovery_tried_for_the_one_before(
+    store: PostgresStore,
+) -> None:
+    await store.write_intent(authorize(recover_after_s=-1))
+    await store.expired(100)
+    [lease] = await due(store)
+    operation, payment = lease.operation, lease.aggregate.payment
+    doubtful = outcome(operation, payment, S.IN_DOUBT, check_after_s=NEVER_S)
+    assert await store.write_change(doubtful) is Stored.WRITTEN
+    await store.postpone(lease.operation, -1, DoubtCause.NO_MEANS, needs_person=True)
+    [lease] = await due(store)
+    assert lease.tries == 1
+    # It comes just before a person decides, and the row stays for it.
+    assert await store.add_evidence(lease.operation, ANSWER)
+    decided = outcome(lease.operation, lease.aggregate.payment, S.NOT_SENT)
+    assert await store.write_change(decided) is Stored.WRITTEN
+    operation, payment = await stored(store, lease.operation)
+    restart = restarted(operation, payment, recover_after_s=-1.0)
+    assert await store.write_change(restart) is Stored.WRITTEN
+    assert (await store.count_doubts()).needs_person == 0
+    [lease] = await due(store)
+    assert (lease.operation.attempt.number, lease.tries, lease.evidence) == (2, 0, ANSWER)
+    page = await store.list_doubts(AdminFilter(None, None, 10), needs_person_only=True)
+    assert not page.doubts
 
 
 async def test_an_operation_with_a_definite_outcome_is_leased_to_be_forgotten(

@@ -166,24 +166,25 @@ doubted AS (
     WHERE check_after_s IS NOT NULL
     ORDER BY merchant_id COLLATE "C", operation_id COLLATE "C"
     ON CONFLICT (merchant_id, operation_id) DO UPDATE
-    SET check_at = CASE
-            -- Evidence that no recoverer has seen yet does not wait, but for a new attempt, whose
-            -- sender keeps its time: it is of an earlier one.
-            WHEN doubt.evidence IS NOT NULL AND NOT doubt.evidence_leased AND NOT EXISTS (
-                SELECT FROM changed
-                WHERE changed.merchant_id = excluded.merchant_id
-                    AND changed.operation_id = excluded.operation_id
-                    AND changed.recover_after_s IS NOT NULL
-            ) THEN now()
-            ELSE excluded.check_at
-        END,
-        -- What was begun to be cancelled is an attempt. It is here that the next one begins, on the
-        -- row as it is by now, whoever changed it last.
-        cancel_begun = doubt.cancel_begun AND NOT EXISTS (
-            SELECT FROM changed
+    -- What recovery has tried and begun to cancel is an attempt. It is here that the next one begins, on
+    -- the row as it is by now, whoever changed it last.
+    SET (check_at, tries, cancel_begun, needs_person, cause) = (
+            SELECT
+                CASE
+                    -- Evidence that no recoverer has seen yet does not wait, but for a new attempt,
+                    -- whose sender keeps its time: it is of an earlier one.
+                    WHEN doubt.evidence IS NOT NULL AND NOT doubt.evidence_leased
+                        AND changed.recover_after_s IS NULL
+                    THEN now()
+                    ELSE excluded.check_at
+                END,
+                CASE WHEN changed.epoch = changed.expected_epoch THEN doubt.tries ELSE 0 END,
+                doubt.cancel_begun AND changed.epoch = changed.expected_epoch,
+                doubt.needs_person AND changed.epoch = changed.expected_epoch,
+                CASE WHEN changed.epoch = changed.expected_epoch THEN doubt.cause ELSE 0 END
+            FROM changed
             WHERE changed.merchant_id = excluded.merchant_id
                 AND changed.operation_id = excluded.operation_id
-                AND changed.epoch <> changed.expected_epoch
         ),
         connector_account_id = excluded.connector_account_id,
         lease_until = NULL
