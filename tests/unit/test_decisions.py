@@ -392,6 +392,38 @@ def test_void_of_what_has_expired_is_refused() -> None:
     refused(Reason.NOTHING_TO_VOID, book.void)
 
 
+def test_a_cancel_request_is_remembered_beyond_a_void_that_was_declined() -> None:
+    book = Book()
+    request = book.void()
+    book.authorized()
+    book.settle(request, NO)
+    assert book.payment.cancel_requested
+    book.void()
+    assert book.payment.cancel_requested
+
+
+@pytest.mark.parametrize("kind", K)
+@pytest.mark.parametrize("state", S)
+def test_a_release_that_was_accepted_is_unconfirmed_and_nothing_else(
+    kind: OperationKind, state: OperationState
+) -> None:
+    operation = Book().authorization
+    operation.kind, operation.state = kind, state
+    expected = state is S.PENDING and kind in (K.VOID, K.REVERSAL)
+    assert decisions.is_unconfirmed(operation) is expected
+
+
+@pytest.mark.parametrize("method", [AUTOMATIC, MANUAL, MULTIPLE])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_void_gives_a_charge_back_only_where_it_was_asked_for_before_an_automatic_capture(
+    method: CaptureMethod, asked: bool
+) -> None:
+    book = Book(method)
+    if asked:
+        book.void()
+    assert decisions.takes_charge_back(book.payment) is (asked and method is AUTOMATIC)
+
+
 def test_void_that_was_declined_leaves_the_payment_as_it_was() -> None:
     book = Book().authorized()
     book.settle(book.void(), NO)
@@ -483,6 +515,26 @@ def test_second_refund_beyond_captured_is_refused_while_the_first_is_in_doubt() 
     assert book.payment.state is P.REFUNDED
 
 
+def test_what_the_psp_says_it_refunded_beyond_ours_cannot_be_refunded_again() -> None:
+    book = Book().authorized()
+    book.settle(book.capture(), YES)
+    book.settle(book.refund(30), says(Verdict.APPROVED, 50))
+    refused(Reason.AMOUNT_EXCEEDS_CAPTURED, lambda: book.refund(51))
+    assert book[book.refund()].amount_minor == 50
+
+
+@pytest.mark.parametrize("answer", [NO, says(Verdict.EXPIRED)])
+def test_nothing_is_refunded_of_what_was_not_authorized(answer: ConnectorAnswer) -> None:
+    refused(Reason.PAYMENT_NOT_AUTHORIZED, Book().authorized(answer).refund)
+
+
+def test_refunds_and_voids_keep_the_callers_note() -> None:
+    book = Book().authorized()
+    book.settle(book.capture(30), YES)
+    assert book[book.refund(10)].note == "note"
+    assert book[book.void()].note == "note"
+
+
 def test_refund_counts_only_captures_that_succeeded() -> None:
     book = Book().authorized()
     book.capture(50)
@@ -554,6 +606,15 @@ def test_increment_in_doubt_keeps_the_old_ceiling() -> None:
     book.settle(increment, YES)
     assert (book.payment.authorized_minor, book.payment.state) == (150, P.PARTIALLY_CAPTURED)
     assert book[book.capture()].amount_minor == 50
+
+
+@pytest.mark.parametrize(
+    "begin", [lambda book: book.capture(30), Book.void, lambda book: book.increment(50)]
+)
+def test_no_increment_begins_beside_what_is_under_way(begin: Callable[[Book], str]) -> None:
+    book = Book().authorized()
+    begin(book)
+    refused(Reason.OPERATION_IN_PROGRESS, lambda: book.increment(50))
 
 
 def test_increment_that_was_declined_changes_nothing() -> None:
