@@ -14,6 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
+from gateway.connectors.notifications import OUR_REFERENCE
 from gateway.connectors.stripe.codes import DECLINE_CODES
 from gateway.connectors.stripe.connector import StripeConnector, widest
 from gateway.domain.model import Mode, OperationKind, ResponseCode
@@ -113,6 +114,8 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
     refunds: dict[str, dict[str, Any]] = field(default_factory=dict)
     forms: list[Form] = field(default_factory=list)
     """The parameters of each request that was executed, in order."""
+    errors: int = 0
+    """How many requests yet are answered with a 500, which their keys keep, and do nothing."""
     searchable: bool = True
     """Whether searches find what was made; they lag."""
 
@@ -150,6 +153,9 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
             form = await _form(request)
             self.forms.append(form)
             try:
+                if self.errors:
+                    self.errors -= 1
+                    raise Refused(500, "api_error")
                 return 200, self._post(request.path, form, key)
             except Refused as refused:
                 if not refused.saved:
@@ -351,7 +357,8 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
     def _cancel(self, intent: dict[str, Any], form: Form, key: str) -> dict[str, Any]:
         if intent["status"] in ("succeeded", "canceled", "processing"):
             raise _unexpected(intent)
-        self.effects.append(key)
+        reference, *_ = OUR_REFERENCE.findall(key) or [key]
+        self.effects.append(reference)
         # "Uncaptured PaymentIntents transition to canceled, while partially captured PaymentIntents
         # transition to succeeded" (Multicapture).
         status = "succeeded" if intent["amount_received"] else "canceled"

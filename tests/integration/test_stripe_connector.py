@@ -585,6 +585,28 @@ async def test_rest_of_a_payment_captured_in_part_can_be_voided(psp: StripePsp) 
     assert await psp.connector.query(K.REVERSAL, reversal.reference, reversal) is None
 
 
+@pytest.mark.parametrize("errors", [1, 2])
+async def test_void_is_not_held_up_by_an_error_that_stripe_keeps(
+    psp: StripePsp, errors: int
+) -> None:
+    void = await prepared(psp, K.VOID)
+    psp.double.errors = errors
+    answer = await send(psp.connector, void)
+    if errors == 2:  # as many as the sender's sendings
+        assert is_doubt(answer)
+        assert await psp.connector.query(K.VOID, void.reference, void) is None
+        answer = await send(psp.connector, void)  # recovery's
+    assert answer.verdict is Verdict.APPROVED
+    assert await psp.effects(void.reference) == 1
+
+
+async def test_absence_of_a_void_is_not_proved(psp: StripePsp) -> None:
+    void = await prepared(psp, K.VOID)
+    before = len(psp.double.requests)
+    assert is_doubt(await psp.connector.cancel(K.VOID, void.reference, void))
+    assert len(psp.double.requests) == before
+
+
 async def test_error_that_is_none_of_a_cards_is_a_decline_too(psp: StripePsp) -> None:
     request = request_of(payment_method_token=f"{DECLINE_TOKEN}{AUTHENTICATION_FAILURE}")
     answer = await send(psp.connector, request)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import quote, urlencode
+from uuid import uuid4
 
 from gateway.application.notifications import LookupUnavailable
 from gateway.application.ports import (
@@ -115,7 +116,8 @@ class _Call(Call):
 class StripeConnector(HttpConnector):
     """PaymentIntents, SetupIntents and Refunds of one account.
 
-    The idempotency key of a request is its reference. What makes an outcome definite:
+    The idempotency key of a request is its reference, but of a void (`_key`). What makes an outcome
+    definite:
 
     - An answer with status 200 or 402, or a refusal of the first sending.
     - A repeat of the same request with the same key within the key's validity: Stripe answers with
@@ -162,7 +164,7 @@ class StripeConnector(HttpConnector):
             nonlocal sendings, limited
             sendings += 1
             try:
-                response = await self._post(call, request.reference, send_before, answer_before)
+                response = await self._post(call, _key(request), send_before, answer_before)
             except NotSent:
                 sendings -= 1
                 raise
@@ -292,15 +294,13 @@ class StripeConnector(HttpConnector):
             return answers.declined(error.told, str(object_.get("id", "")))
         if error.status not in (400, 401, 403, 404) or error.type == "idempotency_error":
             raise Unusable
+        if request.kind is K.VOID and (done := answers.void(error.payment_intent)) is not None:
+            return done  # whichever sending did it
         if repeated and response.headers.get("idempotent-replayed") != "true":
             # It refuses this sending, and tells nothing of the one before.
             raise Unusable
         if not error.type:
             raise Unusable  # not Stripe's: a proxy's, perhaps
-        if request.kind is K.VOID:
-            done = answers.void(error.payment_intent)
-            if done is not None:
-                return done
         return answers.rejected(error)
 
     def _done(
@@ -440,13 +440,13 @@ class StripeConnector(HttpConnector):
     async def _cancel(
         self, kind: OperationKind, reference: str, request: ConnectorRequest | None
     ) -> ConnectorAnswer:
-        """Past half of the key's validity nothing proves an absence. A refund, a void and an
-        increment cannot be taken back: where they took effect nothing is said here, and `query`
-        tells it.
+        """Past half of the key's validity nothing proves an absence, and of a void, whose keys are
+        not the reference, never. A refund, a void and an increment cannot be taken back: where they
+        took effect nothing is said here, and `query` tells it.
         """
         if request is not None and request.target_transaction_id and kind in _TO_BE_DROPPED:
             return await self._cancel_known(kind, _id(request), reference)
-        if is_remembered(reference, KEY_VALIDITY_S):
+        if kind is not K.VOID and is_remembered(reference, KEY_VALIDITY_S):
             if await self._occupy(reference):
                 return not_sent(Reason.REFERENCE_CANCELED)
             if request is not None:
@@ -619,6 +619,13 @@ def _is_rate_limited(response: Response) -> bool:
     of the same status, comes later.
     """
     return response.status == 429 and answers.read_error(response).code == "rate_limit"
+
+
+def _key(request: ConnectorRequest) -> str:
+    """The idempotency key of one sending. A void has another one each time, since a second cancel
+    does no harm, and Stripe would answer the same key with its first 500 for a day.
+    """
+    return f"{request.reference}-{uuid4().hex}" if request.kind is K.VOID else request.reference
 
 
 def _encode(form: Mapping[str, str]) -> bytes:
