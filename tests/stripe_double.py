@@ -46,6 +46,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
             "currency",
             "confirm",
             "capture_method",
+            "customer",
             "payment_method",
             "payment_method_types[]",
             "payment_method_data[type]",
@@ -82,6 +83,7 @@ _ALLOWED: dict[str, frozenset[str]] = {
     "setup": frozenset(
         {
             "confirm",
+            "customer",
             "payment_method",
             "payment_method_types[]",
             "payment_method_data[type]",
@@ -112,6 +114,8 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
     intents: dict[str, dict[str, Any]] = field(default_factory=dict)
     setups: dict[str, dict[str, Any]] = field(default_factory=dict)
     refunds: dict[str, dict[str, Any]] = field(default_factory=dict)
+    attached: dict[str, str] = field(default_factory=dict)
+    """PaymentMethods to the Customers that they are attached to."""
     forms: list[Form] = field(default_factory=list)
     """The parameters of each request that was executed, in order."""
     errors: int = 0
@@ -225,7 +229,7 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
         amount = _integer(form, "amount")
         if not 0 < amount < 10**12 or form.get("confirm") != "true":
             raise _invalid("amount")
-        token = form.get("payment_method_data[card][token]") or form.get("payment_method", "")
+        token = self._payment_method(form)
         intent: dict[str, Any] = {
             "id": f"pi_{next(self._numbers)}",
             "object": "payment_intent",
@@ -260,6 +264,16 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
             return intent
         self._authorized(intent, key)
         return intent
+
+    def _payment_method(self, form: Form) -> str:
+        """The token or PaymentMethod, which may be used with the Customer alone that it is attached
+        to: "the payment method you provided is attached to a customer so for security purposes you
+        must provide the customer in the request".
+        """
+        customer, stored = form.get("customer"), form.get("payment_method", "")
+        if stored and customer != self.attached.get(stored, customer):
+            raise _invalid("customer")
+        return form.get("payment_method_data[card][token]") or stored
 
     def _pay_elsewhere(self, intent: dict[str, Any], type_: str, form: Form) -> None:
         """A method other than cards, by its guide: captured at once, in its currencies."""
@@ -415,7 +429,7 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
         self.setups[setup["id"]] = setup
         if form.get("confirm") != "true":
             return setup
-        token = form.get("payment_method_data[card][token]") or form.get("payment_method", "")
+        token = self._payment_method(form)
         if token.startswith(DECLINE_TOKEN):
             code = token.removeprefix(DECLINE_TOKEN)
             setup["last_setup_error"] = {"code": "card_declined", "decline_code": code}

@@ -84,6 +84,7 @@ def requests() -> dict[str, ConnectorRequest]:
         "version": "2.2.0",
         "exemption": "SCA_EXEMPTION_TRANSACTION_RISK_ANALYSIS",
     }
+    attached = {"payment_method": {"stored": {"stored_payment_method_id": "cus_1/pm_1"}}}
     debit = {"stored_payment_method_id": "pm_1", "method_type": "sepa_debit"}
     token = {"expiry_month": 12, "expiry_year": 2030, "eci": "05"}
     return {
@@ -102,8 +103,12 @@ def requests() -> dict[str, ConnectorRequest]:
         "authorize": request_of(),
         "authorize and capture": request_of(capture=True),
         "authorize a stored method": request_of(fields=stored, payment_method_token=""),
+        "authorize a customer's method": request_of(fields=attached, payment_method_token=""),
         "authorize with everything": request_of(fields=everything, payment_method_token=""),
         "verify": request_of(K.VERIFY, fields=everything, payment_method_token=""),
+        "verify a customer's method": request_of(
+            K.VERIFY, fields=attached, payment_method_token=""
+        ),
         "capture": request_of(K.CAPTURE, final=True, target_transaction_id=INTENT),
         "capture a part": request_of(K.CAPTURE, 300, target_transaction_id=INTENT),
         "void": request_of(K.VOID, target_transaction_id=INTENT),

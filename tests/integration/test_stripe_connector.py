@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
+from gateway.application.ports import ConnectorRequest
 from gateway.connectors.http import Response
 from gateway.connectors.stripe import answers
 from gateway.connectors.stripe.connector import API_VERSION, KEY_VALIDITY_S
@@ -128,9 +129,47 @@ async def test_stored_payment_method_is_charged_by_its_id(psp: StripePsp) -> Non
     assert intent["token"] == "pm_card_visa"
 
 
+@pytest.mark.parametrize("kind", [K.AUTHORIZE, K.VERIFY])
+async def test_stored_payment_method_goes_with_the_customer_that_it_is_attached_to(
+    psp: StripePsp, kind: K
+) -> None:
+    psp.double.attached["pm_1AbC"] = "cus_9XyZ"
+
+    def request(stored_id: str) -> ConnectorRequest:
+        stored = {"payment_method": {"stored": {"stored_payment_method_id": stored_id}}}
+        # The merchant's own id of its customer is not Stripe's, whatever it looks like.
+        fields = {**stored, "customer_id": "cus_merchants"}
+        return request_of(kind, payment_method_token="", fields=fields)
+
+    attached = request("cus_9XyZ/pm_1AbC")
+    assert (await send(psp.connector, attached)).verdict is Verdict.APPROVED
+    assert await psp.effects(attached.reference) == 1
+    assert (await send(psp.connector, request("pm_1AbC"))).verdict is Verdict.FAILED
+    assert (await send(psp.connector, request("cus_other/pm_1AbC"))).verdict is Verdict.FAILED
+    assert (await send(psp.connector, request("pm_card_visa"))).verdict is Verdict.APPROVED
+    assert "customer" not in psp.double.forms[-1]
+
+
+async def test_repeat_of_an_attached_payment_method_is_the_same_request(psp: StripePsp) -> None:
+    psp.double.attached["pm_1AbC"] = "cus_9XyZ"
+    stored = {"stored_payment_method_id": "cus_9XyZ/pm_1AbC"}
+    request = request_of(payment_method_token="", fields={"payment_method": {"stored": stored}})
+    await send(psp.connector, request)
+    psp.double.searchable = False
+    told = await psp.connector.cancel(K.AUTHORIZE, request.reference, request)
+    assert told.verdict is Verdict.CANCELED
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
+        *(
+            (
+                {"payment_method": {"stored": {"stored_payment_method_id": stored_id}}},
+                Reason.INVALID_REQUEST,
+            )
+            for stored_id in ("cus_1", "cus_1/", "/pm_1", "pm_1/cus_1", "me/pm_1", "cus_1/pm_1/x")
+        ),
         ({}, Reason.FIELD_NOT_SUPPORTED),
         (
             {"payment_method": {"network_token": {"token_reference": "x"}}},

@@ -3,6 +3,7 @@
 Source of the rules: Stripe's API reference and guides, named where a rule is used.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -89,7 +90,8 @@ METHODS: Final[Mapping[str, MethodRule]] = {
 """By the guide of each method ("Payment methods"): none but cards is captured later."""
 _WITH_BANK: Final = frozenset({"eps", "ideal", "p24"})
 """Methods that take the customer's bank."""
-_STORED_PREFIX: Final = "pm_"
+_STORED: Final = re.compile(r"(?:(cus_[A-Za-z0-9_]+)/)?(pm_[A-Za-z0-9_]+)")
+"""A PaymentMethod, behind the Customer that it is attached to."""
 
 
 def widest(mode: Mode, answer_timeout_s: float = ANSWER_TIMEOUT_S) -> Capabilities:
@@ -671,12 +673,16 @@ def _payment_method(request: ConnectorRequest) -> dict[str, str]:
 
 
 def _stored(told: Mapping[str, object], _: Mapping[str, str]) -> dict[str, str]:
-    """A PaymentMethod by its id. Raises NotSent."""
-    stored_id = str(told.get("stored_payment_method_id", ""))
-    type_ = str(told.get("method_type", CARD))
-    if not stored_id.startswith(_STORED_PREFIX):
+    """A PaymentMethod by its id, and its Customer: Stripe takes one that is attached with its
+    Customer alone. The merchant's own `customer_id` is none of Stripe's. Raises NotSent.
+    """
+    named = _STORED.fullmatch(str(told.get("stored_payment_method_id", "")))
+    if named is None:
         raise NotSent(Reason.INVALID_REQUEST)
-    form = {"payment_method_types[]": type_, "payment_method": stored_id}
+    type_ = str(told.get("method_type", CARD))
+    form = {"payment_method_types[]": type_, "payment_method": named[2]}
+    if named[1]:
+        form["customer"] = named[1]
     if type_ == _SEPA_DEBIT:
         # The merchant has the customer's acceptance; the gateway did not see it online.
         form["mandate_data[customer_acceptance][type]"] = "offline"
