@@ -226,6 +226,8 @@ class ScriptedHost:
         self.network: list[Fields] = []
         self.sign_on_code = "00"
         self.answers_echoes = True
+        self.echoed = asyncio.Event()
+        """An echo came."""
         self.answered = asyncio.Event()
         """The gateway has answered a network management request."""
 
@@ -262,6 +264,8 @@ class ScriptedLine(asyncio.Protocol):
             if fields["t"] == "0810":
                 self._host.answered.set()
             is_echo = fields.get("70") == "301"
+            if is_echo:
+                self._host.echoed.set()
             if fields["t"] == "0800" and (self._host.answers_echoes or not is_echo):
                 self.write({**fields, "t": "0810", "39": self._host.sign_on_code})
 

@@ -127,6 +127,11 @@ async def acquirer(
             await host.close()
 
 
+def without_network_management() -> Specification:
+    network = TEXT[TEXT.index("[network.sign_on]") : TEXT.index("[answers]")]
+    return Specification("bare", TEXT.replace(network, ""))
+
+
 def without_repeats() -> Specification:
     return Specification("once", TEXT.replace("repeats = true", "repeats = false"))
 
@@ -190,8 +195,7 @@ async def test_address_that_swallows_everything_leaves_the_hosts_others() -> Non
 
 
 async def test_host_without_network_management_gets_requests_at_once() -> None:
-    network = TEXT[TEXT.index("[network.sign_on]") : TEXT.index("[answers]")]
-    async with acquirer(Specification("bare", TEXT.replace(network, ""))) as psp:
+    async with acquirer(without_network_management()) as psp:
         sending = psp.start(request_of())
         line, request = await psp.scripted.request()
         line.answer(request)
@@ -420,6 +424,45 @@ async def test_silent_connection_is_made_anew() -> None:
         line.answer(request)
         await sending
         await line.lost.wait()
+        await psp.counted(Event.CONNECTED, 2)
+
+
+async def test_connection_that_says_nothing_takes_no_more_requests() -> None:
+    async with acquirer(limits=replace(ONE, network_timeout_s=0.5)) as psp:
+        psp.scripted.answers_echoes = False
+        first = psp.start(request_of())
+        line, _ = await psp.scripted.request()
+        await asyncio.wait_for(psp.scripted.echoed.wait(), WAIT_S)
+        second = psp.start(request_of())
+        for _ in range(2):  # the second, and the first one's repeat
+            other, request = await psp.scripted.request()
+            assert other is not line
+            other.answer(request)
+        assert (await first).verdict is Verdict.APPROVED
+        assert (await second).verdict is Verdict.APPROVED
+
+
+async def test_host_that_takes_its_time_keeps_its_connection() -> None:
+    async with acquirer(limits=replace(ONE, network_timeout_s=1.0)) as psp:
+        first = psp.start(request_of())
+        line, slow = await psp.scripted.request()
+        await psp.counted(Event.ECHOED)
+        second = psp.start(request_of())
+        _, quick = await psp.scripted.request()
+        line.answer(quick)
+        line.answer(slow)
+        assert (await first).verdict is Verdict.APPROVED
+        assert (await second).verdict is Verdict.APPROVED
+        assert psp.scripted.lines == [line]
+
+
+async def test_connection_that_cannot_be_tested_ends_with_a_request_that_nothing_came_after() -> (
+    None
+):
+    async with acquirer(without_network_management(), answer_timeout_s=SHORT_S) as psp:
+        assert is_doubt(await psp.start(request_of()))
+        line, _ = await psp.scripted.request()
+        await asyncio.wait_for(line.lost.wait(), WAIT_S)
         await psp.counted(Event.CONNECTED, 2)
 
 

@@ -7,6 +7,7 @@ is compared directly before the system call, over TLS too, which runs in memory.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import random
 import ssl
@@ -67,6 +68,7 @@ class _Waiting(NamedTuple):
 
     answer: asyncio.Future[Fields]
     later: Later | None
+    asked_at: float
 
 
 class _Past(NamedTuple):
@@ -95,7 +97,8 @@ class HostLimits:
     connect_timeout_s: float = 3.0
     """With the TLS handshake."""
     network_timeout_s: float = 5.0
-    """For the answer to a sign-on, a sign-off or an echo."""
+    """For the answer to a sign-on, a sign-off or an echo. A connection on which nothing came for so
+    long to a request is tested by an echo, too, and takes no other request meanwhile."""
     echo_interval_s: float = 30.0
     """A connection on which nothing came for so long is tested by an echo."""
     reconnect_s_min: float = 0.1
@@ -369,19 +372,21 @@ class AcquirerHost:
 
     async def _watch(self, link: "_Link") -> None:
         """Until the connection is lost, silent, or the host has signed off and all is answered."""
-        limits = self.limits
         if "echo" not in self.specification.network:
             await asyncio.wait([link.lost])
         while not link.lost.done():
-            silent_s = time.monotonic() - link.heard_at
-            if silent_s < limits.echo_interval_s:
-                await asyncio.wait([link.lost], timeout=limits.echo_interval_s - silent_s)
+            left_s = link.silent_at - time.monotonic()
+            if left_s > 0:
+                # A request that is written meanwhile brings it forward, but not by more than this.
+                left_s = min(left_s, self.limits.network_timeout_s)
+                await asyncio.wait([link.lost], timeout=left_s)
                 continue
             try:
                 await link.ask("echo")
-                self.count(Event.ECHOED)
             except MaybeSent:
                 return
+            self.count(Event.ECHOED)
+            self.wake()
 
 
 class _Link(asyncio.Protocol):
@@ -414,6 +419,8 @@ class _Link(asyncio.Protocol):
         """Done when messages can be written; it fails with an OSError."""
         self.lost: asyncio.Future[None] = loop.create_future()
         self.heard_at = time.monotonic()
+        self._asked_at = -math.inf
+        """Of what was asked since something came, the first; otherwise before that."""
 
     # --- what the host does -----------------------------------------------------------------------
 
@@ -422,8 +429,22 @@ class _Link(asyncio.Protocol):
         return len(self.pending)
 
     @property
+    def silent_at(self) -> float:
+        """From when on the connection may be half open, should nothing come until then."""
+        limits = self._host.limits
+        idle_at = self.heard_at + limits.echo_interval_s
+        is_asked = self.pending or self._asked_at > self.heard_at
+        if self.leaving or not is_asked:
+            return idle_at
+        return min(idle_at, max(self.heard_at, self._asked_at) + limits.network_timeout_s)
+
+    @property
+    def _is_silent(self) -> bool:
+        return "echo" in self._specification.network and time.monotonic() >= self.silent_at
+
+    @property
     def room(self) -> int:
-        if self.leaving or not self._is_writable:
+        if self.leaving or not self._is_writable or self._is_silent:
             return 0
         return self._host.limits.in_flight_max - len(self.pending)
 
@@ -484,7 +505,10 @@ class _Link(asyncio.Protocol):
             return None
         if written < len(frame):
             transport.write(frame[written:])
-        waiting = _Waiting(asyncio.get_running_loop().create_future(), later)
+        now = time.monotonic()
+        if self._asked_at <= self.heard_at:
+            self._asked_at = now
+        waiting = _Waiting(asyncio.get_running_loop().create_future(), later, now)
         self.pending[key] = waiting
         return waiting.answer
 
@@ -496,8 +520,10 @@ class _Link(asyncio.Protocol):
         self._host.count(Event.TIMED_OUT)
         self._host.remember(key, _Past(Event.ANSWERED_LATE, waiting.later))
         waiting.answer.set_exception(MaybeSent(Reason.ANSWER_TIMED_OUT))
-        if not self._is_writable:
-            # A part of it has not even left: it must not leave later.
+        # A part of it has not even left, and must not leave later; or the connection may be half
+        # open, and there is no other test.
+        tested = "echo" in self._specification.network or self.heard_at > waiting.asked_at
+        if not (self._is_writable and tested):
             self.abort(Reason.CONNECTION_LOST)
 
     def forget(self, key: _Key) -> None:
