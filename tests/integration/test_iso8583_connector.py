@@ -47,7 +47,7 @@ from gateway.domain.model import (
     Verdict,
 )
 from tests.addresses import resolving, swallowing
-from tests.connector_conformance import SHORT_S, WAIT_S, is_doubt, request_of, send
+from tests.connector_conformance import SHORT_S, WAIT_S, is_doubt, outcome_of, request_of, send
 from tests.foreign_host import ForeignHost, foreign_host
 from tests.iso8583 import QUICK, ScriptedHost, scripted_host
 from tests.simulators import running_simulator, standings_of
@@ -783,6 +783,24 @@ async def test_answer_that_settles_nothing_leaves_a_doubt(changes: dict[str, str
 
 
 # --- reversals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", ["9" * 25, "9" * 5000, "much", str(2**50 + 1)], ids=len)
+async def test_amount_that_no_amount_can_be_is_not_taken_for_one(told: str) -> None:
+    text = TEXT.replace('amount = "4"', 'amount = "62"')
+    text = text.replace('62 = "ans ...255"', '62 = "ans ....9999"')
+    async with acquirer(Specification("amounts-elsewhere", text)) as psp:
+        psp.scripted.specification = psp.host.specification
+        for code, is_usable in (("00", True), ("10", False)):
+            sending = psp.start(request_of())
+            line, request = await psp.scripted.request()
+            line.answer(request, code, de62=told)
+            answer = await sending
+            if is_usable:
+                assert answer.verdict is Verdict.APPROVED
+                assert outcome_of(answer).amount_reported_minor is None
+            else:  # approved in part, and nobody knows how much
+                assert is_doubt(answer)
 
 
 async def test_reversal_names_the_lost_request_and_is_repeated_with_the_same_numbers() -> None:

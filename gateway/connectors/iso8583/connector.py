@@ -3,6 +3,7 @@
 The source of the rules is ISO 8583:1987 with what the host's specification says.
 """
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -427,5 +428,10 @@ _NAMED_BY_ID: Final = frozenset({K.AUTHORIZE, K.VERIFY})
 """Kinds whose request, asked about or cancelled, names its own transaction id."""
 
 
+_AMOUNT: Final = re.compile(r"0*([0-9]{1,16})")
+
+
 def _amount(text: str) -> int | None:
-    return int(text) if text.isascii() and text.isdigit() else None
+    """None for what no amount can be: an element may be longer than DE 4."""
+    match = _AMOUNT.fullmatch(text)
+    return None if match is None else values.amount(int(match[1]))
