@@ -287,30 +287,25 @@ class HttpClient:
             self._place_free()
             raise NotSent(Reason.SEND_WINDOW_PASSED)
         self._connecting += 1
-        connection: _Connection | None = None
+        connection = _Connection(self, self._limits.body_bytes_max, self._way)
         try:
             async with asyncio.timeout(min(self._limits.connect_timeout_s, budget_s)):
-                connection = await reach(self._new_connection, *self._peer)
+                await reach(lambda: connection, *self._peer)
                 await connection.ready
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            if connection is not None:
-                connection.abort()
+            connection.abort()
             self._warn(error)
             raise NotSent(Reason.CONNECT_FAILED) from error
         except asyncio.CancelledError:
-            if connection is not None:
-                connection.abort()
+            connection.abort()
             raise
         finally:
-            self._connecting -= 1
-            # The connection, if there is one, is in _open since connection_made.
-            self._place_free()
+            if not connection.made:
+                self._connecting -= 1
+                self._place_free()
         if self._closed:
             connection.abort()
         return connection
-
-    def _new_connection(self) -> "_Connection":
-        return _Connection(self, self._limits.body_bytes_max, self._way)
 
     def _release(self, connection: "_Connection") -> None:
         """A connection is free again: for the waiter longest in line, or for the next request."""
@@ -337,7 +332,10 @@ class HttpClient:
             _log.warning("no connection to %s: %s", self._host_header, error)
 
     def opened(self, connection: "_Connection") -> None:
-        """Called by a connection that is made."""
+        """Called by a connection that is made, which has its place among the open ones from now on,
+        also while it asks a proxy and shakes hands.
+        """
+        self._connecting -= 1
         self._open.add(connection)
 
     def lost(self, connection: "_Connection") -> None:
@@ -397,6 +395,11 @@ class _Connection(asyncio.Protocol):
         self.idle_until = 0.0
 
     # --- what the client does ---------------------------------------------------------------------
+
+    @property
+    def made(self) -> bool:
+        """Whether it was ever open."""
+        return self._transport is not None
 
     @property
     def encrypted(self) -> bool:

@@ -299,6 +299,34 @@ async def test_server_without_tls_and_one_that_says_nothing_get_no_request(
         assert await reason_of(post(client)) == (NotSent, Reason.CONNECT_FAILED)
 
 
+async def test_handshake_takes_the_place_of_one_connection(ca_file: str, clients: Clients) -> None:
+    came = asyncio.Semaphore(0)
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        came.release()
+        await reader.read()
+
+    async with listening(silent) as port:
+        limits = Limits(connections_max=2, connect_timeout_s=2 * WAIT_S)
+        client = clients(f"https://localhost:{port}", limits, ca_file=ca_file)
+        posts: list[asyncio.Task[Response]] = []
+        try:
+            for _ in range(2):  # each once the one before shakes hands
+                posts.append(asyncio.create_task(post(client)))
+                await asyncio.wait_for(came.acquire(), WAIT_S)
+        finally:
+            for waiting in posts:
+                waiting.cancel()
+            await asyncio.gather(*posts, return_exceptions=True)
+        # What was given up has left its place.
+        for _ in range(2):
+            posts.append(asyncio.create_task(post(client)))
+            await asyncio.wait_for(came.acquire(), WAIT_S)
+        for waiting in posts:
+            waiting.cancel()
+        await asyncio.gather(*posts, return_exceptions=True)
+
+
 async def test_answer_cut_off_in_tls_leaves_a_doubt(
     ca: trustme.CA, ca_file: str, clients: Clients
 ) -> None:
