@@ -47,7 +47,7 @@ from gateway.connectors.simulator.launch import SimulatorFailed
 from gateway.connectors.simulator.profiles import PROFILES
 from gateway.heap import share_one_heap
 from gateway.jwks import read_jwks
-from gateway.local import LocalServers, LocalState, write_state
+from gateway.local import LocalServers, LocalState, LocalStateUnusable, write_state
 from gateway.receiver import Receiver, ReceiverLimits
 from gateway.routing.availability import AccountAvailability
 from gateway.routing.breakers import BreakerLimits, Breakers
@@ -855,7 +855,7 @@ def run_local(settings: Settings) -> None:
     )
     try:
         state = servers.start()
-    except (EmbeddedServerError, SimulatorFailed, OSError) as error:
+    except (LocalStateUnusable, EmbeddedServerError, SimulatorFailed, OSError) as error:
         servers.stop()
         raise StartError(str(error)) from error
     try:

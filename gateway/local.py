@@ -31,14 +31,28 @@ class LocalState:
     api_key: str = ""
 
 
+class LocalStateUnusable(Exception):
+    """The state of a set-up cannot be read; the text says what to do."""
+
+
 def read_state(folder: Path) -> LocalState:
-    """The state of the set-up in the folder; empty where there is none."""
+    """The state of the set-up in the folder; empty where there is none. Raises
+    LocalStateUnusable.
+    """
+    path = folder / STATE_FILE
     try:
-        fields = json.loads((folder / STATE_FILE).read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        told = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
         return LocalState()
-    known = LocalState.__slots__
-    return LocalState(**{name: str(value) for name, value in fields.items() if name in known})
+    except OSError as error:
+        raise LocalStateUnusable(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
+        raise LocalStateUnusable(
+            f"{path} is no JSON object of texts. Remove it: `python -m gateway run` makes it anew."
+        )
+    return LocalState(**{name: told[name] for name in LocalState.__slots__ if name in told})
 
 
 def write_state(folder: Path, state: LocalState) -> None:
@@ -70,7 +84,9 @@ class LocalServers:
         self._stopping = threading.Event()
 
     def start(self) -> LocalState:
-        """Start what is wanted. Raises EmbeddedServerError and SimulatorFailed."""
+        """Start what is wanted. Raises LocalStateUnusable, EmbeddedServerError and
+        SimulatorFailed.
+        """
         state = read_state(self._folder)
         if self._postgres is not None:
             self._postgres.start()

@@ -8,7 +8,7 @@ from typing import Any, Final, NoReturn, ParamSpec, TypeVar
 
 import click
 
-from gateway.local import LocalState, read_state
+from gateway.local import LocalState, LocalStateUnusable, read_state
 from gateway.settings import WORKERS_MAX, Settings, SettingsError, load_settings
 
 REASON_CHARACTERS_MIN: Final = 10
@@ -37,7 +37,10 @@ def read_settings(**overrides: object) -> Settings:
 
 def local_state(settings: Settings) -> LocalState:
     """What the gateway that `run` started here has left."""
-    return read_state(Path(settings.embedded_dir))
+    try:
+        return read_state(Path(settings.embedded_dir))
+    except LocalStateUnusable as error:
+        fail(str(error))
 
 
 def postgres_dsn(settings: Settings) -> str:

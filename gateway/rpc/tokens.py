@@ -214,7 +214,10 @@ def read_key_set(
     Left out are keys without a name, for encryption, symmetric, private, of another type than the
     algorithms need, or (RSA) too short. Raises ValueError where none is left.
     """
-    document = json.loads(text)
+    try:
+        document = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     entries = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(entries, list):
         raise ValueError("no JWK Set")  # noqa: TRY004 - of what was read, not of an argument

@@ -114,6 +114,22 @@ def test_without_a_database_the_way_to_one_is_named(
     assert "gateway run" in line
 
 
+@pytest.mark.parametrize(
+    "state",
+    [b"[]", b"null", b'"x"', b"{", b"\xff", b'{"postgres_dsn": null}', b"[" * 100_000],
+    ids=["list", "null", "text", "half", "no text", "no texts", "deep"],
+)
+def test_a_state_of_the_local_set_up_that_is_none_is_named(
+    nursery: Nursery, tmp_path: Path, state: bytes
+) -> None:
+    folder = tmp_path / ".local/embedded"
+    folder.mkdir(parents=True)
+    (folder / "local.json").write_bytes(state)
+    for command in (("organisations", "list"), ("demo",), ("run",)):
+        line = CommandLine(nursery, tmp_path).refused(*command)
+        assert "local.json is no JSON object of texts" in line
+
+
 def test_a_database_that_is_away_ends_in_one_clear_line_without_its_password(
     alone: CommandLine,
 ) -> None:

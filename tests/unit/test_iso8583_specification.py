@@ -299,6 +299,11 @@ def test_specification_that_contradicts_itself_is_refused(
     assert "\n" not in str(refused.value)
 
 
+def test_specification_that_is_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(SpecificationError, match="nested too deeply"):
+        Specification("deep", f"meaning = {'[' * 20_000}")
+
+
 def test_framing_is_the_specifications() -> None:
     told = TEXT.replace("[framing]", '[framing]\nheader = "0000"\nlength_includes_header = false')
     framing = Specification("reserved", told).framing

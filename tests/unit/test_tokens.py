@@ -404,6 +404,12 @@ def test_a_short_key_is_left_out_without_a_warning_of_the_library() -> None:
     assert set(found) == {("rsa-1", "RS256")}
 
 
+@pytest.mark.parametrize("body", [b"[]", b"\xff", b"[" * 100_000], ids=["list", "no text", "deep"])
+def test_a_text_that_is_no_key_set_is_refused_as_a_value(body: bytes) -> None:
+    with pytest.raises(ValueError, match=r".*"):
+        read_key_set(body, RULES.algorithms)
+
+
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b'{"keys": {}}', b'{"keys": []}', b"<html>"])
 async def test_a_key_set_without_a_key_changes_nothing(issuer: Issuer, body: bytes) -> None:
     verifier = issuer.verifier()

@@ -296,6 +296,8 @@ class Specification:
             raise SpecificationError(f"the specification {name}: {wrong}") from error
         except tomllib.TOMLDecodeError as error:
             raise SpecificationError(f"the specification {name}: {error}") from error
+        except RecursionError:
+            raise SpecificationError(f"the specification {name} is nested too deeply") from None
         self.name = name
         self.meaning = told.meaning
         self.code_scheme = told.code_scheme
