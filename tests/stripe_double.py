@@ -141,17 +141,6 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
 
     async def _keyed(self, request: web.Request, key: str, body: str) -> web.Response:
         fingerprint = f"{request.path} {body}"
-        if not key:
-            return _json(200, self._post(request.path, await _form(request), key))
-        if key in self.keys:
-            first, answer = self.keys[key]
-            if first != fingerprint:
-                raise Refused(400, "idempotency_error", saved=False)
-            if answer is None:
-                raise Refused(
-                    409, "invalid_request_error", code="idempotency_key_in_use", saved=False
-                )
-            return _json(*answer, replayed=True)
 
         async def make() -> Answer:
             form = await _form(request)
@@ -166,6 +155,17 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
                     raise
                 return refused.status, refused.body
 
+        if not key:
+            return _json(*await make())
+        if key in self.keys:
+            first, answer = self.keys[key]
+            if first != fingerprint:
+                raise Refused(400, "idempotency_error", saved=False)
+            if answer is None:
+                raise Refused(
+                    409, "invalid_request_error", code="idempotency_key_in_use", saved=False
+                )
+            return _json(*answer, replayed=True)
         return _json(*await self.execute(key, fingerprint, make))
 
     def _post(self, path: str, form: Form, key: str) -> dict[str, Any]:

@@ -639,6 +639,29 @@ async def test_void_is_not_held_up_by_an_error_that_stripe_keeps(
     assert await psp.effects(void.reference) == 1
 
 
+async def test_what_is_left_is_given_back_once_whatever_error_stripe_keeps(psp: StripePsp) -> None:
+    request = request_of(capture=True)
+    answer = await send(psp.connector, request)
+    request.target_transaction_id = answer.connector_transaction_id
+    psp.double.errors = 1
+    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
+    assert await psp.held_minor(request.reference) == 1000
+    for _ in range(2):
+        told = await psp.connector.cancel(K.AUTHORIZE, request.reference, request)
+        assert told.verdict is Verdict.CANCELED
+    assert [refund["amount"] for refund in psp.double.refunds.values()] == [1000]
+
+
+async def test_part_is_given_back_under_one_key(psp: StripePsp) -> None:
+    capture = await prepared(psp, K.CAPTURE)
+    capture.amount_minor, capture.final = 400, False
+    await send(psp.connector, capture)
+    for _ in range(2):
+        told = await psp.connector.cancel(K.CAPTURE, capture.reference, capture)
+        assert told.verdict is Verdict.CANCELED
+    assert [refund["amount"] for refund in psp.double.refunds.values()] == [400]
+
+
 async def test_absence_of_a_void_is_not_proved(psp: StripePsp) -> None:
     void = await prepared(psp, K.VOID)
     before = len(psp.double.requests)

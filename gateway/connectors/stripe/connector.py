@@ -545,13 +545,18 @@ class StripeConnector(HttpConnector):
         return await self._post(_Call(f"{path}/cancel", b""), "")
 
     async def _give_back(self, intent_id: str, reference: str, amount: str) -> ConnectorAnswer:
-        """Refund an amount in Stripe's unit, or what is left. Raises as `_take_back`."""
+        """Refund an amount in Stripe's unit, or what is left. Raises as `_take_back`.
+
+        What is left has no key: a second refund of it does no harm, and under a key Stripe would
+        answer with its first refusal or error for a day, as of a balance that was too low then. An
+        amount would be refunded twice.
+        """
         form = {"payment_intent": intent_id, f"metadata[{REFERENCE}]": f"{reference}-refund"}
         if amount:
             form["amount"] = amount
         response = await self._post(
             _Call("/v1/refunds", _encode(form)),
-            f"{reference}-refund",
+            f"{reference}-refund" if amount else "",
         )
         if response.status == 200:
             told = answers.read(response)
