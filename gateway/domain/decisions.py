@@ -284,16 +284,12 @@ def begin_increment(
     _require_authorized(payment)
     _check_matrix(K.INCREMENT, aggregate)
     _check_currency(payment, currency)
+    # Captures of ours close the payment or leave its state; those that the PSP told of do not.
     captures = any(
         operation.kind is K.CAPTURE and operation.state is S.SUCCEEDED
         for operation in aggregate.operations
     )
-    if (
-        payment.capture_method is CaptureMethod.AUTOMATIC
-        or captures
-        or payment.capture_closed
-        or payment.state is not PaymentState.AUTHORIZED
-    ):
+    if captures or payment.capture_closed or payment.state is not PaymentState.AUTHORIZED:
         raise refuse(
             Reason.INCREMENT_NOT_ALLOWED,
             "Only a payment with manual capture of which nothing is captured can be incremented.",

@@ -84,19 +84,19 @@ class Book(PaymentBook):
             decisions.begin_increment(self.aggregate, origin, amount_minor, CURRENCY)
         )
 
-    def _settled(self, settled: Settled | None) -> None:
+    def enter(self, settled: Settled | None) -> None:
         assert settled is not None
         self.last = settled
         self.enter_settled(settled)
 
     def settle(self, operation_id: str, answer: ConnectorAnswer) -> str:
         at, new_id = self.later(), self.new_operation_id()
-        self._settled(decisions.settle(self.payment, self[operation_id], answer, at, new_id))
+        self.enter(decisions.settle(self.payment, self[operation_id], answer, at, new_id))
         return operation_id
 
     def bounce(self, operation_id: str) -> None:
         answer = says(Verdict.FAILED)
-        self._settled(decisions.bounce(self.payment, self[operation_id], answer, self.later()))
+        self.enter(decisions.bounce(self.payment, self[operation_id], answer, self.later()))
 
     def authorized(self, answer: ConnectorAnswer = YES) -> Book:
         self.settle("op_1", answer)
@@ -664,18 +664,35 @@ def test_increment_that_the_psp_reports_otherwise_is_a_reported_fact() -> None:
 
 def test_increment_is_for_manual_payments_before_any_capture() -> None:
     refused(Reason.INCREMENT_NOT_ALLOWED, lambda: Book(AUTOMATIC).authorized().increment(1))
+    returned = Book(AUTOMATIC).authorized()
+    returned.bounce(returned.operations[-1].operation_id)
+    assert returned.payment.state is P.AUTHORIZED
+    refused(Reason.INCREMENT_NOT_ALLOWED, lambda: returned.increment(1))
     book = Book().authorized()
     book.settle(book.capture(10), YES)
     refused(Reason.INCREMENT_NOT_ALLOWED, lambda: book.increment(1))
+    elsewhere = Book().authorized()
+    elsewhere.enter(
+        decisions.record_elsewhere(
+            elsewhere.aggregate, K.CAPTURE, 10, YES, elsewhere.later(), elsewhere.new_operation_id()
+        )
+    )
+    assert elsewhere.payment.state is P.AUTHORIZED
+    refused(Reason.INCREMENT_NOT_ALLOWED, lambda: elsewhere.increment(1))
     voided = Book().authorized()
     voided.settle(voided.void(), YES)
     refused(Reason.PAYMENT_NOT_AUTHORIZED, lambda: voided.increment(1))
 
 
-def test_increment_stays_below_the_largest_amount() -> None:
+def test_increment_stays_below_the_largest_amount_and_is_told_what_is_left() -> None:
     book = Book().authorized()
-    refused(Reason.INCREMENT_NOT_ALLOWED, lambda: book.increment(AMOUNT_MINOR_MAX))
-    book.increment(AMOUNT_MINOR_MAX - 100)
+    error = refused(
+        Reason.INCREMENT_NOT_ALLOWED, lambda: book.increment(AMOUNT_MINOR_MAX - 100 + 1)
+    )
+    assert error.metadata["available_minor"] == str(AMOUNT_MINOR_MAX - 100)
+    increment = book[book.increment(AMOUNT_MINOR_MAX - 100)]
+    assert increment.parent_operation_id == book.authorization.operation_id
+    assert book.payment.version == 3
 
 
 # --- new attempts and late successes --------------------------------------------------------------
