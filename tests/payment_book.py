@@ -62,11 +62,13 @@ class PaymentBook:
 
     def enter_begun(self, begun: Begun) -> str:
         """Take over an intent; the id of its operation."""
+        assert begun.payment.version == self.payment.version + 1
         self.aggregate = Aggregate(begun.payment, [*self.operations, begun.operation])
         return begun.operation.operation_id
 
     def enter_settled(self, settled: Settled) -> None:
         """Take over an outcome, and what came with it, by the table of the payment's states."""
+        assert settled.payment.version == self.payment.version + 1
         before, after = self.payment.state, settled.payment.state
         assert after is before or after in PAYMENT_TRANSITIONS[before], (before, after)
         changed = settled.operation
