@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +35,11 @@ if TYPE_CHECKING:
 # some children die of one, in 3 % of the starts, before they are the program. No test needs gRPC in
 # a fork.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "false"
+
+# Where the environment forbids byte code, each of the interpreters that the suite starts would
+# compile the gateway anew, and each worker all tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 _KINDS = ("unit", "integration", "contract", "faults", "acceptance")
 """The directories below tests/, each with the marker of the same name (pyproject.toml)."""
