@@ -273,7 +273,8 @@ def simulate(*arguments: str) -> None:
 
 
 def _serve_nursery(channel: socket.socket) -> None:
-    import gateway.composition  # noqa: PLC0415 - what the children need is imported once
+    import gateway.cli  # noqa: PLC0415 - what the children need is imported once
+    import gateway.composition  # noqa: PLC0415 - the same
     import gateway.connectors.simulator.server  # noqa: F401, PLC0415 - the same
     from gateway.connectors.http import public_tls_context  # noqa: PLC0415
     from gateway.rpc import admin, events, routing, validation  # noqa: PLC0415
@@ -310,6 +311,8 @@ def _fork(
 ) -> tuple[int, socket.socket]:
     """A child's pid, and the channel over which it may ask as well."""
     parent = os.getpid()
+    with contextlib.suppress(Exception):  # the child fails alike, and tells
+        importlib.import_module(request["target"].partition(":")[0])
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     pid = os.fork()
     if pid == 0:
