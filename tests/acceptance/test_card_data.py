@@ -37,12 +37,11 @@ from tests.harness import (
     request_types,
     running_system,
 )
-from tests.servers import free_port
+from tests.servers import free_port, redis_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
-    from storage.embedded import EmbeddedRedis
     from tests.harness import GatewayProcess, System
     from tests.servers import PostgresForTests
 
@@ -273,19 +272,21 @@ def violated(error: grpc.aio.AioRpcError) -> frozenset[str]:
 
 
 @pytest.fixture(scope="module", params=["grpcio", "native"])
-def place(
-    request: pytest.FixtureRequest, postgres: PostgresForTests, redis: EmbeddedRedis
-) -> Iterator[Place]:
+def place(request: pytest.FixtureRequest, postgres: PostgresForTests) -> Iterator[Place]:
+    """With a Redis of its own, since each test reads every key of it."""
     port = free_port()
-    with running_system(
-        postgres,
-        redis,
-        transport=request.param,
-        trusted_front=True,
-        log_level="DEBUG",
-        log_successes_per_s_max=1_000_000,
-        metrics_address=f"127.0.0.1:{port}",
-    ) as system:
+    with (
+        redis_server() as redis,
+        running_system(
+            postgres,
+            redis,
+            transport=request.param,
+            trusted_front=True,
+            log_level="DEBUG",
+            log_successes_per_s_max=1_000_000,
+            metrics_address=f"127.0.0.1:{port}",
+        ) as system,
+    ):
         client = Redis.from_url(redis.url)
         made = Place(
             system, system.start_gateway(), client, port, postgres.server.log_path.read_bytes
