@@ -161,6 +161,30 @@ def test_what_a_later_answer_does_not_say_is_as_it_was_told_before() -> None:
     assert book.payment.connector_transaction_id == "tx-1"
 
 
+def test_a_payment_keeps_what_its_approval_told_and_when() -> None:
+    book, ends_at = Book(), datetime(2026, 2, 1, tzinfo=UTC)
+    outcome = Outcome(auth_code="A12345", network_transaction_id="net_1")
+    book.authorized(
+        ConnectorAnswer(
+            Delivery.ANSWERED,
+            Verdict.APPROVED,
+            outcome,
+            connector_transaction_id="psp_1",
+            authorization_expires_at=ends_at,
+        )
+    )
+    payment = book.payment
+    assert (payment.auth_code, payment.network_transaction_id) == ("A12345", "net_1")
+    told = payment.connector_transaction_id, payment.authorization_expires_at
+    assert told == ("psp_1", ends_at)
+    assert payment.updated_at is not None
+    assert payment.updated_at == book.authorization.updated_at
+
+
+def test_only_what_succeeded_can_have_had_another_currency() -> None:
+    assert Book().authorized(replace(NO, currency="USD")).discrepancies() == []
+
+
 def test_answer_that_the_table_does_not_allow_changes_nothing() -> None:
     book = Book().authorized(NO)
     settled = decisions.settle(book.payment, book.authorization, YES, datetime.now(UTC), "op_9")
@@ -177,18 +201,21 @@ def test_automatic_authorization_is_captured_by_an_operation_of_the_gateway() ->
         100,
     )
     assert (capture.parent_operation_id, capture.idempotency_key) == ("op_1", None)
+    assert capture.final
     assert (book.payment.state, book.payment.captured_minor) == (P.CAPTURED, 100)
     refused(Reason.PAYMENT_CLOSED_FOR_CAPTURE, book.capture)
 
 
-def test_partial_approval_that_was_not_allowed_is_declined_and_reversed() -> None:
-    book = Book(AUTOMATIC).authorized(says(Verdict.APPROVED, 40))
+@pytest.mark.parametrize("approved", [40, 1])
+def test_partial_approval_that_was_not_allowed_is_declined_and_reversed(approved: int) -> None:
+    book = Book(AUTOMATIC).authorized(says(Verdict.APPROVED, approved))
     assert (book.authorization.state, book.payment.state) == (S.DECLINED, P.DECLINED)
     outcome = book.authorization.attempt.outcome
     assert outcome is not None
     assert outcome.response_code is ResponseCode.PARTIAL_APPROVAL_REVERSED
     [reversal] = book.aggregate.operations[1:]
-    assert (reversal.kind, reversal.state, reversal.amount_minor) == (K.REVERSAL, S.PROCESSING, 40)
+    assert (reversal.kind, reversal.state) == (K.REVERSAL, S.PROCESSING)
+    assert reversal.amount_minor == approved
     assert (reversal.note, reversal.parent_operation_id) == ("op_1-1", "op_1")
     assert (book.payment.authorized_minor, book.payment.captured_minor) == (0, 0)
 
@@ -200,11 +227,12 @@ def test_approval_of_nothing_is_declined_without_anything_to_reverse(reported_mi
     assert len(book.aggregate.operations) == 1
 
 
-def test_partial_approval_that_was_allowed_is_the_new_ceiling() -> None:
-    book = Book(partial=True).authorized(says(Verdict.APPROVED, 40))
-    assert (book.payment.requested_minor, book.payment.authorized_minor) == (100, 40)
-    error = refused(Reason.AMOUNT_EXCEEDS_AUTHORIZED, lambda: book.capture(41))
-    assert error.metadata["available_minor"] == "40"
+@pytest.mark.parametrize("approved", [40, 1])
+def test_partial_approval_that_was_allowed_is_the_new_ceiling(approved: int) -> None:
+    book = Book(partial=True).authorized(says(Verdict.APPROVED, approved))
+    assert (book.payment.requested_minor, book.payment.authorized_minor) == (100, approved)
+    error = refused(Reason.AMOUNT_EXCEEDS_AUTHORIZED, lambda: book.capture(approved + 1))
+    assert error.metadata["available_minor"] == str(approved)
 
 
 @pytest.mark.parametrize("method", CaptureMethod)
@@ -539,6 +567,55 @@ def test_refund_counts_only_captures_that_succeeded() -> None:
     book = Book().authorized()
     book.capture(50)
     refused(Reason.AMOUNT_EXCEEDS_CAPTURED, lambda: book.refund(1))
+
+
+def test_refund_is_allocated_to_no_capture_that_failed() -> None:
+    book = Book().authorized()
+    book.settle(book.capture(50), NO)
+    second = book.settle(book.capture(50), YES)
+    assert book[book.refund(20)].allocations == ((second, 20),)
+
+
+def test_refund_elsewhere_takes_its_part_of_the_oldest_capture() -> None:
+    book, first, second = captured_twice()
+    book.enter(
+        decisions.record_elsewhere(
+            book.aggregate, K.REFUND, 70, YES, book.later(), book.new_operation_id()
+        )
+    )
+    assert book.operations[-1].allocations == ((first, 60), (second, 10))
+    assert book[book.refund()].allocations == ((second, 30),)
+
+
+def test_void_elsewhere_releases_what_is_not_captured() -> None:
+    book = Book().authorized()
+    book.settle(book.capture(30), YES)
+    book.enter(
+        decisions.record_elsewhere(
+            book.aggregate, K.VOID, 70, YES, book.later(), book.new_operation_id()
+        )
+    )
+    assert (book.payment.voided_minor, book.payment.state) == (70, P.PARTIALLY_CAPTURED)
+    assert book.operations[-1].allocations == ()
+
+
+def test_refunded_amount_that_the_psp_reports_otherwise_is_a_discrepancy() -> None:
+    book, *_ = captured_twice()
+    book.settle(book.refund(30), says(Verdict.APPROVED, 50))
+    assert book.discrepancies() == ["refunded_amount"]
+    book.settle(book.refund(10), says(Verdict.APPROVED, 10))
+    assert book.discrepancies() == []
+
+
+def test_refund_waits_for_a_void_only_where_that_gives_the_charge_back() -> None:
+    charged = Book(AUTOMATIC)
+    charged.void()
+    charged.authorized()
+    refused(Reason.OPERATION_IN_PROGRESS, lambda: charged.refund(10))
+    captured = Book().authorized()
+    captured.settle(captured.capture(30), YES)
+    captured.void()
+    assert captured[captured.refund(10)].amount_minor == 10
 
 
 def test_refund_that_bounces_gives_the_amount_back() -> None:
