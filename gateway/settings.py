@@ -786,7 +786,11 @@ class Settings(BaseSettings):
         3.0, "How long connecting to a host may take, the TLS handshake included.", gt=0, le=60
     )
     iso8583_network_timeout_s: float = _field(
-        5.0, "How long a host's answer to a sign-on or an echo may take.", gt=0, le=60
+        5.0,
+        "How long a host's answer to a sign-on or an echo may take. A connection on which nothing"
+        " came for so long to a request is tested by an echo.",
+        gt=0,
+        le=60,
     )
     iso8583_echo_interval_s: float = _field(
         30.0, "A connection on which nothing came for so long is tested by an echo.", gt=0, le=3600
