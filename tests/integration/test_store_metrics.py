@@ -12,7 +12,7 @@ import pytest
 from gateway.application.notifications import Notification, Received
 from gateway.domain.model import OperationState
 from storage.postgres import LaneLimits, PostgresStore
-from storage.postgres.queries import queries, query
+from storage.postgres.queries import queries, query, run
 from storage.postgres.store import _ONLY_WAITS, DOUBT_AGE_BOUNDS_S
 from tests.harness import eventually
 from tests.outbox import connection_to, tell
@@ -68,7 +68,7 @@ async def _operations_looked_at(dsn: str) -> int:
         "age_bounds_s": DOUBT_AGE_BOUNDS_S,
     }
     async with connection_to(dsn) as connection:
-        await connection.fetch(query("session", "plans").text, "20s")
+        await run(connection, query("session", "plans"), transaction_timeout="20s", author="")
         told = await connection.fetchval(
             f"EXPLAIN (ANALYZE, FORMAT JSON) {statement.text}",
             *(values[name] for name in statement.parameters),
