@@ -56,6 +56,7 @@ from gateway.domain.model import (
     Payment,
     PaymentState,
 )
+from gateway.rpc import server as server_module
 from gateway.rpc.auth import Authenticator, AuthLimits
 from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.error_map import INTERNAL_MESSAGE, PUSHBACK_TRAILER
@@ -70,6 +71,8 @@ TRANSPORTS: tuple[Transport, ...] = ("grpcio", "native")
 MERCHANT, OTHER_MERCHANT = "mer_one", "mer_two"
 PATIENCE_S = 60.0
 """How long a test waits for what must happen: a failure, never a measurement."""
+CONNECTIONS, FLUSH_S = 4, 1.0
+"""Of the test of a drain's last answers: more time than the server's, for busy machines."""
 CARD_NUMBER = "4242424242424242"
 CREATED_AT = datetime(2026, 11, 1, 12, tzinfo=UTC)
 
@@ -91,6 +94,8 @@ class FakePayments:
     payments: list[Payment] = field(default_factory=list)
     filters: list[ListFilter] = field(default_factory=list)
     running: set[asyncio.Task[Answer]] = field(default_factory=set)
+    response: pb.AuthorizePaymentResponse | None = None
+    """The answer to every authorization, instead of what the operation says."""
 
     async def authorize(self, command: Authorize) -> Answer:
         self.commands.append(command)
@@ -114,6 +119,8 @@ class FakePayments:
         found.operation.state = OperationState.SUCCEEDED
         found.payment.state = PaymentState.AUTHORIZED
         response = ContractEncoder().response(found.operation, found.payment)
+        if self.response is not None:
+            response = self.response.SerializeToString()
         found.operation.response = response
         self.finished.append(command.idempotency_key)
         return Answer(response, False, command.request_id, found.payment.payment_id)
@@ -1281,6 +1288,42 @@ async def test_native_refuses_while_draining_with_a_retry_hint() -> None:
         go_on.set()
         await call
         await drained
+
+
+async def test_a_native_drain_gives_its_last_answers_the_time_to_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Each is more than a server can send at once: it leaves after its handler has ended.
+    payload = "x" * 3_900_000
+    limits = replace(LIMITS, response_bytes_max=len(payload) * 2)
+    async with running("native", limits) as up, contextlib.AsyncExitStack() as stack:
+        go_on = asyncio.Event()
+        wait_idle = PaymentService.wait_idle
+
+        async def answer(_: Authorize) -> None:
+            await go_on.wait()
+
+        async def wait_for_the_last(service: PaymentService) -> None:
+            go_on.set()
+            await wait_idle(service)
+
+        monkeypatch.setattr(PaymentService, "wait_idle", wait_for_the_last)
+        monkeypatch.setattr(server_module, "_FLUSH_S", FLUSH_S)
+        up.payments.before = answer
+        up.payments.response = pb.AuthorizePaymentResponse()
+        up.payments.response.operation.operation_id = payload
+        calls = []
+        for number in range(CONNECTIONS):
+            channel = await stack.enter_async_context(
+                aio.insecure_channel(up.target, options=[("grpc.use_local_subchannel_pool", 1)])
+            )
+            call = PaymentServiceStub(channel).AuthorizePayment
+            calls.append(call(authorization(f"key-{number}"), metadata=up.metadata))
+        answers = asyncio.gather(*calls)
+        await until(lambda: len(up.payments.commands) == CONNECTIONS)
+        await up.server.drain(PATIENCE_S)
+        for response in await answers:
+            assert response.operation.operation_id == payload
 
 
 # --- a stock client -------------------------------------------------------------------------------
