@@ -9,7 +9,7 @@
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
 
-PYTHON ?= python3# the Python that .venv is made from
+PYTHON ?=# the Python that .venv is made from; without it the one that .ci/choose-python prints
 UV ?= uv# for `make lock` only
 ARGS ?=# more arguments for run, test, load, bench, chaos, simulate, chart and lock
 
@@ -129,6 +129,7 @@ clean: ## remove .venv, generated files and caches; the gateway's data in .local
 # --clear the environment is what the lock says, also after a package left it. Nothing but wheels
 # with the hashes of the lock: nothing is compiled, and no index can slip in anything else.
 .venv/dependencies: requirements.lock
+	$(eval PYTHON := $(or $(PYTHON),$(shell .ci/choose-python)))
 	@command -v '$(PYTHON)' >/dev/null || { \
 		echo "setup: no '$(PYTHON)' found; name a Python 3.11 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
