@@ -4,7 +4,7 @@ import asyncio
 import errno
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,7 +55,7 @@ async def examine(settings: Settings, state: LocalState) -> list[Finding]:
     redis_url = settings.redis_url.get_secret_value() or state.redis_url
     simulator_url = settings.simulator_url or state.simulator_url
     findings = [*_tls(settings), *_connectors(settings)]
-    findings += await _postgres(dsn, settings)
+    findings += [each async for each in _postgres(dsn, settings)]
     findings += await _redis(redis_url, settings)
     findings += await _signing_keys(settings)
     findings.append(await _simulator(simulator_url))
@@ -113,66 +113,74 @@ async def _signing_keys(settings: Settings) -> list[Finding]:
     return [Finding(True, f"the token issuer's keys can be used: {names}")]
 
 
-async def _postgres(dsn: str, settings: Settings) -> list[Finding]:
+async def _postgres(dsn: str, settings: Settings) -> AsyncIterator[Finding]:
     if not dsn:
-        return [
-            Finding(
-                False,
-                "PostgreSQL: no address; set GATEWAY_POSTGRES_DSN or start `python -m gateway run`",
-            )
-        ]
+        yield Finding(
+            False,
+            "PostgreSQL: no address; set GATEWAY_POSTGRES_DSN or start `python -m gateway run`",
+        )
+        return
     try:
         connection = await asyncpg.connect(
-            dsn, timeout=CHECK_TIMEOUT_S, target_session_attrs=SessionAttribute.read_write
+            dsn,
+            timeout=CHECK_TIMEOUT_S,
+            command_timeout=CHECK_TIMEOUT_S,
+            target_session_attrs=SessionAttribute.read_write,
         )
+        try:
+            async for finding in _database(connection, dsn, settings):
+                yield finding
+        finally:
+            connection.terminate()
     except (
         OSError,
         asyncpg.PostgresError,
+        asyncpg.InterfaceError,
         asyncpg.InternalClientError,
         TimeoutError,
         ValueError,
     ) as error:
-        return [Finding(False, f"PostgreSQL: {type(error).__name__}: {error}")]
+        yield Finding(False, f"PostgreSQL: {type(error).__name__}: {error}")
+
+
+async def _database(
+    connection: "asyncpg.Connection[Any]", dsn: str, settings: Settings
+) -> AsyncIterator[Finding]:
+    version = connection.get_server_version()
+    yield Finding(True, f"PostgreSQL {version.major}.{version.micro} answers")
+    problems = await durability_problems(connection)
+    for problem in problems:
+        yield Finding(False, f"PostgreSQL: {problem}")
+    if not problems:
+        yield Finding(True, "PostgreSQL keeps what it commits")
     try:
-        version = connection.get_server_version()
-        findings = [Finding(True, f"PostgreSQL {version.major}.{version.micro} answers")]
-        problems = await durability_problems(connection)
-        findings += [Finding(False, f"PostgreSQL: {problem}") for problem in problems]
-        if not problems:
-            findings.append(Finding(True, "PostgreSQL keeps what it commits"))
-        try:
-            await check_schema(connection)
-            findings.append(Finding(True, "the schema is the one that this version needs"))
-            unrecorded = ", ".join(await unrecorded_tables(connection))
-            findings.append(
-                Finding(
-                    not unrecorded,
-                    f"changes are not recorded, or not kept, of: {unrecorded}; a trigger is missing"
-                    if unrecorded
-                    else "changes of the configuration are recorded",
-                )
-            )
-        except SchemaError as error:
-            findings.append(Finding(False, f"schema: {error}"))
-        if settings.postgres_row_security:
-            problems = await row_security.problems(dsn)
-            findings += [Finding(False, f"row-level security: {problem}") for problem in problems]
-            if not problems:
-                findings.append(Finding(True, "row-level security holds"))
-        findings.append(await _connections(connection, settings))
-        started = time.monotonic()
-        database_time: datetime = await connection.fetchval("SELECT clock_timestamp()")
-        half_way_s = (time.monotonic() - started) / 2
-        difference_s = abs((datetime.now(UTC) - database_time).total_seconds() - half_way_s)
-        findings.append(
-            Finding(
-                difference_s <= CLOCK_DIFFERENCE_S_MAX,
-                f"this machine's clock is {difference_s:.3f} s from the database's",
-            )
+        await check_schema(connection)
+        yield Finding(True, "the schema is the one that this version needs")
+        unrecorded = ", ".join(await unrecorded_tables(connection))
+        yield Finding(
+            not unrecorded,
+            f"changes are not recorded, or not kept, of: {unrecorded}; a trigger is missing"
+            if unrecorded
+            else "changes of the configuration are recorded",
         )
-        return findings
-    finally:
-        connection.terminate()
+    except SchemaError as error:
+        yield Finding(False, f"schema: {error}")
+    if settings.postgres_row_security:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            problems = await row_security.problems(dsn)
+        for problem in problems:
+            yield Finding(False, f"row-level security: {problem}")
+        if not problems:
+            yield Finding(True, "row-level security holds")
+    yield await _connections(connection, settings)
+    started = time.monotonic()
+    database_time: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    half_way_s = (time.monotonic() - started) / 2
+    difference_s = abs((datetime.now(UTC) - database_time).total_seconds() - half_way_s)
+    yield Finding(
+        difference_s <= CLOCK_DIFFERENCE_S_MAX,
+        f"this machine's clock is {difference_s:.3f} s from the database's",
+    )
 
 
 async def _connections(connection: "asyncpg.Connection[Any]", settings: Settings) -> Finding:

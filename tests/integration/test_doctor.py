@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncpg
+import pytest
+
+from gateway import doctor
 from gateway.doctor import examine
 from gateway.local import LocalState
 from gateway.settings import load_settings
@@ -24,3 +28,19 @@ async def test_a_redis_that_evicts_is_found_bad() -> None:
 async def test_a_redis_that_keeps_what_it_has_is_found_good() -> None:
     with redis_server({"maxmemory": "8mb", "maxmemory-policy": "noeviction"}) as keeping:
         assert await _bad(keeping.url) == []
+
+
+async def test_a_database_that_stops_answering_is_found_bad_after_what_was_found_before(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CHECK_TIMEOUT_S", 1.0)
+    holder = await asyncpg.connect(dsn)
+    try:
+        async with holder.transaction():
+            await holder.execute("LOCK TABLE schema_migrations IN ACCESS EXCLUSIVE MODE")
+            findings = await examine(load_settings(postgres_dsn=dsn), LocalState())
+    finally:
+        await holder.close()
+    about_it = [each for each in findings if each.text.startswith("PostgreSQL")]
+    assert [each.good for each in about_it] == [True, True, False]
+    assert about_it[-1].text.startswith("PostgreSQL: TimeoutError")
