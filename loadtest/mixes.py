@@ -74,7 +74,7 @@ def load_mix(name: str, path: Path = MIXES_FILE) -> Mix:
     """A mix of the file by its name. Raises BadMix, which says what is wrong."""
     try:
         mixes = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadMix(f"{path}: {error}") from error
     if name not in mixes:
         raise BadMix(f"no mix {name!r} in {path}; there are {', '.join(mixes)}")

@@ -45,7 +45,7 @@ class Limits:
         """The limits of a profile. Raises BadSlo, which says what is wrong."""
         try:
             tables = tomllib.loads(path.read_text("utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise BadSlo(f"{path}: {error}") from error
         unknown = tables.keys() - {"validity", "slo", *PROFILES}
         if unknown:

@@ -185,10 +185,11 @@ def test_merchants_are_drawn_by_zipf() -> None:
         ("[x]\nmerchants = 1\nzipf_exponent = 1\nweights = {pay = 1}", "no call 'pay'"),
         ("[x]\nmerchants = 1\nzipf_exponent = 1\nweights = {void = 0}", "weight of void"),
         ("[x", "mixes"),
+        ("# ein Übermaß", "mixes.toml: 'utf-8' codec can't decode"),
     ],
 )
 def test_bad_mix_says_what_is_wrong(tmp_path: Path, text: str, wrong: str) -> None:
     path = tmp_path / "mixes.toml"
-    path.write_text(text, "utf-8")
+    path.write_text(text, "latin-1")
     with pytest.raises(BadMix, match=wrong):
         load_mix("x", path)

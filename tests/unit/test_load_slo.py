@@ -162,6 +162,7 @@ def test_floor_of_goodput_is_that_of_the_next_factor() -> None:
     ("text", "wrong"),
     [
         ("[slo", "slo"),
+        ("# ein Übermaß", "slo.toml: 'utf-8' codec can't decode"),
         ("[stedy]", "no profile is called stedy"),
         ("[slo]\nadded_p98_ms_max = 1", "no such limit: added_p98_ms_max"),
         ("[slo]\ndropped_max = -1", "dropped_max has a value"),
@@ -174,7 +175,7 @@ def test_floor_of_goodput_is_that_of_the_next_factor() -> None:
 )
 def test_bad_file_of_gates_says_what_is_wrong(tmp_path: Path, text: str, wrong: str) -> None:
     path = tmp_path / "slo.toml"
-    path.write_text(text, "utf-8")
+    path.write_text(text, "latin-1")
     with pytest.raises(BadSlo, match=wrong):
         Limits.load("spike", path)
 
