@@ -37,8 +37,9 @@ from loadtest.samples import (
     read_acknowledged,
     unpack_samples,
 )
-from storage.embedded import free_port
+from storage.embedded import EmbeddedPostgres, free_port
 from tests.harness import asyncio_run, eventually, running_system
+from tests.servers import release_shared_memory
 
 if TYPE_CHECKING:
     import asyncpg
@@ -422,6 +423,7 @@ def test_server_that_ends_during_the_run_ends_it_and_leaves_its_figures(
     assert summary["audit"]["clean"] is (None if server == "PostgreSQL" else True)
     report = (tmp_path / "report.html").read_text("utf-8")
     assert f"{server} ended during the run" in report
+    release_shared_memory(EmbeddedPostgres(tmp_path / "postgres"))
 
 
 def test_generator_that_is_killed_ends_the_run_which_names_it(tmp_path: Path) -> None:
