@@ -491,13 +491,14 @@ class Breakers:
         """Tell the others what has changed, and take over what they tell."""
         taken = dict(list(self._reports.items())[:REPORTS_MAX])
         wishes = []
+        asked_at = self._clock()
         for key in list(self._open)[:REPORTS_MAX]:
             breaker = self._breakers[key]
-            if key not in taken and (breaker.wanted or breaker.probes):
+            is_probing = any(until > asked_at for until in breaker.probes)
+            if key not in taken and (breaker.wanted or is_probing):
                 # The right to probe lapses where no calls come that could be probes.
                 breaker.wanted = False
                 wishes.append(Report(ReportKind.WANTS_PROBES, key, PROBE_RIGHT_S))
-        asked_at = self._clock()
         try:
             shared = await exchange.exchange([*taken.values(), *wishes])
         except ExchangeUnavailable as error:

@@ -331,6 +331,22 @@ async def test_a_process_that_others_probe_for_waits_however_long_that_takes() -
         world.now += PROBE_RIGHT_S
 
 
+async def test_a_probe_that_nobody_observes_keeps_the_right_no_longer_than_its_place() -> None:
+    """Otherwise a process without calls would keep all others from the account."""
+    world = _World()
+    exchange = _Exchange([Shared(KEY, 7, 0.0, 1, True)])
+    await world.breakers.synchronize(exchange)
+    assert world.breakers.admit(PSP, "card") is None
+    asked = []
+    for passed_s in (0.0, LIMITS.probe_life_s - 1, 1.0, 1.0):
+        world.now += passed_s
+        exchange.reports.clear()
+        await world.breakers.synchronize(exchange)
+        asked.append([report.kind for report in exchange.reports])
+    wants = [ReportKind.WANTS_PROBES]
+    assert asked == [wants, wants, [], []]
+
+
 async def test_a_process_that_hears_of_nobody_probes_itself() -> None:
     world = _World()
     exchange = _Exchange([Shared(KEY, 7, 0.0, 1, False)])
