@@ -223,7 +223,8 @@ class _Breaker:
     granted: bool = False
     """Others leave the probing to this process."""
     wanted: bool = False
-    """A call came since the others were told of the last one, and after the pause was over."""
+    """The pause is over, and since others were told so a probe was sent, or a call came that could
+    have been one without this right. Who has it and sends none leaves it to others."""
     had_right: bool = False
     """The probing was left to this process, and no probe was sent since. Where calls come so seldom
     that each comes when the right has lapsed, one of them is a probe without it."""
@@ -306,6 +307,7 @@ class Breakers:
         if refusal is None:
             breaker.probes.append(now + self._limits.probe_life_s)
             breaker.had_right = False
+            breaker.wanted = True
         return refusal
 
     def pause_s(self, candidate: Candidate, method: str) -> float | None:
@@ -320,12 +322,12 @@ class Breakers:
     def _refusal(self, key: BreakerKey, breaker: _Breaker, now: float) -> Exclusion | None:
         if now < breaker.open_until:
             return Exclusion.BREAKER_OPEN
-        waits = self._coordinated and not breaker.granted
-        if waits and not breaker.wanted:
-            self._told.set()
-        breaker.wanted = True
-        if waits and not breaker.had_right:
-            return Exclusion.BREAKER_OPEN
+        if self._coordinated and not breaker.granted:
+            if not breaker.wanted:
+                breaker.wanted = True
+                self._told.set()
+            if not breaker.had_right:
+                return Exclusion.BREAKER_OPEN
         if not breaker.half_open_told:
             breaker.half_open_told = True
             self._observer.breaker_changed(key, BreakerState.HALF_OPEN)
@@ -496,7 +498,7 @@ class Breakers:
             breaker = self._breakers[key]
             is_probing = any(until > asked_at for until in breaker.probes)
             if key not in taken and (breaker.wanted or is_probing):
-                # The right to probe lapses where no calls come that could be probes.
+                # The right to probe lapses where no probes are sent.
                 breaker.wanted = False
                 wishes.append(Report(ReportKind.WANTS_PROBES, key, PROBE_RIGHT_S))
         try:

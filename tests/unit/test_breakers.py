@@ -347,6 +347,20 @@ async def test_a_probe_that_nobody_observes_keeps_the_right_no_longer_than_its_p
     assert asked == [wants, wants, [], []]
 
 
+async def test_a_right_to_probe_that_no_call_uses_is_left_to_others() -> None:
+    """As where payments that could go there have other accounts before it, or are explained."""
+    world = _World()
+    exchange = _Exchange([Shared(KEY, 7, 0.0, 1, True)])
+    await world.breakers.synchronize(exchange)
+    for _ in range(3):
+        assert world.refusal() is None
+        await world.breakers.synchronize(exchange)
+    assert exchange.reports == []
+    assert world.probe(APPROVED) is None
+    await world.breakers.synchronize(exchange)
+    assert [report.kind for report in exchange.reports] == [ReportKind.WANTS_PROBES]
+
+
 async def test_a_process_that_hears_of_nobody_probes_itself() -> None:
     world = _World()
     exchange = _Exchange([Shared(KEY, 7, 0.0, 1, False)])
