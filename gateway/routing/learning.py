@@ -7,7 +7,8 @@ sampled, so that one draw decides, an explanation can tell them, and the share o
 go to another account than the best one, the exploration budget, is a bound and not a hope.
 
 With a merchant's costs the best account is the one of the largest expected margin:
-success × (worth of the payment - fees of an approval) - fees of an attempt.
+success × (worth of the payment - fees of an approval) - fees of an attempt. Where no approval is worth
+its fees, the best one is that of the most approvals.
 """
 
 import asyncio
@@ -286,14 +287,16 @@ class SuccessRanking:
         successes, tariffs = priced
         fees = _fees(tariffs, amount_minor)
         worth = amount_minor * costs.margin_ppm / MICRO
+        # Where every approval is a loss, the largest margin is that of who declines most.
+        by_margin = fees is not None and any(approval < worth for _, approval in fees)
         estimates: list[_Estimate] = []
         for place, (candidate, success, calls, variance) in enumerate(successes):
-            if fees is None:
-                estimates.append((success, candidate, success, calls, variance, 0.0))
-                continue
-            attempt, approval = fees[place]
-            gain = worth - approval
+            attempt, approval = (0.0, 0.0) if fees is None else fees[place]
             cost_minor = attempt + success * approval
+            if not by_margin:
+                estimates.append((success, candidate, success, calls, variance, cost_minor))
+                continue
+            gain = worth - approval
             utility = success * gain - attempt
             spread = variance * gain * gain
             estimates.append((utility, candidate, success, calls, spread, cost_minor))

@@ -306,6 +306,22 @@ def test_an_account_whose_fees_are_not_known_is_as_dear_as_the_dearest() -> None
     assert world.ranking.rank(SEGMENT._replace(currency="USD"), [GOOD], 1000, NEVER)[0].score < 1
 
 
+@pytest.mark.parametrize("amount_minor", [0, 20, 25])
+def test_where_no_approval_is_worth_its_fees_the_account_that_approves_more_comes_first(
+    amount_minor: int,
+) -> None:
+    """As of a verification: by the margin the account would come first that declines most."""
+    world = _World(costs=_book("100", "fixed_minor = 30", "fixed_minor = 25\nattempt_minor = 1"))
+    world.count(GOOD, 90, 10)
+    world.count(BAD, 10, 90)
+    first, other = world.ranking.rank(SEGMENT, [BAD, GOOD], amount_minor, NEVER)
+    assert (first.candidate, other.candidate) == (GOOD, BAD)
+    assert first.learned is not None
+    assert other.learned is not None
+    assert first.learned.cost_minor == pytest.approx(first.learned.success * 30)
+    assert other.learned.cost_minor == pytest.approx(1 + other.learned.success * 25)
+
+
 # --- several processes ----------------------------------------------------------------------------
 
 
