@@ -7,8 +7,8 @@ sampled, so that one draw decides, an explanation can tell them, and the share o
 go to another account than the best one, the exploration budget, is a bound and not a hope.
 
 With a merchant's costs the best account is the one of the largest expected margin:
-success × (worth of the payment - fees of an approval) - fees of an attempt. Where no approval is worth
-its fees, the best one is that of the most approvals.
+success × (worth of the payment - fees of an approval) - fees of an attempt.
+Where no approval is worth its fees, it is the one of the most approvals.
 """
 
 import asyncio
