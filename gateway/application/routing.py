@@ -402,7 +402,7 @@ class Routing:
     def observed(
         self, plan: Plan | None, mode: Mode, operation: Operation, answer: ConnectorAnswer, s: float
     ) -> None:
-        """A connector's `send` ended after `s` seconds."""
+        """A connector's `send` ended after `s` seconds; 0 where it was too late to send."""
         by_rules = plan is not None and plan.facts is not None
         if self._observer is None and not by_rules:
             return

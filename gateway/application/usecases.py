@@ -465,6 +465,8 @@ class Payments:
     async def _new_authorization(self, command: Authorize) -> Answer:
         payment_id = ids.new_payment_id()
         plan = self._routing.plan(command, payment_id)
+        started = time.monotonic()
+        self._check_deadline(command, started)  # before it may take a probe's place
         candidate, connector = self._routing.first(plan)
         begun = decisions.begin_authorization(
             Origin(
@@ -487,8 +489,6 @@ class Payments:
             details=command.details,
             route=plan.note,
         )
-        started = time.monotonic()
-        self._check_deadline(command, started)
         if await self._write_intent(begun, connector, None) is _WRITTEN:
             return await self._perform(command, begun, connector, None, started, plan)
         return await self._duplicate(command)
@@ -514,10 +514,10 @@ class Payments:
             suitability.check_follow_up(begun.operation, connector)
             started = time.monotonic()
             if not begun.cancel_request:
+                self._check_deadline(command, started)
                 if not admitted:  # once: it may take a probe's place
                     self._routing.check_follow_up(begun.operation)
                     admitted = True
-                self._check_deadline(command, started)
             if again is not None:
                 begun = decisions.begin_again(again, begun, command.request_id)
                 stored = await self._write_again(again, begun, connector)
@@ -554,6 +554,8 @@ class Payments:
                 assert isinstance(command, FollowUp)
                 return await self._new_follow_up(command, again=found.operation)
             plan = self._routing.plan(command, found.payment.payment_id)
+            started = time.monotonic()
+            self._check_deadline(command, started)
             candidate, connector = self._routing.first(plan)
             begun = decisions.restart(
                 found.payment,
@@ -563,8 +565,6 @@ class Payments:
                 connector_account_id=candidate.connector_account_id,
                 route=plan.note,
             )
-            started = time.monotonic()
-            self._check_deadline(command, started)
             if await self._write_again(found.operation, begun, connector) is Stored.WRITTEN:
                 return await self._perform(command, begun, connector, None, started, plan)
             return await self._duplicate(command)
@@ -732,7 +732,9 @@ class Payments:
         if sent >= send_before:
             by_window = send_before == window_ends
             late = Reason.SEND_WINDOW_PASSED if by_window else Reason.DEADLINE_TOO_SHORT
-            return ConnectorAnswer(Delivery.NOT_SENT, reason=late), None
+            answer = ConnectorAnswer(Delivery.NOT_SENT, reason=late)
+            self._routing.observed(plan, command.mode, operation, answer, 0.0)
+            return answer, None
         request = connector_request(self._encoder, operation, begun.payment, aggregate)
         if isinstance(command, Authorize):
             request.secrets = command.secrets

@@ -157,4 +157,4 @@ class Observer(Protocol):
         answer: ConnectorAnswer,
         seconds: float,
     ) -> None:
-        """A connector's `send` ended after so long, whatever came of it."""
+        """A connector's `send` ended after so long, or came too late; whatever came of it."""

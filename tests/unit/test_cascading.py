@@ -33,6 +33,8 @@ from gateway.domain.model import (
     Verdict,
 )
 from gateway.routing import cascade, record
+from gateway.routing.availability import AccountAvailability
+from gateway.routing.breakers import BreakerKey, BreakerLimits, Breakers, BreakerState
 from gateway.routing.cascade import Next, ReattemptLimit
 from gateway.routing.model import Candidate, Exclusion, Scored, Segment
 from gateway.routing.rules import Facts
@@ -42,6 +44,7 @@ from tests.memory_store import (
     LIMITS,
     LOST,
     MERCHANT,
+    NO_ANSWER,
     UNSENT,
     Bench,
     Gate,
@@ -153,6 +156,13 @@ class Seen:
         assert seconds >= 0
         self.calls.append((segment.method, candidate.connector_account_id, answer.delivery))
         self.then()
+
+
+class Unseen:
+    """Implements BreakerObserver."""
+
+    def breaker_changed(self, key: BreakerKey, state: BreakerState) -> None:
+        """Nobody looks."""
 
 
 class Routed(Bench):
@@ -676,6 +686,43 @@ async def test_an_account_whose_probes_are_taken_is_passed_over() -> None:
     gateway.closed.pauses_s = {"acc_a": 60.0, "acc_b": 2.0, "acc_c": 30.0}  # breakers since opened
     error = await refused(gateway.pay("another"))
     assert (error.metadata["connector"], error.retry_after_s) == ("b", 2.0)
+
+
+@pytest.mark.parametrize("kind", [OperationKind.AUTHORIZE, OperationKind.CAPTURE])
+@pytest.mark.parametrize("late", ["before its intent", "after its intent"])
+async def test_a_call_that_is_too_late_to_be_sent_keeps_no_place_of_a_probe(
+    kind: OperationKind, late: str
+) -> None:
+    psp = ScriptedConnector(CAPABLE, "a")
+    routes, breaker, now = ManyRoutes(psp), BreakerLimits(probes_max=1), 0.0
+    breakers = Breakers(breaker, Unseen(), lambda: now)
+    routing = Routing(routes, availability=AccountAvailability(breakers), observer=breakers)
+    gateway = Bench(router=routes, routing=routing)
+    payment_id = await gateway.authorized()
+    method = "card" if kind is OperationKind.AUTHORIZE else ""
+    for _ in range(breaker.calls_min):
+        segment = Segment(MERCHANT, Mode.TEST, method)
+        breakers.observed(segment, Candidate("a", "acc_a"), kind, NO_ANSWER, 0.1)
+    now += breaker.pause_s_min
+
+    async def call(gateway: Bench, key: str, deadline: float | None = None) -> None:
+        if kind is OperationKind.AUTHORIZE:
+            await gateway.payments.authorize(gateway.authorize(key, deadline=deadline))
+            return
+        command = gateway.capture(payment_id, key, 10)
+        command.deadline = deadline
+        await gateway.payments.capture(command)
+
+    if late == "before its intent":
+        error = await refused(call(gateway, "late", time.monotonic()))
+        assert error.reason is Reason.DEADLINE_TOO_SHORT
+    else:
+        without_time = replace(LIMITS, send_window_s=0.0)
+        slow = Bench(router=routes, routing=routing, store=gateway.store, limits=without_time)
+        await call(slow, "late")
+        assert gateway.store.by_key("late").state is S.NOT_SENT
+    await call(gateway, "in time")
+    assert gateway.store.by_key("in time").state is S.SUCCEEDED
 
 
 async def test_a_rule_with_a_learned_order_asks_the_ranking_within_a_priority() -> None:
