@@ -10,7 +10,8 @@ from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.ids import new_suspension_id
 from gateway.routing.availability import Suspension, SuspensionKind
 from storage.postgres.direct import OVERLAP_S, DirectStore
-from storage.postgres.queries import query
+from storage.postgres.pool import Connection
+from storage.postgres.queries import query, run
 
 _SUSPEND = query("routing_controls", "suspend")
 _END_SUSPENSION = query("routing_controls", "end_suspension")
@@ -68,9 +69,21 @@ class RoutingControls(DirectStore):
         self, suspension_id: str, *, reason: str, ended_by: str
     ) -> Suspension | None:
         """None without one of this id that is or is to come."""
-        rows = await self._lane.fetch(
-            _END_SUSPENSION, suspension_id=suspension_id, reason=reason, ended_by=ended_by
-        )
+        tries = 0
+
+        async def end(connection: Connection) -> list[asyncpg.Record]:
+            nonlocal tries
+            tries += 1
+            return await run(
+                connection,
+                _END_SUSPENSION,
+                suspension_id=suspension_id,
+                reason=reason,
+                ended_by=ended_by,
+                again=tries > 1,
+            )
+
+        rows = await self._lane.run(end)
         return _suspension(rows[0]) if rows else None
 
     async def suspensions(self) -> Sequence[Suspension]:

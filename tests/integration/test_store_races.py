@@ -16,17 +16,19 @@ import asyncpg
 import pytest
 
 from gateway.application.ports import Change, IntentResult, Stored, StoreUnavailable
+from gateway.application.routing_administration import Author
 from gateway.domain import ids
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
     ConnectorAnswer,
     Delivery,
+    Mode,
     Operation,
     OperationState,
     Payment,
     Verdict,
 )
-from gateway.routing.availability import SuspensionKind
+from gateway.routing.availability import Suspension, SuspensionKind
 from storage.postgres import LaneLimits, PostgresStore, rows, search
 from storage.postgres.lanes import LaneRow
 from storage.postgres.pool import ConnectionSettings, connect
@@ -550,6 +552,61 @@ async def test_what_a_person_makes_is_made_once_where_its_commit_is_not_answered
         )
         assert proxy.cuts == len(tables)
     for table in tables:
+        assert fetch(dsn, f"SELECT count(*) FROM {table}")[0][0] == 2, table
+
+
+async def test_what_a_person_changes_of_routing_is_changed_though_its_commit_is_not_answered(
+    dsn: str,
+) -> None:
+    proxy = proxy_to(dsn)
+    async with store_behind(proxy, dsn, direct=OUTAGE) as store:
+        merchant_id = await store.accounts.create_merchant(
+            await store.accounts.create_organisation("o"), "m"
+        )
+        rules, controls = store.routing_rules, store.routing_controls
+        author = Author("login:ann", "It was better before, ticket 2.")
+
+        async def put(text: str) -> int:
+            return await rules.put(merchant_id, Mode.TEST, text, author)
+
+        async def activate(version: int, expected: int) -> bool:
+            return await rules.activate(merchant_id, Mode.TEST, version, expected, author)
+
+        async def kill() -> str:
+            kind, reason = SuspensionKind.KILL, author.reason
+            killed = await controls.suspend(kind, "stripe", reason=reason, created_by=author.name)
+            return killed.suspension_id
+
+        async def revive(suspension_id: str) -> Suspension | None:
+            return await controls.end_suspension(
+                suspension_id, reason=author.reason, ended_by=author.name
+            )
+
+        async def put_costs(body: str) -> int:
+            put = await controls.put_costs(
+                merchant_id, body, reason=author.reason, created_by=author.name
+            )
+            return put.version
+
+        # Each statement is prepared by a first call: the next answer is that of a commit.
+        first, switches = await put("one"), [await kill(), await kill()]
+        proxy.cut_next_answer()
+        second = await put("two")
+        assert (first, second) == (1, 2)
+        await activate(first, 0)
+        proxy.cut_next_answer()
+        assert await activate(second, first)
+        assert not await activate(first, 0)
+        await revive(switches[0])
+        proxy.cut_next_answer()
+        assert await revive(switches[1]) is not None
+        await put_costs("one")
+        proxy.cut_next_answer()
+        assert await put_costs("two") == 2
+        assert proxy.cuts == 4
+        assert await rules.active(merchant_id, Mode.TEST) == second
+        assert await controls.suspensions() == []
+    for table in ("routing_rules", "routing_activations", "routing_costs"):
         assert fetch(dsn, f"SELECT count(*) FROM {table}")[0][0] == 2, table
 
 

@@ -31,28 +31,46 @@ WHERE merchant_id = :merchant_id::text;
 
 -- :name activate
 -- No row where the version does not exist, or another one than expected is in force, or another call
--- took the number.
-INSERT INTO routing_activations (
-    merchant_id, mode, number, version, reason, activated_by, request_id
-)
-SELECT
-    merchant_id, :mode::int2, coalesce(last.number, 0) + 1, :version::int4, :reason::text,
-    :activated_by::text, :request_id::text
-FROM merchants
-LEFT JOIN LATERAL ({{last}}) AS last ON true
-WHERE merchant_id = :merchant_id::text
-    AND (
-        :version::int4 = 0
-        OR EXISTS (
-            SELECT FROM routing_rules
-            WHERE merchant_id = :merchant_id::text
-                AND mode = :mode::int2
-                AND version = :version::int4
-        )
+-- took the number. Where just this stands already, an earlier try of the same call wrote it, whose
+-- commit was not answered.
+WITH activated AS (
+    INSERT INTO routing_activations (
+        merchant_id, mode, number, version, reason, activated_by, request_id
     )
-    AND coalesce(last.version, 0) = :expected::int4
-ON CONFLICT DO NOTHING
-RETURNING version;
+    SELECT
+        merchant_id, :mode::int2, coalesce(last.number, 0) + 1, :version::int4, :reason::text,
+        :activated_by::text, :request_id::text
+    FROM merchants
+    LEFT JOIN LATERAL ({{last}}) AS last ON true
+    WHERE merchant_id = :merchant_id::text
+        AND (
+            :version::int4 = 0
+            OR EXISTS (
+                SELECT FROM routing_rules
+                WHERE merchant_id = :merchant_id::text
+                    AND mode = :mode::int2
+                    AND version = :version::int4
+            )
+        )
+        AND coalesce(last.version, 0) = :expected::int4
+    ON CONFLICT DO NOTHING
+    RETURNING version
+)
+SELECT version FROM activated
+UNION ALL
+SELECT this.version
+FROM ({{last}}) AS last
+JOIN routing_activations AS this
+    ON this.merchant_id = :merchant_id::text
+    AND this.mode = :mode::int2
+    AND this.number = last.number
+LEFT JOIN routing_activations AS before
+    ON before.merchant_id = this.merchant_id
+    AND before.mode = this.mode
+    AND before.number = this.number - 1
+WHERE (this.version, this.reason, this.activated_by, this.request_id)
+    = (:version::int4, :reason::text, :activated_by::text, :request_id::text)
+    AND coalesce(before.version, 0) = :expected::int4;
 
 -- :name active
 SELECT coalesce(last.version, 0) AS version

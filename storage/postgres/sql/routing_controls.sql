@@ -21,10 +21,15 @@ ON CONFLICT (merchant_id, suspension_id) DO UPDATE SET reason = excluded.reason
 RETURNING {{columns}};
 
 -- :name end_suspension
--- By its id alone: a person has it from the list. No index: they are few.
+-- By its id alone: a person has it from the list. No index: they are few. `again`: an earlier try of
+-- the same call may have ended it, and its commit was not answered.
 UPDATE connector_suspensions
-SET ended_at = now(), ended_by = :ended_by::text, ended_reason = :reason::text
-WHERE suspension_id = :suspension_id::text AND ended_at IS NULL AND ends_at > now()
+SET ended_at = coalesce(ended_at, now()), ended_by = :ended_by::text, ended_reason = :reason::text
+WHERE suspension_id = :suspension_id::text
+    AND (
+        (ended_at IS NULL AND ends_at > now())
+        OR (:again::bool AND ended_by = :ended_by::text AND ended_reason = :reason::text)
+    )
 RETURNING {{columns}};
 
 -- :name current_suspensions
@@ -40,17 +45,33 @@ ORDER BY created_at DESC, suspension_id DESC
 LIMIT :limit::int4;
 
 -- :name put_costs
--- No row where the merchant does not exist. Two at once: the second one's key is there already.
-INSERT INTO routing_costs (merchant_id, version, body, reason, created_by)
-SELECT
-    merchant_id,
-    coalesce(
-        (SELECT max(version) FROM routing_costs WHERE merchant_id = :merchant_id::text), 0
-    ) + 1,
-    :body::text, :reason::text, :created_by::text
-FROM merchants
-WHERE merchant_id = :merchant_id::text
-RETURNING {{cost_columns}};
+-- No row where the merchant does not exist. Two at once: the second one's key is there already. Where
+-- the latest version is just this, an earlier try of the same call wrote it, whose commit was not
+-- answered.
+WITH latest AS (
+    SELECT {{cost_columns}}
+    FROM routing_costs
+    WHERE merchant_id = :merchant_id::text
+    ORDER BY version DESC
+    LIMIT 1
+),
+written AS (
+    SELECT *
+    FROM latest
+    WHERE (body, reason, created_by) = (:body::text, :reason::text, :created_by::text)
+),
+put AS (
+    INSERT INTO routing_costs (merchant_id, version, body, reason, created_by)
+    SELECT
+        merchant_id, coalesce((SELECT version FROM latest), 0) + 1, :body::text, :reason::text,
+        :created_by::text
+    FROM merchants
+    WHERE merchant_id = :merchant_id::text AND NOT EXISTS (SELECT FROM written)
+    RETURNING {{cost_columns}}
+)
+SELECT * FROM written
+UNION ALL
+SELECT * FROM put;
 
 -- :name costs_of
 SELECT {{cost_columns}}
