@@ -1,5 +1,6 @@
 """Putting routing rules into force: checked against the accounts, kept in versions, explained."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from datetime import datetime
 from typing import Final, NamedTuple, Protocol
 
 from gateway.application.commands import Authorize
-from gateway.application.ports import AmountRule, Router, Served
+from gateway.application.ports import AmountRule, Router, Served, StoreUnavailable
 from gateway.application.routing import Plan, Routing, RuleBook, accounts_of
 from gateway.domain.errors import GatewayError, Reason, Violation
 from gateway.domain.model import CaptureMethod, Mode
@@ -20,6 +21,8 @@ PROBLEMS_MAX: Final = 50
 """How many problems of a file are told."""
 ACTIVATE_TRIES_MAX: Final = 5
 """How often an activation is tried anew because another one came between."""
+
+_log = logging.getLogger(__name__)
 
 
 class Author(NamedTuple):
@@ -186,10 +189,18 @@ class RoutingAdministration:
                 merchant_id, mode, version, before, author
             )
             if done:
-                if self._book is not None:
-                    await self._book.refresh()
+                await self._read_back()
                 return before
         raise GatewayError(Reason.CONTENTION, "Others put rules into force at the same time.")
+
+    async def _read_back(self) -> None:
+        if self._book is None:
+            return
+        try:
+            await self._book.refresh()
+        except (StoreUnavailable, GatewayError) as error:
+            # What is stored is in force. This gateway follows as the others do.
+            _log.warning("routing rules in force are read later: %s", error)
 
     async def explain(
         self, command: Authorize, payment_id: str, *, text: str = "", version: int = 0

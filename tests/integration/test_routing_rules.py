@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gateway.application.ports import AmountRule, Served
+from gateway.application.ports import AmountRule, Served, StoreUnavailable
 from gateway.application.routing import Routing, RuleBook
 from gateway.application.routing_administration import (
     Author,
@@ -160,6 +160,22 @@ async def test_another_version_than_the_expected_one_is_not_replaced(
         administration.activate(merchant_id, Mode.TEST, version, WHY, expected=0)
     ) is (Reason.ROUTING_RULES_CHANGED)
     assert await administration.activate(merchant_id, Mode.TEST, version, WHY, expected=1) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [StoreUnavailable("away"), GatewayError(Reason.OVERLOADED, "Too much to do.")]
+)
+async def test_an_activation_that_is_stored_is_no_failure_where_it_cannot_be_read_back(
+    rules: RoutingRules, router: ManyRoutes, merchant_id: str, error: Exception
+) -> None:
+    class Away(RuleBook):
+        async def refresh(self) -> None:
+            raise error
+
+    administration = RoutingAdministration(rules, router, Routing(router), Away(rules))
+    version, _ = await administration.put(merchant_id, Mode.TEST, RULES, WHY, activate=False)
+    assert await administration.activate(merchant_id, Mode.TEST, version, WHY, expected=0) == 0
+    assert await rules.active(merchant_id, Mode.TEST) == version
 
 
 async def test_of_two_activations_at_once_one_sees_the_other(
