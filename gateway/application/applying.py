@@ -490,7 +490,8 @@ class Applier:
         if event is not Event.APPROVED:
             return _NO_NEWS
         reference = received.notification.reference
-        attempt = operation.attempt
+        attempts = (operation.attempt, *operation.superseded_attempts)
+        attempt = next(each for each in attempts if each.number == number)
         connector = self._router.connector(attempt.connector, attempt.connector_account_id)
         if connector is not None and _was_taken_back(received, operation, number, connector):
             return _NO_NEWS
@@ -498,6 +499,7 @@ class Applier:
             aggregate = await self._store.load(operation.merchant_id, operation.payment_id)
             request = connector_request(self._encoder, operation, found.payment, aggregate)
             request.reference = reference
+            request.connector_account_id = attempt.connector_account_id
             if operation.kind in (K.AUTHORIZE, K.VERIFY):
                 request.target_transaction_id = answer.connector_transaction_id
             told = await connector.query(operation.kind, reference, request)

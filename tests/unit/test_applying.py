@@ -53,6 +53,7 @@ from tests.memory_store import (
     UNSENT,
     Gate,
     JsonEncoder,
+    ManyRoutes,
     ScriptedConnector,
     Step,
     answered,
@@ -538,6 +539,41 @@ async def test_a_success_told_after_not_sent_is_reversed_once(asked: bool) -> No
         gateway.notifications.pending[next(iter(gateway.notifications.kept))] = 0
     await gateway.applier.run_once()
     assert only(gateway, answer.payment_id, K.REVERSAL).note == operation.reference
+
+
+async def followed_elsewhere(
+    first: Capabilities, second: Capabilities
+) -> tuple[NotifiedBench, ScriptedConnector, ScriptedConnector, str]:
+    """A payment whose first attempt was not sent, and whose second one succeeded at another PSP."""
+    a, b = ScriptedConnector(first, "a"), ScriptedConnector(second, "b")
+    routes = ManyRoutes(a, b)
+    gateway = NotifiedBench(a, router=routes)
+    a.steps.append(UNSENT)
+    await gateway.payments.authorize(gateway.authorize())
+    routes.disabled.add("acc_a")
+    await gateway.payments.authorize(gateway.authorize())
+    operation = gateway.store.by_key("a")
+    assert (operation.state, operation.attempt.connector) == (S.SUCCEEDED, "b")
+    return gateway, a, b, operation.payment_id
+
+
+@pytest.mark.parametrize("can_be_asked", [True, False])
+async def test_a_late_success_of_an_attempt_is_asked_for_where_that_attempt_was_sent(
+    can_be_asked: bool,
+) -> None:
+    first = CAPABLE if can_be_asked else replace(CAPABLE, query_by_reference=False)
+    gateway, a, b, payment_id = await followed_elsewhere(first, CAPABLE)
+    reference = only(gateway, payment_id, K.AUTHORIZE).operation_id + "-1"
+    if can_be_asked:
+        a.asks.append(APPROVED)
+    told = gateway.told(N.AUTHORIZATION, APPROVED, account="acc_a", reference=reference)
+    await gateway.tell(told, recover=False)
+    assert (a.queried, b.queried) == ([reference] if can_be_asked else [], [])
+    assert [request and request.connector_account_id for request in a.asked_with] == (
+        ["acc_a"] if can_be_asked else []
+    )
+    reversal = only(gateway, payment_id, K.REVERSAL)
+    assert (reversal.note, reversal.attempt.connector_account_id) == (reference, "acc_a")
 
 
 async def test_an_old_success_of_what_was_cancelled_is_not_reversed_where_the_psp_denies_it() -> (
