@@ -149,7 +149,7 @@ class Outcomes:
         is_charge_void = (
             found.operation.kind is OperationKind.VOID
             and answer.verdict is Verdict.APPROVED
-            and decisions.is_unconfirmed(found.operation)
+            and _is_in_doubt(found.operation)
             and decisions.takes_charge_back(found.payment)
         )
         if is_charge_void and found.operation.attempt.number == resolution.attempt_number:
@@ -158,10 +158,7 @@ class Outcomes:
             found = await self._present(found.operation)
         while True:
             operation, payment = found.operation, found.payment
-            is_open = operation.state is OperationState.IN_DOUBT or decisions.is_unconfirmed(
-                operation
-            )
-            if not is_open or operation.attempt.number != resolution.attempt_number:
+            if not _is_in_doubt(operation) or operation.attempt.number != resolution.attempt_number:
                 return None
             settled = decisions.settle(
                 payment,
@@ -183,8 +180,7 @@ class Outcomes:
             )
             if await self._commit(operation, payment, settled, record) is Stored.WRITTEN:
                 return Found(settled.operation, settled.payment)
-            again = await self._present(operation)
-            found = again
+            found = await self._present(operation)
 
     async def accept_cancel_request(self, operation: Operation, payment: Payment) -> Found:
         """Make a void of an unfinished authorization PENDING. Raises StoreUnavailable."""
@@ -397,6 +393,11 @@ class Outcomes:
             elif same_attempt:
                 await self.contradict(current, answer)
             return found
+
+
+def _is_in_doubt(operation: Operation) -> bool:
+    """Whether a person may say what became of it."""
+    return operation.state is OperationState.IN_DOUBT or decisions.is_unconfirmed(operation)
 
 
 def cache_answer(claims: Claims | None, operation: Operation, generation: str | None) -> None:

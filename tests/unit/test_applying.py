@@ -21,7 +21,7 @@ from gateway.application.notifications import (
     Received,
     Result,
 )
-from gateway.application.ports import Resolution
+from gateway.application.ports import Resolution, StoreUnavailable
 from gateway.domain import invariants
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
@@ -51,6 +51,7 @@ from tests.memory_store import (
     TAKEOVER_S,
     TRIES_MAX,
     UNSENT,
+    Bench,
     Gate,
     JsonEncoder,
     ManyRoutes,
@@ -324,6 +325,40 @@ async def test_a_void_that_the_psp_never_confirms_needs_a_person_who_can_end_it(
     assert resolved.operation.state is (S.SUCCEEDED if took_effect else S.FAILED)
     assert only(gateway, payment_id, K.CAPTURE).state is (S.FAILED if took_effect else S.SUCCEEDED)
     assert payment_of(gateway, payment_id).captured_minor == (0 if took_effect else 100)
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_charge_is_gone_when_a_person_says_so_of_its_void_in_doubt() -> None:
+    gate = Gate()
+    gateway = bench(Step(after=gate))
+    call = asyncio.ensure_future(
+        gateway.payments.authorize(gateway.authorize(capture_method=CaptureMethod.AUTOMATIC))
+    )
+    await gate.reached.wait()
+
+    async def died(method: str) -> None:
+        if method == "write_change":
+            raise StoreUnavailable("the sender dies before the void is accepted")
+
+    gateway.store.before = died
+    with pytest.raises(GatewayError):
+        await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    gateway.store.before = Bench().store.before
+    gate.opened.set()
+    payment_id = (await call).payment_id
+    gateway.connector.asks.extend([NO_ANSWER] * 10)
+    await gateway.recover(rounds=3)
+    void = only(gateway, payment_id, K.VOID)
+    assert void.state is S.IN_DOUBT
+    found = await gateway.store.find_operation(void.merchant_id, void.operation_id)
+    assert found is not None
+    decision = Resolution(1, DoubtOutcome.TOOK_EFFECT, "", None, "seen in the console", "key_1")
+    answer = answer_of_person(void, decision)
+    resolved = await gateway.payments.outcomes.resolve(found, answer, decision)
+    assert resolved is not None
+    assert resolved.operation.state is S.SUCCEEDED
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    assert payment_of(gateway, payment_id).captured_minor == 0
     assert findings(gateway, payment_id) == []
 
 
