@@ -529,15 +529,15 @@ def reverse_late_success(
     """A success of an attempt that was taken for not sent or cancelled: a durable REVERSAL begins,
     and of a capture on a closed payment, the release of what the reversal gives back.
 
-    The operation keeps its state. A late void is only reported: what it released cannot be had
-    back.
+    The operation keeps its state. A late void or reversal is only reported: what it released cannot
+    be had back.
     """
     reference = f"{operation.operation_id}-{attempt_number}"
     settled = Settled(
         operation.copy_with(updated_at=at),
         payment.copy_with(version=payment.version + 1, updated_at=at),
     )
-    if operation.kind is not K.VOID:
+    if operation.kind not in (K.VOID, K.REVERSAL):
         reported = answer.outcome.amount_reported_minor if answer.outcome else None
         amount = reported if reported is not None and reported > 0 else operation.amount_minor
         settled.companions.append(

@@ -45,6 +45,7 @@ from tests.memory_store import (
     CAPABLE,
     DECLINED,
     INCAPABLE,
+    LONG_S,
     LOST,
     NO_ANSWER,
     PENDING,
@@ -935,6 +936,34 @@ async def test_a_reversal_that_the_psp_refuses_in_the_end_is_shown_to_a_person()
     # It is told again, by another event of the same: there is nothing left to do.
     await gateway.tell(gateway.told(N.REVERSAL, FAILED, reference=reference))
     assert len(gateway.store.discrepancies) == 1
+
+
+async def test_a_reversal_that_took_effect_after_its_refusal_is_not_reversed_itself() -> None:
+    gateway = bench(UNSENT, capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=reference), recover=False)
+    slow_recoverer = Gate()
+
+    async def hold_the_first(method: str) -> None:
+        if method == "write_change" and not slow_recoverer.reached.is_set():
+            await slow_recoverer.wait()
+
+    gateway.store.before = hold_the_first
+    gateway.connector.asks.extend([answered(Verdict.CANCELED), PENDING])
+    gateway.store.advance(LONG_S)
+    slow = asyncio.ensure_future(gateway.recovery.run_once())
+    await slow_recoverer.reached.wait()
+    other = Bench(gateway.connector, store=gateway.store)
+    await other.recover()
+    await gateway.tell(gateway.told(N.REVERSAL, FAILED, reference=reference), recover=False)
+    await other.recover()
+    assert only(gateway, payment_id, K.REVERSAL).state is S.FAILED
+    slow_recoverer.opened.set()
+    await slow
+    assert only(gateway, payment_id, K.REVERSAL).state is S.FAILED
+    kinds = [each.kind for each in gateway.store.discrepancies]
+    assert kinds == ["late_success", "reversal_failed", "late_success"]
 
 
 @pytest.mark.parametrize("told_as", [N.VOID, N.REVERSAL])
