@@ -531,15 +531,21 @@ class Applier:
         kind, answer = _ELSEWHERE.get(notification.kind), notification.answer
         if kind is None or answer is None:
             return _UNMATCHED
-        for operation in aggregate.operations:
-            if operation.kind is not kind or operation.origin is OperationOrigin.PSP:
-                continue
-            told_id = operation.attempt.connector_transaction_id
-            if told_id and told_id == answer.connector_transaction_id:
+        ours = [
+            each
+            for each in aggregate.operations
+            if each.kind is kind and each.origin is not OperationOrigin.PSP
+        ]
+        told_id = answer.connector_transaction_id
+        for operation in ours:
+            if told_id and operation.attempt.connector_transaction_id == told_id:
                 found = Found(operation, aggregate.payment)
                 return await self._ours(received, found, operation.attempt.number, answer, tries)
-            if not told_id and operation.state in states.UNFINISHED:
-                raise _NotYet("it may be an operation of ours that has no answer yet")
+        if any(
+            each.state in states.UNFINISHED and not each.attempt.connector_transaction_id
+            for each in ours
+        ):
+            raise _NotYet("it may be an operation of ours that has no answer yet")
         return await self._recorded(received, aggregate, kind, answer)
 
     async def _recorded(

@@ -1337,6 +1337,28 @@ async def test_a_refund_of_ours_in_doubt_is_not_taken_for_one_from_elsewhere() -
     assert payment_of(gateway, payment_id).refunded_reported_minor is None
 
 
+async def test_a_refund_of_ours_that_fails_in_the_end_waits_for_no_other_in_doubt() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    gateway.connector.steps.append(LOST)
+    await gateway.payments.refund(gateway.refund(payment_id, "r1", 30))
+    await gateway.payments.refund(gateway.refund(payment_id, "r2", 20))
+    authorization = only(gateway, payment_id, K.AUTHORIZE)
+    second = gateway.store.by_key("r2")
+    told = gateway.told(
+        N.REFUND,
+        FAILED,
+        payment_reference=authorization.reference,
+        transaction_id=second.attempt.connector_transaction_id,
+        amount_minor=20,
+        currency="EUR",
+    )
+    [applied] = await gateway.tell(told, recover=False)
+    assert applied is not None
+    assert gateway.store.by_key("r1").state is S.IN_DOUBT
+    assert gateway.store.by_key("r2").state is S.FAILED
+
+
 async def test_a_capture_from_the_psps_console_is_reported() -> None:
     gateway = bench()
     payment_id = await gateway.authorized()
