@@ -546,10 +546,15 @@ class Applier:
             for each in ours
         ):
             raise _NotYet("it may be an operation of ours that has no answer yet")
-        return await self._recorded(received, aggregate, kind, answer)
+        return await self._recorded(received, aggregate, kind, number, answer)
 
     async def _recorded(
-        self, received: Received, aggregate: Aggregate, kind: OperationKind, answer: ConnectorAnswer
+        self,
+        received: Received,
+        aggregate: Aggregate,
+        kind: OperationKind,
+        number: int,
+        answer: ConnectorAnswer,
     ) -> Applied:
         notification, payment = received.notification, aggregate.payment
         event = decisions.event_of(answer)
@@ -565,11 +570,15 @@ class Applier:
             return await self._ended_elsewhere(known, answer)
         if known is not None:
             return Applied(Result.NO_NEWS, operation_id=known.operation_id)
-        amount = notification.amount_minor
-        if amount is None or amount < 0 or notification.currency not in ("", payment.currency):
-            reported = f"{kind.name} {amount} {notification.currency}"
-            authorization = Found(_authorization(aggregate), payment)
-            await self._report(authorization, "elsewhere", payment.currency, reported)
+        amount, currency = notification.amount_minor, notification.currency
+        authorization = _authorization(aggregate)
+        is_present = number == authorization.attempt.number
+        if amount is None or amount < 0 or currency not in ("", payment.currency) or not is_present:
+            # What an earlier attempt had taken is none of the payment's money.
+            of_attempt = "" if is_present else f" of attempt {number}"
+            reported = f"{kind.name} {amount} {currency}{of_attempt}"
+            found = Found(authorization, payment)
+            await self._report(found, "elsewhere", payment.currency, reported)
             return Applied(Result.RECORDED)
         await self._outcomes.record(
             payment.merchant_id,

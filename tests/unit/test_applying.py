@@ -1359,6 +1359,36 @@ async def test_a_refund_of_ours_that_fails_in_the_end_waits_for_no_other_in_doub
     assert gateway.store.by_key("r2").state is S.FAILED
 
 
+@pytest.mark.parametrize("kind", [N.REFUND, N.CAPTURE])
+async def test_what_was_done_elsewhere_to_an_earlier_attempt_leaves_the_amounts_alone(
+    kind: N,
+) -> None:
+    gateway = bench()
+    payment_id = await followed(gateway)
+    before = payment_of(gateway, payment_id)
+    earlier = only(gateway, payment_id, K.AUTHORIZE).operation_id + "-1"
+    [applied] = await gateway.tell(
+        gateway.told(
+            kind,
+            APPROVED,
+            payment_reference=earlier,
+            transaction_id="re_1",
+            amount_minor=100,
+            currency="EUR",
+        )
+    )
+    assert applied is not None
+    assert applied.result is Result.RECORDED
+    payment = payment_of(gateway, payment_id)
+    assert payment.captured_reported_minor is None
+    assert payment.refunded_reported_minor is None
+    [discrepancy] = gateway.store.discrepancies
+    told = f"{kind.name} 100 EUR of attempt 1"
+    assert (discrepancy.kind, discrepancy.reported) == ("elsewhere", told)
+    await gateway.payments.refund(gateway.refund(payment_id))
+    assert payment_of(gateway, payment_id).refunded_minor == before.captured_minor
+
+
 async def test_a_capture_from_the_psps_console_is_reported() -> None:
     gateway = bench()
     payment_id = await gateway.authorized()
