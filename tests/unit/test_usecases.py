@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.application.administration import answer_of_person
+from gateway.application.admission import Stage
 from gateway.application.commands import Answer
 from gateway.application.ports import (
     AmountRule,
@@ -28,6 +29,7 @@ from gateway.application.ports import (
     Resolution,
     StoreUnavailable,
 )
+from gateway.application.usecases import Payments
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
     CaptureMethod,
@@ -61,6 +63,7 @@ from tests.memory_store import (
     UNSENT,
     Bench,
     Gate,
+    JsonEncoder,
     MemoryStore,
     ScriptedConnector,
     Step,
@@ -596,6 +599,86 @@ async def test_cancelled_caller_leaves_the_work_to_be_finished() -> None:
     await gateway.payments.drain()
     assert gateway.store.by_key("a").state is S.SUCCEEDED
     assert gateway.payments.in_flight == 0
+
+
+class Places:
+    """Implements Occupancy: writes down what the calls do."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+        self.stages: list[tuple[Stage, float]] = []
+
+    def leave(self, merchant_id: str) -> None:
+        self.done.append(f"leave {merchant_id}")
+
+    def come_back(self, merchant_id: str) -> None:
+        self.done.append(f"come back {merchant_id}")
+
+    def carry(self, merchant_id: str) -> None:
+        self.done.append(f"carry {merchant_id}")
+
+    def release(self, merchant_id: str) -> None:
+        self.done.append(f"release {merchant_id}")
+
+    def passed(self, stage: Stage, seconds: float) -> None:
+        self.stages.append((stage, seconds))
+
+
+def watched(*steps: Step) -> tuple[Bench, Places]:
+    """A gateway, and what its calls do at the door."""
+    places, gateway = Places(), bench(CAPABLE, *steps)
+    gateway.payments = Payments(
+        gateway.store,
+        gateway.claims,
+        gateway.router,
+        JsonEncoder(),
+        LIMITS,
+        gateway.counts,
+        places,
+    )
+    return gateway, places
+
+
+async def test_a_call_gives_its_place_up_while_its_psp_is_asked() -> None:
+    gate = Gate()
+    gateway, places = watched(Step(before=gate))
+    began = time.monotonic()
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    assert places.done == [f"leave {MERCHANT}"]
+    gate.opened.set()
+    await call
+    passed = time.monotonic() - began
+    assert places.done == [f"leave {MERCHANT}", f"come back {MERCHANT}"]
+    assert [stage for stage, _ in places.stages] == [Stage.CLAIM, Stage.INTENT, Stage.OUTCOME]
+    assert all(0 <= seconds <= passed for _, seconds in places.stages)
+
+
+async def test_a_duplicate_gives_its_place_up_while_it_waits() -> None:
+    gate = Gate()
+    gateway, places = watched(Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    again = in_background(gateway.payments.authorize(gateway.authorize()))
+    await waiters(gateway, 1)
+    assert places.done == [f"leave {MERCHANT}"] * 2
+    gate.opened.set()
+    await asyncio.gather(call, again)
+    assert places.done[2:] == [f"come back {MERCHANT}"] * 2
+
+
+async def test_a_call_whose_caller_has_gone_is_carried_to_its_end() -> None:
+    gate = Gate()
+    gateway, places = watched(Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert places.done == [f"leave {MERCHANT}", f"carry {MERCHANT}"]
+    gate.opened.set()
+    await gateway.payments.drain()
+    assert places.done[2:] == [f"come back {MERCHANT}", f"release {MERCHANT}"]
 
 
 async def test_work_of_a_task_of_its_own_begins_no_other_and_is_waited_for() -> None:
