@@ -146,19 +146,19 @@ class Outcomes:
         not in doubt any more. A void of a whole charge that took effect bounces its capture first,
         as recovery does. Raises StoreUnavailable.
         """
-        is_charge_void = (
-            found.operation.kind is OperationKind.VOID
+        operation = found.operation
+        if (
+            operation.kind is OperationKind.VOID
             and answer.verdict is Verdict.APPROVED
-            and _is_in_doubt(found.operation)
             and decisions.takes_charge_back(found.payment)
-        )
-        if is_charge_void and found.operation.attempt.number == resolution.attempt_number:
-            merchant_id, payment_id = found.operation.merchant_id, found.operation.payment_id
-            await self.bounce_captures(await self._whole(merchant_id, payment_id), answer)
-            found = await self._present(found.operation)
+            and _is_of_doubt(resolution, operation)
+        ):
+            aggregate = await self._whole(operation.merchant_id, operation.payment_id)
+            await self.bounce_captures(aggregate, answer)
+            found = await self._present(operation)
         while True:
             operation, payment = found.operation, found.payment
-            if not _is_in_doubt(operation) or operation.attempt.number != resolution.attempt_number:
+            if not _is_of_doubt(resolution, operation):
                 return None
             settled = decisions.settle(
                 payment,
@@ -395,9 +395,10 @@ class Outcomes:
             return found
 
 
-def _is_in_doubt(operation: Operation) -> bool:
-    """Whether a person may say what became of it."""
-    return operation.state is OperationState.IN_DOUBT or decisions.is_unconfirmed(operation)
+def _is_of_doubt(resolution: Resolution, operation: Operation) -> bool:
+    """Whether a person's decision is of the present attempt, and that is in doubt."""
+    is_open = operation.state is OperationState.IN_DOUBT or decisions.is_unconfirmed(operation)
+    return is_open and operation.attempt.number == resolution.attempt_number
 
 
 def cache_answer(claims: Claims | None, operation: Operation, generation: str | None) -> None:

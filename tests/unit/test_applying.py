@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gateway.application.commands import Answer
-    from gateway.application.ports import Capabilities, Lease
+    from gateway.application.ports import Capabilities, Found, Lease
 
 K = OperationKind
 S = OperationState
@@ -304,6 +304,17 @@ async def charge_voided_in_flight(capabilities: Capabilities) -> tuple[NotifiedB
     return gateway, (await call).payment_id
 
 
+async def decided(
+    gateway: NotifiedBench, operation: Operation, outcome: DoubtOutcome, attempt_number: int = 1
+) -> Found | None:
+    """What becomes of an operation by a person's decision."""
+    decision = Resolution(attempt_number, outcome, "", None, "seen in the console", "key_1")
+    found = await gateway.store.find_operation(operation.merchant_id, operation.operation_id)
+    assert found is not None
+    answer = answer_of_person(operation, decision)
+    return await gateway.payments.outcomes.resolve(found, answer, decision)
+
+
 @pytest.mark.parametrize("capabilities", [CAPABLE, TELLING])
 @pytest.mark.parametrize("outcome", [DoubtOutcome.TOOK_EFFECT, DoubtOutcome.FAILED])
 async def test_a_void_that_the_psp_never_confirms_needs_a_person_who_can_end_it(
@@ -316,11 +327,7 @@ async def test_a_void_that_the_psp_never_confirms_needs_a_person_who_can_end_it(
     assert void.state is S.PENDING
     doubt = gateway.store.doubts[void.merchant_id, void.operation_id]
     assert doubt.needs_person
-    decision = Resolution(1, outcome, "", None, "seen in the PSP's console", "key_1")
-    found = await gateway.store.find_operation(void.merchant_id, void.operation_id)
-    assert found is not None
-    answer = answer_of_person(void, decision)
-    resolved = await gateway.payments.outcomes.resolve(found, answer, decision)
+    resolved = await decided(gateway, void, outcome)
     assert resolved is not None
     took_effect = outcome is DoubtOutcome.TOOK_EFFECT
     assert resolved.operation.state is (S.SUCCEEDED if took_effect else S.FAILED)
@@ -351,15 +358,47 @@ async def test_a_charge_is_gone_when_a_person_says_so_of_its_void_in_doubt() -> 
     await gateway.recover(rounds=3)
     void = only(gateway, payment_id, K.VOID)
     assert void.state is S.IN_DOUBT
-    found = await gateway.store.find_operation(void.merchant_id, void.operation_id)
-    assert found is not None
-    decision = Resolution(1, DoubtOutcome.TOOK_EFFECT, "", None, "seen in the console", "key_1")
-    answer = answer_of_person(void, decision)
-    resolved = await gateway.payments.outcomes.resolve(found, answer, decision)
+    resolved = await decided(gateway, void, DoubtOutcome.TOOK_EFFECT)
     assert resolved is not None
     assert resolved.operation.state is S.SUCCEEDED
     assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
     assert payment_of(gateway, payment_id).captured_minor == 0
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_decision_on_a_void_that_is_not_in_doubt_takes_no_charge_back() -> None:
+    gateway, payment_id = await charge_voided_in_flight(CAPABLE)
+    void = only(gateway, payment_id, K.VOID)
+    assert await decided(gateway, void, DoubtOutcome.TOOK_EFFECT, attempt_number=2) is None
+    assert await decided(gateway, void, DoubtOutcome.FAILED) is not None
+    assert await decided(gateway, void, DoubtOutcome.TOOK_EFFECT) is None
+    assert only(gateway, payment_id, K.VOID).state is S.FAILED
+    assert payment_of(gateway, payment_id).captured_minor == 100
+    assert findings(gateway, payment_id) == []
+
+
+@pytest.mark.parametrize("void", [LOST, Step(decides=PENDING)], ids=["in doubt", "pending"])
+async def test_a_persons_word_on_a_void_of_the_rest_leaves_what_was_captured(void: Step) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway, 30)
+    gateway.connector.steps.append(void)
+    await gateway.payments.void(gateway.void(payment_id))
+    operation = only(gateway, payment_id, K.VOID)
+    assert await decided(gateway, operation, DoubtOutcome.TOOK_EFFECT) is not None
+    payment = payment_of(gateway, payment_id)
+    assert (payment.captured_minor, payment.voided_minor) == (30, 70)
+    assert findings(gateway, payment_id) == []
+
+
+async def test_a_persons_word_on_a_refund_takes_no_charge_back() -> None:
+    gateway, payment_id = await charge_voided_in_flight(CAPABLE)
+    await decided(gateway, only(gateway, payment_id, K.VOID), DoubtOutcome.FAILED)
+    gateway.connector.steps.append(LOST)
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=40))
+    refund = only(gateway, payment_id, K.REFUND)
+    assert await decided(gateway, refund, DoubtOutcome.TOOK_EFFECT) is not None
+    payment = payment_of(gateway, payment_id)
+    assert (payment.captured_minor, payment.refunded_minor) == (100, 40)
     assert findings(gateway, payment_id) == []
 
 
