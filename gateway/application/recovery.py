@@ -257,12 +257,12 @@ class Recovery:
         evidence = await self._evidence(lease)
         attempt = operation.attempt
         connector = self._router.connector(attempt.connector, attempt.connector_account_id)
-        answer = None
-        if connector is not None and (
-            evidence is None or not _is_last_word(lease, connector, evidence)
-        ):
-            answer = await self._ask(lease, connector)
-        if answer is None and evidence is not None:
+        answer, decided = None, False
+        if connector is not None:
+            decided = evidence is not None and _is_last_word(lease, connector, evidence)
+            if not decided:
+                answer = await self._ask(lease, connector)
+        if answer is None and evidence is not None and (decided or _may_decide(lease, evidence)):
             # The PSP comes first: who left evidence was fenced out by a recoverer, and that one may
             # have cancelled since what the evidence says.
             await self._bounce_what_was_voided(lease, evidence)
@@ -521,6 +521,11 @@ def _is_last_word(lease: Lease, connector: Connector, evidence: ConnectorAnswer)
     if lease.cancel_begun or (requested and (lease.operation.kind is K.AUTHORIZE or not tells)):
         return tells and event in _NOTHING_STANDS
     return tells or not capabilities.query_by_reference
+
+
+def _may_decide(lease: Lease, evidence: ConnectorAnswer) -> bool:
+    """Whether evidence that is not the last word decides where the PSP says nothing."""
+    return not lease.cancel_begun or decisions.event_of(evidence) in _NOTHING_STANDS
 
 
 def _cause(lease: Lease, connector: Connector | None) -> DoubtCause:

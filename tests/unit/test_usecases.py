@@ -65,6 +65,7 @@ from tests.memory_store import (
     Gate,
     JsonEncoder,
     MemoryStore,
+    OneRoute,
     ScriptedConnector,
     Step,
     answered,
@@ -1165,6 +1166,27 @@ async def test_evidence_of_a_success_does_not_outweigh_a_cancellation_after_it()
     await gateway.recover()
     assert gateway.store.by_key("a").state is S.CANCELED
     assert gateway.connector.standing(K.AUTHORIZE) == []
+
+
+async def test_evidence_of_a_success_does_not_outweigh_a_cancellation_whose_psp_is_missing() -> (
+    None
+):
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate))
+    call = await paused(gateway, gate)
+    # Not found, and the answer to its cancellation is lost.
+    gateway.connector.asks.extend([None, NO_ANSWER])
+    await gateway.recovery.run_once()
+    gate.opened.set()
+    await call
+    router = gateway.router
+    assert isinstance(router, OneRoute)
+    router.only = None  # as while an account's credentials cannot be opened
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.IN_DOUBT
+    router.only = gateway.connector
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.CANCELED
 
 
 async def test_what_the_psp_does_not_take_back_has_taken_effect() -> None:
