@@ -525,7 +525,10 @@ def _is_last_word(lease: Lease, connector: Connector, evidence: ConnectorAnswer)
 
 def _may_decide(lease: Lease, evidence: ConnectorAnswer) -> bool:
     """Whether evidence that is not the last word decides where the PSP says nothing."""
-    return not lease.cancel_begun or decisions.event_of(evidence) in _NOTHING_STANDS
+    denies = decisions.event_of(evidence) in _NOTHING_STANDS
+    if lease.operation.kind is K.VOID:
+        return not denies  # that one sending of it had no effect says nothing of another
+    return denies or not lease.cancel_begun
 
 
 def _cause(lease: Lease, connector: Connector | None) -> DoubtCause:

@@ -1714,6 +1714,29 @@ async def test_refusal_of_a_repeated_void_is_no_answer_where_the_first_may_be_it
     assert gateway.store.by_key("v").state is S.IN_DOUBT
 
 
+@pytest.mark.parametrize("capabilities", [CANCEL_ONLY, INCAPABLE, IDEMPOTENT_ONLY])
+@pytest.mark.parametrize("is_sent", [True, False], ids=["refused", "not sent"])
+async def test_what_became_of_a_stopped_senders_void_says_nothing_of_recoverys_own(
+    is_sent: bool, capabilities: Capabilities
+) -> None:
+    gate = Gate()
+    gateway = bench(capabilities)
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=30))
+    stopped = Step(before=gate) if is_sent else Step(NOT_SENT, arrives=False, before=gate)
+    # Recovery's takes effect, and its answer is lost; then it is not sent for a while.
+    gateway.connector.steps.extend([stopped, LOST])
+    call = in_background(gateway.payments.void(gateway.void(payment_id)))
+    await gate.reached.wait()
+    await gateway.recover()
+    gate.opened.set()
+    await call
+    gateway.connector.steps.append(UNSENT)
+    await gateway.recover(rounds=2)
+    is_known = capabilities.idempotent_by_reference  # a second sending tells of the first
+    assert gateway.store.by_key("v").state is (S.SUCCEEDED if is_known else S.IN_DOUBT)
+
+
 # --- partial approvals ----------------------------------------------------------------------------
 
 
