@@ -397,7 +397,8 @@ class Recovery:
         if event is Event.NEVER_SENT:
             # That this sending failed says nothing about an earlier one.
             return None
-        may_be_second = operation.state is not S.PENDING or lease.tries > 0
+        waited = operation.state is S.PENDING and operation.attempt.delivery is Delivery.NOT_SENT
+        may_be_second = not waited or lease.tries > 0
         if event is Event.APPROVED or not may_be_second:
             return answer
         # A refusal proves nothing where another sending may be the reason for it. It may have come

@@ -1714,6 +1714,20 @@ async def test_refusal_of_a_repeated_void_is_no_answer_where_the_first_may_be_it
     assert gateway.store.by_key("v").state is S.IN_DOUBT
 
 
+@pytest.mark.parametrize("capabilities", [CANCEL_ONLY, INCAPABLE])
+async def test_refusal_of_a_void_that_was_accepted_before_is_no_answer(
+    capabilities: Capabilities,
+) -> None:
+    gateway = bench(capabilities)
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=30))
+    gateway.connector.steps.append(Step(decides=PENDING))
+    await gateway.payments.void(gateway.void(payment_id))
+    await gateway.recover()
+    assert len(gateway.connector.sent) == 4  # the second void is refused beside the first
+    assert gateway.store.by_key("v").state is S.PENDING
+
+
 @pytest.mark.parametrize("capabilities", [CANCEL_ONLY, INCAPABLE, IDEMPOTENT_ONLY])
 @pytest.mark.parametrize("is_sent", [True, False], ids=["refused", "not sent"])
 async def test_what_became_of_a_stopped_senders_void_says_nothing_of_recoverys_own(
