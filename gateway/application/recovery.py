@@ -374,8 +374,9 @@ class Recovery:
         acknowledged = lease.operation.attempt.delivery is Delivery.ANSWERED
         if capabilities.tells_by_notification and acknowledged and not charged:
             return None  # a notification tells
+        captured = payment.captured_minor or payment.captured_reported_minor
         # Without a query, taken back as a whole it is void whatever an earlier sending did.
-        blind = not (payment.captured_minor or capabilities.query_by_reference)
+        blind = not (captured or capabilities.query_by_reference)
         if charged or (capabilities.cancel_by_reference and blind):
             return await self._take_back(lease, authorization, connector)
         return await self._repeat_void(lease, connector)

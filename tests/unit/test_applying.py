@@ -1447,6 +1447,19 @@ async def test_a_capture_from_the_psps_console_is_reported() -> None:
     assert findings(gateway, payment_id) == []
 
 
+async def test_a_void_in_doubt_does_not_take_back_what_was_captured_elsewhere() -> None:
+    gateway = bench(capabilities=replace(CAPABLE, query_by_reference=False))
+    payment_id = await gateway.authorized()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told: dict[str, Any] = {"payment_reference": reference, "transaction_id": "cap-1"}
+    await gateway.tell(gateway.told(N.CAPTURE, APPROVED, amount_minor=40, **told))
+    gateway.connector.steps.append(LOST)
+    await gateway.payments.void(gateway.void(payment_id))
+    await gateway.recover()
+    assert gateway.store.by_key("v").state is S.SUCCEEDED
+    assert gateway.connector.standing(K.AUTHORIZE) == [reference]
+
+
 async def test_what_has_no_amount_or_another_currency_is_shown_to_a_person() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
