@@ -104,7 +104,7 @@ class MemoryNotifications:
         """See the port."""
         assert apply_after_s > 0
 
-    async def is_outdated(self, received: Received, event: Event) -> bool:
+    async def is_outdated(self, received: Received, event: Event, *, by_id: bool = False) -> bool:
         """See the port."""
         own = received.notification
         may_be_ended = own.kind is NotificationKind.AUTHORIZATION and event is Event.APPROVED
@@ -119,6 +119,7 @@ class MemoryNotifications:
                     return True
             elif (
                 other.kind is own.kind
+                and not (by_id and other.transaction_id != own.transaction_id)
                 and told is not event
                 and told in DEFINITE
                 and (other.occurred_at, told) > (own.occurred_at, event)

@@ -561,7 +561,7 @@ class Applier:
         if event not in _DEFINITE:
             return _NO_NEWS
         known = decisions.done_elsewhere(aggregate, kind, answer.connector_transaction_id)
-        is_outdated = await self._notifications.is_outdated(received, event)
+        is_outdated = await self._notifications.is_outdated(received, event, by_id=True)
         if event is not Event.APPROVED:
             ended = event in _RETURNED and not is_outdated
             return await self._ended_elsewhere(known if ended else None, answer)
@@ -587,7 +587,7 @@ class Applier:
                 now, kind, amount, answer, at, new_id
             ),
         )
-        if await self._notifications.is_outdated(received, event):
+        if await self._notifications.is_outdated(received, event, by_id=True):
             raise _NotYet("its end was told meanwhile")
         return Applied(Result.RECORDED)
 

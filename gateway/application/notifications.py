@@ -97,11 +97,12 @@ class Notification:
         of a payment is its authorization.
         """
         if self.kind is NotificationKind.VOID and not self.reference:
-            return self.payment_reference or self._transaction_id
-        return self.reference or self._transaction_id
+            return self.payment_reference or self.transaction_id
+        return self.reference or self.transaction_id
 
     @property
-    def _transaction_id(self) -> str:
+    def transaction_id(self) -> str:
+        """The PSP's id of what it is about."""
         return self.answer.connector_transaction_id if self.answer else ""
 
 
@@ -199,10 +200,13 @@ class NotificationStore(Protocol):
     async def put_off(self, received: Received, apply_after_s: float) -> None:
         """Apply it later."""
 
-    async def is_outdated(self, received: Received, event: Event) -> bool:
+    async def is_outdated(self, received: Received, event: Event, *, by_id: bool = False) -> bool:
         """Whether the PSP told another definite event of the same thing that happened later, or of
         an approved authorization its end. Of what happened at the same time, what can follow the
         other counts (`gateway.domain.states`): a success comes before whatever ends it.
+
+        `by_id`: the same thing has the same id at the PSP, too. Several may be told under their
+        payment's reference, where they were done elsewhere.
         """
 
 

@@ -158,7 +158,7 @@ class Notifications(DirectStore):
         """See the port."""
         await self._lane.fetch(_PUT_OFF, **_key(received), apply_after_s=apply_after_s)
 
-    async def is_outdated(self, received: Received, event: Event) -> bool:
+    async def is_outdated(self, received: Received, event: Event, *, by_id: bool = False) -> bool:
         """See the port."""
         notification = received.notification
         [found] = await self._lane.fetch(
@@ -172,6 +172,7 @@ class Notifications(DirectStore):
             ends_by=NotificationKind.VOID if _may_be_ended(notification, event) else None,
             ends=list(ENDS),
             occurred_at=notification.occurred_at,
+            transaction_id=notification.transaction_id if by_id else None,
         )
         return bool(found["is_outdated"])
 

@@ -252,6 +252,22 @@ async def test_of_the_events_of_one_attempt_the_latest_counts(store: PostgresSto
     assert not await is_outdated(unordered, Event.APPROVED)
 
 
+@pytest.mark.parametrize("transaction_id", ["re_2", ""])
+async def test_under_one_reference_the_psps_ids_tell_things_apart(
+    store: PostgresStore, transaction_id: str
+) -> None:
+    one = received()
+    assert one.notification.answer is not None
+    answer = replace(one.notification.answer, connector_transaction_id=transaction_id)
+    other = replace(one, notification=replace(one.notification, event_id="evt_2", answer=answer))
+    failed = of_same_account(one, "evt_3", Verdict.FAILED, 1)
+    await store.notifications.keep([one, other, failed])
+    is_outdated = store.notifications.is_outdated
+    assert await is_outdated(other, Event.APPROVED)
+    assert not await is_outdated(other, Event.APPROVED, by_id=True)
+    assert await is_outdated(one, Event.APPROVED, by_id=True)
+
+
 @pytest.mark.parametrize("end", [Verdict.APPROVED, Verdict.EXPIRED])
 async def test_an_approval_is_outdated_by_an_end_of_its_payment_unless_it_is_newer(
     store: PostgresStore, end: Verdict

@@ -433,7 +433,9 @@ def _earlier_attempt_as_the_present() -> _Patches:
 def _older_notifications_count() -> _Patches:
     """of two things that a PSP told of one operation the one that comes last counts"""
 
-    async def mutated(self: NotificationsOfGateway, received: Received, event: Event) -> bool:
+    async def mutated(
+        self: NotificationsOfGateway, received: Received, event: Event, *, by_id: bool = False
+    ) -> bool:
         return False
 
     return [patch.object(NotificationsOfGateway, "is_outdated", mutated)]

@@ -1318,6 +1318,36 @@ async def test_a_refund_from_elsewhere_that_fails_in_the_end_is_none(
     assert payment_of(gateway, payment_id).state is PaymentState.REFUNDED
 
 
+async def test_what_became_of_a_refund_from_elsewhere_says_nothing_of_another_one() -> None:
+    """As Adyen tells those from its console: all of them under their payment's reference."""
+    gateway = bench(capabilities=TELLING)
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told: dict[str, Any] = {
+        "reference": reference,
+        "payment_reference": reference,
+        "amount_minor": 30,
+    }
+    await gateway.tell(
+        gateway.told(N.REFUND, APPROVED, transaction_id="re-1", **told),
+        gateway.told(N.REFUND, FAILED, after_s=1, transaction_id="re-2", **told),
+    )
+    assert only(gateway, payment_id, K.REFUND).state is S.SUCCEEDED
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 30
+    await gateway.tell(
+        gateway.told(N.REFUND, FAILED, after_s=2, transaction_id="re-1", **told),
+        gateway.told(N.REFUND, APPROVED, after_s=3, transaction_id="re-3", **told),
+    )
+    refunds = {
+        each.attempt.connector_transaction_id: each.state
+        for each in gateway.store.of_payment(payment_id).operations
+        if each.kind is K.REFUND
+    }
+    assert refunds == {"re-1": S.FAILED, "re-3": S.SUCCEEDED}
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 30
+    assert findings(gateway, payment_id) == []
+
+
 @pytest.mark.parametrize("end", [DECLINED, FAILED, EXPIRED])
 async def test_a_refund_from_elsewhere_that_fails_leaves_a_payment_without_success_as_it_is(
     end: ConnectorAnswer,

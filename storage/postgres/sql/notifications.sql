@@ -99,6 +99,7 @@ WHERE merchant_id = :merchant_id::text
 -- Whether the PSP told something else of the same thing that happened later; of what happened at
 -- the same time, the worse counts: approvals have the lowest number. An approved authorization is
 -- ended by a void as well, also by one of the same time: nothing is approved once it is over.
+-- With a transaction_id, the same thing has that id at the PSP, too.
 SELECT EXISTS (
     SELECT FROM notifications AS other
     WHERE other.merchant_id = :merchant_id::text
@@ -110,6 +111,11 @@ SELECT EXISTS (
                 other.kind = :kind::int2
                 AND other.event <> :event::int2
                 AND other.event = ANY (:definite::int2[])
+                AND (
+                    :transaction_id::text IS NULL
+                    OR coalesce(other.content #>> '{answer,connector_transaction_id}', '')
+                        = :transaction_id::text
+                )
                 AND (other.occurred_at, other.event) > (:occurred_at::timestamptz, :event::int2)
             )
             OR (
