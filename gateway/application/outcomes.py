@@ -380,19 +380,28 @@ class Outcomes:
                 if await self.keep(current, answer):
                     return found
                 continue
-            if (
-                same_attempt
-                and current.state in _TAKEN_BACK
-                and current.attempt.delivery is Delivery.ANSWERED
-                and self._is_told_of(current)
-            ):
-                # The PSP has told the end of what it answered here, and would tell nothing more.
-                return found
-            if event is Event.APPROVED and (not same_attempt or current.state in _WITHOUT_EFFECT):
-                await self.reverse(current, owned.attempt.number, answer)
-            elif same_attempt:
-                await self.contradict(current, answer)
+            await self.absorb(current, owned.attempt.number, answer)
             return found
+
+    async def absorb(
+        self, operation: Operation, attempt_number: int, answer: ConnectorAnswer
+    ) -> None:
+        """An answer came after a definite outcome, or after another attempt: a success that must
+        not stand is reversed, what denies a success is recorded.
+        """
+        same_attempt = operation.attempt.number == attempt_number
+        if (
+            same_attempt
+            and operation.state in _TAKEN_BACK
+            and operation.attempt.delivery is Delivery.ANSWERED
+            and self._is_told_of(operation)
+        ):
+            return  # the PSP has told the end of what it answered here, and would tell nothing more
+        approved = decisions.event_of(answer) is Event.APPROVED
+        if approved and (not same_attempt or operation.state in _WITHOUT_EFFECT):
+            await self.reverse(operation, attempt_number, answer)
+        elif same_attempt:
+            await self.contradict(operation, answer)
 
 
 def _is_of_doubt(resolution: Resolution, operation: Operation) -> bool:

@@ -311,15 +311,10 @@ class Recovery:
         return evidence
 
     async def _absorb_late(self, lease: Lease) -> None:
-        """An answer came after a definite outcome: a success that must not stand is reversed, what
-        denies a success is recorded.
-        """
         operation = lease.operation
         evidence = await self._evidence(lease)
-        if evidence is not None and operation.state is S.SUCCEEDED:
-            await self._outcomes.contradict(operation, evidence)
-        elif evidence is not None and decisions.event_of(evidence) is Event.APPROVED:
-            await self._outcomes.reverse(operation, operation.attempt.number, evidence)
+        if evidence is not None:
+            await self._outcomes.absorb(operation, operation.attempt.number, evidence)
         await self._store.forget(operation)
 
     async def _ask(self, lease: Lease, connector: Connector) -> ConnectorAnswer | None:

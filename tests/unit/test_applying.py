@@ -1153,6 +1153,26 @@ async def test_a_late_answer_reverses_nothing_that_the_psp_told_to_have_taken_ba
     assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
 
 
+async def test_a_late_answer_that_comes_while_the_end_is_written_reverses_nothing() -> None:
+    answering = Gate()
+    gateway, call, operation = await overtaken(answering)
+    ended = gateway.told(N.VOID, APPROVED, payment_reference=operation.reference, after_s=1)
+    await gateway.tell(ended, recover=False)
+
+    async def answer_first(method: str) -> None:
+        await asyncio.sleep(0)
+        if method == "write_change" and not answering.opened.is_set():
+            answering.opened.set()
+            await call
+
+    gateway.store.before = answer_first
+    await gateway.recover(rounds=2)
+    assert call.done()
+    assert only(gateway, operation.payment_id, K.AUTHORIZE).state is S.CANCELED
+    assert gateway.store.doubts == {}
+    assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
+
+
 async def test_a_late_approval_of_what_the_psp_told_as_declined_is_reversed() -> None:
     answering = Gate()
     gateway, call, operation = await overtaken(answering)
