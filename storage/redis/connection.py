@@ -201,6 +201,7 @@ class _Connection(asyncio.Protocol):
         self._replies = hiredis.Reader(replyError=RedisRefused, notEnoughData=_NO_REPLY)
         self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
         self._watch: asyncio.TimerHandle | None = None
+        self._watched_until = 0.0
 
     def send(self, command: bytes, until: float) -> "asyncio.Future[Any]":
         answer: asyncio.Future[Any] = self._loop.create_future()
@@ -209,9 +210,9 @@ class _Connection(asyncio.Protocol):
             return answer
         self._waiting.append((answer, until))
         self._transport.write(command)
-        if self._watch is None:
+        if self._watch is None or until < self._watched_until:
             # One timer for all: most fire for nothing, and seldom.
-            self._watch = self._loop.call_at(until, self._look)
+            self._watch_until(until)
         return answer
 
     def end(self) -> None:
@@ -248,15 +249,22 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, _: Exception | None) -> None:
         self._end("the connection was lost")
 
+    def _watch_until(self, until: float) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        self._watched_until = until
+        self._watch = self._loop.call_at(until, self._look)
+
     def _look(self) -> None:
         self._watch = None
         if not self._waiting:
             return
-        _, until = self._waiting[0]
+        # Not the first one's: it may wait longer, as what a connection begins with may.
+        until = min([until for _, until in self._waiting])
         if until <= self._loop.time():
             self._end("no answer in time")
         else:
-            self._watch = self._loop.call_at(until, self._look)
+            self._watch_until(until)
 
     def _end(self, why: str) -> None:
         self.lost = True

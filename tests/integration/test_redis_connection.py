@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 LONG_MS = 20_000.0
 SHORT_MS = 200.0
+HOUR_S = 3_600.0
+HANG_S = 30.0
+"""A wait that takes so long hangs; no rule is tested by this time."""
 
 
 @asynccontextmanager
@@ -96,6 +99,25 @@ async def test_silence_ends_the_connection_and_the_next_command_makes_another(
             mortal_redis.resume()
         assert [type(answer) for answer in answers] == [RedisAway] * 3
         assert await client.execute("ECHO", b"y", until=asyncio.get_running_loop().time() + 20)
+
+
+@pytest.mark.parametrize("before", ["connecting", "a command"])
+async def test_command_waits_no_longer_than_it_may_however_long_those_before_it_may(
+    own_redis: EmbeddedRedis, before: str
+) -> None:
+    client = RedisClient(own_redis.url, timeout_ms=SHORT_MS, connect_timeout_ms=1000 * HOUR_S)
+    try:
+        await client.connect()
+        waiting = []
+        if before == "a command":
+            until = asyncio.get_running_loop().time() + HOUR_S
+            waiting.append(client.execute("BLPOP", "nothing", 0, until=until))
+        waiting.append(client.execute("BLPOP", "nothing", 0))
+        async with asyncio.timeout(HANG_S):
+            answers = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {RedisAway}
+    finally:
+        await client.close()
 
 
 async def test_refusal_of_a_server_that_is_no_primary_any_more_ends_the_connection(
