@@ -179,7 +179,7 @@ class Gate:
         self._uniform = uniform
         self._shares: dict[str, _Share] = {}
         self._working_merchants = 0
-        self._in_flight_soft = int(limits.in_flight_max * (1 - NEWCOMERS_PART))
+        self._in_flight_soft = max(1, int(limits.in_flight_max * (1 - NEWCOMERS_PART)))
         self._timings = {stage: _Timing() for stage in stages}
         now = clock()
         self._ticked = now

@@ -585,6 +585,16 @@ def test_limits_that_contradict_each_other_are_refused(wrong: dict[str, Any]) ->
         Gate(replace(LIMITS, **wrong), STAGES)
 
 
+@pytest.mark.parametrize("work", [Work.PAYMENT, Work.ITEM])
+def test_the_least_bounds_let_one_call_in(work: Work) -> None:
+    gate = Gate(replace(LIMITS, working_max=1, working_min=1, in_flight_max=1), STAGES)
+    for _ in range(2):
+        gate.admit("mer_1", work)
+        with pytest.raises(GatewayError):
+            gate.admit("mer_2", work)
+        gate.release("mer_1")
+
+
 def test_reads_lists_and_money_calls_have_gates_of_their_own() -> None:
     admission = open_gates(AdmissionLimits(lists_max=2, calls_min=1))
     for _ in range(2):
