@@ -174,9 +174,7 @@ class NotificationsOfGateway:
         """See the port."""
         await self._run(lambda kept: kept.put_off(received, apply_after_s))
 
-    async def is_outdated(
-        self, received: Received, event: Event, *, by_id: bool = False
-    ) -> bool:
+    async def is_outdated(self, received: Received, event: Event, *, by_id: bool = False) -> bool:
         """See the port."""
         outdated: bool = await self._run(
             lambda kept: kept.is_outdated(received, event, by_id=by_id)
