@@ -60,6 +60,7 @@ class PastPayment(NamedTuple):
     capture_method: CaptureMethod
     details: bytes
     connector: str
+    """Of the account that was asked first."""
     connector_account_id: str
 
 

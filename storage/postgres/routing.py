@@ -11,7 +11,7 @@ from gateway.application.routing_administration import (
     RulesVersion,
 )
 from gateway.domain.errors import GatewayError, Reason
-from gateway.domain.model import CaptureMethod, Mode
+from gateway.domain.model import CaptureMethod, Mode, OperationKind
 from storage.postgres.direct import OVERLAP_S, DirectStore
 from storage.postgres.queries import query
 
@@ -110,6 +110,7 @@ class RoutingRules(DirectStore):
             mode=mode,
             days=days,
             payments_max=payments_max,
+            kinds=[OperationKind.AUTHORIZE, OperationKind.VERIFY],
         )
         return [
             PastPayment(

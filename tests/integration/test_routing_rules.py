@@ -17,9 +17,10 @@ from gateway.application.routing_administration import (
     RoutingAdministration,
     check_accounts,
 )
+from gateway.domain import decisions
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.ids import new_merchant_id
-from gateway.domain.model import Mode
+from gateway.domain.model import ConnectorAnswer, Delivery, Mode, Outcome, ResponseCode, Verdict
 from gateway.routing.cascade import ReattemptLimit
 from gateway.routing.rule_file import RulesInvalid, read_rules
 from gateway.rpc.conversion import Caller, to_authorize
@@ -29,6 +30,7 @@ from storage.redis import Reattempts, RedisClient
 from tests.harness import authorize_request
 from tests.memory_store import CAPABLE, ManyRoutes, ScriptedConnector
 from tests.servers import fetch
+from tests.store_data import authorize, restarted, stored
 
 pytestmark = pytest.mark.integration
 
@@ -160,6 +162,31 @@ async def test_another_version_than_the_expected_one_is_not_replaced(
         administration.activate(merchant_id, Mode.TEST, version, WHY, expected=0)
     ) is (Reason.ROUTING_RULES_CHANGED)
     assert await administration.activate(merchant_id, Mode.TEST, version, WHY, expected=1) == 1
+
+
+async def test_a_past_payment_went_where_it_was_sent_first(
+    store: PostgresStore, rules: RoutingRules, merchant_id: str
+) -> None:
+    """A simulation compares with the account that would be asked first, not the cascade's last."""
+    straight = authorize(merchant_id)
+    await store.write_intent(straight)
+    cascaded = authorize(merchant_id)
+    await store.write_intent(cascaded)
+    operation, payment = await stored(store, cascaded.operation)
+    answer = ConnectorAnswer(
+        Delivery.ANSWERED, Verdict.DECLINED, Outcome(response_code=ResponseCode.DO_NOT_HONOR)
+    )
+    again = decisions.cascade(
+        payment, operation, answer, connector="other", connector_account_id="acct_2"
+    )
+    change = restarted(operation, payment)
+    await store.write_change(replace(change, operation=again.operation, payment=again.payment))
+    past = await rules.past_payments(merchant_id, Mode.TEST, days=1, payments_max=10)
+    went = {each.payment_id: (each.connector, each.connector_account_id) for each in past}
+    assert went == {
+        straight.payment.payment_id: ("simulator", "acct_1"),
+        cascaded.payment.payment_id: ("simulator", "acct_1"),
+    }
 
 
 @pytest.mark.parametrize(

@@ -121,16 +121,37 @@ END
 ORDER BY activation.merchant_id, activation.mode, activation.number DESC;
 
 -- :name past_payments
--- The newest first.
+-- The newest first, each with the account that was asked first: a cascade may have ended elsewhere.
+WITH past AS MATERIALIZED (
+    SELECT
+        merchant_id, payment_id, requested_minor, currency, capture_method, details, connector,
+        connector_account_id, created_at
+    FROM payments
+    WHERE merchant_id = :merchant_id::text
+        AND mode = :mode::int2
+        AND created_at >= now() - make_interval(days => :days::int4)
+    ORDER BY created_at DESC, payment_id DESC
+    LIMIT :payments_max::int4
+)
 SELECT
-    payment_id, requested_minor, currency, capture_method, details, connector,
-    connector_account_id
-FROM payments
-WHERE merchant_id = :merchant_id::text
-    AND mode = :mode::int2
-    AND created_at >= now() - make_interval(days => :days::int4)
-ORDER BY created_at DESC, payment_id DESC
-LIMIT :payments_max::int4;
+    past.payment_id, past.requested_minor, past.currency, past.capture_method, past.details,
+    coalesce(first.connector, past.connector) AS connector,
+    coalesce(first.connector_account_id, past.connector_account_id) AS connector_account_id
+FROM past
+LEFT JOIN (
+    SELECT
+        operation.merchant_id, operation.payment_id, attempt.connector,
+        attempt.connector_account_id
+    FROM operations AS operation
+    JOIN superseded_attempts AS attempt
+        ON attempt.merchant_id = operation.merchant_id
+        AND attempt.operation_id = operation.operation_id
+        AND attempt.number = 1
+    WHERE operation.attempt_number > 1 AND operation.kind = ANY (:kinds::int2[])
+) AS first
+    ON first.payment_id = past.payment_id
+    AND first.merchant_id COLLATE "default" = past.merchant_id
+ORDER BY past.created_at DESC, past.payment_id DESC;
 
 -- :fragment last
 SELECT number, version
