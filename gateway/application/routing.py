@@ -159,19 +159,24 @@ class Plan:
     _passed: int = 0
     _attempts: int = 0
 
-    def take(self, availability: Availability | None) -> Candidate | None:
+    def take(
+        self, availability: Availability | None, router: Router
+    ) -> tuple[Candidate, Connector] | None:
         """The next one that may be asked now; None where attempts or accounts are used up."""
         if self._attempts >= self.attempts_max:
             return None
         candidates = self.decision.candidates
+        method = "" if self.segment is None else self.segment.method
         while self._passed < len(candidates):
             candidate = candidates[self._passed]
             self._passed += 1
-            method = "" if self.segment is None else self.segment.method
+            connector = router.connector(candidate.connector, candidate.connector_account_id)
+            if connector is None:
+                continue  # removed meanwhile
             if availability is None or availability.admit(candidate, method) is None:
                 self._attempts += 1
                 self.taken = candidate
-                return candidate
+                return candidate, connector
         return None
 
     @property
@@ -328,11 +333,7 @@ class Routing:
 
     def take(self, plan: Plan) -> tuple[Candidate, Connector] | None:
         """The plan's next account that may be asked now, with its connector."""
-        while (candidate := plan.take(self._availability)) is not None:
-            connector = self._router.connector(candidate.connector, candidate.connector_account_id)
-            if connector is not None:
-                return candidate, connector
-        return None
+        return plan.take(self._availability, self._router)
 
     def first(self, plan: Plan) -> tuple[Candidate, Connector]:
         """The plan's first account. Raises GatewayError where none may be asked now."""

@@ -317,8 +317,8 @@ async def test_what_was_surely_not_sent_goes_to_the_next_account_and_counts_no_r
     assert gateway.budget.asked == []
 
 
-async def test_an_account_that_was_removed_meanwhile_is_passed_over() -> None:
-    gateway = Routed()
+async def test_an_account_that_was_removed_meanwhile_is_passed_over_and_is_no_attempt() -> None:
+    gateway = Routed(RULES.replace("attempts_max = 3", "attempts_max = 2"))
     gateway.a.steps.append(SOFT)
 
     def remove() -> None:
