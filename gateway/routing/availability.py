@@ -77,14 +77,14 @@ class AccountAvailability:
 
     def refusal(self, candidate: Candidate, method: str) -> Exclusion | None:
         """See the port."""
-        if self._windows and (held := self._held(candidate, method)):
-            return held[0].exclusion
+        if self._windows and (suspended := self._suspended(candidate, method)):
+            return suspended
         return None if self._breakers is None else self._breakers.refusal(candidate, method)
 
     def admit(self, candidate: Candidate, method: str) -> Exclusion | None:
         """See the port."""
-        if self._windows and (held := self._held(candidate, method)):
-            return held[0].exclusion
+        if self._windows and (suspended := self._suspended(candidate, method)):
+            return suspended
         return None if self._breakers is None else self._breakers.admit(candidate, method)
 
     def pause_s(self, candidate: Candidate, method: str) -> float | None:
@@ -100,8 +100,13 @@ class AccountAvailability:
             pauses.append(breaker_s)
         return max(pauses, default=None)
 
+    def _suspended(self, candidate: Candidate, method: str) -> Exclusion | None:
+        """A kill switch is what is told where a window holds, too."""
+        told = {window.exclusion for window in self._held(candidate, method)}
+        return Exclusion.KILLED if Exclusion.KILLED in told else next(iter(told), None)
+
     def _held(self, candidate: Candidate, method: str) -> list[_Window]:
-        """The windows that hold now, the account's own first."""
+        """The windows that hold now."""
         now = self._clock()
         return [
             window
@@ -122,6 +127,4 @@ class AccountAvailability:
             ends = None if each.ends_in_s is None else read_at + each.ends_in_s
             window = _Window(_EXCLUSIONS[each.kind], each.method, read_at + each.begins_in_s, ends)
             windows.setdefault((each.connector, each.account_id), []).append(window)
-        for found in windows.values():  # a kill switch is what is told where both hold
-            found.sort(key=lambda window: window.exclusion is not Exclusion.KILLED)
         self._windows = windows

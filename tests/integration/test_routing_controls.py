@@ -123,6 +123,28 @@ async def test_a_window_holds_from_its_beginning_to_its_end(world: _World) -> No
     assert availability.refusal(world.candidate, "card") is None
 
 
+async def test_a_kill_switch_of_the_connector_is_told_before_a_window_of_the_account(
+    world: _World,
+) -> None:
+    async with RoutingControls.connect(world.dsn) as controls:
+        await controls.suspend(
+            SuspensionKind.MAINTENANCE,
+            "stripe",
+            merchant_id=world.merchant_id,
+            account_id=world.account_id,
+            ends_at=dt.datetime.now(dt.UTC) + dt.timedelta(hours=1),
+            reason=WHY,
+            created_by="login:ann",
+        )
+        await world.refresh()
+        assert world.refusal() is Exclusion.MAINTENANCE
+        await controls.suspend(SuspensionKind.KILL, "stripe", reason=WHY, created_by="login:ann")
+    await world.refresh()
+    assert world.refusal() is Exclusion.KILLED
+    assert world.availability.refusal(world.candidate, "card") is Exclusion.KILLED
+    assert world.availability.pause_s(world.candidate, "card") is None
+
+
 async def test_a_switch_of_one_method_leaves_the_others(world: _World) -> None:
     async with RoutingControls.connect(world.dsn) as controls:
         await controls.suspend(
