@@ -479,8 +479,8 @@ class Breakers:
     async def run(self, exchange: Exchange, interval_s: float) -> None:
         """Exchange states with other processes, again and again, until cancelled."""
         while True:
+            self._told.clear()  # what happens from here on may come too late for this exchange
             await self.synchronize(exchange)
-            self._told.clear()
             pause_s = interval_s * random.uniform(0.8, 1.2)
             try:
                 async with asyncio.timeout(pause_s):

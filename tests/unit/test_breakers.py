@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 import pytest
@@ -387,3 +388,31 @@ async def test_an_opening_is_told_until_it_was_heard() -> None:
     await world.breakers.synchronize(exchange)
     assert len(exchange.reports) == 1
     assert world.seen.states == [BreakerState.OPEN]
+
+
+async def test_an_opening_during_an_exchange_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world, told = _World(), asyncio.Event()
+
+    class Slow(_Exchange):
+        async def exchange(self, reports: Sequence[Report]) -> Sequence[Shared]:
+            if reports:
+                told.set()
+            else:
+                world.call(TIMED_OUT, LIMITS.calls_min)
+            return ()
+
+    interval_s, pauses_s = 1e6, []
+
+    async def pause(seconds: float) -> None:
+        pauses_s.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    running = asyncio.create_task(world.breakers.run(Slow(), interval_s))
+    try:
+        async with asyncio.timeout(30):
+            await told.wait()
+    finally:
+        running.cancel()
+    assert pauses_s == [interval_s / 10]
