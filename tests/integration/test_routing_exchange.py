@@ -117,6 +117,19 @@ async def test_counts_add_up_and_fade(client: RedisClient, key: str) -> None:
     assert (faded.successes, faded.failures) == pytest.approx((6.0, 2.0), rel=0.01)
 
 
+@pytest.mark.parametrize("text", ["garbage", "inf 0 1", "0 nan 1", "-1 2 1", f"1{'0' * 400} 1 1"])
+async def test_what_is_no_count_of_ours_counts_for_nothing(
+    client: RedisClient, key: str, text: str
+) -> None:
+    counts = RedisCounts(client, key)
+    segment: SegmentKey = ("mer_1", "TEST", "card")
+    account = ("psp", "acc_1")
+    await client.execute("HSET", f'{key}["mer_1","TEST","card"]', '["psp","acc_1"]', text)
+    assert await counts.exchange({segment: []}, 1e6) == {segment: []}
+    told = {segment: [Increment(account, 6.0, 2.0)]}
+    assert await counts.exchange(told, 1e6) == told
+
+
 async def test_a_redis_that_is_away_is_told_as_such() -> None:
     client = RedisClient(f"redis://127.0.0.1:{free_port()}", timeout_ms=500, connect_timeout_ms=500)
     with pytest.raises(ExchangeUnavailable):

@@ -6,13 +6,14 @@
 --        its field, successes and failures since they were last told.
 --
 -- A field holds successes and failures, and when, by the server's clock in milliseconds, they were
--- so many; they fade from then on.
+-- so many; they fade from then on. What is none of ours counts for nothing.
 --
 -- Returns for each key its fields, each with successes and failures as of now.
 
 local half_life_ms, life_ms = tonumber(ARGV[1]), tonumber(ARGV[2])
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local count_max = 1e15 -- more than anybody can count
 local place = 3
 local reply = {}
 
@@ -20,9 +21,10 @@ for number, key in ipairs(KEYS) do
   local counts = {}
   local stored = redis.call('HGETALL', key)
   for i = 1, #stored, 2 do
-    local successes, failures, at = string.match(stored[i + 1], '^(%S+) (%S+) (%d+)$')
+    -- Neither 'inf' nor 'nan', which count for ever, nor what is below 0.
+    local successes, failures, at = string.match(stored[i + 1], '^([%d.]+) ([%d.]+) (%d+)$')
     successes, failures, at = tonumber(successes), tonumber(failures), tonumber(at)
-    if successes and failures and at then
+    if successes and failures and at and math.max(successes, failures) < count_max then
       local fading = 2 ^ (-math.max(0, now - at) / half_life_ms)
       counts[stored[i]] = { successes * fading, failures * fading }
     end
