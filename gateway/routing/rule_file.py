@@ -383,7 +383,8 @@ class _Reader:
             arms = () if rule.experiment is None else rule.experiment.arms
             count = max(len(targets) for targets in (rule.targets, *(a.targets for a in arms)))
             following = rule.then
-            while following:
+            # No further: a long way round is told as one to too many targets.
+            while following and max(count, len(seen)) <= TARGETS_MAX:
                 after = by_name.get(following)
                 if after is None:
                     self._wrong(path, f"there is no rule {following}")
@@ -409,6 +410,8 @@ def _warnings(rules: Sequence[Rule]) -> list[Problem]:
     warnings: list[Problem] = []
     reached = {rule.then for rule in rules}
     for index, rule in enumerate(rules):
+        if len(warnings) >= WARNINGS_MAX:
+            break
         path = f"rule[{index}]"
         for earlier in rules[:index]:
             if earlier.when.cover(rule.when):

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from gateway.domain.model import ResponseCode
 from gateway.routing import rule_file
-from gateway.routing.rule_file import RulesInvalid, read_rules
+from gateway.routing.rule_file import (
+    RULES_MAX,
+    TARGETS_MAX,
+    WARNINGS_MAX,
+    RulesInvalid,
+    read_rules,
+)
 from gateway.routing.rules import Choice, Conditions, Facts, Order, Rules
 from gateway.routing.toml import KEY_PARTS_MAX
 
@@ -353,6 +359,21 @@ def test_a_cascade_that_comes_to_an_account_again_is_refused() -> None:
     assert problems_of(text)["rule[0].then"] == "acc_1 stands in b again"
 
 
+def test_a_cascade_is_followed_no_further_than_to_too_many_targets() -> None:
+    """Many rules that lead to each other held a gateway up for seconds, with megabytes of problems."""
+    targets = ", ".join(f'{{ account = "acc_{number}" }}' for number in range(10))
+    text = "format = 1\n" + "".join(
+        f'[[rule]]\nname = "r{number}"\nthen = "r{(number + 1) % RULES_MAX}"\n'
+        f"targets = [{targets}]\n"
+        for number in range(RULES_MAX)
+    )
+    with pytest.raises(RulesInvalid) as raised:
+        read_rules(text)
+    found = Counter(problem.path for problem in raised.value.problems)
+    assert len(found) == RULES_MAX
+    assert max(found.values()) <= TARGETS_MAX + 1
+
+
 # --- what is worth a warning ----------------------------------------------------------------------
 
 
@@ -395,6 +416,27 @@ def test_a_rule_that_only_others_lead_to_is_reached() -> None:
 def test_rules_that_leave_payments_undecided_are_warned_of() -> None:
     [warning] = warnings_of(ONE + TARGETS + 'when = { currency = "EUR" }')
     assert "none matches" in warning
+
+
+def test_rules_are_compared_no_longer_than_until_enough_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = 0
+    meet = Conditions.meet
+
+    def counted(mine: Conditions, its: Conditions) -> bool:
+        nonlocal compared
+        compared += 1
+        return meet(mine, its)
+
+    monkeypatch.setattr(Conditions, "meet", counted)
+    text = "format = 1\n" + "".join(
+        f'[[rule]]\nname = "r{number}"\nwhen = {{ metadata = {{ k{number} = "1" }} }}\n'
+        f'targets = [{{ account = "acc_{number}" }}]\n'
+        for number in range(RULES_MAX)
+    )
+    assert len(read_rules(text).warnings) == WARNINGS_MAX
+    assert compared < WARNINGS_MAX + RULES_MAX
 
 
 # --- the checks and the decision agree ------------------------------------------------------------
