@@ -397,6 +397,7 @@ async def test_a_persons_word_on_a_refund_takes_no_charge_back() -> None:
     await gateway.payments.refund(gateway.refund(payment_id, amount_minor=40))
     refund = only(gateway, payment_id, K.REFUND)
     assert await decided(gateway, refund, DoubtOutcome.TOOK_EFFECT) is not None
+    assert only(gateway, payment_id, K.CAPTURE).state is S.SUCCEEDED
     payment = payment_of(gateway, payment_id)
     assert (payment.captured_minor, payment.refunded_minor) == (100, 40)
     assert findings(gateway, payment_id) == []
