@@ -681,6 +681,89 @@ async def test_a_success_of_what_is_over_waits_until_the_psp_can_say_whether_it_
     assert len(gateway.store.operations) == 1
 
 
+def changed_meanwhile(gateway: NotifiedBench, payment_id: str) -> None:
+    """Somebody else changes the payment just before the next change of it is written."""
+    left = 1
+
+    async def change(method: str) -> None:
+        nonlocal left
+        if method == "write_change" and left:
+            left -= 1
+            payment = payment_of(gateway, payment_id)
+            payment.version += 1
+            gateway.store.payments[payment.merchant_id, payment_id] = payment
+
+    gateway.store.before = change
+
+
+async def test_a_late_success_is_reversed_though_its_payment_changes_meanwhile() -> None:
+    gateway = bench(UNSENT, capabilities=MUTE)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    changed_meanwhile(gateway, payment_id)
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=reference), recover=False)
+    assert only(gateway, payment_id, K.REVERSAL).note == reference
+
+
+async def test_a_bounce_is_written_though_its_payment_changes_meanwhile() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    capture = only(gateway, payment_id, K.CAPTURE)
+    changed_meanwhile(gateway, payment_id)
+    await gateway.tell(gateway.told(N.CAPTURE, FAILED, reference=capture.reference))
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    assert findings(gateway, payment_id) == []
+
+
+async def test_what_was_done_elsewhere_is_recorded_though_the_payment_changes_meanwhile() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    changed_meanwhile(gateway, payment_id)
+    await gateway.tell(
+        gateway.told(
+            N.REFUND, APPROVED, payment_reference=reference, amount_minor=30, transaction_id="re_1"
+        )
+    )
+    assert only(gateway, payment_id, K.REFUND).origin is OperationOrigin.PSP
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 30
+
+
+async def test_a_decision_is_written_though_its_payment_changes_meanwhile() -> None:
+    gateway = bench(LOST)
+    payment_id = await gateway.authorized()
+    operation = only(gateway, payment_id, K.AUTHORIZE)
+    changed_meanwhile(gateway, payment_id)
+    assert await decided(gateway, operation, DoubtOutcome.NO_EFFECT) is not None
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.NOT_SENT
+
+
+async def test_each_attempt_that_succeeded_late_is_reversed() -> None:
+    gateway = bench(UNSENT, UNSENT, capabilities=MUTE)
+    await gateway.payments.authorize(gateway.authorize())
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    operation_id = only(gateway, payment_id, K.AUTHORIZE).operation_id
+    references = [f"{operation_id}-{number}" for number in (1, 2)]
+    for reference in references:
+        told = gateway.told(N.AUTHORIZATION, APPROVED, reference=reference)
+        await gateway.tell(told, recover=False)
+    assert references == [
+        each.note
+        for each in gateway.store.of_payment(payment_id).operations
+        if each.kind is K.REVERSAL
+    ]
+
+
+async def test_no_note_of_a_callers_is_taken_for_a_reversal() -> None:
+    gateway = bench(Step(decides=PENDING), capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.payments.void(replace(gateway.void(payment_id), note=reference))
+    await gateway.tell(gateway.told(N.AUTHORIZATION, DECLINED, reference=reference))
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=reference, after_s=1))
+    assert only(gateway, payment_id, K.REVERSAL).note == reference
+
+
 @pytest.mark.parametrize("final", [True, False])
 @pytest.mark.parametrize("by_reference", [True, False])
 async def test_an_authorization_expires_when_what_is_being_captured_is_settled(

@@ -51,6 +51,7 @@ from tests.memory_store import (
     DROPPED,
     FIRST_CHECK_S,
     INCAPABLE,
+    LEASE_S,
     LIMITS,
     LONG_S,
     LOST,
@@ -1633,6 +1634,51 @@ async def test_declined_authorization_leaves_nothing_to_void() -> None:
     await gateway.recover()
     assert gateway.store.by_key("v").state is S.SUCCEEDED
     assert gateway.store.of_payment(payment_id).payment.state is P.DECLINED
+
+
+async def cancel_request_held(gateway: Bench) -> tuple[asyncio.Task[Answer], Gate]:
+    """A void of an authorization in flight, just before its acceptance is written."""
+    held = Gate()
+
+    async def hold_the_first(method: str) -> None:
+        if method == "write_change" and not held.reached.is_set():
+            await held.wait()
+
+    gateway.store.before = hold_the_first
+    void = in_background(gateway.payments.void(gateway.void(None, authorize_key="a")))
+    await held.reached.wait()
+    return void, held
+
+
+async def test_cancel_request_is_accepted_though_its_authorization_ends_meanwhile() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    void, held = await cancel_request_held(gateway)
+    gate.opened.set()
+    await call
+    held.opened.set()
+    assert b"PENDING" in (await void).response
+    assert gateway.store.by_key("v").state is S.PENDING
+
+
+async def test_cancel_request_that_recovery_has_taken_over_is_answered_as_it_stands() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    void, held = await cancel_request_held(gateway)
+    gateway.store.advance(LONG_S)
+    await gateway.store.expired(10)
+    await gateway.store.lease(10, LEASE_S)
+    gate.opened.set()
+    await call
+    held.opened.set()
+    answer = await void
+    assert b"PROCESSING" in answer.response
+    assert not answer.frozen
+    assert gateway.store.by_key("v").state is S.PROCESSING
 
 
 @pytest.mark.parametrize("key", ["nobody", "c"], ids=["unknown", "a capture's"])
