@@ -8,12 +8,14 @@ import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.application import usecases
 from gateway.application.administration import answer_of_person
 from gateway.application.admission import Stage
 from gateway.application.commands import Answer
@@ -29,6 +31,7 @@ from gateway.application.ports import (
     Resolution,
     StoreUnavailable,
 )
+from gateway.application.routing import Routing
 from gateway.application.usecases import Payments
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import (
@@ -44,6 +47,7 @@ from gateway.domain.model import (
     Verdict,
 )
 from gateway.domain.states import UNFINISHED
+from gateway.routing.model import Candidate
 from tests.memory_store import (
     APPROVED,
     CAPABLE,
@@ -213,8 +217,13 @@ async def test_reads_find_only_the_merchants_own_of_the_same_mode() -> None:
     assert found.operation.operation_id == operation_id
     for merchant, mode in ((MERCHANT, Mode.LIVE), ("mer_2", Mode.TEST)):
         await refused(Reason.PAYMENT_NOT_FOUND, payments.get_payment(merchant, mode, payment_id))
-        for how in ({"operation_id": operation_id}, {"idempotency_key": "a"}):
-            await refused(Reason.OPERATION_NOT_FOUND, payments.get_operation(merchant, mode, **how))
+        for how, may_come in (
+            ({"operation_id": operation_id}, False),
+            ({"idempotency_key": "a"}, True),
+        ):
+            call = payments.get_operation(merchant, mode, **how)
+            error = await refused(Reason.OPERATION_NOT_FOUND, call)
+            assert ("yet" in error.message) is may_come
         page = await payments.list_payments(ListFilter(merchant, mode, page_size=10))
         assert page.payments == []
     await refused(
@@ -333,6 +342,33 @@ async def test_frozen_answer_is_replayed_byte_for_byte(
     again = await gateway.payments.authorize(gateway.authorize())
     assert (again.response, again.replayed, again.frozen) == (first.response, True, True)
     assert gateway.counts.replays[source] == 1
+
+
+async def test_answer_that_postgresql_had_is_in_redis_for_the_next_repeat() -> None:
+    gateway = bench()
+    first = await gateway.payments.authorize(gateway.authorize())
+    gateway.claims.flush()
+    for _ in range(2):
+        again = await gateway.payments.authorize(gateway.authorize())
+        assert (again.response, again.replayed) == (first.response, True)
+    assert gateway.counts.replays == {"postgres": 1, "redis": 1}
+
+
+@pytest.mark.parametrize("generation", ["g1", None], ids=["known", "unknown"])
+async def test_claim_goes_back_in_the_generation_that_it_was_made_in(
+    generation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = bench(CAPABLE, UNSENT)
+    gateway.claims.generation = generation
+    told: list[str | None] = []
+
+    def release(*_: object, generation: str | None = None) -> None:
+        told.append(generation)
+        gateway.claims.generation = "g2"  # a failover in between, at the latest
+
+    monkeypatch.setattr(gateway.claims, "release", release)
+    await gateway.payments.authorize(gateway.authorize())
+    assert told == [generation]
 
 
 @pytest.mark.parametrize("flushed", [False, True])
@@ -536,6 +572,16 @@ async def test_deadline_that_is_too_near_costs_no_intent_and_no_read() -> None:
     gateway.store.before = failing("none")
     answer = await gateway.payments.authorize(gateway.authorize())
     assert not answer.replayed
+
+
+async def test_repeat_whose_deadline_is_too_near_begins_no_other_attempt() -> None:
+    gateway = bench(CAPABLE, UNSENT)
+    await gateway.payments.authorize(gateway.authorize())
+    deadline = time.monotonic() + LIMITS.min_send_budget_s / 2
+    again = gateway.payments.authorize(gateway.authorize(deadline=deadline))
+    await refused(Reason.DEADLINE_TOO_SHORT, again)
+    assert gateway.store.by_key("a").attempt.number == 1
+    assert gateway.connector.sent == []
 
 
 async def test_follow_up_whose_deadline_is_too_near_writes_nothing() -> None:
@@ -766,6 +812,48 @@ async def test_duplicate_gives_up_before_its_deadline() -> None:
     await call
 
 
+class Clock:
+    """The use cases' monotonic clock, which their pauses alone move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = time.monotonic()
+        self.pauses_s: list[float] = []
+        monkeypatch.setattr(usecases, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+        paused = SimpleNamespace(**{**vars(asyncio), "sleep": self._sleep})
+        monkeypatch.setattr(usecases, "asyncio", paused)
+
+    async def _sleep(self, seconds: float) -> None:
+        self.pauses_s.append(seconds)
+        self.now_s += seconds
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("deadline_s", [None, 1.0, 2 * LIMITS.wait_s_max])
+async def test_duplicate_waits_as_long_as_it_may_and_its_deadline_lets_it(
+    deadline_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    clock = Clock(monkeypatch)
+    deadline = None if deadline_s is None else clock.now_s + deadline_s
+    until = clock.now_s + LIMITS.wait_s_max
+    if deadline is not None:
+        until = min(until, deadline - LIMITS.wait_margin_s)
+    await refused(
+        Reason.IDEMPOTENCY_KEY_IN_FLIGHT,
+        gateway.payments.authorize(gateway.authorize(deadline=deadline)),
+    )
+    longest_s = LIMITS.wait_poll_s_max
+    assert until - longest_s <= clock.now_s < until + 0.2 * longest_s
+    for number, pause_s in enumerate(clock.pauses_s):
+        usual_s = min(LIMITS.wait_poll_s_min * 2 ** min(number, 10), longest_s)
+        assert 0.8 * usual_s <= pause_s <= 1.2 * usual_s
+    gate.opened.set()
+    await call
+
+
 # --- contention and a store that is away ----------------------------------------------------------
 
 
@@ -781,6 +869,46 @@ async def test_racing_captures_never_exceed_the_authorized_amount() -> None:
     assert reasons == {Reason.AMOUNT_EXCEEDS_AUTHORIZED}
     assert len([sent for sent in gateway.connector.sent if sent.kind is K.CAPTURE]) == 10
     assert gateway.store.of_payment(payment_id).payment.captured_minor == 100
+
+
+@pytest.mark.parametrize("is_repeat", [False, True])
+async def test_call_begins_anew_a_limited_number_of_times_and_takes_one_probes_place(
+    is_repeat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector, admitted = ScriptedConnector(), []
+
+    class Open:
+        """Implements Availability: everything is."""
+
+        def refusal(self, candidate: Candidate, method: str) -> None:
+            """See the port."""
+
+        def admit(self, candidate: Candidate, method: str) -> None:
+            admitted.append(method)
+
+        def pause_s(self, candidate: Candidate, method: str) -> None:
+            """See the port."""
+
+    routing = Routing(OneRoute(connector), availability=Open())
+    gateway = Bench(connector, routing=routing)
+    payment_id = await gateway.authorized()
+    if is_repeat:
+        connector.steps.append(UNSENT)
+        await gateway.payments.capture(gateway.capture(payment_id))
+    admitted.clear()
+
+    async def change(method: str) -> None:
+        await asyncio.sleep(0)
+        if method in ("write_intent", "write_change"):
+            gateway.store.payments[MERCHANT, payment_id].version += 1
+
+    gateway.store.before = change
+    clock = Clock(monkeypatch)
+    await refused(Reason.CONTENTION, gateway.payments.capture(gateway.capture(payment_id)))
+    assert admitted == [""]
+    assert len(clock.pauses_s) == LIMITS.contention_tries_max
+    for number, pause_s in enumerate(clock.pauses_s):
+        assert 0 <= pause_s <= 0.001 * min(number + 1, 20)
 
 
 async def test_payment_that_changes_all_the_time_is_contention() -> None:
