@@ -366,6 +366,19 @@ async def test_a_charge_is_gone_when_a_person_says_so_of_its_void_in_doubt() -> 
     assert findings(gateway, payment_id) == []
 
 
+async def test_a_charge_that_is_taken_back_leaves_what_was_refunded_elsewhere() -> None:
+    gateway, payment_id = await charge_voided_in_flight(CAPABLE)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told = gateway.told(
+        N.REFUND, APPROVED, payment_reference=reference, amount_minor=30, transaction_id="re_1"
+    )
+    await gateway.tell(told, recover=False)
+    await gateway.recover()
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    assert only(gateway, payment_id, K.REFUND).state is S.SUCCEEDED
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 30
+
+
 async def test_a_decision_on_a_void_that_is_not_in_doubt_takes_no_charge_back() -> None:
     gateway, payment_id = await charge_voided_in_flight(CAPABLE)
     void = only(gateway, payment_id, K.VOID)

@@ -1213,6 +1213,30 @@ async def test_answer_of_a_sender_that_was_fenced_out_is_kept_as_evidence() -> N
     assert gateway.store.doubts == {}
 
 
+async def test_answer_of_a_sender_is_kept_though_recovery_takes_the_doubt_meanwhile() -> None:
+    gate = Gate()
+    gateway = bench(INCAPABLE, Step(after=gate))
+    call = await paused(gateway, gate)
+    await gateway.recovery.run_once()
+    looks = 0
+
+    async def take_at_first(method: str) -> None:
+        nonlocal looks
+        if method == "add_evidence":
+            looks += 1
+            if looks == 1:
+                gateway.store.advance(LONG_S)
+                await gateway.store.lease(10, LEASE_S)
+
+    gateway.store.before = take_at_first
+    gate.opened.set()
+    await call
+    assert looks == 2
+    [doubt] = gateway.store.doubts.values()
+    assert doubt.evidence is not None
+    assert doubt.evidence.verdict is Verdict.APPROVED
+
+
 async def test_recoverer_that_was_overtaken_while_it_asked_cancels_nothing() -> None:
     gateway = bench(CAPABLE, LOST)
     payment_id = await gateway.authorized()
