@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from gateway.application.administration import answer_of_person
-from gateway.application.applying import Applier
+from gateway.application.applying import Applier, Schedule
 from gateway.application.notifications import (
     Applied,
     Dispute,
     DisputeStage,
     DisputeStatus,
     NotificationKind,
+    Pending,
     Received,
     Result,
 )
@@ -1915,6 +1916,92 @@ async def test_delivery_counts_as_answered_for_what_the_psp_told() -> None:
     assert gateway.store.by_key("a").attempt.delivery is Delivery.ANSWERED
 
 
+def applier_of(
+    gateway: NotifiedBench, notifications: MemoryNotifications, schedule: Schedule
+) -> Applier:
+    return Applier(
+        notifications,
+        gateway.store,
+        gateway.router,
+        gateway,
+        JsonEncoder(),
+        gateway.payments.outcomes,
+        schedule,
+        gateway.results,
+    )
+
+
+async def test_what_cannot_be_applied_yet_is_put_off_for_longer_each_time() -> None:
+    pauses_s: list[float] = []
+
+    class Notifications(MemoryNotifications):
+        async def put_off(self, received: Received, apply_after_s: float) -> None:
+            pauses_s.append(apply_after_s)
+
+    gateway, notifications = bench(), Notifications()
+    applier = applier_of(gateway, notifications, SCHEDULE)
+    told = gateway.told(N.REFUND, APPROVED, payment_transaction_id="unknown for now")
+    await notifications.keep([told])
+    for number in range(10):
+        assert await applier.run_once() == 1
+        assert len(pauses_s) == number + 1
+        usual_s = min(SCHEDULE.backoff_s_min * 2**number, SCHEDULE.backoff_s_max)
+        assert 0.8 * usual_s <= pauses_s[-1] <= 1.2 * usual_s
+
+
+@pytest.mark.parametrize(("places", "batch"), [(1, 10), (10, 3)])
+async def test_a_place_that_comes_free_is_filled_at_once(places: int, batch: int) -> None:
+    gateway = bench()
+    limits: list[int] = []
+    done = asyncio.Event()
+
+    class Notifications(MemoryNotifications):
+        async def lease(self, limit: int, *given: Any, **named: Any) -> Sequence[Pending]:
+            limits.append(limit)
+            return await super().lease(limit, *given, **named)
+
+        async def finish(self, received: Received, applied: Applied) -> None:
+            await super().finish(received, applied)
+            if not self.pending:
+                done.set()
+
+    notifications = Notifications()
+    schedule = replace(SCHEDULE, interval_s=3600, concurrency_max=places, batch_max=batch)
+    applier = applier_of(gateway, notifications, schedule)
+    await notifications.keep(
+        [gateway.told(N.REFUND, APPROVED, reference="none-of-ours") for _ in range(7)]
+    )
+    applying = asyncio.ensure_future(applier.run())
+    async with asyncio.timeout(60):
+        await done.wait()
+    assert max(limits) == min(places, batch)
+    applying.cancel()
+    await asyncio.wait([applying])
+
+
+async def test_a_look_that_failed_is_followed_by_a_pause() -> None:
+    gateway = bench()
+    looks = asyncio.Semaphore(0)
+
+    class Notifications(MemoryNotifications):
+        async def lease(self, limit: int, *given: Any, **named: Any) -> Sequence[Pending]:
+            looks.release()
+            raise StoreUnavailable("away")
+
+    applier = applier_of(gateway, Notifications(), replace(SCHEDULE, interval_s=3600))
+    applying = asyncio.ensure_future(applier.run())
+    async with asyncio.timeout(60):
+        for times in (1, 2):
+            await looks.acquire()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert looks.locked()
+            assert gateway.results.failures == times
+            applier.wake()
+    applying.cancel()
+    await asyncio.wait([applying])
+
+
 async def test_what_an_account_whose_psp_hangs_was_told_holds_up_nobody_elses() -> None:
     gateway = bench()
     hanging, applied = asyncio.Semaphore(0), asyncio.Event()
@@ -1931,15 +2018,10 @@ async def test_what_an_account_whose_psp_hangs_was_told_holds_up_nobody_elses() 
 
     notifications = Notifications()
     gateway.reference_of = hang  # type: ignore[method-assign]
-    applier = Applier(
-        notifications,
-        gateway.store,
-        gateway.router,
+    applier = applier_of(
         gateway,
-        JsonEncoder(),
-        gateway.payments.outcomes,
+        notifications,
         replace(SCHEDULE, interval_s=3600, concurrency_max=4, account_concurrency_max=2),
-        gateway.results,
     )
     await notifications.keep(
         [
