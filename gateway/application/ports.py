@@ -378,9 +378,9 @@ class Lease:
     """How often recovery looked at it before."""
     evidence: ConnectorAnswer | None
     """A definite answer that came to a sender who had been fenced out."""
-    cancel_begun: bool = False
+    cancel_begun: bool
     """Recovery has begun to cancel the reference, and the cancellation may be on its way still."""
-    at: datetime | None = None
+    at: datetime
     """The database's time at which it was taken over."""
 
 

@@ -187,7 +187,7 @@ class Recovery:
         for lease in leases:
             operation = lease.operation
             self._at_work[operation.merchant_id, operation.operation_id] = operation
-        if leases and leases[-1].at is not None:
+        if leases:
             # A customer's time is judged by it, also where no call has come here yet.
             self._outcomes.observe(leases[-1].at)
         return leases

@@ -26,6 +26,7 @@ from tests.memory_store import (
     LEASE_S,
     LOST,
     SCHEDULE,
+    TAKEOVER_S,
     Bench,
     Gate,
     ManyRoutes,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 S = OperationState
 WAIT_S = 30.0
 """What is waited for here happens, or the rule is broken."""
+SELDOM = replace(SCHEDULE, interval_s=3600.0, search_interval_s=3600.0)
+"""Nothing comes by its interval within a test."""
 QUICK = replace(SCHEDULE, interval_s=0.001, concurrency_max=6, account_concurrency_max=4)
 
 
@@ -94,6 +97,124 @@ async def asked(connector: Hanging, times: int) -> None:
 
 async def no_search(limit: int) -> int:
     raise StoreUnavailable("canceling statement due to statement timeout")
+
+
+@asynccontextmanager
+async def looks(gateway: Bench) -> AsyncIterator[list[int]]:
+    """How many each look for work has found, or -1 where it failed, while the loop runs."""
+    found: list[int] = []
+    lease = gateway.store.lease
+
+    async def counted(*given: Any, **named: Any) -> Any:
+        found.append(-1)
+        leases = await lease(*given, **named)
+        found[-1] = len(leases)
+        return leases
+
+    gateway.store.lease = counted  # type: ignore[method-assign]
+    async with recovering(gateway):
+        yield found
+
+
+async def turns() -> None:
+    """So many turns of the event loop that whoever does not wait has gone on."""
+    for _ in range(100):
+        await asyncio.sleep(0)
+
+
+async def test_a_look_that_fails_is_counted_and_waits_for_its_interval() -> None:
+    gateway = Bench(schedule=SELDOM)
+
+    async def away(method: str) -> None:
+        await asyncio.sleep(0)
+        if method == "lease":
+            raise StoreUnavailable("the database is away")
+
+    gateway.store.before = away
+    async with looks(gateway) as found:
+        await turns()
+        assert found == [-1]
+    assert gateway.counts.failures == 1
+
+
+async def test_where_all_that_was_asked_for_is_found_more_is_looked_for_at_once() -> None:
+    hanging = Hanging()
+    gateway = Bench(hanging, schedule=replace(SELDOM, batch_max=1, account_concurrency_max=3))
+    await doubts(gateway, hanging, "a", "b")
+    async with looks(gateway) as found:
+        await asked(hanging, 2)
+        await turns()
+        assert found == [1, 1, 0]
+
+
+async def test_while_every_place_is_taken_nothing_is_looked_for() -> None:
+    hanging = Hanging()
+    gateway = Bench(hanging, schedule=replace(SELDOM, concurrency_max=2))
+    await doubts(gateway, hanging, "a", "b", "c")
+    async with looks(gateway) as found:
+        await asked(hanging, 2)
+        await turns()
+        assert found == [2]
+        hanging.answers = {gateway.store.by_key("c").reference}
+        hanging.gate.opened.set()
+        await settled(gateway, "a", "b", "c")
+
+
+def searches(gateway: Bench, *found: int) -> list[int]:
+    """The limit of each search, of which the first ones find so many."""
+    limits: list[int] = []
+
+    async def expired(limit: int) -> int:
+        await asyncio.sleep(0)
+        limits.append(limit)
+        return found[len(limits) - 1] if len(limits) <= len(found) else 0
+
+    gateway.store.expired = expired  # type: ignore[method-assign]
+    return limits
+
+
+async def test_a_search_that_found_all_that_it_may_goes_on_at_once() -> None:
+    gateway = Bench(schedule=replace(SELDOM, batch_max=2))
+    searched = searches(gateway, 2, 2, 1)
+    async with recovering(gateway):
+        await turns()
+    assert searched == [2, 2, 2]
+
+
+async def test_a_search_comes_again_after_its_interval() -> None:
+    gateway = Bench(schedule=replace(QUICK, search_interval_s=0.001))
+    searched = searches(gateway)
+    async with recovering(gateway):
+        await until(lambda: len(searched) == 3)
+
+
+async def test_searches_are_never_nearer_than_looks() -> None:
+    gateway = Bench(schedule=replace(SELDOM, search_interval_s=0.0))
+    searched = searches(gateway)
+    async with recovering(gateway):
+        await turns()
+    assert len(searched) == 1
+
+
+async def test_what_a_search_finds_is_looked_at_at_once() -> None:
+    gateway = Bench(schedule=SELDOM)
+    gate = Gate()
+    gateway.connector.steps.append(Step(after=gate))
+    call = asyncio.create_task(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    gateway.store.advance(TAKEOVER_S + 1)
+    searched = gateway.store.expired
+
+    async def after_the_first_look(limit: int) -> int:
+        await turns()
+        return await searched(limit)
+
+    gateway.store.expired = after_the_first_look  # type: ignore[method-assign]
+    async with looks(gateway) as found:
+        await settled(gateway, "a")
+        assert found[:2] == [0, 1]
+    gate.opened.set()
+    await call
 
 
 @pytest.mark.parametrize("form", ["a round", "the loop"])
