@@ -25,6 +25,7 @@ from tests.memory_store import (
     FIRST_CHECK_S,
     LEASE_S,
     LOST,
+    NO_ANSWER,
     SCHEDULE,
     TAKEOVER_S,
     Bench,
@@ -218,7 +219,9 @@ async def test_what_a_search_finds_is_looked_at_at_once() -> None:
 
 
 @pytest.mark.parametrize("form", ["a round", "the loop"])
-async def test_a_search_that_fails_is_counted_and_stops_nothing_that_is_listed(form: str) -> None:
+async def test_a_search_that_fails_is_told_and_stops_nothing_that_is_listed(
+    form: str, caplog: pytest.LogCaptureFixture
+) -> None:
     gateway = Bench(schedule=QUICK)
     await doubts(gateway, gateway.connector, "a")
     gateway.store.expired = no_search  # type: ignore[method-assign]
@@ -229,6 +232,45 @@ async def test_a_search_that_fails_is_counted_and_stops_nothing_that_is_listed(f
             await settled(gateway, "a")
     assert gateway.store.by_key("a").state is S.SUCCEEDED
     assert gateway.counts.failures > 0
+    record = caplog.records[0]
+    assert record.getMessage() == "recovery could not search for what dead senders left"
+    assert record.exc_info is not None
+    assert str(record.exc_info[1]) == "canceling statement due to statement timeout"
+
+
+@pytest.mark.parametrize("error", [StoreUnavailable("away"), ValueError("a defect")])
+async def test_an_operation_that_could_not_be_settled_is_counted_and_named(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway = Bench()
+    await doubts(gateway, gateway.connector, "a")
+
+    async def broken(method: str) -> None:
+        await asyncio.sleep(0)
+        if method == "write_change":
+            raise error
+
+    gateway.store.before = broken
+    await gateway.recovery.run_once()
+    assert (gateway.counts.failures, gateway.counts.recovered_states) == (1, {})
+    [record] = caplog.records
+    told = vars(record)
+    operation = gateway.store.by_key("a")
+    assert (told["merchant_id"], told["payment_id"], told["operation_id"]) == (
+        operation.merchant_id,
+        operation.payment_id,
+        operation.operation_id,
+    )
+    # That the database is away is no defect, and has no stack.
+    assert bool(record.exc_info) is isinstance(error, ValueError)
+
+
+async def test_what_each_look_at_an_operation_finds_is_counted() -> None:
+    gateway = Bench()
+    await doubts(gateway, gateway.connector, "a")
+    gateway.connector.asks.append(NO_ANSWER)
+    await gateway.recover(rounds=2)
+    assert gateway.counts.recovered_states == {S.IN_DOUBT: 1, S.SUCCEEDED: 1}
 
 
 async def test_an_account_whose_psp_hangs_takes_its_share_of_the_places_and_no_more() -> None:
