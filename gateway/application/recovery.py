@@ -515,7 +515,7 @@ def _is_last_word(lease: Lease, connector: Connector, evidence: ConnectorAnswer)
         # That one sending of it had no effect says nothing of another.
         return tells and event not in (Event.NEVER_SENT, Event.ACCEPTED)
     requested = lease.aggregate.payment.cancel_requested
-    if lease.cancel_begun or (requested and (lease.operation.kind is K.AUTHORIZE or not tells)):
+    if lease.cancel_begun or (requested and lease.operation.kind is K.AUTHORIZE):
         return tells and event in _NOTHING_STANDS
     return tells or not capabilities.query_by_reference
 

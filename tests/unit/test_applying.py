@@ -46,6 +46,7 @@ from tests.memory_store import (
     CAPABLE,
     DECLINED,
     INCAPABLE,
+    LEASE_S,
     LONG_S,
     LOST,
     NO_ANSWER,
@@ -415,6 +416,23 @@ async def test_a_persons_word_on_a_refund_takes_no_charge_back() -> None:
     payment = payment_of(gateway, payment_id)
     assert (payment.captured_minor, payment.refunded_minor) == (100, 40)
     assert findings(gateway, payment_id) == []
+
+
+async def test_what_took_effect_after_a_void_that_failed_is_not_taken_back_for_that_void() -> None:
+    gateway, payment_id = await charge_voided_in_flight(replace(CAPABLE, query_by_reference=False))
+    await decided(gateway, only(gateway, payment_id, K.VOID), DoubtOutcome.FAILED)
+    gate = Gate()
+    gateway.connector.steps.append(Step(after=gate))
+    call = asyncio.ensure_future(gateway.payments.refund(gateway.refund(payment_id)))
+    await gate.reached.wait()
+    gateway.store.advance(TAKEOVER_S + 1)
+    await gateway.store.expired(10)
+    await gateway.store.lease(10, LEASE_S)  # by a recoverer that died
+    gate.opened.set()
+    await call
+    await gateway.recover()
+    assert gateway.store.by_key("r").state is S.SUCCEEDED
+    assert len(gateway.connector.standing(K.REFUND)) == 1
 
 
 async def test_a_void_that_waits_for_its_authorization_needs_nobody() -> None:
