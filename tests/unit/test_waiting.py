@@ -25,11 +25,13 @@ from tests.memory_store import (
     APPROVED,
     CAPABLE,
     DECLINED,
+    FIRST_CHECK_S,
     LONG_S,
     LOST,
     MERCHANT,
     NO_ANSWER,
     PENDING,
+    TRIES_MAX,
     UNSENT,
     WAITING_INTERVAL_S_MAX,
     Bench,
@@ -152,6 +154,23 @@ async def test_the_psp_is_asked_at_growing_intervals(decides: ConnectorAnswer) -
     # An hour takes a few dozen questions, however long the day is.
     asked = sum(sum(pauses_s[:n]) < 3600 for n in range(len(pauses_s)))
     assert asked < 45
+
+
+@pytest.mark.parametrize("decides", [NEEDS_ACTION, PENDING])
+@pytest.mark.parametrize("tries", [TRIES_MAX, 100_000])
+async def test_what_waits_needs_nobody_however_often_it_was_asked_about(
+    decides: ConnectorAnswer, tries: int
+) -> None:
+    far = Bench().store.now + timedelta(days=365)
+    action = NextAction(expires_at=far)
+    gateway = await waiting(CAPABLE, Step(decides=replace(decides, next_action=action)))
+    [doubt] = gateway.store.doubts.values()
+    doubt.tries = tries
+    gateway.pass_time(FIRST_CHECK_S)
+    await gateway.recover()
+    assert doubt.tries == tries + 1
+    assert not doubt.needs_person
+    assert doubt.check_at - gateway.store.now <= timedelta(seconds=1.2 * WAITING_INTERVAL_S_MAX)
 
 
 async def test_no_look_is_put_off_beyond_the_customers_time() -> None:
