@@ -41,6 +41,8 @@ VALUES_MAX: Final = 500
 """Of one condition."""
 WEIGHT_MAX: Final = 1_000_000
 PRIORITY_MAX: Final = 1_000_000
+KEY_CHARACTERS_SHOWN: Final = 64
+"""Of a key that is none of ours; all of ours are shorter."""
 WARNINGS_MAX: Final = 50
 """A file of many rules that overlap is told of the first ones."""
 
@@ -56,6 +58,11 @@ _CARD_TYPE: Final = re.compile("|".join(CARD_TYPES))
 _CHANNELS: Final = ("ECOMMERCE", "MAIL_ORDER", "TELEPHONE_ORDER")
 
 _E = TypeVar("_E", bound=StrEnum)
+
+
+def _shown(key: str) -> str:
+    """A key as it is told: clients refuse an error that is long."""
+    return key if len(key) <= KEY_CHARACTERS_SHOWN else f"{key[:KEY_CHARACTERS_SHOWN]}…"
 
 
 class Problem(NamedTuple):
@@ -155,7 +162,7 @@ class _Reader:
     def _known(self, table: Mapping[str, Any], keys: Sequence[str], path: str) -> None:
         for key in table:
             if key not in keys:
-                where = f"{path}.{key}" if path else key
+                where = f"{path}.{_shown(key)}" if path else _shown(key)
                 self._wrong(where, f"there is no such field; there are {', '.join(keys)}")
 
     def _text(self, value: object, path: str, pattern: re.Pattern[str]) -> str:
@@ -361,7 +368,8 @@ class _Reader:
         for key, values in value.items():
             if not _METADATA_KEY.fullmatch(key):
                 self._wrong(path, f"a key must match {_METADATA_KEY.pattern}")
-            found[key] = self._texts(values, f"{path}.{key}", re.compile(r".{0,500}", re.DOTALL))
+            where = f"{path}.{_shown(key)}"
+            found[key] = self._texts(values, where, re.compile(r".{0,500}", re.DOTALL))
         return found
 
     # --- the rules together ---

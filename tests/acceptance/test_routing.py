@@ -256,6 +256,8 @@ async def test_hints_of_the_card_choose_the_rule_and_a_bin_range_is_no_card_numb
             'format = 1\n[[rule]]\nname = "a"\nwheN = {}\ntargets = [{ connector = "simulator" }]',
             "rules_toml.rule[0].wheN",
         ),
+        (f"format = 1\n{'k' * 60_000} = 1", "rules_toml.kkk"),
+        (f"format = 1\n[[rule]]\nwhen.metadata.{'k' * 60_000} = 1", "rules_toml.rule[0].when"),
     ],
 )
 async def test_rules_that_cannot_be_used_are_refused_with_what_is_wrong(
