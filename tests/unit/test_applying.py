@@ -921,6 +921,57 @@ async def test_a_success_told_before_it_was_taken_back_is_no_news_and_later_is_r
     assert kinds == [K.AUTHORIZE] + [K.REVERSAL] * (after_s > 0)
 
 
+async def test_the_automatic_capture_told_by_the_payments_reference_is_none_from_elsewhere() -> (
+    None
+):
+    gateway = bench()
+    payment_id = await gateway.authorized(100, CaptureMethod.AUTOMATIC)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(
+        gateway.told(
+            N.CAPTURE,
+            APPROVED,
+            reference=reference,
+            payment_reference=reference,
+            transaction_id="ch-1",
+            amount_minor=100,
+        )
+    )
+    assert only(gateway, payment_id, K.CAPTURE).origin is OperationOrigin.GATEWAY
+    assert payment_of(gateway, payment_id).captured_reported_minor is None
+    assert gateway.store.discrepancies == []
+
+
+async def test_a_psp_is_asked_for_no_reference_that_it_has_told() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    capture = only(gateway, payment_id, K.CAPTURE)
+    told = gateway.told(
+        N.CAPTURE, FAILED, reference=capture.reference, payment_transaction_id="unknown for now"
+    )
+    [applied] = await gateway.tell(told, recover=False)
+    assert applied is not None
+    assert applied.result is Result.APPLIED
+
+
+async def test_one_that_fails_is_counted_and_stops_no_other() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    capture = only(gateway, payment_id, K.CAPTURE)
+    failing = gateway.told(N.REFUND, APPROVED, payment_transaction_id="tx-1")
+
+    async def fail(connector_account_id: str, connector_transaction_id: str) -> str | None:
+        raise ValueError("unforeseen")
+
+    gateway.reference_of = fail  # type: ignore[method-assign]
+    told = gateway.told(N.CAPTURE, FAILED, reference=capture.reference)
+    await gateway.notifications.keep([failing, told])
+    await gateway.applier.run_once()
+    assert gateway.results.failures == 1
+    assert gateway.results.results == {Result.APPLIED: 1}
+    assert list(gateway.notifications.pending.values()) == [1]
+
+
 async def test_notifications_of_nothing_of_ours_are_unmatched() -> None:
     gateway = bench()
     payment_id = await gateway.authorized()
@@ -1091,6 +1142,21 @@ async def test_a_reversal_that_the_psp_refuses_in_the_end_is_shown_to_a_person()
     # It is told again, by another event of the same: there is nothing left to do.
     await gateway.tell(gateway.told(N.REVERSAL, FAILED, reference=reference))
     assert len(gateway.store.discrepancies) == 1
+
+
+async def test_the_end_of_one_attempts_reversal_is_not_that_of_anothers() -> None:
+    gateway = bench(UNSENT, UNSENT, capabilities=TELLING)
+    await gateway.payments.authorize(gateway.authorize())
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    operation_id = only(gateway, payment_id, K.AUTHORIZE).operation_id
+    for number in (1, 2):
+        told = gateway.told(N.AUTHORIZATION, APPROVED, reference=f"{operation_id}-{number}")
+        await gateway.tell(told, recover=False)
+    gateway.connector.asks.extend([PENDING, PENDING])
+    await gateway.recover()
+    await gateway.tell(gateway.told(N.REVERSAL, FAILED, reference=f"{operation_id}-2"))
+    operations = gateway.store.of_payment(payment_id).operations
+    assert [each.state for each in operations if each.kind is K.REVERSAL] == [S.PENDING, S.FAILED]
 
 
 async def test_a_reversal_that_took_effect_after_its_refusal_is_not_reversed_itself() -> None:
