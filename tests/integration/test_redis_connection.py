@@ -101,6 +101,20 @@ async def test_silence_ends_the_connection_and_the_next_command_makes_another(
         assert await client.execute("ECHO", b"y", until=asyncio.get_running_loop().time() + 20)
 
 
+async def test_connection_that_was_lost_is_made_again_where_one_is_asked_for(
+    own_redis: EmbeddedRedis,
+) -> None:
+    async with client_of(own_redis.url) as client:
+        await client.connect()
+        first = client._connection
+        assert first is not None
+        await client.execute("QUIT")
+        while not first.lost:
+            await asyncio.sleep(0)
+        await client.connect()
+        assert await connections(own_redis) == 1
+
+
 @pytest.mark.parametrize("before", ["connecting", "a command"])
 async def test_command_waits_no_longer_than_it_may_however_long_those_before_it_may(
     own_redis: EmbeddedRedis, before: str

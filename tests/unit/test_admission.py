@@ -527,6 +527,11 @@ def test_any_order_of_calls_leaves_nothing_behind() -> None:
         assert gate.merchants == len(inside)
         assert gate.in_flight == len(calls)
         assert gate.working == sum(not away for _, away in calls)
+        working = Counter(name for name, away in calls if not away)
+        assert gate._working_merchants == len(working)
+        assert {name: share.working for name, share in gate._shares.items()} == {
+            name: working[name] for name in inside
+        }
     for merchant, away in calls:
         if away:
             gate.come_back(merchant)
