@@ -365,7 +365,9 @@ def test_lane_lingers_the_longer_the_busier_its_thread_is_up_to_its_most() -> No
             lingers_s.append(round(lane.linger_s, 9))
         assert lingers_s == [0, 0, 0.005, 0.01, 0.01]
 
-        lane._arrivals_per_s = 100  # no second row would come meanwhile
+        lane._arrivals_per_s = 200  # a second row would come meanwhile
+        assert lane.linger_s == 0.01
+        lane._arrivals_per_s = 199
         assert lane.linger_s == 0
 
     run(main)
