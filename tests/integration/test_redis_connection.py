@@ -173,6 +173,23 @@ async def test_command_waits_no_longer_than_it_may_for_a_connection_that_others_
                 await making
 
 
+@pytest.mark.parametrize(
+    ("timeout_ms", "connect_timeout_ms"), [(SHORT_MS, 1000 * HOUR_S), (1000 * HOUR_S, SHORT_MS)]
+)
+async def test_connection_is_waited_for_no_longer_than_either_time_out_lets(
+    timeout_ms: float, connect_timeout_ms: float
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://:any@127.0.0.1:{silent.getsockname()[1]}/0"
+        client = RedisClient(url, timeout_ms=timeout_ms, connect_timeout_ms=connect_timeout_ms)
+        try:
+            async with asyncio.timeout(HANG_S):
+                with pytest.raises(RedisAway):
+                    await client.execute("PING")
+        finally:
+            await client.close()
+
+
 async def test_closed_port_is_away_at_once() -> None:
     async with client_of(f"redis://127.0.0.1:{free_port()}") as client:
         with pytest.raises(RedisAway):
