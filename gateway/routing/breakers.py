@@ -492,8 +492,9 @@ class Breakers:
     async def synchronize(self, exchange: Exchange) -> None:
         """Tell the others what has changed, and take over what they tell."""
         taken = dict(list(self._reports.items())[:REPORTS_MAX])
-        wishes = []
         asked_at = self._clock()
+        news = [told for each in taken.values() if (told := self._as_of(asked_at, each))]
+        wishes = []
         for key in list(self._open)[:REPORTS_MAX]:
             breaker = self._breakers[key]
             is_probing = any(until > asked_at for until in breaker.probes)
@@ -502,7 +503,7 @@ class Breakers:
                 breaker.wanted = False
                 wishes.append(Report(ReportKind.WANTS_PROBES, key, PROBE_RIGHT_S))
         try:
-            shared = await exchange.exchange([*taken.values(), *wishes])
+            shared = await exchange.exchange([*news, *wishes])
         except ExchangeUnavailable as error:
             if self._coordinated:
                 _log.warning("breakers are not shared between processes: %s", error)
@@ -513,6 +514,16 @@ class Breakers:
             if self._reports.get(key) is report:
                 del self._reports[key]
         self._take_over(shared, asked_at)
+
+    def _as_of(self, now: float, report: Report) -> Report | None:
+        """An opening with what is left of its pause, which others may have been out of reach for;
+        None where nothing is: they may know better since.
+        """
+        if report.kind is not ReportKind.OPENED:
+            return report
+        breaker = self._breakers.get(report.key)
+        left_s = 0.0 if breaker is None else breaker.open_until - now
+        return report._replace(s=left_s) if left_s > 0 else None
 
     def _take_over(self, shared: Sequence[Shared], asked_at: float) -> None:
         now = self._clock()

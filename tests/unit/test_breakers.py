@@ -390,6 +390,21 @@ async def test_an_opening_is_told_until_it_was_heard() -> None:
     assert world.seen.states == [BreakerState.OPEN]
 
 
+async def test_an_opening_that_is_told_late_is_told_with_what_is_left_of_its_pause() -> None:
+    """Otherwise processes that have found the PSP well since would leave it alone anew."""
+    for late_s, left_s in ((0.0, [5.0]), (2.0, [3.0]), (5.0, []), (600.0, [])):
+        world = _World()
+        exchange = _Exchange(away=True)
+        world.call(TIMED_OUT, LIMITS.calls_min)
+        await world.breakers.synchronize(exchange)
+        world.now += late_s
+        exchange.away = False
+        for _ in range(2):
+            await world.breakers.synchronize(exchange)
+        assert [report.s for report in exchange.reports] == pytest.approx(left_s)
+        assert world.state() is not BreakerState.CLOSED
+
+
 async def test_an_opening_during_an_exchange_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
