@@ -195,6 +195,25 @@ def test_accounts_that_nothing_is_known_of_go_by_their_weights() -> None:
         assert firsts[f"acc_{weight}"] / 4_000 == pytest.approx(share, abs=0.03)
 
 
+def test_equals_are_first_in_the_shares_of_their_weights_and_told_so() -> None:
+    world = _World()
+    known = Candidate("psp", "acc_known")
+    world.count(known, 15, 5)
+    new = [Candidate("psp", f"acc_{weight}", 0, weight) for weight in (1, 99)]
+    draws = random.Random(3)
+    firsts: Counter[Candidate] = Counter()
+    told: dict[Candidate, float] = {}
+    for _ in range(10_000):
+        ranked = world.ranking.rank(SEGMENT, [*new, known], 1000, draws.getrandbits(64))
+        firsts[ranked[0].candidate] += 1
+        told = {each.candidate: each.learned.first_share for each in ranked if each.learned}
+        assert sum(told.values()) == pytest.approx(1)
+        assert told[known] == pytest.approx(LIMITS.exploration_share)
+        assert told[new[1]] == pytest.approx(99 * told[new[0]])
+    for candidate, share in told.items():
+        assert firsts[candidate] / 10_000 == pytest.approx(share, abs=0.01)
+
+
 def test_a_ranking_holds_for_a_moment_and_no_longer() -> None:
     world = _World(replace(LIMITS, ranking_age_s_max=0.1))
     world.count(GOOD, 5, 5)
