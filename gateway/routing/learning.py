@@ -229,10 +229,9 @@ class SuccessRanking:
         estimates.sort(key=_utility, reverse=True)
         has_equals = _break_ties(estimates, draw)
         chances = self._chances(estimates)
-        shares = _told_shares(chances, estimates) if has_equals else chances
         scored = []
         for place, (utility, candidate, success, calls, _, cost_minor) in enumerate(estimates):
-            learned = _new(Learned, (success, calls, cost_minor, shares[place]))
+            learned = _new(Learned, (success, calls, cost_minor, chances[place]))
             scored.append(_new(Scored, (candidate, utility, learned)))
         return (tuple(scored), chances), has_equals
 
@@ -507,13 +506,6 @@ def _break_ties(estimates: list[_Estimate], draw: int) -> bool:
             start += 1
         start = end
     return found
-
-
-def _told_shares(chances: Sequence[float], estimates: Sequence[_Estimate]) -> list[float]:
-    """How often each is first over all draws: the best one and its equals by their weights."""
-    best = [each[1].weight for each in estimates if each[0] == estimates[0][0]]
-    total = sum(best)
-    return [*(chances[0] * weight / total for weight in best), *chances[len(best) :]]
 
 
 def _is_success(answer: ConnectorAnswer) -> bool | None:

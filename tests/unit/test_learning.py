@@ -195,22 +195,21 @@ def test_accounts_that_nothing_is_known_of_go_by_their_weights() -> None:
         assert firsts[f"acc_{weight}"] / 4_000 == pytest.approx(share, abs=0.03)
 
 
-def test_equals_are_first_in_the_shares_of_their_weights_and_told_so() -> None:
+def test_equals_are_first_in_the_shares_of_their_weights_and_explored_by_nobody() -> None:
     world = _World()
     known = Candidate("psp", "acc_known")
     world.count(known, 15, 5)
     new = [Candidate("psp", f"acc_{weight}", 0, weight) for weight in (1, 99)]
     draws = random.Random(3)
     firsts: Counter[Candidate] = Counter()
-    told: dict[Candidate, float] = {}
     for _ in range(10_000):
         ranked = world.ranking.rank(SEGMENT, [*new, known], 1000, draws.getrandbits(64))
         firsts[ranked[0].candidate] += 1
         told = {each.candidate: each.learned.first_share for each in ranked if each.learned}
         assert sum(told.values()) == pytest.approx(1)
         assert told[known] == pytest.approx(LIMITS.exploration_share)
-        assert told[new[1]] == pytest.approx(99 * told[new[0]])
-    for candidate, share in told.items():
+    rest = 1 - LIMITS.exploration_share
+    for candidate, share in zip([*new, known], [0.01 * rest, 0.99 * rest, 0.05], strict=True):
         assert firsts[candidate] / 10_000 == pytest.approx(share, abs=0.01)
 
 
