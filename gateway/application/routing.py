@@ -180,6 +180,11 @@ class Plan:
         return None
 
     @property
+    def left(self) -> Sequence[Candidate]:
+        """Those whose turn has not come yet."""
+        return self.decision.candidates[self._passed :]
+
+    @property
     def more(self) -> bool:
         """Whether there may be another attempt."""
         return self._attempts < self.attempts_max and self._passed < len(self.decision.candidates)
@@ -330,6 +335,16 @@ class Routing:
         if self._availability is None:
             return None
         return self._availability.refusal(candidate, segment.method)
+
+    def may_take(self, plan: Plan) -> bool:
+        """Whether `take` would find an account now. Only looks."""
+        availability, router = self._availability, self._router
+        method = "" if plan.segment is None else plan.segment.method
+        return plan.more and any(
+            router.connector(each.connector, each.connector_account_id) is not None
+            and (availability is None or availability.refusal(each, method) is None)
+            for each in plan.left
+        )
 
     def take(self, plan: Plan) -> tuple[Candidate, Connector] | None:
         """The plan's next account that may be asked now, with its connector."""

@@ -791,6 +791,8 @@ class Payments:
         facts, reattempts = plan.facts, self._routing.reattempts
         if facts is None or reattempts is None or not facts.instrument:
             return False
+        if not self._routing.may_take(plan):
+            return False  # and none is counted
         if isinstance(command, Authorize) and command.secrets:
             return False  # a network token's cryptogram is for one authorization
         limits = cascade.limits_of(facts.scheme)

@@ -401,6 +401,20 @@ async def test_no_reattempt_is_begun_where_the_networks_limits_or_redis_do_not_l
     assert gateway.budget.asked == [("tok_1", cascade.limits_of("visa"))] * 2
 
 
+async def test_no_reattempt_is_counted_where_no_account_may_be_asked() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+
+    def kill() -> None:
+        gateway.closed.refused["acc_b"] = Exclusion.KILLED
+        gateway.routes.by_name.pop("c", None)
+
+    gateway.seen.then = kill
+    operation = await gateway.pay()
+    assert (operation.state, gateway.sent()) == (S.DECLINED, ["a"])
+    assert gateway.budget.asked == []
+
+
 async def test_a_card_that_nobody_can_recognise_is_not_tried_again() -> None:
     gateway = Routed()
     gateway.a.steps.append(SOFT)

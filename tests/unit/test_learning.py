@@ -195,7 +195,7 @@ def test_accounts_that_nothing_is_known_of_go_by_their_weights() -> None:
         assert firsts[f"acc_{weight}"] / 4_000 == pytest.approx(share, abs=0.03)
 
 
-def test_equals_are_first_in_the_shares_of_their_weights_and_explored_by_nobody() -> None:
+def test_equals_are_first_in_the_shares_of_their_weights_and_are_not_explored() -> None:
     world = _World()
     known = Candidate("psp", "acc_known")
     world.count(known, 15, 5)
