@@ -14,9 +14,13 @@ _log = logging.getLogger(__name__)
 async def refresh_forever(
     what: str, refresh: Callable[[], Awaitable[None]], interval_s: float
 ) -> None:
-    """Refresh again and again, until cancelled; what is known holds while the store is away."""
+    """Refresh again and again, until cancelled; what is known holds while the store is away.
+
+    What has changed is known within `interval_s`: a person who stops something waits for so long.
+    """
     while True:
-        await asyncio.sleep(interval_s * random.uniform(0.8, 1.2))
+        # Not all gateways at once; and reading takes its time, too.
+        await asyncio.sleep(interval_s * random.uniform(0.75, 0.95))
         try:
             await refresh()
         except StoreUnavailable as error:

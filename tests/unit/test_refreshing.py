@@ -67,3 +67,24 @@ async def test_the_end_of_what_never_ends_is_told_and_its_cancellation_is_not(
         "ERROR",
         "work in the background has ended: breakers",
     )
+
+
+async def test_what_is_read_again_is_never_older_than_the_interval_that_is_promised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A person who switched an account off waits for so long, and takes it for off then."""
+    pauses_s: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        pauses_s.append(seconds)
+        if len(pauses_s) == 100:
+            raise asyncio.CancelledError
+
+    async def refresh() -> None:
+        """Nothing has changed."""
+
+    monkeypatch.setattr(asyncio, "sleep", pause)
+    with pytest.raises(asyncio.CancelledError):
+        await refresh_forever("a list", refresh, 5.0)
+    assert max(pauses_s) <= 5.0
+    assert len(set(pauses_s)) > 1  # many gateways do not ask at once
