@@ -72,7 +72,8 @@ class RuleSource(Protocol):
     """Where rules are kept."""
 
     async def active_since(self, since: datetime | None) -> Sequence[ActiveRules]:
-        """What was activated at or after `since`, or shortly before; None: all that is active.
+        """What was activated at or after `since`, or shortly before; None: all that is active. For
+        each merchant and mode the last one, followed by the one before it.
 
         Raises StoreUnavailable.
         """

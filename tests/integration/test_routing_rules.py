@@ -153,6 +153,28 @@ async def test_an_activation_is_read_though_the_databases_clock_was_set_back(
     assert found[0] == 2
 
 
+async def test_a_gateway_that_starts_with_rules_it_cannot_read_goes_by_those_before(
+    rules: RoutingRules, merchant_id: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after a rollback: without any rules payments would go to another account."""
+    await rules.put(merchant_id, Mode.TEST, RULES, WHY)
+    await rules.put(merchant_id, Mode.TEST, RULES.replace("format = 1", "format = 9"), WHY)
+    await rules.activate(merchant_id, Mode.TEST, 1, 0, WHY)
+    await rules.activate(merchant_id, Mode.TEST, 2, 1, WHY)
+    book = RuleBook(rules)
+    for _ in range(2):
+        await book.refresh()
+        found = book.find(merchant_id, Mode.TEST)
+        assert found is not None
+        assert found[0] == 1
+    assert "cannot be read" in caplog.text
+    await rules.activate(merchant_id, Mode.TEST, 0, 2, WHY)
+    another = RuleBook(rules)
+    for reader in (book, another):
+        await reader.refresh()
+        assert reader.find(merchant_id, Mode.TEST) is None
+
+
 async def test_another_version_than_the_expected_one_is_not_replaced(
     administration: RoutingAdministration, merchant_id: str
 ) -> None:

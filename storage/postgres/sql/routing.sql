@@ -104,21 +104,29 @@ ORDER BY rules.version DESC
 LIMIT :page_size::int4;
 
 -- :name active_since
+-- The last one of each merchant and mode, and behind it the one before, for who cannot read the last.
 -- A transaction that began earlier may be seen later, by at most as long as its statement may take.
 -- Where the clock was set back, what is new was activated before what was seen.
-SELECT DISTINCT ON (activation.merchant_id, activation.mode)
-    activation.merchant_id, activation.mode, activation.number, activation.version,
-    activation.activated_at, coalesce(rules.rules, '') AS rules
-FROM routing_activations AS activation
+WITH recent AS (
+    SELECT
+        merchant_id, mode, number, version, activated_at,
+        row_number() OVER (PARTITION BY merchant_id, mode ORDER BY number DESC) AS place
+    FROM routing_activations
+    WHERE activated_at >= CASE
+        WHEN :since::timestamptz IS NULL THEN '-infinity'
+        ELSE least(:since::timestamptz, now()) - make_interval(secs => :overlap_s::float8)
+    END
+)
+SELECT
+    recent.merchant_id, recent.mode, recent.number, recent.version, recent.activated_at,
+    coalesce(rules.rules, '') AS rules
+FROM recent
 LEFT JOIN routing_rules AS rules
-    ON rules.merchant_id = activation.merchant_id
-    AND rules.mode = activation.mode
-    AND rules.version = activation.version
-WHERE activation.activated_at >= CASE
-    WHEN :since::timestamptz IS NULL THEN '-infinity'
-    ELSE least(:since::timestamptz, now()) - make_interval(secs => :overlap_s::float8)
-END
-ORDER BY activation.merchant_id, activation.mode, activation.number DESC;
+    ON rules.merchant_id = recent.merchant_id
+    AND rules.mode = recent.mode
+    AND rules.version = recent.version
+WHERE recent.place <= 2
+ORDER BY recent.merchant_id, recent.mode, recent.number DESC;
 
 -- :name past_payments
 -- The newest first, each with the account that was asked first: a cascade may have ended elsewhere.
