@@ -225,6 +225,10 @@ class _Breaker:
     wanted: bool = False
     """The pause is over, and since others were told so a probe was sent, or a call came that could
     have been one without this right. Who has it and sends none leaves it to others."""
+    asked: bool = False
+    """Others were asked at once for the right to probe. Who has it may keep it for long, and is
+    asked as often as states are told.
+    """
     had_right: bool = False
     """The probing was left to this process, and no probe was sent since. Where calls come so seldom
     that each comes when the right has lapsed, one of them is a probe without it."""
@@ -323,8 +327,9 @@ class Breakers:
         if now < breaker.open_until:
             return Exclusion.BREAKER_OPEN
         if self._coordinated and not breaker.granted:
-            if not breaker.wanted:
-                breaker.wanted = True
+            breaker.wanted = True
+            if not breaker.asked:
+                breaker.asked = True
                 self._told.set()
             if not breaker.had_right:
                 return Exclusion.BREAKER_OPEN
@@ -430,7 +435,8 @@ class Breakers:
     def _opened(self, key: BreakerKey, breaker: _Breaker, until: float) -> None:
         breaker.is_open = True
         breaker.open_until = until
-        breaker.granted = breaker.wanted = breaker.had_right = breaker.half_open_told = False
+        breaker.granted = breaker.wanted = breaker.asked = False
+        breaker.had_right = breaker.half_open_told = False
         breaker.probes.clear()
         breaker.good_probes = 0
         self._open.add(key)

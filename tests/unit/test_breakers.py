@@ -362,6 +362,21 @@ async def test_a_right_to_probe_that_no_call_uses_is_left_to_others() -> None:
     assert [report.kind for report in exchange.reports] == [ReportKind.WANTS_PROBES]
 
 
+async def test_the_right_to_probe_is_asked_for_at_once_and_then_with_what_is_told() -> None:
+    world = _World()
+    exchange = _Exchange([Shared(KEY, 7, 0.0, 1, False)])
+    await world.breakers.synchronize(exchange)
+    told = world.breakers._told
+    woken = []
+    for _ in range(3):
+        assert world.refusal() is Exclusion.BREAKER_OPEN
+        woken.append(told.is_set())
+        told.clear()
+        await world.breakers.synchronize(exchange)
+    assert woken == [True, False, False]
+    assert [report.kind for report in exchange.reports] == [ReportKind.WANTS_PROBES] * 3
+
+
 async def test_a_process_that_hears_of_nobody_probes_itself() -> None:
     world = _World()
     exchange = _Exchange([Shared(KEY, 7, 0.0, 1, False)])
