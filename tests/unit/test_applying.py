@@ -921,6 +921,20 @@ async def test_a_success_told_before_it_was_taken_back_is_no_news_and_later_is_r
     assert kinds == [K.AUTHORIZE] + [K.REVERSAL] * (after_s > 0)
 
 
+async def test_a_capture_of_ours_stands_though_its_authorization_has_expired_since() -> None:
+    gateway = bench(capabilities=MUTE)
+    payment_id = await captured(gateway, 30)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.AUTHORIZATION, EXPIRED, reference=reference))
+    assert only(gateway, payment_id, K.AUTHORIZE).state is S.EXPIRED
+    told = gateway.told(N.CAPTURE, APPROVED, reference=reference, after_s=1)
+    [applied] = await gateway.tell(told)
+    assert applied is not None
+    assert applied.result is Result.UNMATCHED
+    assert only(gateway, payment_id, K.CAPTURE).state is S.SUCCEEDED
+    assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
+
+
 async def test_the_automatic_capture_told_by_the_payments_reference_is_none_from_elsewhere() -> (
     None
 ):

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,6 +183,39 @@ async def test_intent_is_durable_before_the_psp_is_asked() -> None:
     gate.opened.set()
     await call
     assert gateway.store.by_key("a").state is S.SUCCEEDED
+
+
+async def test_times_are_the_databases() -> None:
+    gateway = bench()
+    began = gateway.store.now
+    payment_id = await gateway.authorized()
+    gateway.store.advance(3600)
+    await gateway.payments.capture(gateway.capture(payment_id))
+    ended = gateway.store.now
+    held = gateway.store.of_payment(payment_id)
+    payment = held.payment
+    assert payment.created_at == began
+    assert [each.created_at for each in held.operations] == [began, ended]
+    # What was carried on by the local clock since is much less than an hour.
+    assert payment.updated_at is not None
+    for changed_at in (payment.updated_at, gateway.payments.outcomes.now()):
+        assert ended <= changed_at < ended + timedelta(hours=1)
+
+
+async def test_new_attempt_changes_the_operation_and_its_payment_when_it_begins() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, UNSENT, Step(before=gate))
+    await gateway.payments.authorize(gateway.authorize())
+    gateway.pass_time(3600)
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    operation = gateway.store.by_key("a")
+    payment = gateway.store.of_payment(operation.payment_id).payment
+    for changed_at in (operation.updated_at, payment.updated_at):
+        assert changed_at is not None
+        assert changed_at >= gateway.store.now
+    gate.opened.set()
+    await call
 
 
 async def test_refund_of_one_capture_names_that_capture_at_the_psp() -> None:
