@@ -608,9 +608,12 @@ async def test_deadline_that_is_too_near_costs_no_intent_and_no_read() -> None:
     assert not answer.replayed
 
 
-async def test_repeat_whose_deadline_is_too_near_begins_no_other_attempt() -> None:
+@pytest.mark.parametrize("is_claimed", [False, True])
+async def test_repeat_whose_deadline_is_too_near_begins_no_other_attempt(is_claimed: bool) -> None:
     gateway = bench(CAPABLE, UNSENT)
     await gateway.payments.authorize(gateway.authorize())
+    if is_claimed:
+        await gateway.claims.claim(MERCHANT, "a", b"")  # of another repeat, which has died
     deadline = time.monotonic() + LIMITS.min_send_budget_s / 2
     again = gateway.payments.authorize(gateway.authorize(deadline=deadline))
     await refused(Reason.DEADLINE_TOO_SHORT, again)
@@ -929,6 +932,7 @@ async def test_call_begins_anew_a_limited_number_of_times_and_takes_one_probes_p
     if is_repeat:
         connector.steps.append(UNSENT)
         await gateway.payments.capture(gateway.capture(payment_id))
+        await gateway.claims.claim(MERCHANT, "c", b"")  # of another repeat, which has died
     admitted.clear()
 
     async def change(method: str) -> None:
