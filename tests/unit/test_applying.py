@@ -674,12 +674,15 @@ async def test_a_late_success_of_an_attempt_is_asked_for_where_that_attempt_was_
     reference = only(gateway, payment_id, K.AUTHORIZE).operation_id + "-1"
     if can_be_asked:
         a.asks.append(APPROVED)
-    told = gateway.told(N.AUTHORIZATION, APPROVED, account="acc_a", reference=reference)
+    told = gateway.told(
+        N.AUTHORIZATION, APPROVED, account="acc_a", reference=reference, transaction_id="tx-late"
+    )
     await gateway.tell(told, recover=False)
     assert (a.queried, b.queried) == ([reference] if can_be_asked else [], [])
-    assert [request and request.connector_account_id for request in a.asked_with] == (
-        ["acc_a"] if can_be_asked else []
-    )
+    for request in a.asked_with:
+        assert request is not None
+        assert request.connector_account_id == "acc_a"
+        assert request.target_transaction_id == "tx-late"
     reversal = only(gateway, payment_id, K.REVERSAL)
     assert (reversal.note, reversal.attempt.connector_account_id) == (reference, "acc_a")
 
@@ -1672,6 +1675,93 @@ async def test_what_was_done_elsewhere_to_an_earlier_attempt_leaves_the_amounts_
     assert (discrepancy.kind, discrepancy.reported) == ("elsewhere", told)
     await gateway.payments.refund(gateway.refund(payment_id))
     assert payment_of(gateway, payment_id).refunded_minor == before.captured_minor
+
+
+@pytest.mark.parametrize("kind", [N.AUTHORIZATION, N.INCREMENT, N.REVERSAL])
+async def test_what_is_told_of_a_payment_and_is_no_refund_or_capture_is_unmatched(kind: N) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told = gateway.told(kind, APPROVED, payment_reference=reference, amount_minor=10)
+    [applied] = await gateway.tell(told)
+    assert applied is not None
+    assert applied.result is Result.UNMATCHED
+    assert len(gateway.store.operations) == 2
+
+
+async def test_what_is_told_without_an_id_is_no_evidence_for_a_refund_in_doubt() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    gateway.connector.steps.append(LOST)
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=30))
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told = gateway.told(N.REFUND, APPROVED, payment_reference=reference, amount_minor=30)
+    [applied] = await gateway.tell(told, recover=False)
+    assert applied is None
+    assert [row.evidence for row in gateway.store.doubts.values()] == [None]
+
+
+async def test_a_refund_elsewhere_does_not_wait_for_one_of_ours_that_has_an_id() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    gateway.connector.steps.append(Step(decides=PENDING))
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=30))
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told = gateway.told(
+        N.REFUND, APPROVED, payment_reference=reference, transaction_id="re_1", amount_minor=20
+    )
+    [applied] = await gateway.tell(told, recover=False)
+    assert applied is not None
+    assert applied.result is Result.RECORDED
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 20
+
+
+@pytest.mark.parametrize(("later", "after_s"), [(FAILED, 1), (EXPIRED, 3)])
+async def test_a_refund_elsewhere_stands_though_an_older_refusal_or_an_expiry_is_told_of_it(
+    later: ConnectorAnswer, after_s: float
+) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    for answer, at_s in ((APPROVED, 2), (later, after_s)):
+        told = gateway.told(
+            N.REFUND,
+            answer,
+            payment_reference=reference,
+            transaction_id="re_1",
+            amount_minor=20,
+            after_s=at_s,
+        )
+        await gateway.tell(told)
+    assert only(gateway, payment_id, K.REFUND).state is S.SUCCEEDED
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 20
+
+
+@pytest.mark.parametrize("refusal", [FAILED, DECLINED])
+async def test_a_void_elsewhere_that_the_psp_refused_closes_nothing(
+    refusal: ConnectorAnswer,
+) -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    [applied] = await gateway.tell(gateway.told(N.VOID, refusal, payment_reference=reference))
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert payment_of(gateway, payment_id).state is PaymentState.AUTHORIZED
+    assert len(gateway.store.operations) == 1
+
+
+async def test_a_void_elsewhere_of_what_has_expired_is_no_news() -> None:
+    gateway = bench(capabilities=MUTE)
+    payment_id = await gateway.authorized()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.AUTHORIZATION, EXPIRED, reference=reference))
+    told = gateway.told(N.VOID, APPROVED, payment_reference=reference, after_s=1)
+    [applied] = await gateway.tell(told)
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert payment_of(gateway, payment_id).state is PaymentState.EXPIRED
+    assert len(gateway.store.operations) == 1
 
 
 async def test_a_capture_from_the_psps_console_is_reported() -> None:
