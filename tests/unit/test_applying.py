@@ -905,6 +905,38 @@ async def test_another_amount_of_what_had_succeeded_is_shown_to_a_person(
     assert findings(gateway, payment_id) == []
 
 
+async def test_a_success_of_unknown_time_is_reversed_though_it_may_have_been_taken_back() -> None:
+    gateway = bench(LOST, capabilities=replace(CAPABLE, query_by_reference=False))
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    await gateway.recover()
+    operation = only(gateway, payment_id, K.AUTHORIZE)
+    assert operation.state is S.CANCELED
+    told = gateway.told(N.AUTHORIZATION, APPROVED, reference=operation.reference)
+    told = replace(told, notification=replace(told.notification, occurred_at=None))
+    await gateway.tell(told, recover=False)
+    assert only(gateway, payment_id, K.REVERSAL).note == operation.reference
+
+
+async def test_a_success_of_what_had_no_effect_when_it_was_cancelled_is_reversed() -> None:
+    gate = Gate()
+    step = Step(answer=NO_ANSWER, arrives=False, after=gate)
+    gateway = bench(step, capabilities=replace(CAPABLE, query_by_reference=False))
+    call = asyncio.ensure_future(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    gate.opened.set()
+    payment_id = (await call).payment_id
+    await gateway.recover()
+    operation = only(gateway, payment_id, K.AUTHORIZE)
+    assert (operation.state, operation.attempt.delivery) == (S.CANCELED, Delivery.NOT_SENT)
+    assert operation.updated_at is not None
+    told = gateway.told(N.AUTHORIZATION, APPROVED, reference=operation.reference)
+    at = operation.updated_at - timedelta(seconds=60)
+    told = replace(told, notification=replace(told.notification, occurred_at=at))
+    await gateway.tell(told, recover=False)
+    assert only(gateway, payment_id, K.REVERSAL).note == operation.reference
+
+
 @pytest.mark.parametrize("after_s", [-60, 60])
 async def test_a_success_told_before_it_was_taken_back_is_no_news_and_later_is_reversed(
     after_s: float,
@@ -2062,6 +2094,24 @@ async def test_a_request_for_information_that_expires_takes_no_money(
     await gateway.tell(of_dispute(gateway, payment_id, status))
     assert only(gateway, payment_id, K.DISPUTE).state is end
     assert [each.kind for each in gateway.store.discrepancies] == ["dispute"]
+
+
+async def test_a_chargeback_whose_time_is_over_takes_the_money() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    for status in (DisputeStatus.OPENED, DisputeStatus.EXPIRED):
+        await gateway.tell(of_dispute(gateway, payment_id, status))
+    assert only(gateway, payment_id, K.DISPUTE).state is S.SUCCEEDED
+
+
+@pytest.mark.parametrize("amount_minor", [None, -1])
+async def test_a_dispute_without_an_amount_is_recorded_with_none(amount_minor: int | None) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    received = of_dispute(gateway, payment_id, DisputeStatus.OPENED)
+    told = replace(received.notification, amount_minor=amount_minor)
+    await gateway.tell(replace(received, notification=told))
+    assert only(gateway, payment_id, K.DISPUTE).amount_minor == 0
 
 
 async def test_an_amount_of_another_currency_is_not_shown_as_one_of_the_payments() -> None:

@@ -1167,6 +1167,21 @@ async def test_pending_outcome_is_finished_by_query_and_never_cancelled() -> Non
     assert gateway.store.by_key("a").state is S.SUCCEEDED
 
 
+@pytest.mark.parametrize("first", [PENDING, answered(Verdict.REQUIRES_ACTION)])
+async def test_first_answer_stays_the_one_that_repeats_get_when_the_end_is_known(
+    first: ConnectorAnswer,
+) -> None:
+    gateway = bench(CAPABLE, Step(decides=first))
+    answer = await gateway.payments.authorize(gateway.authorize())
+    reference = gateway.store.by_key("a").reference
+    gateway.connector.effects[reference].answer = APPROVED
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    gateway.claims.flush()
+    again = await gateway.payments.authorize(gateway.authorize())
+    assert (again.response, again.replayed, again.frozen) == (answer.response, True, True)
+
+
 @pytest.mark.parametrize("kind", [K.CAPTURE, K.REFUND, K.VOID, K.INCREMENT])
 @pytest.mark.parametrize("step", [LOST, DROPPED])
 async def test_every_follow_up_in_doubt_becomes_definite(kind: OperationKind, step: Step) -> None:
