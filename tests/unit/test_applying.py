@@ -2240,6 +2240,47 @@ async def test_a_look_that_failed_is_followed_by_a_pause() -> None:
     await asyncio.wait([applying])
 
 
+@pytest.mark.parametrize("kind", [N.REFUND, N.DISPUTE])
+@pytest.mark.parametrize("is_same", [True, False])
+async def test_what_is_told_of_one_thing_is_applied_one_after_the_other(
+    kind: N, is_same: bool
+) -> None:
+    gateway = bench()
+    asked, goes_on = asyncio.Semaphore(0), asyncio.Event()
+    under_way: list[int] = [0, 0]
+
+    async def look_up(connector_account_id: str, connector_transaction_id: str) -> str | None:
+        under_way[0] += 1
+        under_way[1] = max(under_way)
+        asked.release()
+        await goes_on.wait()
+        under_way[0] -= 1
+        return None
+
+    gateway.reference_of = look_up  # type: ignore[method-assign]
+    told = []
+    for thing in ("1", "1" if is_same else "2"):
+        of_dispute_ = kind is N.DISPUTE
+        dispute = Dispute(thing, DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED)
+        told.append(
+            gateway.told(
+                kind,
+                None if of_dispute_ else APPROVED,
+                transaction_id=thing,
+                payment_transaction_id="tx-1",
+                dispute=dispute if of_dispute_ else None,
+            )
+        )
+    await gateway.notifications.keep(told)
+    applying = asyncio.ensure_future(gateway.applier.run_once())
+    await asked.acquire()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    goes_on.set()
+    assert await applying == 2
+    assert under_way == [0, 1 if is_same else 2]
+
+
 async def test_what_an_account_whose_psp_hangs_was_told_holds_up_nobody_elses() -> None:
     gateway = bench()
     hanging, applied = asyncio.Semaphore(0), asyncio.Event()
