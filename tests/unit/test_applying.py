@@ -49,6 +49,7 @@ from tests.memory_store import (
     LEASE_S,
     LONG_S,
     LOST,
+    MERCHANT,
     NO_ANSWER,
     PENDING,
     TAKEOVER_S,
@@ -731,6 +732,26 @@ def changed_meanwhile(gateway: NotifiedBench, payment_id: str) -> None:
     gateway.store.before = change
 
 
+async def test_who_has_a_psps_answer_in_hand_is_refused_no_read() -> None:
+    gateway = bench(UNSENT, capabilities=MUTE)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    operation = only(gateway, payment_id, K.AUTHORIZE)
+    outcomes = gateway.payments.outcomes
+    reads: list[bool] = []
+    for method in ("load", "find_operation"):
+        read = getattr(gateway.store, method)
+
+        async def noted(*given: Any, read: Any = read, for_outcome: bool = False) -> Any:
+            reads.append(for_outcome)
+            return await read(*given)
+
+        setattr(gateway.store, method, noted)
+    await outcomes.contradict(operation, DECLINED)
+    await outcomes.reverse(operation, 1, APPROVED)
+    assert not await outcomes.record(MERCHANT, payment_id, lambda *_: None)
+    assert reads == [True, True, True]
+
+
 async def test_a_late_success_is_reversed_though_its_payment_changes_meanwhile() -> None:
     gateway = bench(UNSENT, capabilities=MUTE)
     payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
@@ -1030,6 +1051,8 @@ async def test_notifications_of_nothing_of_ours_are_unmatched() -> None:
         gateway.told(N.AUTHORIZATION, DECLINED, reference="order-1"),
         gateway.told(N.AUTHORIZATION, DECLINED, reference=f"{reference}-refund"),
         gateway.told(N.AUTHORIZATION, DECLINED, reference=f"{reference}9"),
+        gateway.told(N.AUTHORIZATION, DECLINED, reference=f"{reference[:-1]}x"),
+        gateway.told(N.AUTHORIZATION, DECLINED, reference=f"{reference[:-1]}²"),
         gateway.told(N.AUTHORIZATION, DECLINED, reference=reference, account="account-2"),
         gateway.told(N.AUTHORIZATION, DECLINED, reference=reference, merchant="mer_2"),
         gateway.told(N.CAPTURE, DECLINED, reference="op_" + 32 * "a" + "-1"),

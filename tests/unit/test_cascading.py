@@ -415,6 +415,15 @@ async def test_no_reattempt_is_counted_where_no_account_may_be_asked() -> None:
     assert gateway.budget.asked == []
 
 
+async def test_no_reattempt_is_counted_where_no_account_is_left() -> None:
+    gateway = Routed()
+    for each in (gateway.a, gateway.b, gateway.c):
+        each.steps.append(SOFT)
+    operation = await gateway.pay()
+    assert (operation.state, gateway.sent()) == (S.DECLINED, ["a", "b", "c"])
+    assert len(gateway.budget.asked) == 2
+
+
 async def test_a_card_that_nobody_can_recognise_is_not_tried_again() -> None:
     gateway = Routed()
     gateway.a.steps.append(SOFT)
