@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
 
+from gateway.application import usecases
+from gateway.application.ports import ConnectorRequest
 from gateway.application.routing import (
     PAUSE_S_MAX,
     UNAVAILABLE_RETRY_S,
@@ -47,6 +50,7 @@ from tests.memory_store import (
     NO_ANSWER,
     UNSENT,
     Bench,
+    Counts,
     Gate,
     ManyRoutes,
     MemoryStore,
@@ -422,6 +426,56 @@ async def test_no_reattempt_is_counted_where_no_account_is_left() -> None:
     operation = await gateway.pay()
     assert (operation.state, gateway.sent()) == (S.DECLINED, ["a", "b", "c"])
     assert len(gateway.budget.asked) == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked"), [([], 1), ([SOFT, SOFT], 3), ([SOFT, UNSENT], 3), ([UNSENT], 2)]
+)
+@pytest.mark.parametrize("item", [False, True])
+async def test_added_time_is_that_of_a_call_without_all_psps_that_it_asked(
+    steps: list[Step], asked: int, item: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = 1000.0
+    added: list[float] = []
+
+    class Slow(ScriptedConnector):
+        async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+            nonlocal now_s
+            now_s += 1
+            return await super().send(request, send_before)
+
+    monkeypatch.setattr(usecases, "time", SimpleNamespace(monotonic=lambda: now_s))
+    monkeypatch.setattr(Counts, "answered", lambda _, added_s: added.append(added_s))
+    gateway = Routed()
+    for name, step in zip("abc", [*steps, Step(), Step()], strict=False):
+        slow = gateway.routes.by_name[name] = Slow(CAPABLE, name)
+        slow.steps.append(step)
+    assert gateway.book is not None
+    await gateway.book.refresh()
+    command = gateway.authorize()
+    command.begun_at, command.item = now_s - 0.5, item
+    await gateway.payments.authorize(command)
+    assert now_s == 1000 + asked
+    assert added == ([] if item else [0.5])
+
+
+async def test_a_decline_stands_where_the_next_attempt_comes_too_late(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr(usecases, "time", SimpleNamespace(monotonic=lambda: now_s))
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+
+    async def take_long(method: str) -> None:
+        nonlocal now_s
+        if method == "write_change":
+            now_s += LIMITS.send_window_s + 1
+
+    gateway.store.before = take_long
+    operation = await gateway.pay()
+    assert (operation.state, operation.attempt.number) == (S.DECLINED, 2)
+    assert gateway.sent() == ["a"]
 
 
 async def test_a_card_that_nobody_can_recognise_is_not_tried_again() -> None:
