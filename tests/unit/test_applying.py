@@ -1427,6 +1427,38 @@ async def test_a_late_answer_that_comes_while_the_end_is_written_reverses_nothin
     assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
 
 
+async def test_a_late_answer_to_an_earlier_attempt_is_reversed_though_the_present_one_is_gone() -> (
+    None
+):
+    answering = Gate()
+    gateway, call, operation = await overtaken(answering)
+    gateway.connector.asks.append(UNSENT.answer)
+    await gateway.recover()
+    assert only(gateway, operation.payment_id, K.AUTHORIZE).state is S.NOT_SENT
+    gateway.connector.steps.append(Step(decides=PENDING))
+    await gateway.payments.authorize(gateway.authorize())
+    present = only(gateway, operation.payment_id, K.AUTHORIZE)
+    assert (present.state, present.attempt.number) == (S.PENDING, 2)
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=present.reference))
+    assert only(gateway, operation.payment_id, K.AUTHORIZE).state is S.CANCELED
+    answering.opened.set()
+    await call
+    assert only(gateway, operation.payment_id, K.REVERSAL).note == operation.reference
+
+
+async def test_a_late_approval_of_what_was_cancelled_without_effect_is_reversed() -> None:
+    answering = Gate()
+    gateway, call, operation = await overtaken(answering)
+    await gateway.payments.void(gateway.void(operation.payment_id))
+    gateway.connector.asks.append(UNSENT.answer)
+    await gateway.recover()
+    present = only(gateway, operation.payment_id, K.AUTHORIZE)
+    assert (present.state, present.attempt.delivery) == (S.CANCELED, Delivery.NOT_SENT)
+    answering.opened.set()
+    await call
+    assert only(gateway, operation.payment_id, K.REVERSAL).note == operation.reference
+
+
 async def test_a_late_approval_of_what_the_psp_told_as_declined_is_reversed() -> None:
     answering = Gate()
     gateway, call, operation = await overtaken(answering)

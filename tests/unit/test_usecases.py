@@ -646,11 +646,42 @@ async def test_intent_that_outlasts_the_deadline_is_not_sent() -> None:
     assert gateway.connector.sent == []
 
 
-async def test_intent_that_took_longer_than_the_send_window_is_not_sent() -> None:
+@pytest.mark.parametrize("deadline_s", [None, 3600.0])
+async def test_intent_that_took_longer_than_the_send_window_is_not_sent(
+    deadline_s: float | None,
+) -> None:
     gateway = bench(limits=replace(LIMITS, send_window_s=0.0))
-    await gateway.payments.authorize(gateway.authorize())
+    deadline = None if deadline_s is None else time.monotonic() + deadline_s
+    await gateway.payments.authorize(gateway.authorize(deadline=deadline))
     assert gateway.store.by_key("a").reason == Reason.SEND_WINDOW_PASSED
     assert gateway.connector.sent == []
+
+
+@pytest.mark.parametrize("deadline_s", [None, 2.0, 3600.0])
+async def test_request_is_sent_within_its_window_and_its_callers_time(
+    deadline_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+
+    class Noting(ScriptedConnector):
+        async def send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+            told.append(send_before)
+            return await super().send(request, send_before)
+
+    gateway, clock = Bench(Noting()), Clock(monkeypatch)
+    deadline = None if deadline_s is None else clock.now_s + deadline_s
+    await gateway.payments.authorize(gateway.authorize(deadline=deadline))
+    left_s = math.inf if deadline_s is None else deadline_s - LIMITS.min_send_budget_s
+    assert told == [clock.now_s + min(LIMITS.send_window_s, left_s)]
+
+
+async def test_what_only_the_psp_may_see_goes_with_the_callers_own_sending() -> None:
+    gateway = bench()
+    command = gateway.authorize()
+    command.secrets = {"number": "4000000000000002", "cryptogram": "c"}
+    await gateway.payments.authorize(command)
+    [request] = gateway.connector.sent
+    assert request.secrets == command.secrets
 
 
 async def test_refusal_for_overload_reads_nothing() -> None:
@@ -1251,6 +1282,48 @@ async def test_sender_that_wakes_after_its_reference_was_cancelled_charges_nothi
     again = await gateway.payments.authorize(gateway.authorize())
     assert b"SUCCEEDED" in again.response
     assert len(gateway.connector.standing(K.AUTHORIZE)) == 1
+
+
+async def test_sender_that_wakes_after_recovery_found_its_success_changes_nothing() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate))
+    call = await paused(gateway, gate)
+    gateway.connector.asks.append(APPROVED)
+    await gateway.recovery.run_once()
+    found = gateway.store.by_key("a")
+    assert found.state is S.SUCCEEDED
+    gate.opened.set()
+    assert (await call).response == found.response
+    assert [each.kind for each in gateway.store.operations.values()] == [K.AUTHORIZE]
+    assert gateway.store.discrepancies == []
+
+
+async def test_sender_that_was_fenced_out_is_told_the_answer_that_repeats_get() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate))
+    call = await paused(gateway, gate)
+    gateway.connector.asks.extend([PENDING, APPROVED])
+    await gateway.recovery.run_once()
+    assert gateway.store.by_key("a").state is S.PENDING
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    gate.opened.set()
+    answer = await call
+    assert (answer.replayed, answer.first_request_id) == (False, "")
+    gateway.claims.flush()
+    again = await gateway.payments.authorize(gateway.authorize())
+    assert (again.response, again.replayed) == (answer.response, True)
+
+
+async def test_success_found_after_its_reference_was_taken_back_is_reversed() -> None:
+    gate = Gate()
+    gateway = bench(CANCEL_ONLY, Step(after=gate))
+    call = await paused(gateway, gate)
+    await gateway.recovery.run_once()
+    assert gateway.store.by_key("a").state is S.CANCELED
+    gate.opened.set()
+    payment_id = (await call).payment_id
+    assert len(operations_of(gateway, payment_id, K.REVERSAL)) == 1
 
 
 async def test_answer_of_a_sender_that_was_fenced_out_is_kept_as_evidence() -> None:
