@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 
 from gateway.application import usecases
-from gateway.application.ports import ConnectorRequest
+from gateway.application.ports import ConnectorRequest, StoreUnavailable
 from gateway.application.routing import (
     PAUSE_S_MAX,
     UNAVAILABLE_RETRY_S,
@@ -476,6 +476,28 @@ async def test_a_decline_stands_where_the_next_attempt_comes_too_late(
     operation = await gateway.pay()
     assert (operation.state, operation.attempt.number) == (S.DECLINED, 2)
     assert gateway.sent() == ["a"]
+
+
+async def test_a_call_whose_deadline_is_far_is_tried_elsewhere() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+    operation = await gateway.pay(deadline=time.monotonic() + 3600)
+    assert (operation.state, gateway.sent()) == (S.SUCCEEDED, ["a", "b"])
+
+
+async def test_an_attempt_that_cannot_be_written_is_an_outcome_lost() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+
+    async def away(method: str) -> None:
+        if method == "write_change":
+            raise StoreUnavailable("the database is away")
+
+    gateway.store.before = away
+    error = await refused(gateway.pay())
+    assert error.reason is Reason.STORE_UNAVAILABLE
+    assert (gateway.counts.lost, gateway.sent()) == (1, ["a"])
+    assert gateway.operation().state is S.PROCESSING
 
 
 async def test_a_card_that_nobody_can_recognise_is_not_tried_again() -> None:

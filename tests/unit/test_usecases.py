@@ -378,6 +378,13 @@ async def test_frozen_answer_is_replayed_byte_for_byte(
     assert gateway.counts.replays[source] == 1
 
 
+async def test_no_answer_is_cached_while_nobody_knows_whose_commits_redis_speaks_of() -> None:
+    gateway = bench()
+    gateway.claims.generation = None
+    await gateway.payments.authorize(gateway.authorize())
+    assert gateway.claims.frozen == {}
+
+
 async def test_answer_that_postgresql_had_is_in_redis_for_the_next_repeat() -> None:
     gateway = bench()
     first = await gateway.payments.authorize(gateway.authorize())
@@ -764,6 +771,7 @@ async def test_a_call_gives_its_place_up_while_its_psp_is_asked() -> None:
     assert places.done == [f"leave {MERCHANT}"]
     gate.opened.set()
     await call
+    assert gateway.counts.calls == 1
     passed = time.monotonic() - began
     assert places.done == [f"leave {MERCHANT}", f"come back {MERCHANT}"]
     assert [stage for stage, _ in places.stages] == [Stage.CLAIM, Stage.INTENT, Stage.OUTCOME]
@@ -1641,6 +1649,7 @@ async def test_success_found_after_not_sent_is_reversed_until_the_psp_confirms(
     [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
     assert reversal.state is S.SUCCEEDED
     assert gateway.store.doubts == {}
+    assert None not in {key for _, key in gateway.claims.frozen}  # it is no caller's
 
 
 async def late_success() -> tuple[Bench, str]:
