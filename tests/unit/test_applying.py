@@ -131,6 +131,26 @@ async def captured(gateway: NotifiedBench, amount_minor: int = 100) -> str:
     return payment_id
 
 
+@pytest.mark.parametrize(
+    ("kind", "references", "subject"),
+    [
+        (N.REFUND, ("op_2-1", "op_1-1"), "op_2-1"),
+        (N.REFUND, ("", "op_1-1"), "tx-2"),
+        (N.VOID, ("op_2-1", "op_1-1"), "op_2-1"),
+        (N.VOID, ("", "op_1-1"), "op_1-1"),
+        (N.VOID, ("", ""), "tx-2"),
+    ],
+)
+def test_events_are_of_one_operation_by_its_reference_or_by_the_psps_id(
+    kind: N, references: tuple[str, str], subject: str
+) -> None:
+    """Of a void elsewhere, by the authorization's: it is that which is gone."""
+    answer = replace(APPROVED, connector_transaction_id="tx-2")
+    own, payments = references
+    told = bench().told(kind, answer, reference=own, payment_reference=payments)
+    assert told.notification.subject == subject
+
+
 # --- operations of ours ---------------------------------------------------------------------------
 
 

@@ -51,6 +51,7 @@ from gateway.domain.states import UNFINISHED
 from gateway.routing.model import Candidate
 from tests.memory_store import (
     APPROVED,
+    BACKOFF_S_MAX,
     CAPABLE,
     DECLINED,
     DROPPED,
@@ -1175,6 +1176,26 @@ async def test_a_doubt_needs_a_person_after_so_many_looks_and_is_never_guessed()
     assert store.doubts == {}
 
 
+@pytest.mark.parametrize("tries", [20, 100_000])
+async def test_the_pauses_between_looks_at_a_doubt_or_a_void_do_not_grow_beyond_their_longest(
+    tries: int,
+) -> None:
+    gateway = bench(CAPABLE, LOST, Step(), Step(decides=PENDING))
+    await gateway.payments.authorize(gateway.authorize("doubt"))
+    payment_id = await gateway.authorized()
+    await gateway.payments.void(gateway.void(payment_id))
+    gateway.connector.asks.extend([NO_ANSWER, PENDING])
+    for row in gateway.store.doubts.values():
+        row.tries = tries
+    schedule = replace(SCHEDULE, tries_max=tries + 2)
+    again = Bench(gateway.connector, store=gateway.store, schedule=schedule)
+    await again.recover()
+    assert {gateway.store.by_key(key).state for key in ("doubt", "v")} == {S.IN_DOUBT, S.PENDING}
+    for row in gateway.store.doubts.values():
+        pause = row.check_at - gateway.store.now
+        assert 0.8 * BACKOFF_S_MAX <= pause.total_seconds() <= 1.2 * BACKOFF_S_MAX
+
+
 async def test_a_doubt_at_a_psp_that_can_be_asked_nothing_needs_a_person_at_once() -> None:
     gateway = bench(INCAPABLE, LOST)
     await gateway.payments.authorize(gateway.authorize())
@@ -1400,6 +1421,19 @@ async def test_what_recovery_has_begun_to_cancel_is_settled_by_a_cancellation_on
     [authorization] = operations_of(gateway, payment_id, K.AUTHORIZE)
     assert authorization.state is S.CANCELED
     assert gateway.connector.standing(K.AUTHORIZE) == []
+
+
+async def test_a_doubt_is_asked_about_by_the_id_that_a_late_answer_told() -> None:
+    gate = Gate()
+    gateway = bench(QUERY_ONLY, Step(after=gate, decides=PENDING))
+    call = await paused(gateway, gate)
+    gateway.connector.asks.extend([NO_ANSWER, NO_ANSWER])
+    await gateway.recovery.run_once()
+    gate.opened.set()
+    await call
+    await gateway.recover()
+    ids = [each and each.target_transaction_id for each in gateway.connector.asked_with]
+    assert ids == ["", f"tx-{gateway.store.by_key('a').reference}"]
 
 
 async def test_evidence_of_pending_does_not_keep_recovery_from_asking_later() -> None:

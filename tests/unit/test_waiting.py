@@ -26,6 +26,7 @@ from tests.memory_store import (
     CAPABLE,
     DECLINED,
     FIRST_CHECK_S,
+    INCAPABLE,
     LONG_S,
     LOST,
     MERCHANT,
@@ -157,13 +158,14 @@ async def test_the_psp_is_asked_at_growing_intervals(decides: ConnectorAnswer) -
 
 
 @pytest.mark.parametrize("decides", [NEEDS_ACTION, PENDING])
-@pytest.mark.parametrize("tries", [TRIES_MAX, 100_000])
-async def test_what_waits_needs_nobody_however_often_it_was_asked_about(
-    decides: ConnectorAnswer, tries: int
+@pytest.mark.parametrize("tries", [0, TRIES_MAX, 100_000])
+@pytest.mark.parametrize("capabilities", [CAPABLE, INCAPABLE])
+async def test_what_waits_needs_nobody_however_often_it_was_looked_at(
+    decides: ConnectorAnswer, tries: int, capabilities: Capabilities
 ) -> None:
     far = Bench().store.now + timedelta(days=365)
     action = NextAction(expires_at=far)
-    gateway = await waiting(CAPABLE, Step(decides=replace(decides, next_action=action)))
+    gateway = await waiting(capabilities, Step(decides=replace(decides, next_action=action)))
     [doubt] = gateway.store.doubts.values()
     doubt.tries = tries
     gateway.pass_time(FIRST_CHECK_S)
