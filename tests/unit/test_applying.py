@@ -439,8 +439,12 @@ async def test_a_persons_word_on_a_refund_takes_no_charge_back() -> None:
     assert findings(gateway, payment_id) == []
 
 
-async def test_what_took_effect_after_a_void_that_failed_is_not_taken_back_for_that_void() -> None:
-    gateway, payment_id = await charge_voided_in_flight(replace(CAPABLE, query_by_reference=False))
+@pytest.mark.parametrize("can_be_asked", [False, True])
+async def test_what_took_effect_after_a_void_that_failed_is_not_taken_back_for_that_void(
+    can_be_asked: bool,
+) -> None:
+    capabilities = replace(CAPABLE, query_by_reference=can_be_asked)
+    gateway, payment_id = await charge_voided_in_flight(capabilities)
     await decided(gateway, only(gateway, payment_id, K.VOID), DoubtOutcome.FAILED)
     gate = Gate()
     gateway.connector.steps.append(Step(after=gate))
@@ -1425,6 +1429,17 @@ async def test_a_late_answer_reverses_nothing_that_the_psp_told_to_have_taken_ba
     await gateway.recover(rounds=2)
     assert only(gateway, operation.payment_id, K.AUTHORIZE).state is S.CANCELED
     assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
+
+
+async def test_a_psp_is_asked_by_the_id_it_told_first_whatever_a_notification_leaves_out() -> None:
+    gateway = bench(Step(decides=PENDING))
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    gateway.connector.asks.append(NO_ANSWER)
+    await gateway.tell(gateway.told(N.AUTHORIZATION, DECLINED, reference=reference))
+    [asked, *_] = gateway.connector.asked_with
+    assert asked is not None
+    assert asked.target_transaction_id == f"tx-{reference}"
 
 
 async def test_a_late_answer_that_comes_while_the_end_is_written_reverses_nothing() -> None:

@@ -1875,6 +1875,16 @@ async def void_in_flight(gateway: Bench, gate: Gate, method: CaptureMethod) -> s
     return (await call).payment_id
 
 
+async def test_authorization_that_is_to_be_cancelled_is_asked_about_where_it_cannot_be() -> None:
+    gateway = bench(QUERY_ONLY, LOST)
+    payment_id = await gateway.authorized()
+    await gateway.payments.void(gateway.void(payment_id))
+    await gateway.recover(rounds=2)
+    payment = gateway.store.of_payment(payment_id).payment
+    assert gateway.store.by_key("a").state is S.SUCCEEDED
+    assert (payment.state, payment.voided_minor) == (P.VOIDED, 100)
+
+
 async def test_void_of_a_manual_authorization_in_flight_is_sent_when_it_has_succeeded() -> None:
     gate = Gate()
     gateway = bench(CAPABLE, Step(before=gate))
