@@ -45,6 +45,7 @@ from tests.memory_store import (
     APPROVED,
     CAPABLE,
     DECLINED,
+    DROPPED,
     INCAPABLE,
     LEASE_S,
     LONG_S,
@@ -1118,12 +1119,25 @@ async def test_a_void_that_was_received_is_not_sent_again_and_ends_by_its_notifi
     await gateway.payments.void(gateway.void(payment_id))
     await gateway.recover(rounds=2)
     assert [sent.kind for sent in gateway.connector.sent] == [K.AUTHORIZE, K.VOID]
+    assert gateway.connector.queried == []
     void = only(gateway, payment_id, K.VOID)
     assert void.state is S.PENDING
     await gateway.tell(gateway.told(N.VOID, last, reference=void.reference))
     expected = S.SUCCEEDED if last is APPROVED else S.FAILED
     assert only(gateway, payment_id, K.VOID).state is expected
     assert findings(gateway, payment_id) == []
+
+
+@pytest.mark.parametrize("step", [LOST, DROPPED])
+async def test_a_void_that_nobody_acknowledged_is_sent_again_whoever_tells_its_outcome(
+    step: Step,
+) -> None:
+    gateway = bench(Step(), Step(), step, capabilities=TELLING)
+    payment_id = await gateway.authorized()
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=30))
+    await gateway.payments.void(gateway.void(payment_id))
+    await gateway.recover()
+    assert only(gateway, payment_id, K.VOID).state is S.SUCCEEDED
 
 
 async def test_a_void_of_a_doubt_ends_when_the_psp_tells_that_it_took_it_back() -> None:

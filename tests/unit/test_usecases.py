@@ -1436,6 +1436,17 @@ async def test_a_doubt_is_asked_about_by_the_id_that_a_late_answer_told() -> Non
     assert ids == ["", f"tx-{gateway.store.by_key('a').reference}"]
 
 
+async def test_a_cancellation_is_a_repeat_once_one_was_begun() -> None:
+    gateway = bench(CAPABLE, LOST)
+    await gateway.payments.authorize(gateway.authorize())
+    # No answer to the question; then not found, and no answer to the cancellation.
+    gateway.connector.asks.extend([NO_ANSWER, None, NO_ANSWER])
+    await gateway.recover(rounds=3)
+    assert gateway.store.by_key("a").state is S.CANCELED
+    cancellations = gateway.connector.asked_with[2:]
+    assert [each and each.is_repeat for each in cancellations] == [False, True]
+
+
 async def test_evidence_of_pending_does_not_keep_recovery_from_asking_later() -> None:
     gate = Gate()
     gateway = bench(QUERY_ONLY, Step(after=gate, decides=PENDING))
@@ -2079,6 +2090,7 @@ async def test_void_in_doubt_is_not_not_sent_because_recovery_could_not_send_it_
     assert gateway.store.by_key("v").state is S.IN_DOUBT
     await gateway.recover()
     assert gateway.store.by_key("v").state is S.SUCCEEDED
+    assert [sent.kind for sent in gateway.connector.sent] == [K.AUTHORIZE, K.VOID, K.VOID]
 
 
 async def test_refusal_of_a_repeated_void_is_no_answer_where_the_first_may_be_its_reason() -> None:
