@@ -1569,6 +1569,21 @@ async def test_hold_that_comes_back_to_a_closed_payment_is_released_until_the_ps
     assert (amounts.captured_minor, amounts.voided_minor) == (40, 60)
 
 
+async def test_release_that_is_refused_stays_open() -> None:
+    gateway = bench(CANCEL_ONLY)
+    payment_id = await gateway.authorized()
+    refusal = Step(answered(Verdict.FAILED), arrives=False)
+    gateway.connector.steps.extend([LOST, Step(), refusal])
+    await gateway.payments.capture(gateway.capture(payment_id, "c1", 30))
+    await gateway.payments.capture(gateway.capture(payment_id, "c2", 40, final=True))
+    await gateway.recover(rounds=2)
+    [release] = operations_of(gateway, payment_id, K.VOID)
+    assert release.state is S.IN_DOUBT
+    await gateway.recover()
+    [release] = operations_of(gateway, payment_id, K.VOID)
+    assert release.state is S.SUCCEEDED
+
+
 @pytest.mark.parametrize("took_effect", [True, False])
 async def test_release_waits_for_the_final_capture_and_is_dropped_where_that_has_no_effect(
     took_effect: bool,
@@ -2079,6 +2094,19 @@ async def test_void_in_doubt_is_repeated_until_the_psp_confirms(
     await gateway.recover()
     payment = gateway.store.of_payment(payment_id).payment
     assert (payment.state, payment.voided_minor) == (P.VOIDED, 100)
+
+
+@pytest.mark.parametrize(
+    ("first", "state"), [(Step(decides=DECLINED), S.DECLINED), (LOST, S.PENDING)]
+)
+async def test_refusal_of_a_void_that_had_to_wait_is_believed_where_it_was_sent_once(
+    first: Step, state: OperationState
+) -> None:
+    gate = Gate()
+    gateway = bench(INCAPABLE, Step(before=gate), first)
+    await void_in_flight(gateway, gate, MULTIPLE)
+    await gateway.recover(rounds=2)
+    assert gateway.store.by_key("v").state is state
 
 
 async def test_void_in_doubt_is_not_not_sent_because_recovery_could_not_send_it_again() -> None:
