@@ -85,6 +85,7 @@ QUERY_ONLY = replace(CAPABLE, idempotent_by_reference=False, cancel_by_reference
 CANCEL_ONLY = replace(CAPABLE, idempotent_by_reference=False, query_by_reference=False)
 NON_IDEMPOTENT = replace(CAPABLE, idempotent_by_reference=False)
 IDEMPOTENT_ONLY = replace(INCAPABLE, idempotent_by_reference=True)
+TELLING = replace(IDEMPOTENT_ONLY, tells_by_notification=True)
 
 
 def bench(capabilities: Capabilities = CAPABLE, *steps: Step, **kwargs: Any) -> Bench:
@@ -2121,6 +2122,31 @@ async def test_void_in_doubt_is_not_not_sent_because_recovery_could_not_send_it_
     assert [sent.kind for sent in gateway.connector.sent] == [K.AUTHORIZE, K.VOID, K.VOID]
 
 
+async def test_void_that_is_refused_since_another_one_arrived_meanwhile_has_succeeded() -> None:
+    gateway = bench(NON_IDEMPOTENT)
+    payment_id = await gateway.authorized()
+    gateway.connector.steps.append(LOST)
+    await gateway.payments.void(gateway.void(payment_id))
+    gateway.connector.asks.append(None)  # it is not found yet, and sent again
+    await gateway.recover()
+    assert [sent.kind for sent in gateway.connector.sent] == [K.AUTHORIZE, K.VOID, K.VOID]
+    assert gateway.store.by_key("v").state is S.SUCCEEDED
+
+
+@pytest.mark.parametrize("capabilities", [NON_IDEMPOTENT, IDEMPOTENT_ONLY])
+async def test_refusal_of_a_repeated_void_is_an_answer_where_no_other_can_be_its_reason(
+    capabilities: Capabilities,
+) -> None:
+    gateway = bench(capabilities)
+    payment_id = await gateway.authorized()
+    gateway.connector.steps.extend([DROPPED, Step(decides=DECLINED)])
+    await gateway.payments.void(gateway.void(payment_id))
+    if capabilities.query_by_reference:
+        gateway.connector.asks.extend([None, None])  # this PSP keeps nothing of what it refuses
+    await gateway.recover()
+    assert gateway.store.by_key("v").state is S.DECLINED
+
+
 async def test_refusal_of_a_repeated_void_is_no_answer_where_the_first_may_be_its_reason() -> None:
     gateway = bench(INCAPABLE)
     payment_id = await gateway.authorized()
@@ -2145,7 +2171,7 @@ async def test_refusal_of_a_void_that_was_accepted_before_is_no_answer(
     assert gateway.store.by_key("v").state is S.PENDING
 
 
-@pytest.mark.parametrize("capabilities", [CANCEL_ONLY, INCAPABLE, IDEMPOTENT_ONLY])
+@pytest.mark.parametrize("capabilities", [CANCEL_ONLY, INCAPABLE, IDEMPOTENT_ONLY, TELLING])
 @pytest.mark.parametrize("is_sent", [True, False], ids=["refused", "not sent"])
 async def test_what_became_of_a_stopped_senders_void_says_nothing_of_recoverys_own(
     is_sent: bool, capabilities: Capabilities
