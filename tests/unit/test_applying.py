@@ -458,6 +458,7 @@ async def test_what_took_effect_after_a_void_that_failed_is_not_taken_back_for_t
     await call
     await gateway.recover()
     assert gateway.store.by_key("r").state is S.SUCCEEDED
+    assert only(gateway, payment_id, K.CAPTURE).state is S.SUCCEEDED
     assert len(gateway.connector.standing(K.REFUND)) == 1
 
 

@@ -614,6 +614,10 @@ async def test_a_late_success_of_an_attempt_elsewhere_is_reversed_where_it_was_m
     assert gateway.a.canceled == {f"{operation.operation_id}-1"}
     [asked_with] = gateway.a.asked_with
     assert asked_with is not None
+    assert (asked_with.kind, asked_with.reference) == (
+        OperationKind.AUTHORIZE,
+        f"{operation.operation_id}-1",
+    )
     assert (asked_with.connector_account_id, asked_with.target_transaction_id) == (
         "acc_a",
         "tx-late",
