@@ -993,6 +993,33 @@ async def test_a_stream_is_not_read_beyond_its_window(gateway: Running) -> None:
     assert len(await rest_of(call)) == sent - 1
 
 
+async def test_a_message_of_a_stream_ends_at_its_limit_and_a_larger_result_is_one_alone(
+    transport: Transport,
+) -> None:
+    limits = replace(LIMITS, response_bytes_max=20_000)
+    async with running(transport, limits) as up:
+        go_on = asyncio.Event()
+
+        async def wait(_: Authorize) -> None:
+            await go_on.wait()
+
+        up.payments.before = wait
+        call = open_stream(up)
+        for number, values in enumerate((15, 15, 15, 50)):
+            bulky = {f"k{n}": "v" * 500 for n in range(values)}
+            await call.write(message(item(str(number), metadata=bulky)))
+        await call.done_writing()
+        await until(lambda: len(up.payments.commands) == 4)
+        go_on.set()
+        told: set[str] = set()
+        async with asyncio.timeout(PATIENCE_S):
+            while (read := await call.read()) is not aio.EOF:
+                answer = cast("pb.StreamAuthorizePaymentsResponse", read)
+                assert len(answer.results) == 1 or answer.ByteSize() <= limits.response_bytes_max
+                told.update(each.item_ref for each in answer.results)
+        assert told == {"0", "1", "2", "3"}
+
+
 async def test_a_client_that_does_not_read_its_results_is_not_read_further(
     transport: Transport,
 ) -> None:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from grpc import StatusCode
 from payments.v1 import money_pb2, payment_method_pb2, payment_pb2
 from payments.v1 import payment_service_pb2 as pb
 
 from gateway.application.accounts import MerchantInfo, Principal, Scope
+from gateway.application.admission import Admission, AdmissionLimits, open_gates
 from gateway.application.usecases import Payments
+from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import Mode, OperationKind
 from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.service import PaymentService, RpcLimits
 from tests.memory_store import CAPABLE, LIMITS, MERCHANT, UNSENT, Bench, ScriptedConnector
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from gateway.application.commands import Answer, Authorize
+    from gateway.application.ports import Found
+
+HANG_S = 30.0
+"""A wait that takes so long hangs; no rule is tested by this time."""
 
 PRINCIPAL = Principal(
     "key_1", "org_1", frozenset(Scope), Mode.TEST, {MERCHANT: MerchantInfo(MERCHANT)}
@@ -27,17 +35,31 @@ PRINCIPAL = Principal(
 
 
 class _Held(Payments):
-    """Authorizations wait until they are let go; reads do not."""
+    """Authorizations wait until they are let go; reads do not, unless they are told to."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, gates: Admission) -> None:
         super().__init__(
-            bench.store, bench.claims, bench.router, ContractEncoder(), LIMITS, bench.counts
+            bench.store,
+            bench.claims,
+            bench.router,
+            ContractEncoder(),
+            LIMITS,
+            bench.counts,
+            gates.payments,
         )
         self.go = asyncio.Event()
+        self.begun = 0
+        self.before_reading: Callable[[], Awaitable[None]] | None = None
 
     async def authorize(self, command: Authorize) -> Answer:
+        self.begun += 1
         await self.go.wait()
         return await super().authorize(command)
+
+    async def get_operation(self, *where: Any, **named: Any) -> Found:
+        if self.before_reading is not None:
+            await self.before_reading()
+        return await super().get_operation(*where, **named)
 
 
 class _Observer:
@@ -54,11 +76,12 @@ class _Authenticator:
 
 
 class _Context:
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, left_s: float | None) -> None:
         self._request_id = request_id
+        self._left_s = left_s
 
-    def time_remaining(self) -> None:
-        return None
+    def time_remaining(self) -> float | None:
+        return self._left_s
 
     def invocation_metadata(self) -> Sequence[tuple[str, str]]:
         return (("authorization", "Bearer key"), ("x-request-id", self._request_id))
@@ -70,7 +93,14 @@ class _Context:
 class _World:
     def __init__(self) -> None:
         self.connector = ScriptedConnector(replace(CAPABLE))
-        self.payments = _Held(Bench(self.connector))
+        self.gates = open_gates(AdmissionLimits())
+        self.payments = _Held(Bench(self.connector), self.gates)
+
+    @property
+    def inside(self) -> tuple[int, int, int]:
+        """Items that are worked on, all that are in the gateway, and their merchants."""
+        gate = self.gates.payments
+        return gate.working, gate.in_flight, gate.merchants
 
     async def batch(
         self,
@@ -79,16 +109,24 @@ class _World:
         waits: bool,
         items: int = 1,
         each: pb.AuthorizePaymentRequest | None = None,
+        margin_s: float = 60.0,
+        one_key: bool = True,
+        left_s: float | None = None,
     ) -> Any:
-        """The results of items that are the same; without `waits` it answers at once."""
-        limits = RpcLimits() if waits else RpcLimits(batch_wait_s_max=0.0, batch_margin_s=60.0)
+        """The results of items that are the same, or but for their keys. Without `waits` it answers
+        at once, but for what is unfinished it reads, for half of `margin_s` at most.
+        """
+        wait_s_max = RpcLimits().batch_wait_s_max if waits else 0.0
+        limits = RpcLimits(batch_wait_s_max=wait_s_max, batch_margin_s=margin_s)
         authenticator: Any = _Authenticator()
-        self.service = PaymentService(self.payments, authenticator, _Observer(), limits)
-        context: Any = _Context(request_id)
+        self.service = PaymentService(self.payments, authenticator, _Observer(), limits, self.gates)
+        context: Any = _Context(request_id, left_s)
         request = pb.BatchAuthorizePaymentsRequest()
         for number in range(items):
             authorization = request.items.add(item_ref=str(number)).authorization
             authorization.MergeFrom(each or AUTHORIZATION)
+            if not one_key:
+                authorization.idempotency_key += f"-{number}"
         answer = await self.service._serve_batch(request.SerializeToString(), context)
         return pb.BatchAuthorizePaymentsResponse.FromString(answer).results
 
@@ -132,6 +170,101 @@ async def test_a_repeat_that_is_not_finished_is_told_as_one() -> None:
 
     world.payments.go.set()
     await world.service.wait_idle()
+
+
+async def test_the_second_of_two_equal_keys_is_told_as_a_repeat_though_it_is_not_finished() -> None:
+    world = _World()
+    world.payments.go.set()
+    await world.batch("req_1", waits=True)
+
+    world.payments.go.clear()
+    _, second = await world.batch("req_1", waits=False, items=2)
+    assert second.response.replay == payment_pb2.Replay(replayed=True, first_request_id="req_1")
+
+    world.payments.go.set()
+    await world.service.wait_idle()
+
+
+async def test_an_item_that_ends_while_its_operation_is_read_is_answered_by_its_end() -> None:
+    world = _World()
+
+    async def miss_it() -> None:
+        world.payments.go.set()
+        await asyncio.wait(world.service._detached - {asyncio.current_task()})
+        raise GatewayError(Reason.OPERATION_NOT_FOUND, "not yet")
+
+    world.payments.before_reading = miss_it
+    [result] = await world.batch("req_1", waits=False)
+    assert result.response.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+
+
+async def test_a_batch_does_not_wait_for_a_read_that_does_not_end() -> None:
+    world = _World()
+    ended = asyncio.Event()
+
+    async def hang() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    world.payments.before_reading = hang
+    async with asyncio.timeout(HANG_S):
+        [result] = await world.batch("req_1", waits=False, margin_s=0.02)
+        await ended.wait()
+    assert result.error.code == StatusCode.ABORTED.value[0]
+
+    world.payments.go.set()
+    await world.service.wait_idle()
+
+
+async def test_a_margin_takes_half_of_the_time_that_is_left_at_most() -> None:
+    world = _World()
+
+    async def let_go() -> None:
+        for _ in range(1_000):  # an answer at once takes fewer
+            await asyncio.sleep(0)
+        world.payments.go.set()
+
+    letting_go = asyncio.ensure_future(let_go())
+    [result] = await world.batch("req_1", waits=True, left_s=20.0, margin_s=60.0)
+    assert result.response.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+    await letting_go
+
+
+async def test_an_item_that_waits_for_an_earlier_one_of_its_key_is_no_work() -> None:
+    world = _World()
+    await world.batch("req_1", waits=False, items=2)
+    assert world.inside == (1, 2, 1)
+
+    world.payments.go.set()
+    await world.service.wait_idle()
+    assert world.inside == (0, 0, 0)
+
+
+async def test_items_that_are_refused_leave_their_places() -> None:
+    world = _World()
+    world.payments.go.set()
+    wrong = pb.AuthorizePaymentRequest(merchant_id=MERCHANT)
+    await world.batch("req_1", waits=True, items=3, each=wrong)
+    assert world.inside == (0, 0, 0)
+
+
+async def test_after_so_many_items_others_have_their_turn() -> None:
+    world = _World()
+    seen = [0]
+
+    async def other() -> None:
+        while True:
+            seen.append(world.payments.begun)
+            await asyncio.sleep(0)
+
+    world.payments.go.set()
+    task = asyncio.ensure_future(other())
+    await world.batch("req_1", waits=True, items=500, one_key=False)
+    task.cancel()
+    assert seen[-1] == 500
+    assert max(after - before for before, after in pairwise(seen)) <= 50
 
 
 async def test_after_each_item_that_breaks_rules_others_have_their_turn() -> None:
