@@ -338,6 +338,19 @@ def test_lane_lingers_once_rows_come_thickly_and_no_more_when_it_fell_idle(
     run(main)
 
 
+def test_lane_knows_how_thickly_rows_come_and_how_busy_its_thread_is() -> None:
+    async def main() -> None:
+        clock = Clock()
+        lane = clock.lane(Echo())
+        for number in range(1_000):
+            clock.pass_(0.001, LINGER_FROM_LOAD / 2)
+            await lane.put(number)
+        assert lane._arrivals_per_s == pytest.approx(1_000)
+        assert lane._load == pytest.approx(LINGER_FROM_LOAD / 2)
+
+    run(main)
+
+
 def test_lane_of_a_thread_with_time_left_lets_nobody_wait_however_many_rows_come() -> None:
     async def main() -> None:
         echo, clock = Echo(), Clock()
