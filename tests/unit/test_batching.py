@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -280,6 +281,7 @@ def test_no_more_batches_than_in_flight_max_are_sent_at_a_time() -> None:
         lane: Lane[int, int] = Lane("test", gate.flush, rows_max=1, queue_max=10, in_flight_max=2)
         futures = [lane.submit(number) for number in range(3)]
         await gate.arrived(2)
+        await turns()
         assert (lane.depth, lane.in_flight) == (1, 2)
         gate.let_go(1)
         await gate.arrived(3)
@@ -426,6 +428,96 @@ def test_lingering_rows_leave_when_the_time_is_over_or_the_lane_closes(closed: b
             lane._linger_timer.cancel()
             await lane.close()
         assert await future == 1
+
+    run(main)
+
+
+def test_how_long_the_oldest_row_of_a_batch_has_waited_is_told() -> None:
+    async def main() -> None:
+        gate, clock, recorder = Gate(), Clock(), Recorder()
+        lane: Lane[int, int] = Lane(
+            "test",
+            gate.flush,
+            rows_max=3,
+            queue_max=10,
+            metrics=recorder,
+            clock_s=lambda: clock.now_s,
+        )
+        clock.pass_(100)
+        futures = [lane.submit(0)]
+        await gate.arrived(1)
+        for number in (1, 2):
+            futures.append(lane.submit(number))
+            clock.pass_(number)
+        gate.let_go(0)
+        await gate.arrived(2)
+        gate.let_go(1)
+        await asyncio.gather(*futures)
+        assert recorder.sent == [(1, 0), (2, 3)]
+
+    run(main)
+
+
+def test_full_batch_does_not_linger() -> None:
+    async def main() -> None:
+        echo = Echo()
+        lane: Lane[int, int] = Lane(
+            "test", echo.flush, rows_max=3, queue_max=10, linger_ms_max=LINGER_MS_CAP
+        )
+        make_busy(lane)
+        futures = [lane.submit(number) for number in range(3)]
+        await turns()
+        assert echo.batches == [[0, 1, 2]]
+        await asyncio.gather(*futures)
+
+    run(main)
+
+
+def test_lane_that_closes_waits_for_what_is_in_flight_and_lingers_no_more() -> None:
+    async def main() -> None:
+        gate = Gate()
+        lane: Lane[int, int] = Lane(
+            "test", gate.flush, rows_max=3, queue_max=10, linger_ms_max=LINGER_MS_CAP
+        )
+        futures = [lane.submit(0)]
+        await gate.arrived(1)
+        make_busy(lane)
+        futures.append(lane.submit(1))
+        closing = asyncio.ensure_future(lane.close())
+        gate.let_go(0)
+        await turns(8)
+        assert gate.batches == [[0], [1]]
+        again = asyncio.ensure_future(lane.close())
+        await turns()
+        assert not closing.done()
+        assert not again.done()
+        gate.let_go(1)
+        await asyncio.gather(closing, again)
+        assert [future.result() for future in futures] == [0, 1]
+
+    run(main)
+
+
+def test_lane_keeps_what_it_sends_and_nothing_of_what_it_has_sent() -> None:
+    waited_for: list[weakref.ref[asyncio.Future[None]]] = []
+
+    async def flush(rows: Sequence[int]) -> list[int]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waited_for.append(weakref.ref(future))
+        await future
+        return list(rows)
+
+    async def main() -> None:
+        lane: Lane[int, int] = Lane("test", flush, rows_max=3, queue_max=10)
+        answer = lane.submit(1)
+        await turns()
+        gc.collect()
+        future = waited_for[0]()
+        assert future is not None
+        future.set_result(None)
+        assert await answer == 1
+        await turns()
+        assert not lane._sending
 
     run(main)
 
