@@ -500,6 +500,26 @@ async def test_an_attempt_that_cannot_be_written_is_an_outcome_lost() -> None:
     assert gateway.operation().state is S.PROCESSING
 
 
+async def test_a_network_tokens_cryptogram_is_for_one_authorization() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+    assert gateway.book is not None
+    await gateway.book.refresh()
+    command = gateway.authorize()
+    command.secrets = {"number": "4000000000000002", "cryptogram": "c"}
+    await gateway.payments.authorize(command)
+    assert (gateway.operation().state, gateway.sent()) == (S.DECLINED, ["a"])
+    assert gateway.budget.asked == []
+
+
+async def test_no_card_is_tried_again_where_nobody_counts_how_often() -> None:
+    gateway = Routed()
+    gateway.routing.reattempts = None
+    gateway.a.steps.append(SOFT)
+    operation = await gateway.pay()
+    assert (operation.state, gateway.sent()) == (S.DECLINED, ["a"])
+
+
 async def test_a_card_that_nobody_can_recognise_is_not_tried_again() -> None:
     gateway = Routed()
     gateway.a.steps.append(SOFT)

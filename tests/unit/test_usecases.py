@@ -823,6 +823,19 @@ async def test_work_of_a_task_of_its_own_begins_no_other_and_is_waited_for() -> 
     assert gateway.payments.in_flight == 0
 
 
+async def test_caller_does_not_outwait_work_that_was_cancelled() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    [work] = asyncio.all_tasks() - {asyncio.current_task(), call}
+    work.cancel()
+    async with asyncio.timeout(60):
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert gateway.payments.in_flight == 0
+
+
 async def test_failure_in_the_turn_of_its_callers_cancellation_is_nobodys_surprise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
