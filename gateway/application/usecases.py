@@ -330,6 +330,8 @@ class Payments:
         """What comes of `work` in the present task, which nobody cancels."""
         task = asyncio.current_task()
         assert task is not None
+        if task in self._detached:  # whose work began this, and goes on after it
+            return await work
         self._detached.add(task)
         try:
             return await work

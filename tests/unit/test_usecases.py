@@ -836,6 +836,25 @@ async def test_caller_does_not_outwait_work_that_was_cancelled() -> None:
     assert gateway.payments.in_flight == 0
 
 
+async def test_item_is_waited_for_to_its_end_though_its_new_attempt_is_refused() -> None:
+    gateway = bench(CAPABLE, UNSENT)
+    await gateway.payments.authorize(gateway.authorize())
+    in_flight: list[int] = []
+
+    async def lose_the_route(method: str) -> None:
+        if method == "find_by_key":
+            in_flight.append(gateway.payments.in_flight)
+            gateway.router.only = None  # type: ignore[union-attr]
+
+    gateway.store.before = lose_the_route
+    command = gateway.authorize()
+    command.item = True
+    await refused(Reason.CONNECTOR_UNAVAILABLE, gateway.payments.authorize(command))
+    assert len(in_flight) > 1
+    assert set(in_flight) == {1}
+    assert gateway.payments.in_flight == 0
+
+
 async def test_failure_in_the_turn_of_its_callers_cancellation_is_nobodys_surprise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
