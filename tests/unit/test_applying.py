@@ -1038,6 +1038,18 @@ async def test_the_automatic_capture_told_by_the_payments_reference_is_none_from
     assert gateway.store.discrepancies == []
 
 
+async def test_a_capture_told_by_the_reference_of_a_refund_is_none_of_that() -> None:
+    gateway = bench(capabilities=MUTE)
+    payment_id = await gateway.authorized(100, CaptureMethod.AUTOMATIC)
+    gateway.connector.steps.append(Step(decides=DECLINED))
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=30))
+    refund = only(gateway, payment_id, K.REFUND)
+    assert refund.state is S.DECLINED
+    told = gateway.told(N.CAPTURE, APPROVED, reference=refund.reference)
+    assert await gateway.tell(told) == [Applied(Result.UNMATCHED)]
+    assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
+
+
 async def test_a_psp_is_asked_for_no_reference_that_it_has_told() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
@@ -1265,7 +1277,8 @@ async def test_the_end_of_one_attempts_reversal_is_not_that_of_anothers() -> Non
         await gateway.tell(told, recover=False)
     gateway.connector.asks.extend([PENDING, PENDING])
     await gateway.recover()
-    await gateway.tell(gateway.told(N.REVERSAL, FAILED, reference=f"{operation_id}-2"))
+    told = gateway.told(N.REVERSAL, FAILED, reference=f"{operation_id}-2")
+    await gateway.tell(told)
     operations = gateway.store.of_payment(payment_id).operations
     assert [each.state for each in operations if each.kind is K.REVERSAL] == [S.PENDING, S.FAILED]
 
@@ -1312,8 +1325,9 @@ async def test_a_reversal_whose_money_comes_back_after_its_success_is_shown_to_a
     returned = gateway.told(N.REVERSAL, FAILED, reference=reference, after_s=60)
     [applied] = await gateway.tell(returned)
     assert applied is not None
-    assert applied.result is Result.RECORDED
-    assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
+    reversal = only(gateway, payment_id, K.REVERSAL)
+    assert applied == Applied(Result.RECORDED, payment_id, reversal.operation_id)
+    assert reversal.state is S.SUCCEEDED
     assert [each.kind for each in gateway.store.discrepancies] == ["reversal_failed"]
     # What is older than the success says nothing against it.
     older = gateway.told(N.REVERSAL, FAILED, reference=reference, after_s=-60)

@@ -1377,12 +1377,17 @@ async def test_sender_that_was_fenced_out_is_told_the_answer_that_repeats_get() 
     assert (again.response, again.replayed) == (answer.response, True)
 
 
-async def test_success_found_after_its_reference_was_taken_back_is_reversed() -> None:
+@pytest.mark.parametrize("is_configured", [True, False])
+async def test_success_found_after_its_reference_was_taken_back_is_reversed(
+    is_configured: bool,
+) -> None:
     gate = Gate()
     gateway = bench(CANCEL_ONLY, Step(after=gate))
     call = await paused(gateway, gate)
     await gateway.recovery.run_once()
     assert gateway.store.by_key("a").state is S.CANCELED
+    if not is_configured:
+        gateway.router.only = None  # type: ignore[union-attr]
     gate.opened.set()
     payment_id = (await call).payment_id
     assert len(operations_of(gateway, payment_id, K.REVERSAL)) == 1
