@@ -1267,6 +1267,29 @@ async def test_a_reversal_that_the_psp_refuses_in_the_end_is_shown_to_a_person()
     assert len(gateway.store.discrepancies) == 1
 
 
+@pytest.mark.parametrize("told", [PENDING, ACTION, NO_ANSWER])
+async def test_what_ends_nothing_is_no_evidence(told: ConnectorAnswer) -> None:
+    gateway = bench(LOST, capabilities=MUTE)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    [applied] = await gateway.tell(gateway.told(N.AUTHORIZATION, told, reference=reference))
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert [row.evidence for row in gateway.store.doubts.values()] == [None]
+
+
+async def test_no_note_of_a_callers_void_makes_it_a_reversal() -> None:
+    gateway = bench(capabilities=MUTE)
+    payment_id = await gateway.authorized()
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    gateway.connector.steps.append(LOST)
+    await gateway.payments.void(replace(gateway.void(payment_id), note=reference))
+    [applied] = await gateway.tell(gateway.told(N.REVERSAL, APPROVED, reference=reference))
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert only(gateway, payment_id, K.VOID).state is S.IN_DOUBT
+
+
 async def test_the_end_of_one_attempts_reversal_is_not_that_of_anothers() -> None:
     gateway = bench(UNSENT, UNSENT, capabilities=TELLING)
     await gateway.payments.authorize(gateway.authorize())
