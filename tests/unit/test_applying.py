@@ -1409,6 +1409,19 @@ async def test_the_refusal_to_give_a_capture_back_says_nothing_of_a_void_of_the_
     assert sorted(kinds) == ["late_success", "reversal_failed"]
 
 
+@pytest.mark.parametrize("of", [K.CAPTURE, K.AUTHORIZE])
+async def test_a_refusal_to_give_something_else_back_says_nothing_of_a_void(of: K) -> None:
+    gateway = bench(capabilities=TELLING)
+    payment_id = await followed(gateway, CaptureMethod.MANUAL_MULTIPLE)
+    await gateway.payments.capture(gateway.capture(payment_id, amount_minor=40))
+    gateway.connector.steps.append(Step(decides=PENDING))
+    await gateway.payments.void(gateway.void(payment_id))
+    # The capture's one attempt, or the authorization's first one; neither has a reversal.
+    reference = only(gateway, payment_id, of).operation_id + "-1"
+    await gateway.tell(gateway.told(N.REVERSAL, FAILED, reference=reference))
+    assert only(gateway, payment_id, K.VOID).state is S.PENDING
+
+
 async def test_the_taking_back_of_what_has_no_reversal_is_no_news() -> None:
     gateway = bench(Step(), capabilities=TELLING)
     payment_id = await gateway.authorized()
