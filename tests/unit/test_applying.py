@@ -1050,6 +1050,50 @@ async def test_a_capture_told_by_the_reference_of_a_refund_is_none_of_that() -> 
     assert K.REVERSAL not in {each.kind for each in gateway.store.operations.values()}
 
 
+async def test_an_earlier_attempt_that_charged_is_reversed_while_the_present_one_is_open() -> None:
+    gateway = bench(UNSENT, Step(decides=PENDING), capabilities=MUTE)
+    automatic = CaptureMethod.AUTOMATIC
+    await gateway.payments.authorize(gateway.authorize(capture_method=automatic))
+    answer = await gateway.payments.authorize(gateway.authorize(capture_method=automatic))
+    payment_id = answer.payment_id
+    authorization = only(gateway, payment_id, K.AUTHORIZE)
+    assert (authorization.state, authorization.attempt.number) == (S.PENDING, 2)
+    earlier = authorization.operation_id + "-1"
+    await gateway.tell(gateway.told(N.CAPTURE, APPROVED, reference=earlier), recover=False)
+    assert only(gateway, payment_id, K.REVERSAL).note == earlier
+
+
+async def test_the_automatic_capture_bounces_though_an_earlier_attempt_has_a_reversal() -> None:
+    gateway = bench(UNSENT, capabilities=MUTE)
+    command = gateway.authorize(capture_method=CaptureMethod.AUTOMATIC)
+    payment_id = (await gateway.payments.authorize(command)).payment_id
+    operation_id = only(gateway, payment_id, K.AUTHORIZE).operation_id
+    earlier = gateway.told(N.AUTHORIZATION, APPROVED, reference=f"{operation_id}-1")
+    await gateway.tell(earlier, recover=False)
+    await gateway.payments.authorize(gateway.authorize(capture_method=CaptureMethod.AUTOMATIC))
+    kinds = [each.kind for each in gateway.store.of_payment(payment_id).operations]
+    assert kinds == [K.AUTHORIZE, K.REVERSAL, K.CAPTURE]
+    told = gateway.told(N.CAPTURE, FAILED, reference=f"{operation_id}-2")
+    await gateway.tell(told, recover=False)
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+
+
+@pytest.mark.parametrize(("again", "after_s"), [(FAILED, 3), (APPROVED, 1)])
+async def test_an_automatic_capture_that_bounced_is_no_late_success_by_that_or_by_what_was_before(
+    again: ConnectorAnswer, after_s: float
+) -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized(100, CaptureMethod.AUTOMATIC)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    await gateway.tell(gateway.told(N.CAPTURE, FAILED, reference=reference, after_s=2))
+    told = gateway.told(N.CAPTURE, again, reference=reference, after_s=after_s)
+    [applied] = await gateway.tell(told)
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert only(gateway, payment_id, K.CAPTURE).state is S.FAILED
+    assert gateway.store.discrepancies == []
+
+
 async def test_a_psp_is_asked_for_no_reference_that_it_has_told() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
