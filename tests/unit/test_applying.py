@@ -1094,6 +1094,18 @@ async def test_an_automatic_capture_that_bounced_is_no_late_success_by_that_or_b
     assert gateway.store.discrepancies == []
 
 
+async def test_the_amount_that_a_psp_names_with_a_void_is_compared_with_nothing() -> None:
+    gateway = bench()
+    payment_id = await gateway.authorized()
+    await gateway.payments.void(gateway.void(payment_id))
+    reference = only(gateway, payment_id, K.VOID).reference
+    told = gateway.told(N.VOID, APPROVED, reference=reference, amount_minor=0)
+    [applied] = await gateway.tell(told)
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert gateway.store.discrepancies == []
+
+
 async def test_a_psp_is_asked_for_no_reference_that_it_has_told() -> None:
     gateway = bench()
     payment_id = await captured(gateway)
