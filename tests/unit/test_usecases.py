@@ -1775,6 +1775,16 @@ async def test_reversal_that_the_psp_accepted_waits_for_its_outcome_and_is_not_s
     assert len(gateway.connector.asks) == 1
 
 
+async def test_a_reversal_is_a_repeat_from_its_second_sending_on() -> None:
+    gateway, payment_id = await late_success()
+    gateway.connector.asked_with.clear()
+    gateway.connector.asks.append(NO_ANSWER)
+    await gateway.recover(rounds=2)
+    [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
+    assert reversal.state is S.SUCCEEDED
+    assert [each and each.is_repeat for each in gateway.connector.asked_with] == [False, True]
+
+
 async def test_reversal_is_open_while_the_psp_says_that_the_charge_stands() -> None:
     gateway, payment_id = await late_success()
     gateway.connector.asks.append(APPROVED)
@@ -1937,6 +1947,20 @@ async def void_in_flight(gateway: Bench, gate: Gate, method: CaptureMethod) -> s
     await gateway.payments.void(gateway.void(None, authorize_key="a"))
     gate.opened.set()
     return (await call).payment_id
+
+
+async def test_authorization_that_is_to_be_cancelled_is_whatever_a_late_answer_says() -> None:
+    gate = Gate()
+    gateway = bench(CANCEL_ONLY, Step(after=gate))
+    call = await paused(gateway, gate)
+    await gateway.payments.void(gateway.void(None, authorize_key="a"))
+    await take_over(gateway)  # by a recoverer that died
+    gate.opened.set()
+    await call
+    await gateway.recover(rounds=2)
+    assert gateway.store.by_key("a").state is S.CANCELED
+    assert gateway.store.by_key("v").state is S.SUCCEEDED
+    assert gateway.connector.standing(K.AUTHORIZE) == []
 
 
 async def test_authorization_that_is_to_be_cancelled_is_asked_about_where_it_cannot_be() -> None:

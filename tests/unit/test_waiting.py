@@ -211,6 +211,15 @@ async def test_when_the_customers_time_is_over_the_psp_cancels_and_only_then_it_
     assert gateway.store.doubts == {}
 
 
+async def test_a_psp_that_does_not_cancel_now_is_asked_again_after_a_pause() -> None:
+    gateway = await waiting()
+    gateway.connector.asks.extend([NEEDS_ACTION, NO_ANSWER])
+    await overdue(gateway)
+    assert gateway.store.by_key("a").state is S.REQUIRES_ACTION
+    [doubt] = gateway.store.doubts.values()
+    assert doubt.check_at > gateway.store.now
+
+
 async def test_a_customer_who_paid_in_the_last_moment_has_paid() -> None:
     gateway = await waiting()
     decide(gateway, APPROVED)
