@@ -1639,6 +1639,20 @@ async def test_a_success_told_is_reversed_whatever_the_first_answer_was() -> Non
     assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
 
 
+async def test_a_reversal_in_doubt_that_is_told_is_not_asked_for_again() -> None:
+    gateway = bench(UNSENT, capabilities=TELLING)
+    payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    gateway.connector.asks.append(NO_ANSWER)
+    await gateway.tell(gateway.told(N.AUTHORIZATION, APPROVED, reference=reference))
+    await gateway.recover()
+    assert only(gateway, payment_id, K.REVERSAL).state is S.IN_DOUBT
+    gateway.connector.asked_with.clear()
+    await gateway.tell(gateway.told(N.VOID, APPROVED, payment_reference=reference))
+    assert only(gateway, payment_id, K.REVERSAL).state is S.SUCCEEDED
+    assert gateway.connector.asked_with == []
+
+
 async def test_a_refund_of_our_own_ends_though_a_void_was_asked_for_before() -> None:
     gateway = bench(Step(), Step(decides=PENDING), capabilities=TELLING)
     payment_id = await gateway.authorized(capture_method=CaptureMethod.AUTOMATIC)

@@ -67,6 +67,7 @@ from tests.memory_store import (
     PENDING,
     SCHEDULE,
     TAKEOVER_S,
+    TRIES_MAX,
     UNSENT,
     Bench,
     Gate,
@@ -1237,6 +1238,29 @@ async def test_a_doubt_at_a_psp_that_can_be_asked_nothing_needs_a_person_at_once
     assert (doubt.needs_person, doubt.cause) == (True, DoubtCause.NO_MEANS)
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "cause"),
+    [
+        (QUERY_ONLY, DoubtCause.NO_ANSWER),
+        (CANCEL_ONLY, DoubtCause.NO_ANSWER),
+        (None, DoubtCause.CONNECTOR_MISSING),
+    ],
+)
+async def test_a_doubt_at_a_psp_that_may_yet_tell_needs_nobody_at_first(
+    capabilities: Capabilities | None, cause: DoubtCause
+) -> None:
+    gateway = bench(capabilities or INCAPABLE, LOST)
+    await gateway.payments.authorize(gateway.authorize())
+    if capabilities is None:
+        router = gateway.router
+        assert isinstance(router, OneRoute)
+        router.only = None
+    gateway.connector.asks.append(NO_ANSWER)
+    await gateway.recover()
+    [doubt] = gateway.store.doubts.values()
+    assert (doubt.needs_person, doubt.cause) == (False, cause)
+
+
 async def test_an_automatic_capture_is_told_beside_its_authorization() -> None:
     gateway = bench(CAPABLE, Step(decides=APPROVED))
     await gateway.payments.authorize(gateway.authorize("a", 100, AUTOMATIC))
@@ -1634,6 +1658,10 @@ async def test_release_waits_for_the_final_capture_and_is_dropped_where_that_has
     await gateway.recover(rounds=2)
     [release] = operations_of(gateway, payment_id, K.VOID)
     assert (gateway.store.by_key("c2").state, release.state) == (S.PENDING, S.PENDING)
+    doubt = gateway.store.doubts[MERCHANT, release.operation_id]
+    doubt.tries = TRIES_MAX
+    await gateway.recover()
+    assert (doubt.needs_person, doubt.cause) == (False, DoubtCause.WAITS_FOR_OPERATION)
     final = gateway.store.by_key("c2")
     payment = gateway.store.of_payment(payment_id).payment
     answer = APPROVED if took_effect else DECLINED
@@ -1658,11 +1686,13 @@ async def test_release_waits_for_the_reversal_that_gives_the_hold_back() -> None
     await gateway.payments.capture(gateway.capture(payment_id, "c2", 40, final=True))
     gate.opened.set()
     await call
-    gateway.connector.asks.append(NO_ANSWER)
-    await gateway.recover()
+    gateway.connector.asks.extend([NO_ANSWER, NO_ANSWER])
+    await gateway.recover(rounds=2)
     [reversal] = operations_of(gateway, payment_id, K.REVERSAL)
     [release] = operations_of(gateway, payment_id, K.VOID)
     assert (reversal.state, release.state) == (S.IN_DOUBT, S.PENDING)
+    cause = gateway.store.doubts[MERCHANT, release.operation_id].cause
+    assert cause is DoubtCause.WAITS_FOR_OPERATION
     assert gateway.connector.standing(K.VOID) == []
     await gateway.recover(rounds=3)
     assert gateway.connector.standing(K.VOID) == [release.reference]
@@ -2053,6 +2083,7 @@ async def test_declined_authorization_leaves_nothing_to_void() -> None:
     await gateway.recover()
     assert gateway.store.by_key("v").state is S.SUCCEEDED
     assert gateway.store.of_payment(payment_id).payment.state is P.DECLINED
+    assert [sent.kind for sent in gateway.connector.sent] == [K.AUTHORIZE]
 
 
 async def cancel_request_held(gateway: Bench) -> tuple[asyncio.Task[Answer], Gate]:
