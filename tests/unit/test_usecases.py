@@ -1583,6 +1583,34 @@ async def test_evidence_of_a_success_does_not_outweigh_a_cancellation_whose_psp_
     assert gateway.store.by_key("a").state is S.CANCELED
 
 
+async def test_a_late_refusal_ends_what_was_being_cancelled_though_its_psp_is_missing() -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(after=gate, decides=DECLINED))
+    call = await paused(gateway, gate)
+    gateway.connector.asks.extend([None, NO_ANSWER])
+    await gateway.recovery.run_once()
+    gate.opened.set()
+    await call
+    router = gateway.router
+    assert isinstance(router, OneRoute)
+    router.only = None
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.DECLINED
+
+
+async def test_a_late_success_does_not_end_what_was_begun_to_be_cancelled() -> None:
+    gate = Gate()
+    gateway = bench(CANCEL_ONLY, Step(after=gate))
+    call = await paused(gateway, gate)
+    gateway.connector.asks.append(NO_ANSWER)  # to the cancellation, which may have arrived
+    await gateway.recovery.run_once()
+    gate.opened.set()
+    await call
+    await gateway.recover()
+    assert gateway.store.by_key("a").state is S.CANCELED
+    assert gateway.connector.standing(K.AUTHORIZE) == []
+
+
 async def test_what_the_psp_does_not_take_back_has_taken_effect() -> None:
     gateway = bench(CAPABLE, LOST)
     payment_id = await gateway.authorized()
