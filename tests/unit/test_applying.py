@@ -708,10 +708,21 @@ async def test_a_late_success_of_an_attempt_is_asked_for_where_that_attempt_was_
     assert (a.queried, b.queried) == ([reference] if can_be_asked else [], [])
     for request in a.asked_with:
         assert request is not None
-        assert request.connector_account_id == "acc_a"
+        assert (request.reference, request.connector_account_id) == (reference, "acc_a")
         assert request.target_transaction_id == "tx-late"
     reversal = only(gateway, payment_id, K.REVERSAL)
     assert (reversal.note, reversal.attempt.connector_account_id) == (reference, "acc_a")
+
+
+async def test_a_late_success_is_reversed_though_its_account_is_not_configured_here() -> None:
+    gateway, a, _, payment_id = await followed_elsewhere(CAPABLE, CAPABLE)
+    assert isinstance(gateway.router, ManyRoutes)
+    del gateway.router.by_name["a"]
+    reference = only(gateway, payment_id, K.AUTHORIZE).operation_id + "-1"
+    told = gateway.told(N.AUTHORIZATION, APPROVED, account="acc_a", reference=reference)
+    await gateway.tell(told, recover=False)
+    assert a.queried == []
+    assert only(gateway, payment_id, K.REVERSAL).note == reference
 
 
 async def test_an_old_success_of_what_was_cancelled_is_not_reversed_where_the_psp_denies_it() -> (
@@ -1973,6 +1984,21 @@ async def test_a_refund_elsewhere_does_not_wait_for_one_of_ours_that_has_an_id()
     assert payment_of(gateway, payment_id).refunded_reported_minor == 20
 
 
+async def test_a_refund_elsewhere_does_not_wait_for_one_of_ours_that_was_declined() -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    gateway.connector.steps.append(Step(decides=DECLINED))
+    await gateway.payments.refund(gateway.refund(payment_id, amount_minor=30))
+    assert only(gateway, payment_id, K.REFUND).attempt.connector_transaction_id == ""
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    told = gateway.told(
+        N.REFUND, APPROVED, payment_reference=reference, transaction_id="re_1", amount_minor=20
+    )
+    [applied] = await gateway.tell(told, recover=False)
+    assert applied is not None
+    assert applied.result is Result.RECORDED
+
+
 @pytest.mark.parametrize(("later", "after_s"), [(FAILED, 1), (EXPIRED, 3)])
 async def test_a_refund_elsewhere_stands_though_an_older_refusal_or_an_expiry_is_told_of_it(
     later: ConnectorAnswer, after_s: float
@@ -2063,8 +2089,9 @@ async def test_what_has_no_amount_or_another_currency_is_shown_to_a_person() -> 
     await gateway.tell(
         gateway.told(N.REFUND, APPROVED, **told),
         gateway.told(N.REFUND, APPROVED, amount_minor=5, currency="USD", **told),
+        gateway.told(N.REFUND, APPROVED, amount_minor=-5, **told),
     )
-    assert [each.kind for each in gateway.store.discrepancies] == ["elsewhere", "elsewhere"]
+    assert [each.kind for each in gateway.store.discrepancies] == ["elsewhere"] * 3
     assert payment_of(gateway, payment_id).refunded_reported_minor is None
 
 
