@@ -1999,6 +1999,21 @@ async def test_a_refund_elsewhere_does_not_wait_for_one_of_ours_that_was_decline
     assert applied.result is Result.RECORDED
 
 
+@pytest.mark.parametrize("end", [APPROVED, EXPIRED])
+async def test_that_an_authorization_is_gone_is_no_news_where_all_of_it_is_captured(
+    end: ConnectorAnswer,
+) -> None:
+    gateway = bench()
+    payment_id = await captured(gateway)
+    before = payment_of(gateway, payment_id)
+    reference = only(gateway, payment_id, K.AUTHORIZE).reference
+    [applied] = await gateway.tell(gateway.told(N.VOID, end, payment_reference=reference))
+    assert applied is not None
+    assert applied.result is Result.NO_NEWS
+    assert payment_of(gateway, payment_id) == before
+    assert len(gateway.store.operations) == 2
+
+
 @pytest.mark.parametrize(("later", "after_s"), [(FAILED, 1), (EXPIRED, 3)])
 async def test_a_refund_elsewhere_stands_though_an_older_refusal_or_an_expiry_is_told_of_it(
     later: ConnectorAnswer, after_s: float
