@@ -700,6 +700,58 @@ def test_retries_are_bounded_and_send_the_same_rows(failures: int, wins: bool) -
     run(main)
 
 
+def test_pauses_before_repetitions_double_up_to_their_most_and_are_jittered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spread_ms: list[tuple[float, float]] = []
+
+    def longest(least_s: float, most_s: float) -> float:
+        spread_ms.append((1000 * least_s, 1000 * most_s))
+        return most_s
+
+    monkeypatch.setattr("random.uniform", longest)
+
+    async def main() -> None:
+        lane: Lane[int, int] = Lane(
+            "test", Echo().flush, rows_max=1, queue_max=1, backoff_ms=2, backoff_ms_max=50
+        )
+        for retries in (0, 1, 2, 3, 4, 5, 100_000):
+            lane._pause_s(retries)
+
+    run(main)
+    assert spread_ms == [(0, most_ms) for most_ms in (4, 8, 16, 32, 50, 50, 50)]
+
+
+def test_a_batch_that_backs_off_is_not_sent_again_before_its_pause_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("random.uniform", lambda _, most_s: most_s)
+    batches: list[list[int]] = []
+
+    async def flush(rows: Sequence[int]) -> list[int]:
+        batches.append(list(rows))
+        raise Deadlock
+
+    async def main() -> None:
+        hour_ms = 3_600_000
+        lane: Lane[int, int] = Lane(
+            "test",
+            flush,
+            rows_max=1,
+            queue_max=1,
+            classify=classify,
+            backoff_ms=hour_ms,
+            backoff_ms_max=hour_ms,
+        )
+        future = lane.submit(1)
+        await turns(8)
+        assert batches == [[1]]
+        assert lane.in_flight == 1
+        assert not future.done()
+
+    run(main)
+
+
 class Tracer:
     """Tells a test what each flush carried."""
 
