@@ -414,6 +414,16 @@ async def test_keys_lie_in_their_merchants_bucket_and_hold_no_text_of_the_client
             )
         # A batch is one script over one slot: as many batches as buckets.
         assert rig.metrics.batches["redis-claim"] == len(set(tags.values()))
+        for merchant in merchants:
+            rig.claims.cache(
+                merchant,
+                canary,
+                fingerprint=FINGERPRINT,
+                first_request_id="req_1",
+                response=RESPONSE,
+            )
+        await rig.settled()
+        assert rig.metrics.batches["redis-settle"] == len(set(tags.values()))
 
 
 async def test_key_that_redis_cannot_claim_spoils_no_other(own_redis: EmbeddedRedis) -> None:
@@ -777,6 +787,18 @@ async def test_close_sends_what_is_queued_and_refuses_the_rest_quietly(
         assert rig.metrics.dropped == {"CLOSED": 1}
 
 
+async def test_nobody_asks_for_a_redis_that_is_away_after_close(
+    mortal_redis: EmbeddedRedis,
+) -> None:
+    async with rig_on(mortal_redis) as rig:
+        mortal_redis.kill()
+        await rig.claim()
+        probe = rig.claims._probe
+        assert probe is not None
+        await rig.claims.close()
+        assert probe.cancelled()
+
+
 async def test_text_that_is_none_is_answered_not_raised(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
         assert (await rig.claim("\ud800")).outcome is UNAVAILABLE
@@ -812,6 +834,11 @@ async def test_a_burst_is_let_in_and_what_is_beyond_is_not_claimed_and_told_when
         # A refused key is free: without a limit it is claimed.
         assert (await rig.claim("refused-0")).outcome is NEW
         assert rig.metrics.answered[RATE_LIMITED] == 3
+
+
+@pytest.mark.parametrize(("ms", "told_s"), [(0, 0.0), (1, 0.01), (10, 0.01), (11, 0.02)])
+def test_pause_is_told_in_few_sizes_and_never_too_short(ms: int, told_s: float) -> None:
+    assert claims_module._pause_s(ms) == told_s
 
 
 @pytest.mark.parametrize("intervals", [1, 2, 3, 7])
