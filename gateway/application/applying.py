@@ -163,9 +163,13 @@ class Applier:
                 try:
                     room = self._room
                     lines = await self._take(room)
-                except Exception:  # noqa: BLE001 - the loop outlives whatever one look meets
+                except Exception as error:  # noqa: BLE001 - the loop outlives whatever one look meets
                     self._observer.applying_failed()
-                    _log.warning("notifications could not be looked for", exc_info=True)
+                    _log.warning(
+                        "notifications could not be looked for: %s",
+                        error,
+                        exc_info=not isinstance(error, StoreUnavailable),
+                    )
                 else:
                     has_more = sum(map(len, lines)) == room > 0
                     for line in lines:

@@ -147,8 +147,8 @@ class Recovery:
                 try:
                     room = self._room
                     leases = await self._take(room)
-                except Exception:  # noqa: BLE001 - the loop outlives whatever one look meets
-                    self._failed("recovery could not look for work")
+                except Exception as error:  # noqa: BLE001 - the loop outlives whatever one look meets
+                    self._failed("recovery could not look for work", error)
                 else:
                     has_more = len(leases) == room > 0
                     for lease in leases:
@@ -217,17 +217,17 @@ class Recovery:
         self._search_at = now + self._schedule.search_interval_s * random.uniform(0.8, 1.2)
         try:
             found = await self._store.expired(self._schedule.batch_max)
-        except Exception:  # noqa: BLE001 - what is on the list does not depend on it
-            self._failed("recovery could not search for what dead senders left")
+        except Exception as error:  # noqa: BLE001 - what is on the list does not depend on it
+            self._failed("recovery could not search for what dead senders left", error)
             return
         if found >= self._schedule.batch_max:
             self._search_at = -math.inf
         if found:
             self._woken.set()
 
-    def _failed(self, what: str) -> None:
+    def _failed(self, what: str, error: Exception) -> None:
         self._observer.recovery_failed()
-        _log.warning(what, exc_info=True)
+        _log.warning("%s: %s", what, error, exc_info=not isinstance(error, StoreUnavailable))
 
     async def _guarded(self, lease: Lease) -> None:
         operation = lease.operation

@@ -6,6 +6,7 @@ apart is the operation's epoch in the database.
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Callable, Coroutine
@@ -56,6 +57,8 @@ from gateway.domain.model import (
     Payment,
 )
 from gateway.routing import cascade
+
+_log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 _C = TypeVar("_C", bound=Command)
@@ -808,9 +811,11 @@ async def _tell(told: "asyncio.Future[Answer]", work: Coroutine[Any, Any, Answer
     except asyncio.CancelledError:
         told.cancel()
         raise
-    except Exception as error:  # noqa: BLE001 - its caller's; without one it is nobody's
+    except Exception as error:  # noqa: BLE001 - its caller's
         if not told.done():
             told.set_exception(error)
+        elif not isinstance(error, GatewayError):
+            _log.exception("a call that went on without its caller failed")
     else:
         if not told.done():
             told.set_result(answer)

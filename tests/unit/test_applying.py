@@ -2484,14 +2484,17 @@ async def test_a_place_that_comes_free_is_filled_at_once(places: int, batch: int
     await asyncio.wait([applying])
 
 
-async def test_a_look_that_failed_is_followed_by_a_pause() -> None:
+@pytest.mark.parametrize("error", [StoreUnavailable("away"), ValueError("a defect")])
+async def test_a_look_that_failed_is_told_and_followed_by_a_pause(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
     gateway = bench()
     looks = asyncio.Semaphore(0)
 
     class Notifications(MemoryNotifications):
         async def lease(self, limit: int, *given: Any, **named: Any) -> Sequence[Pending]:
             looks.release()
-            raise StoreUnavailable("away")
+            raise error
 
     applier = applier_of(gateway, Notifications(), replace(SCHEDULE, interval_s=3600))
     applying = asyncio.ensure_future(applier.run())
@@ -2505,6 +2508,10 @@ async def test_a_look_that_failed_is_followed_by_a_pause() -> None:
             applier.wake()
     applying.cancel()
     await asyncio.wait([applying])
+    for record in caplog.records:
+        assert record.getMessage() == f"notifications could not be looked for: {error}"
+        # That the database is away is no defect, and has no stack.
+        assert bool(record.exc_info) is isinstance(error, ValueError)
 
 
 @pytest.mark.parametrize("kind", [N.REFUND, N.DISPUTE])

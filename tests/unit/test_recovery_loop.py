@@ -96,6 +96,9 @@ async def asked(connector: Hanging, times: int) -> None:
     await until(lambda: len(connector.asked) >= times)
 
 
+SEARCH_FAILED = "recovery could not search for what dead senders left: "
+
+
 async def no_search(limit: int) -> int:
     raise StoreUnavailable("canceling statement due to statement timeout")
 
@@ -233,9 +236,23 @@ async def test_a_search_that_fails_is_told_and_stops_nothing_that_is_listed(
     assert gateway.store.by_key("a").state is S.SUCCEEDED
     assert gateway.counts.failures > 0
     record = caplog.records[0]
-    assert record.getMessage() == "recovery could not search for what dead senders left"
-    assert record.exc_info is not None
-    assert str(record.exc_info[1]) == "canceling statement due to statement timeout"
+    assert record.getMessage() == SEARCH_FAILED + "canceling statement due to statement timeout"
+    assert not record.exc_info
+
+
+async def test_a_defect_of_a_search_is_told_with_its_stack(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gateway = Bench()
+
+    async def broken(limit: int) -> int:
+        raise ValueError(limit)
+
+    gateway.store.expired = broken  # type: ignore[method-assign]
+    await gateway.recovery.run_once()
+    [record] = caplog.records
+    assert record.getMessage().startswith(SEARCH_FAILED)
+    assert record.exc_info
 
 
 @pytest.mark.parametrize("error", [StoreUnavailable("away"), ValueError("a defect")])

@@ -808,6 +808,32 @@ async def test_a_call_whose_caller_has_gone_is_carried_to_its_end() -> None:
     assert places.done[2:] == [f"come back {MERCHANT}", f"release {MERCHANT}"]
 
 
+@pytest.mark.parametrize("error", [StoreUnavailable("away"), ValueError("a defect")])
+async def test_a_defect_in_a_call_whose_caller_has_gone_is_logged(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    gate = Gate()
+    gateway = bench(CAPABLE, Step(before=gate))
+    call = in_background(gateway.payments.authorize(gateway.authorize()))
+    await gate.reached.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+
+    async def broken(method: str) -> None:
+        await asyncio.sleep(0)
+        if method == "write_change":
+            raise error
+
+    gateway.store.before = broken
+    gate.opened.set()
+    await gateway.payments.drain()
+    is_defect = isinstance(error, ValueError)
+    told = ["a call that went on without its caller failed"] if is_defect else []
+    assert [record.getMessage() for record in caplog.records] == told
+    assert all(record.exc_info for record in caplog.records)
+
+
 async def test_work_of_a_task_of_its_own_begins_no_other_and_is_waited_for() -> None:
     gate = Gate()
     gateway = bench(CAPABLE, Step(before=gate))
