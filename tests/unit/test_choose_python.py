@@ -63,6 +63,13 @@ def test_without_any_python_it_is_the_one_that_setup_says_is_missing(tmp_path: P
     assert (told.stdout, told.stderr) == ("python3\n", "")
 
 
+def test_a_python_that_was_faster_by_chance_is_not_taken(tmp_path: Path) -> None:
+    first, second = install(tmp_path / "first", 5000), install(tmp_path / "second", 3900)
+    first.write_text(f"#!/bin/sh\necho 5000\nexec /bin/cp {second} {first}\n")
+    told = chosen_of(first, second)
+    assert (told.stdout, told.stderr) == ("python3\n", "")
+
+
 def test_a_real_python_is_timed(tmp_path: Path) -> None:
     of_no_use = install(tmp_path / "first", UNSUITABLE)
     real = tmp_path / "second" / "python3"
