@@ -152,15 +152,15 @@ class Reflection:
     def __init__(self, services: Iterable[str]) -> None:
         names = (*services, HEALTH_SERVICE, *REFLECTION_SERVICES)
         self._servicer = reflection_aio.ReflectionServicer(names)
-        self._waiting: set[asyncio.Task[Any]] = set()
-        """The calls that wait for their clients to ask something."""
+        self._waiting: set[asyncio.Future[None]] = set()
+        """Of the calls that wait for their clients to ask something: done, it ends the wait."""
         self._closed = False
 
     def close(self) -> None:
         """End the streams, once what was asked is answered: their clients would leave them open."""
         self._closed = True
-        for call in self._waiting:
-            call.cancel()
+        for end in self._waiting:
+            end.set_result(None)
 
     def method_handlers(self) -> Handlers:
         """The handler by the name of its method."""
@@ -178,18 +178,26 @@ class Reflection:
             await _fail(context, error)
 
     async def _read(self, context: Context) -> Any:
-        call = asyncio.current_task()
-        assert call is not None, "a handler has a task"
-        if not self._closed:
-            self._waiting.add(call)
-            try:
-                return await context.read()
-            except asyncio.CancelledError:
-                if not self._closed:
-                    raise
-            finally:
-                self._waiting.discard(call)
-        raise GatewayError(Reason.DRAINING, "This server is shutting down.")
+        # Cancelled, a receive would end after a second only (`receiving`), by when a native drain
+        # has closed its doors. Left alone, it ends with its call.
+        loop = asyncio.get_running_loop()
+        read, end = loop.create_task(context.read()), loop.create_future()
+        read.add_done_callback(_forget)
+        if self._closed:
+            end.set_result(None)
+        self._waiting.add(end)
+        try:
+            await asyncio.wait((read, end), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._waiting.discard(end)
+        if not read.done():
+            raise GatewayError(Reason.DRAINING, "This server is shutting down.")
+        return read.result()
+
+
+def _forget(read: "asyncio.Task[Any]") -> None:
+    if not read.cancelled():
+        read.exception()  # where its call has ended nobody else asks
 
 
 class UnknownMethods(grpc.GenericRpcHandler):
