@@ -263,7 +263,7 @@ class MemoryStore:
         self.payments[payment.merchant_id, payment.payment_id] = payment
         for companion in change.companions:
             self._insert(companion.operation, 0)
-        self.discrepancies += change.discrepancies
+        self.discrepancies += [e for e in change.discrepancies if e not in self.discrepancies]
         types = [change.event_type, *(each.event_type for each in change.companions)]
         self.events += [(event_type, payment.version) for event_type in types]
         self._schedule(key, change)

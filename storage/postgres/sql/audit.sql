@@ -31,14 +31,10 @@ LEFT JOIN doubts AS doubt
 WHERE operation.state = ANY (:unfinished::int2[]);
 
 -- :name audit_discrepancies
--- No index has a payment: a merchant's are read once for a page, not once for each of its payments.
-SELECT DISTINCT merchant_id, payment_id, operation_id, kind
-FROM discrepancies
-WHERE merchant_id = ANY (:merchant_id::text[])
-    AND ((merchant_id, payment_id) IN (
-        SELECT input.merchant_id, input.payment_id
-        FROM unnest(:merchant_id::text[], :payment_id::text[]) AS input (merchant_id, payment_id)
-    )) IS TRUE;
+SELECT DISTINCT known.merchant_id, known.payment_id, known.operation_id, known.kind
+FROM unnest(:merchant_id::text[], :payment_id::text[]) AS input (merchant_id, payment_id)
+JOIN discrepancies AS known
+    ON known.merchant_id = input.merchant_id AND known.payment_id = input.payment_id;
 
 -- :name existing_payments
 SELECT DISTINCT payment_id FROM operations WHERE payment_id = ANY (:payment_ids::text[]);

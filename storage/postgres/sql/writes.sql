@@ -139,8 +139,16 @@ superseded AS (
 differing AS (
     INSERT INTO discrepancies (merchant_id, payment_id, operation_id, kind, expected, reported)
     SELECT merchant_id, payment_id, operation_id, kind, expected, reported
-    FROM unnest(:discrepancies::reported_discrepancy[])
+    FROM unnest(:discrepancies::reported_discrepancy[]) AS input
     WHERE ((merchant_id, changed_by) IN (SELECT merchant_id, operation_id FROM changed)) IS TRUE
+        -- A PSP tells the same again and again. What another change of the payment has recorded is
+        -- seen here: this change compared the payment's version with one that includes it.
+        AND NOT EXISTS (
+            SELECT FROM discrepancies AS known
+            WHERE known.merchant_id = input.merchant_id AND known.payment_id = input.payment_id
+                AND known.operation_id = input.operation_id AND known.kind = input.kind
+                AND known.expected = input.expected AND known.reported = input.reported
+        )
 ),
 resolved AS (
     INSERT INTO resolutions (
