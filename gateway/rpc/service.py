@@ -829,17 +829,23 @@ class _Stream:
                     if looked_at_bytes > _BYTES_LOOKED_AT_AT_ONCE:
                         looked_at_bytes = 0
                         await asyncio.sleep(0)
-                await self._wait_for_room()
+                if await self._wait_for_room():
+                    # However long its client left the results unread.
+                    principal = await service.identify(call, Scope.PAYMENTS_WRITE)
                 item = service.prepare(call, principal, each, suspect)
                 self._start(item)
                 if _breaks_rules(item):
                     await asyncio.sleep(0)
         raise GatewayError(Reason.DRAINING, "This server is shutting down.")
 
-    async def _wait_for_room(self) -> None:
+    async def _wait_for_room(self) -> bool:
+        """Whether that took any time."""
+        waited = False
         while self._unfinished >= self._limits.stream_window_items:
+            waited = True
             self._room.clear()
             await self._room.wait()
+        return waited
 
     def _start(self, item: _Item) -> None:
         self._unfinished += 1

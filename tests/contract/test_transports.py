@@ -1103,6 +1103,29 @@ async def test_a_revoked_key_ends_its_streams(transport: Transport) -> None:
         assert (told.code, told.reason) == (StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID")
 
 
+async def test_a_revoked_key_begins_no_more_items_of_a_message_that_waits_for_room(
+    transport: Transport,
+) -> None:
+    """However long its client leaves the results unread."""
+    async with running(transport, auth=AuthLimits(life_s=0.0)) as up:
+        go_on = asyncio.Event()
+
+        async def wait(_: Authorize) -> None:
+            await go_on.wait()
+
+        up.payments.before = wait
+        window = LIMITS.stream_window_items
+        call = open_stream(up)
+        await call.write(message(*[item(str(n)) for n in range(window + 3)]))
+        await call.done_writing()
+        await until(lambda: len(up.payments.commands) == window)
+        up.keys.records.clear()
+        go_on.set()
+        told = await refusal(rest_of(call))
+        assert (told.code, told.reason) == (StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID")
+        assert len(up.payments.finished) == len(up.payments.commands) == window
+
+
 async def test_unary_batch_and_stream_replay_the_same_bytes(gateway: Running) -> None:
     service = "/payments.v1.PaymentService"
     data = authorization("one").SerializeToString()
