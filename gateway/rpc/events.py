@@ -106,7 +106,7 @@ class EventService:
         try:
             door.admit(call, len(data))
             principal = await door.identify(call, Scope.EVENTS_READ)
-            request = checked(pb.StreamEventsRequest, data, principal, call)
+            request: Any = checked(pb.StreamEventsRequest, data, principal, call)
 
             async def audience() -> Audience:
                 # A stream may outlive its key, and its organisation get merchants.
@@ -124,6 +124,7 @@ class EventService:
             door.abandoned(call)
             raise asyncio.CancelledError from None  # as in `PaymentService._serve_stream`
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
+            data, request = b"", None  # as in `Unary.serve`
             await door.failed(call, context, error)
         except BaseException:
             door.abandoned(call)

@@ -345,9 +345,8 @@ class PaymentService:
     async def failed(self, call: _Call, context: Context, error: Exception) -> NoReturn:
         """End a call with the status of an error."""
         refusal = _as_refusal(error, call)
-        # grpc.aio keeps what `abort` raises, in a cycle with the call: until the collector comes it
-        # would hold the frames of the error too, and with them the request.
-        error.__traceback__ = None
+        # grpc.aio keeps what `abort` raises, in a cycle with the call, and with it this error.
+        forget_frames(error)
         code = error_map.status_code(refusal.reason)
         self.end(call, code.name, refusal.reason)
         text, trailers = _ending(refusal, pushback=self.pushback)
@@ -887,14 +886,22 @@ def _breaks_rules(item: _Item) -> bool:
     return item.refusal is not None and item.refusal.reason is Reason.INVALID_REQUEST
 
 
+def forget_frames(error: BaseException) -> None:
+    """Keep an error, and not what it came of: in a cycle the frames of its traceback, and of the
+    errors behind it, would hold all that they know until the collector comes, the whole message
+    among it.
+    """
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+
+
 def _as_refusal(error: BaseException, call: _Call) -> GatewayError:
     """The refusal that an exception is answered with; what is no refusal is logged.
 
-    Without its traceback: the frame that keeps the refusal of an item stands in it, and in a cycle
-    all that the frame holds would stay, the whole message among it, until the collector comes.
+    Without its frames: the one that keeps the refusal of an item is among them.
     """
     if isinstance(error, GatewayError):
-        return error.with_traceback(None)
+        forget_frames(error)
+        return error
     _log.error(
         "a call failed unexpectedly",
         exc_info=error,

@@ -7,7 +7,7 @@ and no exception's text reaches a client.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha.reflection_pb2 import (
 
 from gateway.domain.errors import GatewayError, Reason
 from gateway.rpc import error_map, validation
-from gateway.rpc.service import Context
+from gateway.rpc.service import Context, forget_frames
 
 HEALTH_SERVICE: Final = "grpc.health.v1.Health"
 REFLECTION_SERVICES: Final = (
@@ -36,8 +36,12 @@ REFLECTION_SERVICES: Final = (
 """Both names have the same messages but for their package."""
 WATCHERS_MAX: Final = 1000
 """How many Health.Watch calls may run at once."""
+MESSAGE_BYTES_MAX: Final = 4_096
+"""The largest request. It is of anyone, without a key, and is held as long as its call lasts."""
 
 _log = logging.getLogger(__name__)
+
+_M = TypeVar("_M", bound=Message)
 
 Handlers = dict[str, "grpc.RpcMethodHandler[Any, Any]"]
 
@@ -45,11 +49,21 @@ Handlers = dict[str, "grpc.RpcMethodHandler[Any, Any]"]
 async def _fail(context: Context, error: Exception) -> None:
     if not isinstance(error, GatewayError):
         _log.error("a system call failed unexpectedly", exc_info=error)
+        forget_frames(error)
         error = GatewayError(Reason.INTERNAL, error_map.INTERNAL_MESSAGE)
+    forget_frames(error)
     status = error_map.to_status(error)
     # No retry policy names these services, and not every transport can send the pushback.
     trailers = error_map.to_trailers(error, status, pushback=False)
     await context.abort(error_map.status_code(error.reason), status.message, trailers)
+
+
+def _parse(message_type: type[_M], data: bytes) -> _M:
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise GatewayError(
+            Reason.MESSAGE_TOO_LARGE, f"The message has more than {MESSAGE_BYTES_MAX} bytes."
+        )
+    return validation.parse(message_type, data)
 
 
 async def _write(context: Context, message: Message) -> None:
@@ -92,8 +106,9 @@ class Health:
 
     async def _check(self, data: bytes, context: Context) -> bytes:
         try:
-            request = validation.parse(HealthCheckRequest, data)
+            request = _parse(HealthCheckRequest, data)
         except GatewayError as error:
+            data = b""  # this frame lives on with what `_fail` raises
             await _fail(context, error)
             raise
         serving = self._serving.get(request.service)
@@ -103,8 +118,9 @@ class Health:
 
     async def _list(self, data: bytes, context: Context) -> bytes:
         try:
-            validation.parse(HealthListRequest, data)
+            _parse(HealthListRequest, data)
         except GatewayError as error:
+            data = b""
             await _fail(context, error)
         statuses = {service: _health(serving) for service, serving in self._serving.items()}
         return _encode(HealthListResponse(statuses=statuses))
@@ -112,7 +128,7 @@ class Health:
     async def _watch(self, data: bytes, context: Context) -> None:
         watcher = asyncio.Event()
         try:
-            request = validation.parse(HealthCheckRequest, data)
+            request = _parse(HealthCheckRequest, data)
             if len(self._watchers) >= WATCHERS_MAX:
                 raise GatewayError(Reason.OVERLOADED, "Too many calls watch the health.")
             self._watchers.add(watcher)
@@ -129,6 +145,7 @@ class Health:
                     raise GatewayError(Reason.DRAINING, "This server is shutting down.")
                 await watcher.wait()
         except Exception as error:  # noqa: BLE001 - its text must not reach the client
+            data = b""
             await _fail(context, error)
         finally:
             self._watchers.discard(watcher)
@@ -169,7 +186,7 @@ class Reflection:
     async def _info(self, _requests: object, context: Context) -> None:
         async def requests() -> AsyncIterator[ServerReflectionRequest]:
             while (data := await self._read(context)) is not grpc.aio.EOF:
-                yield validation.parse(ServerReflectionRequest, data)
+                yield _parse(ServerReflectionRequest, data)
 
         try:
             async for response in self._servicer.ServerReflectionInfo(requests(), context):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import grpc
 import pytest
@@ -71,6 +71,36 @@ async def test_messages_that_are_refused_do_not_pile_up(
 
             kept = await growth(gateway.pid, refused)
     assert kept < MESSAGES * size / 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize(
+    ("method", "has_key"),
+    [
+        ("payments.v1.PaymentService/AuthorizePayment", True),
+        ("payments.v1.PaymentService/StreamAuthorizePayments", True),
+        ("payments.v1.EventService/StreamEvents", False),
+        ("grpc.health.v1.Health/Check", False),
+        ("grpc.health.v1.Health/Watch", False),
+        ("grpc.reflection.v1.ServerReflection/ServerReflectionInfo", False),
+    ],
+)
+async def test_bytes_that_are_no_message_do_not_pile_up(
+    postgres: PostgresForTests, redis: EmbeddedRedis, transport: str, method: str, has_key: bool
+) -> None:
+    with running_system(postgres, redis, trusted_front=True) as system:
+        gateway = await asyncio.to_thread(system.start_gateway, transport=transport)
+        metadata = [("authorization", f"Bearer {system.shop.api_key}")] if has_key else []
+        async with grpc.aio.insecure_channel(await gateway.serving()) as channel:
+            call: Any = channel.stream_stream(f"/{method}")
+            message = b"\xff" * (MESSAGE_BYTES // 2)
+
+            async def refused() -> None:
+                with pytest.raises(grpc.aio.AioRpcError):
+                    await call(iter([message]), metadata=metadata).read()
+
+            kept = await growth(gateway.pid, refused)
+    assert kept < MESSAGES * len(message) / 2
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)

@@ -63,6 +63,7 @@ from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.error_map import INTERNAL_MESSAGE, PUSHBACK_TRAILER
 from gateway.rpc.server import GrpcServer, ServerConfigError, ServerOptions
 from gateway.rpc.service import PaymentService, RpcLimits
+from gateway.rpc.system import MESSAGE_BYTES_MAX
 
 if TYPE_CHECKING:
     from payments.v1.payment_service_pb2_grpc import PaymentServiceAsyncStub
@@ -1227,6 +1228,23 @@ async def test_health_is_served_without_a_key_and_watched(gateway: Running) -> N
     assert (await health_check(gateway, "")).status == not_serving
     await gateway.server.set_serving(True)
     assert (await watch.read()).status == serving
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/List",
+        "grpc.health.v1.Health/Watch",
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    ],
+)
+async def test_what_anyone_may_ask_is_held_to_a_few_bytes(gateway: Running, method: str) -> None:
+    """Such a call lasts as long as its caller likes, and holds its request."""
+    call: Any = gateway.channel.stream_stream(f"/{method}")
+    request = HealthCheckRequest(service="x" * MESSAGE_BYTES_MAX).SerializeToString()
+    told = await refusal(call(iter([request])).read())
+    assert (told.code, told.reason) == (StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE")
 
 
 async def test_reflection_knows_the_services_and_their_files(gateway: Running) -> None:
