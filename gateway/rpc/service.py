@@ -774,6 +774,9 @@ class _Stream:
         except BaseException:
             reader.cancel()
             raise
+        finally:
+            # Or what it has read would stay, in a cycle, until the collector comes.
+            self._reader = None
         if reader.cancelled():
             raise GatewayError(Reason.DRAINING, "This server is shutting down.")
         reader.result()

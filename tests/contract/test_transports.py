@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import os
 import re
 import socket
 import tempfile
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -1091,6 +1093,33 @@ async def test_a_cancelled_stream_leaves_its_items_running(gateway: Running) -> 
     assert gateway.observer.calls[-1].code == "CANCELLED"
     go_on.set()
     await until(lambda: sorted(gateway.payments.finished) == ["key-a", "key-b"])
+
+
+async def test_a_stream_that_is_reset_while_items_wait_leaves_nothing_to_the_collector(
+    gateway: Running,
+) -> None:
+    """Its last message, above all, which would else stay for minutes."""
+    go_on = asyncio.Event()
+
+    async def wait(_: Authorize) -> None:
+        await go_on.wait()
+
+    gateway.payments.before = wait
+    window = LIMITS.stream_window_items
+    streams = gateway.server._service._streams
+    gc.disable()
+    try:
+        call = open_stream(gateway)
+        await call.write(message(*[item(str(n)) for n in range(window + 1)]))
+        await until(lambda: len(gateway.payments.commands) == window)
+        left = [weakref.ref(each) for each in streams]
+        call.cancel()
+        await until(lambda: not streams)
+        go_on.set()
+        await until(lambda: len(gateway.payments.finished) == window)
+        await until(lambda: [each() for each in left] == [None])
+    finally:
+        gc.enable()
 
 
 async def test_a_revoked_key_ends_its_streams(transport: Transport) -> None:
