@@ -764,6 +764,9 @@ async def test_codes_of_answers(code: str, verdict: Verdict, response_code: Resp
         {"de48": "op_of_another_request-1"},
         {"de39": ""},
         {"code": "10", "de4": ""},
+        # Approved, and nothing of it.
+        {"de4": "0" * 12},
+        {"code": "10", "de4": "0" * 12},
     ],
 )
 async def test_answer_that_settles_nothing_leaves_a_doubt(changes: dict[str, str]) -> None:

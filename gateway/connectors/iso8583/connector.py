@@ -392,6 +392,9 @@ class Iso8583Connector(AccountConnector):
         amount_minor = _amount(specification.read(told, "amount"))
         if code in specification.partially_approved and amount_minor is None:
             raise Unusable  # approved, and nobody knows how much
+        if request.kind is K.AUTHORIZE and verdict is Verdict.APPROVED and amount_minor == 0:
+            # Taken for a partial approval of nothing, it would be declined, and nothing reversed.
+            raise Unusable
         rrn = told.get("37") or sent.fields.get("37", "")
         auth_code = values.text(specification.read(told, "auth_code"))
         original = Original(
