@@ -578,6 +578,24 @@ async def test_objects_of_other_requests_are_no_answers(psp: StripePsp) -> None:
     assert is_doubt(await send(psp.connector, capture))
 
 
+@pytest.mark.parametrize("other", [{"livemode": True}, {"id": "pi_other"}])
+@pytest.mark.parametrize("kind", [K.INCREMENT, K.REVERSAL])
+async def test_nothing_is_done_to_another_object_than_was_asked_about(
+    psp: StripePsp, kind: K, other: dict[str, Any]
+) -> None:
+    request = await prepared(psp, kind)
+    psp.double.intents[request.target_transaction_id] |= other
+    psp.double.requests.clear()
+    answer = await send(psp.connector, request)
+    assert (answer.delivery, answer.reason) == (Delivery.NOT_SENT, Reason.CONNECT_FAILED)
+    for told in (
+        await psp.connector.query(kind, request.reference, request),
+        await psp.connector.cancel(K.AUTHORIZE, request.reference, request),
+    ):
+        assert is_doubt(told)
+    assert {method for method, _, _ in psp.double.requests} == {"GET"}
+
+
 async def test_card_number_in_a_message_is_masked(psp: StripePsp) -> None:
     def leak(told: dict[str, Any]) -> None:
         told["status"] = "requires_payment_method"

@@ -199,9 +199,7 @@ class StripeConnector(HttpConnector):
         by this reference already.
         """
         with asking_first():
-            intent = await self._get(
-                f"/v1/payment_intents/{_id(request)}", answer_before=send_before
-            )
+            intent = await self._intent(_id(request), send_before)
         done = answers.increment(intent, request.reference)
         if done is not None:
             return done
@@ -355,7 +353,7 @@ class StripeConnector(HttpConnector):
         match kind:
             case K.VERIFY:
                 setup_intent = await self._get(f"/v1/setup_intents/{_id(request)}")
-                self._check(setup_intent, "setup_intent")
+                self._check(setup_intent, "setup_intent", _id(request))
                 return answers.verification(setup_intent)
             case K.REFUND:
                 return await self._query_refund(reference, request)
@@ -425,13 +423,13 @@ class StripeConnector(HttpConnector):
 
     async def reference_of(self, connector_transaction_id: str) -> str | None:
         """See gateway.connectors.notifications.ReferenceTeller."""
-        target = f"/v1/payment_intents/{quote(connector_transaction_id, safe='')}"
+        quoted_id = quote(connector_transaction_id, safe="")
         try:
-            response = await self._request("GET", target)
+            response = await self._request("GET", f"/v1/payment_intents/{quoted_id}")
             if response.status == 404:
                 return None
             intent = answers.read(response)
-            self._check(intent, "payment_intent")
+            self._check(intent, "payment_intent", quoted_id)
         except (NotSent, MaybeSent):
             raise LookupUnavailable("Stripe does not tell now") from None
         reference = part(intent, "metadata").get(REFERENCE)
@@ -506,14 +504,13 @@ class StripeConnector(HttpConnector):
         """Nothing of a PaymentIntent stands afterwards. Raises NotSent, MaybeSent, Unusable."""
         intent_id = str(intent.get("id"))
         if intent.get("status") not in ("succeeded", "canceled"):
-            response = await self._cancel_object(f"/v1/payment_intents/{quote(intent_id, safe='')}")
+            quoted_id = quote(intent_id, safe="")
+            response = await self._cancel_object(f"/v1/payment_intents/{quoted_id}")
             if response.status == 200:
                 intent = answers.read(response)
             else:
                 intent = answers.read_error(response).payment_intent
-            self._check(intent, "payment_intent")
-            if intent.get("id") != intent_id:
-                raise Unusable
+            self._check(intent, "payment_intent", quoted_id)
             if intent.get("status") not in ("succeeded", "canceled"):
                 raise Unusable
         if answers.amount_of(intent, "amount_received"):
@@ -533,9 +530,7 @@ class StripeConnector(HttpConnector):
             told = answers.read(response)
         else:
             told = part(answers.read_error(response).told, "setup_intent")
-        self._check(told, "setup_intent")
-        if quote(str(told.get("id")), safe="") != id_:
-            raise Unusable
+        self._check(told, "setup_intent", id_)
         return answers.verification(told)
 
     async def _cancel_object(self, path: str) -> Response:
@@ -577,7 +572,7 @@ class StripeConnector(HttpConnector):
         intent = await self._get(
             f"/v1/payment_intents/{quoted_id}?expand[]=latest_charge", answer_before=answer_before
         )
-        self._check(intent, "payment_intent")
+        self._check(intent, "payment_intent", quoted_id)
         return intent
 
     async def _get(self, target: str, *, answer_before: float | None = None) -> Mapping[str, Any]:
@@ -588,14 +583,17 @@ class StripeConnector(HttpConnector):
         response = await self._request("GET", target, send_before=until, answer_before=until)
         return answers.read(response)
 
-    def _check(self, told: object, object_: str) -> None:
-        """Raises Unusable for another object than was asked for, or one of the other mode."""
+    def _check(self, told: object, object_: str, quoted_id: str = "") -> None:
+        """Raises Unusable for another object than was asked for, of another id where one was named,
+        or of the other mode.
+        """
         live = self._capabilities.mode is Mode.LIVE
         if (
             not isinstance(told, dict)
             or told.get("object") != object_
             # A Refund does not say.
             or (object_ != "refund" and told.get("livemode") is not live)
+            or (quoted_id and quote(str(told.get("id")), safe="") != quoted_id)
         ):
             raise Unusable
 
