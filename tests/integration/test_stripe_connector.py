@@ -9,11 +9,18 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from aiohttp import web
 
+from gateway.application.notifications import LookupUnavailable
 from gateway.application.ports import ConnectorRequest
-from gateway.connectors.http import Response
+from gateway.connectors.http import HttpClient, Response
 from gateway.connectors.stripe import answers
-from gateway.connectors.stripe.connector import API_VERSION, KEY_VALIDITY_S
+from gateway.connectors.stripe.connector import (
+    API_VERSION,
+    KEY_VALIDITY_S,
+    StripeConnector,
+    widest,
+)
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
     AdviceAction,
@@ -21,6 +28,7 @@ from gateway.domain.model import (
     ConnectorAnswer,
     CvvResult,
     Delivery,
+    Mode,
     NextAction,
     OperationKind,
     QrCode,
@@ -39,6 +47,7 @@ from tests.connector_conformance import (
     request_of,
     send,
 )
+from tests.http_server import http_server
 from tests.stripe_double import (
     ACTION_TOKEN,
     AUTHENTICATION_FAILURE,
@@ -617,6 +626,44 @@ async def test_refund_of_a_capture_from_the_dashboard_names_the_payment(psp: Str
     answer = await send(psp.connector, request)
     assert answer.verdict is Verdict.APPROVED
     assert await psp.connector.query(K.REFUND, request.reference, request) == answer
+
+
+# --- whose it is ----------------------------------------------------------------------------------
+
+
+async def test_payments_reference_is_told_by_its_id(psp: StripePsp) -> None:
+    connector = psp.connect(5)
+    for of_ours in (True, False):
+        request = request_of()
+        answer = await send(connector, request)
+        if not of_ours:
+            psp.double.intents[answer.connector_transaction_id]["metadata"] = {}
+        told = await connector.reference_of(answer.connector_transaction_id)
+        assert told == (request.reference if of_ours else None)
+    assert await connector.reference_of("pi_of_nobody") is None
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (404, {}),  # a proxy's
+        (500, {}),
+        (200, {"object": "payment_intent", "id": "pi_1", "livemode": True, "metadata": {}}),
+        (200, {"object": "payment_intent", "id": "pi_2", "livemode": False, "metadata": {}}),
+    ],
+)
+async def test_what_does_not_say_whose_a_payment_is_has_to_be_asked_again(
+    status: int, told: dict[str, Any]
+) -> None:
+    async def answered(_: web.Request) -> web.Response:
+        return web.json_response(told, status=status)
+
+    async with http_server(answered) as url:
+        http = HttpClient(url)
+        connector = StripeConnector(http, SECRET_KEY, widest(Mode.TEST))
+        with pytest.raises(LookupUnavailable):
+            await connector.reference_of("pi_1")
+        await http.close()
 
 
 async def test_captured_payment_cannot_be_voided(psp: StripePsp) -> None:

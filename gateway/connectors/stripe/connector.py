@@ -426,7 +426,7 @@ class StripeConnector(HttpConnector):
         quoted_id = quote(connector_transaction_id, safe="")
         try:
             response = await self._request("GET", f"/v1/payment_intents/{quoted_id}")
-            if response.status == 404:
+            if response.status == 404 and answers.read_error(response).type:
                 return None
             intent = answers.read(response)
             self._check(intent, "payment_intent", quoted_id)
