@@ -3,11 +3,14 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 from gateway.connectors.http import MaybeSent, NotSent, Response
 from gateway.domain.errors import Reason
 from gateway.domain.ids import created_s
 from gateway.domain.model import ConnectorAnswer, Verdict
+
+_UNFINISHED: Final = frozenset({Verdict.PENDING, Verdict.REQUIRES_ACTION})
 
 
 async def send_and_repeat(
@@ -65,11 +68,13 @@ def is_remembered(reference: str, key_validity_s: float) -> bool:
 
 def of_several(told: Sequence[ConnectorAnswer]) -> ConnectorAnswer | None:
     """What one reference caused, of all objects that have it: more than one where its key had been
-    forgotten or was not heeded. What stands counts, and all of it. None for none.
+    forgotten or was not heeded. What stands counts, and all of it; otherwise what may stand yet.
+    None for none.
     """
     standing = [answer for answer in told if answer.verdict is Verdict.APPROVED]
     if len(standing) > 1 and standing[0].outcome is not None:
         standing[0].outcome.amount_reported_minor = sum(
             (answer.outcome and answer.outcome.amount_reported_minor) or 0 for answer in standing
         )
-    return next(iter(standing or told), None)
+    unfinished = [answer for answer in told if answer.verdict in _UNFINISHED]
+    return next(iter(standing or unfinished or told), None)
