@@ -367,7 +367,8 @@ class Applier:
         takings_back = [
             each
             for each in aggregate.operations
-            if each.kind is K.REVERSAL and each.note == notification.reference
+            if (each.kind is K.REVERSAL and each.note == notification.reference)
+            or (each.kind in (K.REVERSAL, K.VOID) and each.reference == notification.reference)
         ]
         is_charge = target.kind is K.AUTHORIZE and target.attempt.number == number
         if not takings_back and is_charge and event in _RETURNED:

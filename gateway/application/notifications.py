@@ -23,7 +23,8 @@ class NotificationKind(IntEnum):
     INCREMENT = 5
     DISPUTE = 6
     REVERSAL = 7
-    """What takes an attempt of ours back: `reference` is that attempt's."""
+    """What takes an attempt of ours back: `reference` is that attempt's, or its own, where it was
+    sent under that."""
 
 
 class DisputeStage(IntEnum):

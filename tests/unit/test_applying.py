@@ -1460,6 +1460,30 @@ async def test_a_void_in_flight_fails_where_its_charge_could_not_be_taken_back()
     assert findings(gateway, payment_id) == []
 
 
+@pytest.mark.parametrize("kind", [K.REVERSAL, K.VOID])
+async def test_what_was_taken_back_under_its_own_reference_and_comes_back_is_shown_to_a_person(
+    kind: K,
+) -> None:
+    """Where no reference can be cancelled, the reversal or void itself is sent, under its own."""
+    asked = replace(CAPABLE, cancel_by_reference=False)
+    if kind is K.VOID:
+        gateway, payment_id = await charge_voided_in_flight(asked)
+    else:
+        gateway = bench(Step(decides=answered(Verdict.APPROVED, 40)), capabilities=asked)
+        payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    await gateway.recover()
+    taking_back = only(gateway, payment_id, kind)
+    assert taking_back.state is S.SUCCEEDED
+    assert gateway.connector.sent[-1].reference == taking_back.reference
+    told = gateway.told(N.REVERSAL, FAILED, reference=taking_back.reference, after_s=60)
+    [applied] = await gateway.tell(told)
+    assert applied == Applied(Result.RECORDED, payment_id, taking_back.operation_id)
+    [discrepancy] = gateway.store.discrepancies
+    assert discrepancy.operation_id == taking_back.operation_id
+    assert (discrepancy.kind, discrepancy.reported) == ("reversal_failed", "FAILED")
+    assert only(gateway, payment_id, kind).state is S.SUCCEEDED
+
+
 async def test_the_refusal_to_give_a_capture_back_says_nothing_of_a_void_of_the_rest() -> None:
     gateway = bench(Step(), Step(decides=PENDING), Step(decides=PENDING), capabilities=TELLING)
     payment_id = await captured(gateway, 40)
