@@ -76,6 +76,7 @@ _DEFINITE: Final = frozenset(
     {Event.APPROVED, Event.DECLINED, Event.FAILED, Event.CANCELED, Event.EXPIRED}
 )
 _RETURNED: Final = frozenset({Event.DECLINED, Event.FAILED, Event.CANCELED})
+_TAKEN_BACK: Final = frozenset({S.CANCELED, S.EXPIRED})
 _DISPUTED: Final = {
     DisputeStatus.OPENED: Verdict.PENDING,
     DisputeStatus.CHALLENGED: Verdict.PENDING,
@@ -382,14 +383,22 @@ class Applier:
                 )
             elif operation.state is not S.SUCCEEDED or event not in _RETURNED:
                 continue
-            elif await self._notifications.is_outdated(received, event):
-                applied = _NO_NEWS
             else:
-                state = operation.state.name
-                await self._report(taking_back, "reversal_failed", state, event.name)
-                applied = Applied(Result.RECORDED)
+                applied = await self._came_back(received, taking_back, event)
             return replace(applied, operation_id=operation.operation_id)
+        # In doubt, or after its customer's time, recovery takes it back without an operation.
+        by_recovery = target.attempt.number == number and target.state in _TAKEN_BACK
+        if by_recovery and not takings_back and event in _RETURNED:
+            return await self._came_back(received, found, event)
         return _NO_NEWS
+
+    async def _came_back(self, received: Received, taken_back: Found, event: Event) -> Applied:
+        """What was taken back is not, after all."""
+        if await self._notifications.is_outdated(received, event):
+            return _NO_NEWS
+        state = taken_back.operation.state.name
+        await self._report(taken_back, "reversal_failed", state, event.name)
+        return Applied(Result.RECORDED)
 
     async def _automatic_capture(self, received: Received, found: Found, number: int) -> Applied:
         """What is told of the capture that came with an authorization, under its reference."""

@@ -1460,6 +1460,29 @@ async def test_a_void_in_flight_fails_where_its_charge_could_not_be_taken_back()
     assert findings(gateway, payment_id) == []
 
 
+@pytest.mark.parametrize("kind", [K.AUTHORIZE, K.CAPTURE])
+async def test_what_recovery_took_back_in_doubt_and_comes_back_is_shown_to_a_person(
+    kind: K,
+) -> None:
+    gateway = bench(*[Step()] * (kind is K.CAPTURE), LOST)
+    if kind is K.CAPTURE:
+        payment_id = await captured(gateway)
+    else:
+        payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    gateway.connector.asks.append(None)  # not found yet, so it is cancelled, and was done
+    await gateway.recover()
+    operation = only(gateway, payment_id, kind)
+    assert operation.state is S.CANCELED
+    told = gateway.told(N.REVERSAL, FAILED, reference=operation.reference, after_s=60)
+    [applied] = await gateway.tell(told)
+    assert applied == Applied(Result.RECORDED, payment_id, operation.operation_id)
+    [discrepancy] = gateway.store.discrepancies
+    assert discrepancy.operation_id == operation.operation_id
+    assert (discrepancy.kind, discrepancy.expected) == ("reversal_failed", "CANCELED")
+    assert only(gateway, payment_id, kind).state is S.CANCELED
+    assert findings(gateway, payment_id) == []
+
+
 @pytest.mark.parametrize("kind", [K.REVERSAL, K.VOID])
 async def test_what_was_taken_back_under_its_own_reference_and_comes_back_is_shown_to_a_person(
     kind: K,
