@@ -271,7 +271,7 @@ class Applier:
         found, number = named
         operation = found.operation
         if _attempt_of(notification.reference) is None:
-            result = await self._from_elsewhere(received, found.payment.payment_id, number, tries)
+            result = await self._from_elsewhere(received, operation, number, tries)
         elif notification.kind is N.REVERSAL:
             result = await self._of_reversal(received, found, number, tries)
         elif operation.kind in _KINDS.get(notification.kind, ()):
@@ -297,7 +297,7 @@ class Applier:
             result = await self._automatic_capture(received, found, number)
         if result is _UNMATCHED and notification.payment_reference == notification.reference:
             # The payment's: what was done elsewhere has none of its own.
-            return await self._from_elsewhere(received, operation.payment_id, number, tries)
+            return await self._from_elsewhere(received, operation, number, tries)
         return result
 
     async def _find(self, received: Received) -> tuple[Found, int] | None:
@@ -527,18 +527,21 @@ class Applier:
     # --- done elsewhere ---
 
     async def _from_elsewhere(
-        self, received: Received, payment_id: str, number: int, tries: int
+        self, received: Received, named: Operation, number: int, tries: int
     ) -> Applied:
-        """What is told of a payment of ours, without a reference of ours of its own; `number` is
-        that of the authorization's attempt.
+        """What is told of a payment of ours, without a reference of ours of its own, by that of an
+        attempt of its authorization, or of what followed, which was done to the present one.
         """
         notification = received.notification
-        aggregate = await self._store.load(received.merchant_id, payment_id)
+        aggregate = await self._store.load(received.merchant_id, named.payment_id)
         if aggregate is None:
             raise StoreUnavailable("the payment's row is missing")
+        authorization = _authorization(aggregate)
+        if named.operation_id != authorization.operation_id:
+            number = authorization.attempt.number
         if notification.kind is N.VOID:
             return await self._voided(received, aggregate, number, tries)
-        if _authorization(aggregate).state in states.UNFINISHED:
+        if authorization.state in states.UNFINISHED:
             raise _NotYet("its payment is not authorized yet")
         if notification.kind is N.DISPUTE:
             return await self._disputed(received, aggregate)

@@ -1994,6 +1994,32 @@ async def test_what_was_done_elsewhere_to_an_earlier_attempt_leaves_the_amounts_
     assert payment_of(gateway, payment_id).refunded_minor == before.captured_minor
 
 
+@pytest.mark.parametrize("unsent", [K.AUTHORIZE, K.CAPTURE])
+async def test_a_refund_elsewhere_of_a_capture_is_the_payments_whichever_attempt_captured(
+    unsent: K,
+) -> None:
+    """Some PSPs tell the capture's reference of it."""
+    gateway = bench(*([UNSENT, Step()] if unsent is K.AUTHORIZE else [Step(), UNSENT]))
+    for _ in range(1 + (unsent is K.AUTHORIZE)):
+        payment_id = (await gateway.payments.authorize(gateway.authorize())).payment_id
+    for _ in range(1 + (unsent is K.CAPTURE)):
+        await gateway.payments.capture(gateway.capture(payment_id))
+    capture = only(gateway, payment_id, K.CAPTURE)
+    assert capture.attempt.number != only(gateway, payment_id, K.AUTHORIZE).attempt.number
+    told = gateway.told(
+        N.REFUND,
+        APPROVED,
+        payment_reference=capture.reference,
+        transaction_id="re_1",
+        amount_minor=30,
+    )
+    [applied] = await gateway.tell(told)
+    assert applied is not None
+    assert applied.result is Result.RECORDED
+    assert only(gateway, payment_id, K.REFUND).origin is OperationOrigin.PSP
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 30
+
+
 @pytest.mark.parametrize("kind", [N.AUTHORIZATION, N.INCREMENT, N.REVERSAL])
 async def test_what_is_told_of_a_payment_and_is_no_refund_or_capture_is_unmatched(kind: N) -> None:
     gateway = bench()
