@@ -73,7 +73,7 @@ def https_url(value: object) -> str:
     """An address to send a customer to; empty for any other."""
     if not isinstance(value, str) or len(value) > URL_LENGTH_MAX:
         return ""
-    return value if value.startswith("https://") else ""
+    return value if value.startswith("https://") and value.isprintable() else ""
 
 
 def instant(value: object) -> datetime | None:

@@ -31,6 +31,14 @@ def test_a_text_is_cut_to_its_length_and_what_is_none_is_empty() -> None:
     assert values.text(None) == values.text(5) == ""
 
 
+def test_an_address_to_send_a_customer_to_is_one_printable_line() -> None:
+    assert values.https_url("https://bank.example/a?b=c") == "https://bank.example/a?b=c"
+    for other in ("http://bank.example", "https://bank.example/\r\nSet-Cookie: a", "https://\x00"):
+        assert values.https_url(other) == ""
+    assert values.https_url("https://" + "x" * values.URL_LENGTH_MAX) == ""
+    assert values.https_url(None) == ""
+
+
 def test_a_time_is_one_that_can_be_stored_or_none() -> None:
     assert values.instant_of_text("2026-11-21T01:00:00+01:00") == datetime(2026, 11, 21, tzinfo=UTC)
     for text in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-12:00", "2026-11-21T01:00:00"):
