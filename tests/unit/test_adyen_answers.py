@@ -93,6 +93,38 @@ def test_a_part_that_nobody_can_read_settles_nothing(value: object) -> None:
         answers.payment(paid("PartiallyAuthorised", additionalData=more), REFERENCE, can_act=False)
 
 
+def test_a_part_that_was_authorized_is_called_so() -> None:
+    more = {"authorisedAmountValue": "400", "authorisedAmountCurrency": "EUR"}
+    told = paid("PartiallyAuthorised", additionalData=more)
+    answer = answers.payment(told, REFERENCE, can_act=False)
+    assert (answer.verdict, answer.currency) == (Verdict.APPROVED, "EUR")
+    assert answer.outcome is not None
+    assert answer.outcome.amount_reported_minor == 400
+    assert answer.outcome.response_code is ResponseCode.PARTIALLY_APPROVED
+    assert answer.outcome.connector_code == "PartiallyAuthorised"
+
+
+@pytest.mark.parametrize(
+    ("code", "raw", "unified"),
+    [
+        ("2", "51 : Insufficient funds", ResponseCode.INSUFFICIENT_FUNDS),
+        ("99", "51 : Insufficient funds", ResponseCode.INSUFFICIENT_FUNDS),  # a new code of Adyen's
+        ("99", "Z9 : New", ResponseCode.DECLINED_OTHER),
+        ("6", "51 : Insufficient funds", ResponseCode.EXPIRED_CARD),
+        ("2", "00 : Approved", ResponseCode.DO_NOT_HONOR),  # no approval, whatever is said
+    ],
+)
+def test_the_networks_code_leads_where_adyens_says_less(
+    code: str, raw: str, unified: ResponseCode
+) -> None:
+    more = {"refusalReasonRaw": raw}
+    told = paid("Refused", refusalReasonCode=code, refusalReason="no", additionalData=more)
+    answer = answers.payment(told, REFERENCE, can_act=False)
+    assert answer.outcome is not None
+    assert answer.outcome.response_code is unified
+    assert (answer.outcome.connector_code, answer.outcome.connector_message) == (code, "no")
+
+
 @pytest.mark.parametrize("result", ["Success", "", "AuthenticationFinished", "authorised"])
 def test_a_result_that_is_not_known_settles_nothing(result: str) -> None:
     with pytest.raises(Unusable):

@@ -118,11 +118,12 @@ def _approved(told: Mapping[str, Any], reference: str) -> ConnectorAnswer:
     if told.get("merchantReference") != reference:
         raise Unusable
     answer = _answered(told, Verdict.APPROVED)
-    more = part(told, "additionalData")
+    more, response_code = part(told, "additionalData"), ResponseCode.APPROVED
     if told.get("resultCode") == "PartiallyAuthorised":
         told = {**told, "amount": _authorised_amount(more)}
+        response_code = ResponseCode.PARTIALLY_APPROVED
     answer.currency, amount_minor = currency_and_amount(told)
-    outcome = _outcome(told, ResponseCode.APPROVED)
+    outcome = _outcome(told, response_code)
     outcome.connector_code = values.text(told.get("resultCode"))
     outcome.auth_code = values.text(more.get("authCode"))
     outcome.network_transaction_id = values.text(more.get("networkTxReference"))
