@@ -12,7 +12,6 @@ from typing import Any
 
 import aiohttp
 import asyncpg
-from asyncpg.connect_utils import SessionAttribute
 
 from gateway.connectors.configured import (
     ConnectorsMisconfigured,
@@ -28,6 +27,7 @@ from gateway.settings import Settings, algorithms_of, split_address
 from storage.postgres import (
     SchemaError,
     check_schema,
+    connect_once,
     durability_problems,
     row_security,
     unrecorded_tables,
@@ -121,12 +121,7 @@ async def _postgres(dsn: str, settings: Settings) -> AsyncIterator[Finding]:
         )
         return
     try:
-        connection = await asyncpg.connect(
-            dsn,
-            timeout=CHECK_TIMEOUT_S,
-            command_timeout=CHECK_TIMEOUT_S,
-            target_session_attrs=SessionAttribute.read_write,
-        )
+        connection = await connect_once(dsn, CHECK_TIMEOUT_S, command_timeout=CHECK_TIMEOUT_S)
         try:
             async for finding in _database(connection, dsn, settings):
                 yield finding

@@ -11,7 +11,7 @@ from storage.postgres.events import OutboxEvents
 from storage.postgres.lanes import LaneLimits
 from storage.postgres.migrate import check_schema, required_version
 from storage.postgres.notifications import Notifications
-from storage.postgres.pool import durability, durability_problems, system_generation
+from storage.postgres.pool import connect_once, durability, durability_problems, system_generation
 from storage.postgres.routing import RoutingRules
 from storage.postgres.routing_controls import RoutingControls
 from storage.postgres.store import PostgresStore, open_reader
@@ -33,6 +33,7 @@ __all__ = [
     "RowRefused",
     "SchemaError",
     "check_schema",
+    "connect_once",
     "durability",
     "durability_problems",
     "open_reader",

@@ -17,11 +17,8 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Literal
 
-import asyncpg
-from asyncpg.connect_utils import SessionAttribute
-
 from storage.postgres.errors import SchemaError
-from storage.postgres.pool import Connection
+from storage.postgres.pool import Connection, connect_once
 
 Phase = Literal["pre", "post"]
 
@@ -123,10 +120,9 @@ async def migrate(
         for each in (_ours() if migrations is None else migrations)
         if phase in ("all", each.phase)
     ]
-    connection: Connection = await asyncpg.connect(
+    connection = await connect_once(
         dsn,
-        timeout=CONNECT_TIMEOUT_S,
-        target_session_attrs=SessionAttribute.read_write,
+        CONNECT_TIMEOUT_S,
         server_settings={
             "application_name": "gateway-migrate",
             "lock_timeout": str(int(TABLE_LOCK_WAIT_S_MAX * 1000)),

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
@@ -98,26 +98,49 @@ async def connect(settings: ConnectionSettings, name: str) -> Connection:
 
     Raises ConnectionUnavailable.
     """
-    hosts = _each_host(settings.dsn)
+    return await _first(settings.dsn, lambda dsn: _connect_to(dsn, settings, name))
+
+
+async def connect_once(dsn: str, timeout_s: float, **options: Any) -> Connection:
+    """A connection to the primary for what people run, of several hosts as `connect`.
+
+    `options` are asyncpg's. Raises asyncpg's and OSError's errors.
+    """
+
+    async def attempt(host: str) -> Connection:
+        connection: Connection = await asyncpg.connect(
+            host,
+            timeout=timeout_s,
+            target_session_attrs=SessionAttribute.read_write,
+            **options,
+        )
+        return connection
+
+    return await _first(dsn, attempt)
+
+
+async def _first(dsn: str, attempt: Callable[[str], Awaitable[Connection]]) -> Connection:
+    """The first connection that an attempt at a host makes. Raises the first one's error."""
+    hosts = _each_host(dsn)
     if len(hosts) == 1:
-        return await _connect_to(settings.dsn, settings, name)
+        return await attempt(dsn)
     failures: list[Exception] = []
-    waiting = {asyncio.ensure_future(_connect_to(dsn, settings, name)) for dsn in hosts}
+    waiting = {asyncio.ensure_future(attempt(host)) for host in hosts}
     try:
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for number, attempt in enumerate(done, 1):
+            for number, attempted in enumerate(done, 1):
                 try:
-                    connection = attempt.result()
-                except ConnectionUnavailable as error:
+                    connection = attempted.result()
+                except (ConnectionUnavailable, *_CONNECT_ERRORS) as error:
                     failures.append(error)
                 else:
                     waiting.update(list(done)[number:])
                     return connection
         raise failures[0]
     finally:
-        for attempt in waiting:
-            attempt.cancel()
+        for attempted in waiting:
+            attempted.cancel()
         for unused in await asyncio.gather(*waiting, return_exceptions=True):
             if not isinstance(unused, BaseException):
                 unused.terminate()

@@ -10,11 +10,9 @@ of their batch. Recovery looks after all merchants, so its role sees all.
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
-import asyncpg
-
 from storage.postgres.lanes import LaneRow
 from storage.postgres.migrate import CONNECT_TIMEOUT_S, TABLE_LOCK_WAIT_S_MAX, check_schema
-from storage.postgres.pool import Connection
+from storage.postgres.pool import Connection, connect_once
 from storage.postgres.queries import query, run
 
 READER: Final = "gateway_reader"
@@ -36,15 +34,14 @@ Write = Callable[[Connection, Sequence[LaneRow[Value]]], Awaitable[Sequence[Resu
 
 
 async def _connect(dsn: str) -> Connection:
-    connection: Connection = await asyncpg.connect(
+    return await connect_once(
         dsn,
-        timeout=CONNECT_TIMEOUT_S,
+        CONNECT_TIMEOUT_S,
         server_settings={
             "application_name": "gateway-row-security",
             "lock_timeout": str(int(TABLE_LOCK_WAIT_S_MAX * 1000)),
         },
     )
-    return connection
 
 
 async def enable(dsn: str, login: str | None = None, *, new_tables_only: bool = False) -> None:

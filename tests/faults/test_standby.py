@@ -11,7 +11,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from payments.v1 import payment_pb2
 
+from gateway.doctor import examine
+from gateway.local import LocalState
+from gateway.settings import load_settings
+from storage.postgres import row_security
 from storage.postgres.errors import ConnectionUnavailable
+from storage.postgres.migrate import migrate
 from storage.postgres.pool import ConnectionSettings, connect, system_generation
 from tests.faults.checker import Client, check, settled
 from tests.faults.transports import alternating, start_on_both
@@ -174,6 +179,35 @@ async def test_a_host_that_does_not_answer_does_not_delay_the_others(
             # One after the other, they would have to share the time.
             connection = await connect(ConnectionSettings(dsn, connect_timeout_s=LONG_S), "test")
             connection.terminate()
+
+
+async def test_what_people_run_and_a_start_behind_row_security_ask_all_hosts_at_once_too(
+    postgres: PostgresForTests,
+) -> None:
+    server = f"@127.0.0.1:{postgres.server.port}"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        both = f"@127.0.0.1:{silent.getsockname()[1]},{server[1:]}"
+        dsn = postgres.create_database().replace(server, both)
+        await migrate(dsn)
+        await row_security.enable(dsn)
+        assert await row_security.problems(dsn) == []
+        findings = await examine(load_settings(postgres_dsn=dsn), LocalState())
+    about_it = [each for each in findings if each.text.startswith("PostgreSQL")]
+    assert about_it
+    assert all(each.good for each in about_it), about_it
+
+
+async def test_row_security_is_enabled_at_the_primary_whichever_host_is_named_first(
+    pair: ReplicatedPostgres,
+) -> None:
+    await migrate(pair.dsn_of("gateway"))
+    pair.server.kill()
+    pair.promote()
+    pair.build_standby()
+    dsn = pair.dsn_of("gateway")
+    assert dsn.index(f":{pair.standby.port}") < dsn.index(f":{pair.server.port}")
+    await row_security.enable(dsn)
+    assert await row_security.problems(dsn) == []
 
 
 async def test_a_primary_whose_standby_is_away_is_not_served_from(
