@@ -841,7 +841,10 @@ def _raise_open_files_limit() -> None:
 
 
 def run_local(settings: Settings) -> None:
-    """`gateway run`: embedded servers where the settings name none, and a demo merchant."""
+    """`gateway run`: embedded servers where the settings name none, and a demo merchant.
+
+    Raises StartError, and LocalStateUnusable where the folder cannot be written to.
+    """
     share_one_heap()
     start_logging(settings)
     folder = Path(settings.embedded_dir)

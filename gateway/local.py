@@ -32,7 +32,7 @@ class LocalState:
 
 
 class LocalStateUnusable(Exception):
-    """The state of a set-up cannot be read; the text says what to do."""
+    """The state of a set-up cannot be read or written; the text says what to do."""
 
 
 def read_state(folder: Path) -> LocalState:
@@ -56,13 +56,16 @@ def read_state(folder: Path) -> LocalState:
 
 
 def write_state(folder: Path, state: LocalState) -> None:
-    """Replace the state, whole or not at all."""
+    """Replace the state, whole or not at all. Raises LocalStateUnusable."""
     path = folder / STATE_FILE
     temporary = path.with_suffix(".new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(asdict(state), file, indent=1)
-    temporary.replace(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(asdict(state), file, indent=1)
+        temporary.replace(path)
+    except OSError as error:
+        raise LocalStateUnusable(f"{path} cannot be written: {error.strerror}.") from error
 
 
 class LocalServers:
@@ -75,7 +78,6 @@ class LocalServers:
     def __init__(
         self, folder: Path, *, postgres: bool, redis: bool, simulator_profile: str
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._postgres = EmbeddedPostgres(folder / "postgres") if postgres else None
         self._redis = EmbeddedRedis(folder / "redis") if redis else None
@@ -87,6 +89,13 @@ class LocalServers:
         """Start what is wanted. Raises LocalStateUnusable, EmbeddedServerError and
         SimulatorFailed.
         """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LocalStateUnusable(
+                f"{self._folder} cannot be made: {error.strerror}. GATEWAY_EMBEDDED_DIR names"
+                " another directory."
+            ) from error
         state = read_state(self._folder)
         if self._postgres is not None:
             self._postgres.start()

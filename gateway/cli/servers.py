@@ -66,10 +66,11 @@ def run(workers: int | None) -> None:
     instead of embedded ones. Prints a demo merchant's key and a command to paste.
     """
     from gateway.composition import StartError, run_local
+    from gateway.local import LocalStateUnusable
 
     try:
         run_local(read_settings(workers=workers))
-    except StartError as error:
+    except (StartError, LocalStateUnusable) as error:
         fail(str(error))
 
 

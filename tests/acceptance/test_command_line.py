@@ -130,6 +130,24 @@ def test_a_state_of_the_local_set_up_that_is_none_is_named(
         assert "local.json is no JSON object of texts" in line
 
 
+def test_run_where_its_directory_cannot_be_made_or_written_to_says_so(
+    command_line: CommandLine, tmp_path: Path, redis: EmbeddedRedis
+) -> None:
+    (tmp_path / "file").touch()
+    below = str(tmp_path / "file" / "embedded")
+    line = command_line.refused("run", embedded_dir=below)
+    assert line.startswith(f"Error: {below} cannot be made")
+    assert "GATEWAY_EMBEDDED_DIR" in line
+    (tmp_path / "folder" / "local.new").mkdir(parents=True)
+    line = command_line.refused(
+        "run",
+        embedded_dir=str(tmp_path / "folder"),
+        redis_url=redis.url,
+        simulator_url="http://127.0.0.1",
+    )
+    assert "local.json cannot be written" in line
+
+
 def test_a_database_that_is_away_ends_in_one_clear_line_without_its_password(
     alone: CommandLine,
 ) -> None:
