@@ -909,10 +909,14 @@ async def _prepare_local(settings: Settings, state: LocalState) -> LocalState:
     await migrate(dsn)
     async with Accounts.connect(dsn) as accounts:
         presented = parse_key(state.api_key)
-        if presented is not None and await accounts.load_key(presented.key_id) is not None:
+        known = None if presented is None else await accounts.load_key(presented.key_id)
+        if known is not None and known.revoked_at is None:
             return state
-        organisation_id = await accounts.create_organisation("Demo")
-        merchant_id = await accounts.create_merchant(organisation_id, "Demo shop")
+        if known is not None and state.merchant_id in known.merchants:
+            organisation_id, merchant_id = known.organisation_id, state.merchant_id
+        else:
+            organisation_id = await accounts.create_organisation("Demo")
+            merchant_id = await accounts.create_merchant(organisation_id, "Demo shop")
         key = await accounts.create_key(
             organisation_id,
             scopes=_DEMO_SCOPES,

@@ -536,13 +536,25 @@ async def test_run_brings_everything_keeps_its_data_and_ends_what_it_started(
     await eventually(lambda: not _listens(port), "PostgreSQL has ended")
 
 
+async def test_run_gives_its_merchant_another_key_where_the_one_before_was_revoked(
+    command_line: CommandLine, redis: EmbeddedRedis
+) -> None:
+    command_line.settings["redis_url"] = redis.url
+    first = await _run_and_demo(command_line)
+    merchants = command_line.printed("merchants", "list")
+    command_line.printed("keys", "revoke", f"key_{first.split('_')[2]}")
+    assert await _run_and_demo(command_line) != first
+    assert command_line.printed("merchants", "list") == merchants
+
+
 async def _run_and_demo(alone: CommandLine) -> str:
     """`run` in the directory until the demo has ended; the demo merchant's key."""
+    addresses = {"listen_address": "127.0.0.1:0", "metrics_address": f"127.0.0.1:{free_port()}"}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", "run"),
         cwd=alone.directory,
         # The demo finds the port that was free.
-        env=_environment(listen_address="127.0.0.1:0", metrics_address=f"127.0.0.1:{free_port()}"),
+        env=_environment(**alone.settings | addresses),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
