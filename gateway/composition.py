@@ -94,6 +94,9 @@ EVENT_CONSUMERS_SHOWN_MAX: Final = 100
 """So many consumers have metrics, those that have not acknowledged for longest."""
 COUNT_INTERVALS: Final = 5
 """What waits in the database is counted so many times as seldom as readiness looks at it."""
+CLOSE_S_MAX: Final = 4.0
+"""How long the end of the gateway waits, after its graces, for what PostgreSQL has yet to take: a
+part of `gateway.workers.STOP_MARGIN_S`. Outcomes alone would be tried for longer."""
 LEARNING_INTERVALS: Final = 5
 """Counts of success are exchanged so many times as seldom as breakers' states."""
 ROUTING_REDIS_TIMEOUT_MS: Final = 1000.0
@@ -499,8 +502,15 @@ class Gateway:
             tracer=tracing,
             on_generation=self._set_generation,
         )
-        async with store:
+        await store.open()
+        try:
             yield store
+        finally:
+            try:
+                async with asyncio.timeout(CLOSE_S_MAX):
+                    await store.close()
+            except TimeoutError:
+                _log.warning("what PostgreSQL has not taken by now is left to recovery")
 
     def _set_generation(self, generation: str) -> None:
         self.claims.set_generation(f"{generation}-{FINGERPRINT_VERSION}")

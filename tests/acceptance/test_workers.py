@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
@@ -16,6 +16,7 @@ from storage.embedded import free_port
 from storage.postgres.store import EVENTS
 from tests.faults.checker import Client, check, settled
 from tests.harness import authorize_request, calling, eventually, running_system
+from tests.servers import postgres_server
 from tests.workers import (
     OK_CALLS,
     SUCCEEDED,
@@ -201,6 +202,30 @@ async def test_every_call_that_a_shutdown_lets_begin_is_answered(
         [row] = system.fetch("SELECT count(*) AS operations FROM operations")
         assert row["operations"] == len(client.told)
         check(system, client)
+
+
+async def test_a_shutdown_does_not_wait_for_a_database_that_is_away_beyond_its_graces(
+    redis: EmbeddedRedis,
+) -> None:
+    """The supervisor ends a worker that does, and tells it by its status."""
+    long: dict[str, Any] = {"outcome_retry_s_max": 600, "simulator_answer_timeout_s": 60}
+    with postgres_server() as own, running_system(own, redis, **long) as system:
+        gateway = system.start_gateway(workers=2, drain_grace_s=0.5)
+        async with calling(gateway, system.shop.api_key) as caller:
+            await caller.authorize()
+            await system.control.hold("before_answer")
+            call = asyncio.ensure_future(caller.authorize())
+            await system.control.await_held()
+            own.server.kill()
+            await system.control.release()
+            try:
+                tried = "no connection to PostgreSQL for changes"
+                await eventually(lambda: tried in gateway.log, "the outcome is tried")
+                assert await asyncio.to_thread(gateway.stop) == 0, gateway.log
+                await asyncio.wait([call])
+                assert call.exception() is not None
+            finally:
+                own.server.start()
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
