@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -128,6 +129,31 @@ def test_a_state_of_the_local_set_up_that_is_none_is_named(
     for command in (("organisations", "list"), ("demo",), ("run",)):
         line = CommandLine(nursery, tmp_path).refused(*command)
         assert "local.json is no JSON object of texts" in line
+
+
+def test_sigterm_ends_the_first_process_of_a_container_before_it_serves_too(tmp_path: Path) -> None:
+    program = """
+import os, runpy, signal, sys
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the kernel has it for process 1
+own = os.getpid()
+os.getpid = lambda: 1
+
+
+class WhileItStarts:
+    def find_spec(self, name, *_):
+        if name == "gateway.cli":
+            os.kill(own, signal.SIGTERM)
+
+
+sys.meta_path.insert(0, WhileItStarts())
+sys.argv = ["gateway", "states"]
+runpy.run_module("gateway", run_name="__main__")
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert (ran.returncode, ran.stdout) == (128 + signal.SIGTERM, b""), ran.stderr
 
 
 def test_run_where_its_directory_cannot_be_made_or_written_to_says_so(
