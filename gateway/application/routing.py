@@ -372,15 +372,25 @@ class Routing:
             refusals.append(self._unavailable(candidate, method, reason or Exclusion.PROBES_TAKEN))
         return min(refusals, key=_retry_order)
 
+    def give_back(self, plan: Plan, seconds: float) -> None:
+        """The account that was taken last, less than so long ago, is not asked after all."""
+        if self._availability is not None and plan.taken is not None:
+            method = "" if plan.segment is None else plan.segment.method
+            self._availability.give_back(plan.taken, method, seconds)
+
     def check_follow_up(self, operation: Operation) -> None:
         """Raises GatewayError where a payment's account must not be asked now."""
         if self._availability is None:
             return
-        attempt = operation.attempt
-        candidate = Candidate(attempt.connector, attempt.connector_account_id)
+        candidate = _account_of(operation)
         refused = self._availability.admit(candidate, "")
         if refused is not None:
             raise self._unavailable(candidate, "", refused)
+
+    def give_back_follow_up(self, operation: Operation, seconds: float) -> None:
+        """The operation that was checked less than so long ago is not sent after all."""
+        if self._availability is not None:
+            self._availability.give_back(_account_of(operation), "", seconds)
 
     def _refusal(
         self,
@@ -428,12 +438,16 @@ class Routing:
             segment = Segment(operation.merchant_id, mode, "", currency=operation.currency)
         candidate = None if plan is None else plan.taken
         if candidate is None:
-            attempt = operation.attempt
-            candidate = Candidate(attempt.connector, attempt.connector_account_id)
+            candidate = _account_of(operation)
         if self._observer is not None:
             self._observer.observed(segment, candidate, operation.kind, answer, s)
         if self._learner is not None and by_rules:
             self._learner.observed(segment, candidate, operation.kind, answer, s)
+
+
+def _account_of(operation: Operation) -> Candidate:
+    attempt = operation.attempt
+    return Candidate(attempt.connector, attempt.connector_account_id)
 
 
 def _retry_order(refusal: GatewayError) -> float:

@@ -494,7 +494,13 @@ class Payments:
             details=command.details,
             route=plan.note,
         )
-        if await self._write_intent(begun, connector, None) is _WRITTEN:
+        written = False
+        try:
+            written = await self._write_intent(begun, connector, None) is _WRITTEN
+        finally:
+            if not written:
+                self._routing.give_back(plan, time.monotonic() - started)
+        if written:
             return await self._perform(command, begun, connector, None, started, plan)
         return await self._duplicate(command)
 
@@ -511,39 +517,55 @@ class Payments:
             command.request_id,
             command.merchant_transaction_id,
         )
-        admitted = False
-        for tries in range(self._limits.contention_tries_max):
-            aggregate = await self.get_payment(command.merchant_id, command.mode, payment_id)
-            connector = self._connector(aggregate.payment)
-            begun = _begin(command, aggregate, origin)
-            suitability.check_follow_up(begun.operation, connector)
-            started = time.monotonic()
-            if not begun.cancel_request:
-                self._check_deadline(command, started)
-                if not admitted:  # once: it may take a probe's place
-                    self._routing.check_follow_up(begun.operation)
-                    admitted = True
-            if again is not None:
-                begun = decisions.begin_again(again, begun, command.request_id)
-                stored = await self._write_again(again, begun, connector)
-            elif len(aggregate.operations) >= self._limits.operations_per_payment_max:
-                raise refuse(Reason.TOO_MANY_OPERATIONS, "The payment has too many operations.")
+        admitted: Operation | None = None
+        admitted_at = 0.0
+        is_written = is_sent = False
+        try:
+            for tries in range(self._limits.contention_tries_max):
+                aggregate = await self.get_payment(command.merchant_id, command.mode, payment_id)
+                connector = self._connector(aggregate.payment)
+                begun = _begin(command, aggregate, origin)
+                suitability.check_follow_up(begun.operation, connector)
+                started = time.monotonic()
+                if not begun.cancel_request:
+                    self._check_deadline(command, started)
+                    if admitted is None:  # once: it may take a probe's place
+                        self._routing.check_follow_up(begun.operation)
+                        admitted, admitted_at = begun.operation, started
+                if again is not None:
+                    begun = decisions.begin_again(again, begun, command.request_id)
+                stored = await self._write_follow_up(aggregate, begun, connector, again)
+                if stored is _WRITTEN:
+                    is_written, is_sent = True, not begun.cancel_request
+                    break
+                if stored is Stored.DUPLICATE_KEY:
+                    break
+                if again is not None:
+                    found = await self._find_by_key(command)
+                    if found is None or found.operation.epoch != again.epoch:
+                        break
+                await asyncio.sleep(random.uniform(0, _CONTENTION_PAUSE_S * min(tries + 1, 20)))
             else:
-                stored = await self._write_intent(begun, connector, aggregate.payment.version)
-            if stored is Stored.WRITTEN:
-                return await self._perform(command, begun, connector, aggregate, started)
-            if stored is Stored.DUPLICATE_KEY:
-                return await self._duplicate(command)
-            if again is not None:
-                found = await self._find_by_key(command)
-                if found is None or found.operation.epoch != again.epoch:
-                    return await self._duplicate(command)
-            await asyncio.sleep(random.uniform(0, _CONTENTION_PAUSE_S * min(tries + 1, 20)))
-        raise GatewayError(
-            Reason.CONTENTION,
-            "Too many calls change this payment at once.",
-            retry_after_s=0.1,
-        )
+                raise GatewayError(
+                    Reason.CONTENTION,
+                    "Too many calls change this payment at once.",
+                    retry_after_s=0.1,
+                )
+        finally:
+            if admitted is not None and not is_sent:
+                self._routing.give_back_follow_up(admitted, time.monotonic() - admitted_at)
+        if is_written:
+            return await self._perform(command, begun, connector, aggregate, started)
+        return await self._duplicate(command)
+
+    async def _write_follow_up(
+        self, aggregate: Aggregate, begun: Begun, connector: Connector, again: Operation | None
+    ) -> Stored:
+        if again is not None:
+            return await self._write_again(again, begun, connector)
+        if len(aggregate.operations) >= self._limits.operations_per_payment_max:
+            raise refuse(Reason.TOO_MANY_OPERATIONS, "The payment has too many operations.")
+        return await self._write_intent(begun, connector, aggregate.payment.version)
 
     async def _duplicate(self, command: Command) -> Answer:
         """Another call has this key: answer from its operation."""
@@ -570,7 +592,13 @@ class Payments:
                 connector_account_id=candidate.connector_account_id,
                 route=plan.note,
             )
-            if await self._write_again(found.operation, begun, connector) is Stored.WRITTEN:
+            written = False
+            try:
+                written = await self._write_again(found.operation, begun, connector) is _WRITTEN
+            finally:
+                if not written:
+                    self._routing.give_back(plan, time.monotonic() - started)
+            if written:
                 return await self._perform(command, begun, connector, None, started, plan)
             return await self._duplicate(command)
         except StoreUnavailable as error:
@@ -783,13 +811,17 @@ class Payments:
             connector_account_id=candidate.connector_account_id,
         )
         started = time.monotonic()
+        written = False
         try:
-            stored = await self._write_again(begun.operation, again, connector)
+            written = await self._write_again(begun.operation, again, connector) is _WRITTEN
         except StoreUnavailable:
             self._observer.outcome_lost(begun.operation)
             raise
+        finally:
+            if not written:
+                self._routing.give_back(plan, time.monotonic() - started)
         # Otherwise somebody changed the payment, as by a void: the answer stands.
-        return (again, connector, started) if stored is Stored.WRITTEN else None
+        return (again, connector, started) if written else None
 
     async def _may_reattempt(self, command: Command, plan: Plan) -> bool:
         """Whether the networks' limits let the card be tried again; no where nobody knows."""

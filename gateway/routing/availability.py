@@ -87,6 +87,11 @@ class AccountAvailability:
             return suspended
         return None if self._breakers is None else self._breakers.admit(candidate, method)
 
+    def give_back(self, candidate: Candidate, method: str, seconds: float) -> None:
+        """See the port."""
+        if self._breakers is not None:
+            self._breakers.give_back(candidate, method, seconds)
+
     def pause_s(self, candidate: Candidate, method: str) -> float | None:
         """See the port. Of windows and the breaker the last end counts; a kill switch has none."""
         now = self._clock()

@@ -314,6 +314,16 @@ class Breakers:
             breaker.wanted = True
         return refusal
 
+    def give_back(self, candidate: Candidate, method: str, seconds: float) -> None:
+        """See the port."""
+        if not self._open:
+            return
+        key = BreakerKey(candidate.connector, candidate.connector_account_id, method)
+        breaker = self._breakers.get(key)
+        # A place from before the pause went with the opening.
+        if breaker is not None and breaker.probes and self._clock() - seconds >= breaker.open_until:
+            breaker.probes.pop()
+
     def pause_s(self, candidate: Candidate, method: str) -> float | None:
         """See the port: until the next probe may be sent."""
         key = BreakerKey(candidate.connector, candidate.connector_account_id, method)

@@ -126,8 +126,11 @@ class Availability(Protocol):
     def admit(self, candidate: Candidate, method: str) -> Exclusion | None:
         """As `refusal`, for the candidate that is chosen, just before its intent: None takes a
         place among the probes of a half-open breaker, which the call's `Observer.observed` gives
-        back; one that nobody observes comes free by itself after a while.
+        back, or `give_back`; otherwise it comes free by itself after a while.
         """
+
+    def give_back(self, candidate: Candidate, method: str, seconds: float) -> None:
+        """The call that was admitted less than so long ago is not sent after all."""
 
     def pause_s(self, candidate: Candidate, method: str) -> float | None:
         """For how long the candidate surely stays out of use, in seconds; None where nobody knows

@@ -128,6 +128,26 @@ def test_a_part_of_the_window_leaves_it_at_a_time() -> None:
     assert world.refusal() is Exclusion.BREAKER_OPEN
 
 
+def test_a_place_that_is_given_back_is_free_at_once_unless_an_opening_took_it() -> None:
+    world = _World(BreakerLimits(probes_max=2))
+    world.breakers.give_back(PSP, "card", 0.1)
+    world.call(TIMED_OUT, LIMITS.calls_min)
+    world.pass_pause()
+    world.now += 1.0
+    assert world.breakers.admit(PSP, "card") is None
+    assert world.breakers.admit(PSP, "card") is None
+    assert world.refusal() is Exclusion.PROBES_TAKEN
+    world.now += 0.5
+    world.breakers.give_back(PSP, "card", 0.5)
+    assert world.refusal() is None
+    world.call(TIMED_OUT, seconds=0.1)  # the other probe
+    world.pass_pause()
+    assert world.breakers.admit(PSP, "card") is None
+    assert world.breakers.admit(PSP, "card") is None
+    world.breakers.give_back(PSP, "card", 60.0)  # from before
+    assert world.refusal() is Exclusion.PROBES_TAKEN
+
+
 def test_methods_and_accounts_have_breakers_of_their_own() -> None:
     world = _World()
     world.call(TIMED_OUT, LIMITS.calls_min)

@@ -119,6 +119,7 @@ class Closed:
         self.refused: dict[str, Exclusion] = {}
         self.pauses_s: dict[str, float] = {}
         self.not_admitted: set[str] = set()
+        self.given_back: list[str] = []
 
     def refusal(self, candidate: Candidate, method: str) -> Exclusion | None:
         return self.refused.get(candidate.connector_account_id)
@@ -127,6 +128,10 @@ class Closed:
         if candidate.connector_account_id in self.not_admitted:
             return Exclusion.PROBES_TAKEN
         return self.refusal(candidate, method)
+
+    def give_back(self, candidate: Candidate, method: str, seconds: float) -> None:
+        assert seconds >= 0
+        self.given_back.append(candidate.connector_account_id)
 
     def pause_s(self, candidate: Candidate, method: str) -> float | None:
         return self.pauses_s.get(candidate.connector_account_id)
@@ -846,6 +851,94 @@ async def test_a_call_that_is_too_late_to_be_sent_keeps_no_place_of_a_probe(
         assert gateway.store.by_key("late").state is S.NOT_SENT
     await call(gateway, "in time")
     assert gateway.store.by_key("in time").state is S.SUCCEEDED
+
+
+@pytest.mark.parametrize("kind", [OperationKind.AUTHORIZE, OperationKind.CAPTURE])
+@pytest.mark.parametrize("why", ["a duplicate", "the store is away"])
+async def test_a_call_that_is_not_sent_keeps_no_place_of_a_probe(
+    kind: OperationKind, why: str
+) -> None:
+    psp = ScriptedConnector(CAPABLE, "a")
+    routes, breaker, now = ManyRoutes(psp), BreakerLimits(probes_max=1), 0.0
+    breakers = Breakers(breaker, Unseen(), lambda: now)
+    routing = Routing(routes, availability=AccountAvailability(breakers), observer=breakers)
+    gateway = Bench(router=routes, routing=routing)
+    payment_id = await gateway.authorized()
+
+    async def call(key: str) -> None:
+        if kind is OperationKind.AUTHORIZE:
+            await gateway.payments.authorize(gateway.authorize(key))
+        else:
+            await gateway.payments.capture(gateway.capture(payment_id, key, 10))
+
+    gate = Gate()
+    psp.steps.append(Step(before=gate))
+    first = asyncio.ensure_future(call("first"))
+    await gate.reached.wait()
+    for _ in range(breaker.calls_min):
+        segment = Segment(MERCHANT, Mode.TEST, "card" if kind is OperationKind.AUTHORIZE else "")
+        breakers.observed(segment, Candidate("a", "acc_a"), kind, NO_ANSWER, 0.1)
+    now += breaker.pause_s_min + breaker.pause_s_max
+
+    is_waiting = asyncio.Event()
+
+    async def look(method: str) -> None:
+        if method == "write_intent" and why == "the store is away":
+            raise StoreUnavailable("away")
+        if method == "find_by_key":
+            is_waiting.set()
+
+    calls = [first]
+    usual, gateway.store.before = gateway.store.before, look
+    gateway.claims.available = False
+    if why == "the store is away":
+        assert (await refused(call("lost"))).reason is Reason.STORE_UNAVAILABLE
+    else:
+        calls.append(asyncio.ensure_future(call("first")))
+        await is_waiting.wait()
+    gateway.store.before = usual
+    await call("in time")
+    assert gateway.store.by_key("in time").state is S.SUCCEEDED
+    gate.opened.set()
+    await asyncio.gather(*calls)
+
+
+async def test_a_repeat_that_is_not_sent_keeps_no_place_of_a_probe() -> None:
+    gateway = Routed()
+    gateway.a.steps.append(UNSENT)
+    gateway.closed.not_admitted |= {"acc_b", "acc_c"}
+    await gateway.pay()
+
+    async def fail(method: str) -> None:
+        if method == "write_change":
+            raise StoreUnavailable("away")
+
+    gateway.store.before = fail
+    assert (await refused(gateway.pay())).reason is Reason.STORE_UNAVAILABLE
+    # That of the intent, whose key was taken, and that of the next attempt.
+    assert (gateway.sent(), gateway.closed.given_back) == ([], ["acc_a", "acc_a"])
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+async def test_an_account_of_a_cascade_that_is_not_asked_has_its_place_back(is_away: bool) -> None:
+    gateway = Routed()
+    gateway.a.steps.append(SOFT)
+
+    usual = gateway.store.before
+
+    async def change(method: str) -> None:
+        if method == "write_change":
+            gateway.store.before = usual
+            if is_away:
+                raise StoreUnavailable("away")
+            gateway.store.payments[MERCHANT, gateway.operation().payment_id].version += 1
+
+    gateway.store.before = change
+    if is_away:
+        assert (await refused(gateway.pay())).reason is Reason.STORE_UNAVAILABLE
+    else:
+        await gateway.pay()
+    assert (gateway.sent(), gateway.closed.given_back) == (["a"], ["acc_b"])
 
 
 async def test_a_rule_with_a_learned_order_asks_the_ranking_within_a_priority() -> None:

@@ -1012,7 +1012,7 @@ async def test_racing_captures_never_exceed_the_authorized_amount() -> None:
 async def test_call_begins_anew_a_limited_number_of_times_and_takes_one_probes_place(
     is_repeat: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    connector, admitted = ScriptedConnector(), []
+    connector, admitted, given_back = ScriptedConnector(), [], []
 
     class Open:
         """Implements Availability: everything is."""
@@ -1022,6 +1022,9 @@ async def test_call_begins_anew_a_limited_number_of_times_and_takes_one_probes_p
 
         def admit(self, candidate: Candidate, method: str) -> None:
             admitted.append(method)
+
+        def give_back(self, candidate: Candidate, method: str, seconds: float) -> None:
+            given_back.append(method)
 
         def pause_s(self, candidate: Candidate, method: str) -> None:
             """See the port."""
@@ -1043,7 +1046,7 @@ async def test_call_begins_anew_a_limited_number_of_times_and_takes_one_probes_p
     gateway.store.before = change
     clock = Clock(monkeypatch)
     await refused(Reason.CONTENTION, gateway.payments.capture(gateway.capture(payment_id)))
-    assert admitted == [""]
+    assert admitted == given_back == [""]
     assert len(clock.pauses_s) == LIMITS.contention_tries_max
     for number, pause_s in enumerate(clock.pauses_s):
         assert 0 <= pause_s <= 0.001 * min(number + 1, 20)
