@@ -925,12 +925,21 @@ async def test_a_lowered_limit_and_a_clock_set_back_shut_out_for_a_burst_at_most
         refused = await rig.claim(limit=SLOW)
         assert refused.outcome is RATE_LIMITED
         assert refused.retry_after_s * 1e6 <= INTERVAL_US + 10_000
+        # It is worked off from then on, as if so much time had passed.
+        until_us = float(await rig.redis.get(LIMIT_KEY) or 0)
+        assert until_us <= await now_us(rig) + SLOW.burst * INTERVAL_US
+        await rig.redis.set(LIMIT_KEY, f"{until_us - INTERVAL_US:.0f}")
+        assert await rig.outcomes(2, SLOW) == [NEW, RATE_LIMITED]
         # A limit that was raised is felt at once.
         raised = SLOW._replace(per_s=SLOW.per_s * 1000, burst=10_000)
-        assert await rig.outcomes(5, raised) == [RATE_LIMITED] * 5
-        await rig.redis.delete(LIMIT_KEY)
-        await rig.outcomes(SLOW.burst, SLOW)
         assert await rig.outcomes(5, raised) == [NEW] * 5
+
+
+async def test_a_limit_without_an_end_ends(own_redis: EmbeddedRedis) -> None:
+    async with rig_on(own_redis) as rig:
+        await rig.redis.set(LIMIT_KEY, b"inf")
+        assert (await rig.claim(limit=SLOW)).outcome is RATE_LIMITED
+        assert 0 < await rig.redis.pttl(LIMIT_KEY) <= SLOW.burst * INTERVAL_US / 1000 + 1
 
 
 @pytest.mark.parametrize("value", [b"", b"no time", b"nan", b"-1"])

@@ -60,8 +60,9 @@ local function limit_of(i)
       key = key,
       interval_us = interval_us,
       full_us = full_us,
-      -- Not more than a burst: the limit was lowered, or the clock set back.
+      -- Not more than a burst, and that from now on: the limit was lowered, or the clock set back.
       ahead_us = math.min(math.max(ahead_us, 0), full_us),
+      counted = ahead_us > full_us,
       refused = 0,
     }
   end
