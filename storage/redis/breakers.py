@@ -40,18 +40,32 @@ class RedisBreakers:
         try:
             # By its text: a round trip of the background, which no flush of scripts breaks.
             reply = await self._client.execute("EVAL", _SCRIPT, 1, self._key, *arguments)
-            return [_shared(reply[place : place + 5]) for place in range(0, len(reply), 5)]
+            parts = (reply[place : place + 5] for place in range(0, len(reply), 5))
+            return [shared for part in parts if (shared := _shared(part)) is not None]
         except (RedisAway, RedisRefused) as error:
             raise ExchangeUnavailable(str(error)) from error
         except (TypeError, ValueError) as error:
             raise ExchangeUnavailable("an answer that is none") from error
 
 
-def _shared(part: Sequence[Any]) -> Shared:
+def names_of(field: bytes, count: int) -> list[str] | None:
+    """The names in a field's; None where they are no such, as another version's."""
+    try:
+        names = orjson.loads(field)
+    except ValueError:
+        return None
+    is_list = isinstance(names, list) and len(names) == count
+    return names if is_list and all(isinstance(each, str) for each in names) else None
+
+
+def _shared(part: Sequence[Any]) -> Shared | None:
+    """None where its name cannot be read."""
     name, version, remaining_ms, streak, mine = part
-    connector, account_id, method = orjson.loads(name)
+    names = names_of(name, len(BreakerKey._fields))
+    if names is None:
+        return None
     return Shared(
-        BreakerKey(connector, account_id, method),
+        BreakerKey(*names),
         version=int(version),
         remaining_s=int(remaining_ms) / 1000,
         streak=int(streak),

@@ -8,6 +8,7 @@ import orjson
 
 from gateway.routing.breakers import ExchangeUnavailable
 from gateway.routing.learning import Increment, SegmentKey
+from storage.redis.breakers import names_of
 from storage.redis.connection import Part, RedisAway, RedisClient, RedisRefused
 
 PREFIX: Final = "{routing}:success:"
@@ -52,7 +53,10 @@ class RedisCounts:
 def _counts(fields: Sequence[Any]) -> list[Increment]:
     counts = []
     for place in range(0, len(fields), 3):
-        connector, account_id = orjson.loads(fields[place])
+        names = names_of(fields[place], 2)
+        if names is None:
+            continue  # and hides nobody else's
+        connector, account_id = names
         counts.append(
             Increment((connector, account_id), float(fields[place + 1]), float(fields[place + 2]))
         )

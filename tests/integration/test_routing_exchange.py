@@ -98,6 +98,25 @@ async def test_a_field_that_is_none_of_ours_is_removed(client: RedisClient, key:
     assert await client.execute("EXISTS", key) == 0
 
 
+async def test_a_name_that_cannot_be_read_hides_no_other_breaker(
+    client: RedisClient, key: str
+) -> None:
+    one, other = RedisBreakers(client, key), RedisBreakers(client, key)
+    (told,) = await one.exchange([OPENED])
+    _, value = await client.execute("HGETALL", key)
+    newer = ['["psp","acc_1","card","more"]', '[["psp"],1,null]', '{"psp": "acc_1"}', '"psp"']
+    garbage = b'["\xff","acc_1","card"]'
+    await client.execute("HSET", key, "no name of ours", value, garbage, value)
+    for name in newer:
+        await client.execute("HSET", key, name, value)
+    for _ in range(2):
+        (heard,) = await other.exchange([])
+        assert (heard.key, heard.version) == (KEY, told.version)
+    # What may be a newer version's stays.
+    assert await client.execute("HEXISTS", key, "no name of ours") == 0
+    assert await client.execute("HEXISTS", key, newer[0]) == 1
+
+
 async def test_counts_add_up_and_fade(client: RedisClient, key: str) -> None:
     counts = RedisCounts(client, key)
     segment: SegmentKey = ("mer_1", "TEST", "card")
@@ -128,6 +147,20 @@ async def test_what_is_no_count_of_ours_counts_for_nothing(
     assert await counts.exchange({segment: []}, 1e6) == {segment: []}
     told = {segment: [Increment(account, 6.0, 2.0)]}
     assert await counts.exchange(told, 1e6) == told
+
+
+async def test_an_account_that_cannot_be_read_hides_no_other_ones_counts(
+    client: RedisClient, key: str
+) -> None:
+    counts = RedisCounts(client, key)
+    segment: SegmentKey = ("mer_1", "TEST", "card")
+    told = {segment: [Increment(("psp", "acc_1"), 6.0, 2.0)]}
+    assert await counts.exchange(told, 1e6) == told
+    for name in ("no name of ours", b'["\xff","acc_1"]', '["psp","acc_1","more"]', '[["psp"],1]'):
+        await client.execute("HSET", f'{key}["mer_1","TEST","card"]', name, "1 1 1")
+    ((total,),) = (await counts.exchange({segment: []}, 1e6)).values()
+    assert total.account == ("psp", "acc_1")
+    assert (total.successes, total.failures) == pytest.approx((6.0, 2.0), rel=1e-3)
 
 
 async def test_a_redis_that_is_away_is_told_as_such() -> None:

@@ -14,7 +14,8 @@
 -- clock has to agree. Told twice, all of it comes to the same, but for a version more.
 --
 -- Returns, for each breaker that is left: its name, the version, what is left of the pause, the
--- streak, and 1 where the right to try it is the asker's.
+-- streak, and 1 where the right to try it is the asker's. What is no field of anybody's is removed:
+-- names are JSON.
 
 local key, who = KEYS[1], ARGV[1]
 local life_ms = tonumber(ARGV[2])
@@ -84,7 +85,7 @@ local reply = {}
 local all = redis.call('HGETALL', key)
 for i = 1, #all, 2 do
   local name, it = all[i], read(all[i + 1])
-  if not it or it.ends + life_ms < now then
+  if not it or it.ends + life_ms < now or not pcall(cjson.decode, name) then
     redis.call('HDEL', key, name)
   else
     reply[#reply + 1] = name
