@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from payments.v1.payment_service_pb2 import AuthorizePaymentRequest
 
+from gateway.application.commands import Authorize
 from gateway.application.connector_accounts import PRIORITY_DEFAULT, ConnectorAccount
 from gateway.application.ports import Capabilities, Connector, Route, Served
 from gateway.application.routing import Routing
@@ -97,6 +98,8 @@ class Simulation:
     """What rules would have done with past payments."""
 
     payments: int = 0
+    unreadable: int = 0
+    """Requests besides that this version cannot read, as a newer one's."""
     moved: int = 0
     """How many would go elsewhere than they went."""
     nowhere: int = 0
@@ -114,8 +117,10 @@ def simulate(
     """Decide on past payments anew, each in the place of its id in splits."""
     result = Simulation()
     for payment in payments:
-        request = AuthorizePaymentRequest.FromString(payment.details)
-        command = to_authorize(request, Caller(merchant_id=merchant_id, mode=mode))
+        command = _command(payment, Caller(merchant_id=merchant_id, mode=mode))
+        if command is None:
+            result.unreadable += 1
+            continue
         plan, refusal = routing.consider(0, rules, command, payment.payment_id)
         decision = plan.decision
         went = f"{payment.connector} {payment.connector_account_id}"
@@ -133,12 +138,27 @@ def simulate(
     return result
 
 
+def _command(payment: PastPayment, caller: Caller) -> Authorize | None:
+    """None where the request names what this version does not know."""
+    request = AuthorizePaymentRequest.FromString(payment.details)
+    if request.payment_method.WhichOneof("method") is None:
+        return None
+    try:
+        command = to_authorize(request, caller)
+        command.facts()
+    except KeyError:  # of the tables of the contract's enumerations
+        return None
+    return command
+
+
 def describe(simulation: Simulation) -> list[str]:
     """The lines to print."""
     total = simulation.payments
     lines = [
         f"{total} payments: {simulation.moved} would go elsewhere, {simulation.nowhere} nowhere"
     ]
+    if simulation.unreadable:
+        lines.append(f"{simulation.unreadable} more are of a newer version, and left out")
     if not total:
         return lines
     lines.append("")

@@ -11,7 +11,7 @@ from gateway.application.commands import Authorize
 from gateway.application.ports import AmountRule, Router, Served, StoreUnavailable
 from gateway.application.routing import Plan, Routing, RuleBook, accounts_of
 from gateway.domain.errors import GatewayError, Reason, Violation
-from gateway.domain.model import CaptureMethod, Mode
+from gateway.domain.model import Mode
 from gateway.domain.money import AMOUNT_MINOR_MAX
 from gateway.routing.rule_file import Problem, RuleFile, RulesInvalid, read_rules
 from gateway.routing.rules import Rule, Rules, Target, compile_rules
@@ -57,7 +57,6 @@ class PastPayment(NamedTuple):
     payment_id: str
     amount_minor: int
     currency: str
-    capture_method: CaptureMethod
     details: bytes
     connector: str
     """Of the account that was asked first."""

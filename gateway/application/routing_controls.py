@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 
 from gateway.application.refreshing import refresh_forever
-from gateway.routing.availability import AccountAvailability, Suspension
+from gateway.routing.availability import AccountAvailability, Suspension, SuspensionKind
 from gateway.routing.costs import CostBook, CostsRefused, parse_costs
 
 _log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class RoutingControls:
         self._latest: datetime | None = None
         self._known: dict[str, int] = {}
         """The latest version of each merchant's costs that was read, usable or not."""
+        self._unknown: set[str] = set()
+        """The suspensions of a kind that this version does not know."""
 
     async def run(self, interval_s: float) -> None:
         """Read again and again, until cancelled."""
@@ -68,12 +70,32 @@ class RoutingControls:
     async def refresh(self) -> None:
         """Read what has changed. Raises StoreUnavailable."""
         asked_at = time.monotonic()
-        self._availability.suspend(await self._source.suspensions(), asked_at)
+        suspensions = await self._source.suspensions()
+        self._availability.suspend(suspensions, asked_at)
+        self._tell_unknown(suspensions)
         for stored in await self._source.changed_costs(self._latest):
             self._latest = max(stored.created_at, self._latest or stored.created_at)
             if stored.version > self._known.get(stored.merchant_id, 0):
                 self._known[stored.merchant_id] = stored.version
                 self._take(stored)
+
+    def _tell_unknown(self, suspensions: Sequence[Suspension]) -> None:
+        """Each once."""
+        before, self._unknown = self._unknown, set()
+        for each in suspensions:
+            if each.kind is not SuspensionKind.UNKNOWN:
+                continue
+            self._unknown.add(each.suspension_id)
+            if each.suspension_id not in before:
+                _log.warning(
+                    "a suspension of an unknown kind is taken for a kill switch",
+                    extra={
+                        "suspension_id": each.suspension_id,
+                        "merchant_id": each.merchant_id,
+                        "connector": each.connector,
+                        "connector_account_id": each.account_id,
+                    },
+                )
 
     def _take(self, stored: StoredCosts) -> None:
         if not stored.body:

@@ -18,6 +18,8 @@ from gateway.routing.model import Candidate, Exclusion
 class SuspensionKind(IntEnum):
     """Why an account is asked nothing."""
 
+    UNKNOWN = 0
+    """As a newer version of the gateway knows: taken for a kill switch."""
     KILL = 1
     """A person switched it off, until a person switches it on again."""
     MAINTENANCE = 2
@@ -56,6 +58,7 @@ class _Window:
 
 
 _EXCLUSIONS = {
+    SuspensionKind.UNKNOWN: Exclusion.KILLED,
     SuspensionKind.KILL: Exclusion.KILLED,
     SuspensionKind.MAINTENANCE: Exclusion.MAINTENANCE,
 }

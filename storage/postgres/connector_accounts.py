@@ -9,7 +9,7 @@ import orjson
 from gateway.application.connector_accounts import ConnectorAccount, Sealed, WrappedKey
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import Mode
-from storage.postgres.direct import OVERLAP_S, DirectStore
+from storage.postgres.direct import OVERLAP_S, DirectStore, readable
 from storage.postgres.queries import Query, query
 
 _ADD = query("connector_accounts", "add")
@@ -46,7 +46,8 @@ class ConnectorAccounts(DirectStore):
 
     async def list(self, merchant_id: str | None = None) -> Sequence[ConnectorAccount]:
         """Those of a merchant, or all; without removed ones."""
-        return await self._select(_LIST, merchant_id=merchant_id)
+        records = await self._lane.fetch(_LIST, merchant_id=merchant_id)
+        return readable("a connector account", _account, records)
 
     async def find(self, merchant_id: str, account_id: str) -> ConnectorAccount | None:
         """The account, unless it was removed."""
@@ -54,7 +55,8 @@ class ConnectorAccounts(DirectStore):
 
     async def changed_since(self, since: datetime | None) -> Sequence[ConnectorAccount]:
         """See the port."""
-        return await self._select(_CHANGED_SINCE, since=since, overlap_s=OVERLAP_S)
+        records = await self._lane.fetch(_CHANGED_SINCE, since=since, overlap_s=OVERLAP_S)
+        return readable("a connector account", _account, records)
 
     async def change(
         self,

@@ -1,8 +1,11 @@
 """Stores whose statements run one by one, on a lane of single calls: for what is rare."""
 
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import ClassVar, Final, Self
+from typing import ClassVar, Final, Self, TypeVar
+
+import asyncpg
 
 from storage.postgres.lanes import DirectLane, LaneLimits
 from storage.postgres.pool import ConnectionSettings, HeldConnections
@@ -12,6 +15,26 @@ OVERLAP_S: Final = 600.0
 
 _LIMITS: Final = LaneLimits(connections=1, rows_max=1, queue_max=200, retry_s_max=1.0)
 _CONNECT_TIMEOUT_S: Final = 5.0
+
+T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
+
+
+def readable(
+    what: str, read: Callable[[asyncpg.Record], T], records: Sequence[asyncpg.Record]
+) -> list[T]:
+    """Those that this version can read; of the others, as a newer version's, it is said whose they
+    are.
+    """
+    found = []
+    for record in records:
+        try:
+            found.append(read(record))
+        except ValueError as error:
+            merchant_id = record["merchant_id"]
+            _log.error("%s cannot be read: %s", what, error, extra={"merchant_id": merchant_id})
+    return found
 
 
 class DirectStore:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
+import asyncpg
+
 from gateway.application.routing import ActiveRules
 from gateway.application.routing_administration import (
     Author,
@@ -11,8 +13,8 @@ from gateway.application.routing_administration import (
     RulesVersion,
 )
 from gateway.domain.errors import GatewayError, Reason
-from gateway.domain.model import CaptureMethod, Mode, OperationKind
-from storage.postgres.direct import OVERLAP_S, DirectStore
+from gateway.domain.model import Mode, OperationKind
+from storage.postgres.direct import OVERLAP_S, DirectStore, readable
 from storage.postgres.queries import query
 
 PUT_TRIES_MAX: Final = 5
@@ -88,17 +90,7 @@ class RoutingRules(DirectStore):
     async def active_since(self, since: datetime | None) -> Sequence[ActiveRules]:
         """See the port."""
         rows = await self._lane.fetch(_ACTIVE_SINCE, since=since, overlap_s=OVERLAP_S)
-        return [
-            ActiveRules(
-                row["merchant_id"],
-                Mode(row["mode"]),
-                row["version"],
-                row["rules"],
-                row["activated_at"],
-                row["number"],
-            )
-            for row in rows
-        ]
+        return readable("routing rules", _active_rules, rows)
 
     async def past_payments(
         self, merchant_id: str, mode: Mode, *, days: int, payments_max: int
@@ -117,7 +109,6 @@ class RoutingRules(DirectStore):
                 row["payment_id"],
                 row["requested_minor"],
                 row["currency"],
-                CaptureMethod(row["capture_method"]),
                 row["details"],
                 row["connector"],
                 row["connector_account_id"],
@@ -156,3 +147,14 @@ class RoutingRules(DirectStore):
             )
             for row in rows
         ]
+
+
+def _active_rules(row: asyncpg.Record) -> ActiveRules:
+    return ActiveRules(
+        row["merchant_id"],
+        Mode(row["mode"]),
+        row["version"],
+        row["rules"],
+        row["activated_at"],
+        row["number"],
+    )

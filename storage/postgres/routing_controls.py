@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import Final
 
 import asyncpg
 
@@ -20,6 +21,8 @@ _ALL_SUSPENSIONS = query("routing_controls", "all_suspensions")
 _PUT_COSTS = query("routing_controls", "put_costs")
 _COSTS_OF = query("routing_controls", "costs_of")
 _CHANGED_COSTS = query("routing_controls", "changed_costs")
+
+_KINDS: Final = {kind.value: kind for kind in SuspensionKind}
 
 
 class RoutingControls(DirectStore):
@@ -131,7 +134,7 @@ class RoutingControls(DirectStore):
 def _suspension(row: asyncpg.Record) -> Suspension:
     return Suspension(
         suspension_id=row["suspension_id"],
-        kind=SuspensionKind(row["kind"]),
+        kind=_KINDS.get(row["kind"], SuspensionKind.UNKNOWN),
         merchant_id=row["merchant_id"],
         connector=row["connector"],
         account_id=row["account_id"],

@@ -209,6 +209,20 @@ async def test_account_at_an_unknown_connector_serves_nobody(
     await book.close()
 
 
+async def test_an_account_of_a_mode_that_only_a_newer_version_knows_hides_no_other_one(
+    accounts: ConnectorAccounts, merchant_id: str, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    newer = await add(accounts, merchant_id)
+    account_id = await add(accounts, merchant_id)
+    fetch(dsn, "UPDATE connector_accounts SET mode = 99 WHERE account_id = $1 RETURNING 1", newer)
+    book = book_of(accounts)
+    await book.refresh()
+    assert list(book.served(merchant_id, Mode.TEST)) == [account_id]
+    assert [each.account_id for each in await accounts.list()] == [account_id]
+    assert "a connector account cannot be read: 99 is not a valid Mode" in caplog.text
+    await book.close()
+
+
 async def test_the_simulator_serves_those_without_an_account_of_the_mode(
     accounts: ConnectorAccounts, merchant_id: str
 ) -> None:

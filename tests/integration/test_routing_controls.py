@@ -85,6 +85,33 @@ async def test_a_killed_account_is_refused_until_it_is_revived(world: _World) ->
     assert record.ended_at is not None
 
 
+async def test_a_suspension_of_a_kind_that_only_a_newer_version_knows_holds_as_a_kill_switch(
+    world: _World, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with RoutingControls.connect(world.dsn) as controls:
+        of_account = await controls.suspend(
+            SuspensionKind.KILL,
+            "stripe",
+            merchant_id=world.merchant_id,
+            account_id=world.account_id,
+            reason=WHY,
+            created_by="login:ann",
+        )
+        fetch(world.dsn, "UPDATE connector_suspensions SET kind = 99 RETURNING 1")
+        await controls.suspend(SuspensionKind.KILL, "adyen", reason=WHY, created_by="login:ann")
+        source = Controls(controls, world.availability, world.costs)
+        for _ in range(2):
+            await source.refresh()
+            assert world.refusal() is Exclusion.KILLED
+            assert world.availability.refusal(Candidate("adyen", "acc"), "") is Exclusion.KILLED
+        listed = {each.suspension_id: each.kind for each in await controls.suspensions()}
+        assert listed[of_account.suspension_id] is SuspensionKind.UNKNOWN
+        await controls.end_suspension(of_account.suspension_id, reason=WHY, ended_by="login:ann")
+        await source.refresh()
+    assert world.refusal() is None
+    assert caplog.text.count("a suspension of an unknown kind") == 1
+
+
 async def test_a_window_holds_from_its_beginning_to_its_end(world: _World) -> None:
     now = dt.datetime.now(dt.UTC)
     hour = dt.timedelta(hours=1)

@@ -175,6 +175,25 @@ async def test_a_gateway_that_starts_with_rules_it_cannot_read_goes_by_those_bef
         assert reader.find(merchant_id, Mode.TEST) is None
 
 
+async def test_rules_of_a_mode_that_only_a_newer_version_knows_hide_no_others(
+    rules: RoutingRules, merchant_id: str, dsn: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    await rules.put(merchant_id, Mode.TEST, RULES, WHY)
+    await rules.activate(merchant_id, Mode.TEST, 1, 0, WHY)
+    newer = """
+        INSERT INTO routing_activations
+            (merchant_id, mode, number, version, reason, activated_by, request_id)
+        SELECT merchant_id, 99, number, 0, reason, activated_by, request_id
+        FROM routing_activations
+        RETURNING 1
+    """
+    fetch(dsn, newer)
+    book = RuleBook(rules)
+    await book.refresh()
+    assert book.find(merchant_id, Mode.TEST) is not None
+    assert "routing rules cannot be read: 99 is not a valid Mode" in caplog.text
+
+
 async def test_another_version_than_the_expected_one_is_not_replaced(
     administration: RoutingAdministration, merchant_id: str
 ) -> None:
@@ -187,9 +206,11 @@ async def test_another_version_than_the_expected_one_is_not_replaced(
 
 
 async def test_a_past_payment_went_where_it_was_sent_first(
-    store: PostgresStore, rules: RoutingRules, merchant_id: str
+    store: PostgresStore, rules: RoutingRules, merchant_id: str, dsn: str
 ) -> None:
-    """A simulation compares with the account that would be asked first, not the cascade's last."""
+    """A simulation compares with the account that would be asked first, not the cascade's last; and
+    looks at nothing of a payment that only a newer version may know.
+    """
     straight = authorize(merchant_id)
     await store.write_intent(straight)
     cascaded = authorize(merchant_id)
@@ -203,6 +224,8 @@ async def test_a_past_payment_went_where_it_was_sent_first(
     )
     change = restarted(operation, payment)
     await store.write_change(replace(change, operation=again.operation, payment=again.payment))
+    newer = "UPDATE payments SET capture_method = 99 WHERE payment_id = $1 RETURNING 1"
+    fetch(dsn, newer, straight.payment.payment_id)
     past = await rules.past_payments(merchant_id, Mode.TEST, days=1, payments_max=10)
     went = {each.payment_id: (each.connector, each.connector_account_id) for each in past}
     assert went == {

@@ -132,7 +132,7 @@ ORDER BY recent.merchant_id, recent.mode, recent.number DESC;
 -- The newest first, each with the account that was asked first: a cascade may have ended elsewhere.
 WITH past AS MATERIALIZED (
     SELECT
-        merchant_id, payment_id, requested_minor, currency, capture_method, details, connector,
+        merchant_id, payment_id, requested_minor, currency, details, connector,
         connector_account_id, created_at
     FROM payments
     WHERE merchant_id = :merchant_id::text
@@ -142,7 +142,7 @@ WITH past AS MATERIALIZED (
     LIMIT :payments_max::int4
 )
 SELECT
-    past.payment_id, past.requested_minor, past.currency, past.capture_method, past.details,
+    past.payment_id, past.requested_minor, past.currency, past.details,
     coalesce(first.connector, past.connector) AS connector,
     coalesce(first.connector_account_id, past.connector_account_id) AS connector_account_id
 FROM past
