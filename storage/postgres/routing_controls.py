@@ -13,6 +13,7 @@ from gateway.routing.availability import Suspension, SuspensionKind
 from storage.postgres.direct import OVERLAP_S, DirectStore
 from storage.postgres.pool import Connection
 from storage.postgres.queries import query, run
+from storage.postgres.routing import PUT_TRIES_MAX
 
 _SUSPEND = query("routing_controls", "suspend")
 _END_SUSPENSION = query("routing_controls", "end_suspension")
@@ -111,14 +112,18 @@ class RoutingControls(DirectStore):
     ) -> StoredCosts:
         """Store the next version; an empty text ends the merchant's costs.
 
-        Raises GatewayError(INVALID_REQUEST) without the merchant.
+        Raises GatewayError: INVALID_REQUEST without the merchant, CONTENTION where others were
+        faster every time.
         """
-        rows = await self._lane.fetch(
-            _PUT_COSTS, merchant_id=merchant_id, body=body, reason=reason, created_by=created_by
-        )
-        if not rows:
-            raise GatewayError(Reason.INVALID_REQUEST, f"There is no merchant {merchant_id}.")
-        return _costs(rows[0])
+        for _ in range(PUT_TRIES_MAX):
+            rows = await self._lane.fetch(
+                _PUT_COSTS, merchant_id=merchant_id, body=body, reason=reason, created_by=created_by
+            )
+            if not rows:
+                raise GatewayError(Reason.INVALID_REQUEST, f"There is no merchant {merchant_id}.")
+            if rows[0]["version"] is not None:
+                return _costs(rows[0])
+        raise GatewayError(Reason.CONTENTION, "Others put costs at the same time.")
 
     async def costs_of(self, merchant_id: str, limit: int) -> Sequence[StoredCosts]:
         """A merchant's versions, the latest first."""

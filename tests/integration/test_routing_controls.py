@@ -216,7 +216,10 @@ async def test_the_latest_costs_count_and_all_versions_stay(world: _World) -> No
         await source.refresh()
         assert world.costs.costs(world.merchant_id) is None
         versions = [row.version for row in await controls.costs_of(world.merchant_id, 10)]
+        with pytest.raises(GatewayError) as refused:
+            await controls.put_costs("mer_none", "", reason=WHY, created_by="login:ann")
     assert versions == [3, 2, 1]
+    assert refused.value.reason is Reason.INVALID_REQUEST
 
 
 async def test_costs_are_read_though_the_databases_clock_was_set_back(world: _World) -> None:

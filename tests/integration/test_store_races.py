@@ -528,6 +528,33 @@ async def test_an_outcome_whose_commit_is_not_answered_is_written_once(
     assert fetch(dsn, "SELECT count(*) FROM outbox")[0][0] == 3
 
 
+async def test_costs_that_are_put_at_once_get_versions_of_their_own(
+    store: PostgresStore, dsn: str
+) -> None:
+    merchant_id = await store.accounts.create_merchant(
+        await store.accounts.create_organisation("o"), "m"
+    )
+    other = await asyncpg.connect(dsn)
+    try:
+        async with other.transaction():
+            await other.execute(
+                "INSERT INTO routing_costs (merchant_id, version, body, reason, created_by)"
+                " VALUES ($1, 1, 'theirs', 'ticket 1', 'login:ben')",
+                merchant_id,
+            )
+            put = asyncio.ensure_future(
+                store.routing_controls.put_costs(
+                    merchant_id, "ours", reason="ticket 2", created_by="login:ann"
+                )
+            )
+            await until_waiting(dsn)
+        assert (await asyncio.wait_for(put, WAIT_S)).version == 2
+    finally:
+        await other.close()
+    versions = await store.routing_controls.costs_of(merchant_id, 10)
+    assert [each.body for each in versions] == ["ours", "theirs"]
+
+
 # --- a server that goes away ---
 
 

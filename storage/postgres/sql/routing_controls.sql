@@ -45,9 +45,8 @@ ORDER BY created_at DESC, suspension_id DESC
 LIMIT :limit::int4;
 
 -- :name put_costs
--- No row where the merchant does not exist. Two at once: the second one's key is there already. Where
--- the latest version is just this, an earlier try of the same call wrote it, whose commit was not
--- answered.
+-- No version where another call took the number; no row without the merchant. Where the latest version
+-- is just this, an earlier try of the same call wrote it, whose commit was not answered.
 WITH latest AS (
     SELECT {{cost_columns}}
     FROM routing_costs
@@ -67,11 +66,13 @@ put AS (
         :created_by::text
     FROM merchants
     WHERE merchant_id = :merchant_id::text AND NOT EXISTS (SELECT FROM written)
+    ON CONFLICT DO NOTHING
     RETURNING {{cost_columns}}
 )
-SELECT * FROM written
-UNION ALL
-SELECT * FROM put;
+SELECT costs.*
+FROM merchants
+LEFT JOIN (SELECT * FROM written UNION ALL SELECT * FROM put) AS costs ON true
+WHERE merchants.merchant_id = :merchant_id::text;
 
 -- :name costs_of
 SELECT {{cost_columns}}
