@@ -30,6 +30,8 @@ class Command:
     item: bool = field(default=False, compare=False, kw_only=True)
     """It is one of a batch or a stream. It has a task of its own, which nobody cancels, and needs
     no second one; and it wants throughput: it waits for its neighbours."""
+    executes: bool = field(default=False, compare=False, kw_only=True)
+    """It has begun its operation, or another attempt of it: what comes of that is no repeat."""
 
 
 @dataclass(slots=True)

@@ -710,6 +710,7 @@ class Payments:
         plan: Plan | None = None,
     ) -> Answer:
         """Send the attempt (or accept a cancel request), write what came of it, and answer."""
+        command.executes = True
         psp_s: float | None = None
         if begun.cancel_request:
             found = await self._outcomes.accept_cancel_request(begun.operation, begun.payment)

@@ -198,8 +198,6 @@ class _Item:
     """None where the item was refused before there was one."""
     refusal: GatewayError | None = None
     task: "asyncio.Task[Answer | GatewayError] | None" = None
-    is_repeat: bool = False
-    """An earlier item of the same batch or stream has the same key."""
 
 
 class PaymentService:
@@ -461,7 +459,6 @@ class PaymentService:
         """Begin an item's authorization, after an earlier one with the same key."""
         if item.command is not None:
             item.command.item = True
-            item.is_repeat = earlier is not None
             item.task = self._detach(self._perform(call, item, item.command, earlier))
 
     def _detach(self, work: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
@@ -611,11 +608,13 @@ class PaymentService:
             )
         if operation.state is OperationState.NOT_SENT:
             raise _in_flight()
-        response = operation.response
-        if response is None:
-            return conversion.encode_result(item.item_ref, conversion.encode_found(found))
-        is_repeat = item.is_repeat or operation.request_id != command.request_id
-        answer = Answer(response, is_repeat, operation.request_id, operation.payment_id)
+        response = operation.response or conversion.encode_found(found)
+        is_answered = operation.state is not OperationState.PROCESSING
+        # A repeat may have its first call's request id.
+        is_mine = command.executes and operation.request_id == command.request_id
+        answer = Answer(
+            response, is_answered and not is_mine, operation.request_id, operation.payment_id
+        )
         return conversion.encode_result(item.item_ref, conversion.encode_answer(answer))
 
     def _read_or_in_flight(self, call: _Call, item: _Item, reading: "asyncio.Task[bytes]") -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from grpc import StatusCode
 from payments.v1 import money_pb2, payment_method_pb2, payment_pb2
 from payments.v1 import payment_service_pb2 as pb
@@ -18,7 +19,17 @@ from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import Mode, OperationKind
 from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.service import PaymentService, RpcLimits
-from tests.memory_store import CAPABLE, LIMITS, MERCHANT, UNSENT, Bench, ScriptedConnector
+from tests.memory_store import (
+    CAPABLE,
+    LIMITS,
+    LOST,
+    MERCHANT,
+    UNSENT,
+    Bench,
+    Gate,
+    ScriptedConnector,
+    Step,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -49,12 +60,16 @@ class _Held(Payments):
         )
         self.go = asyncio.Event()
         self.begun = 0
-        self.before_reading: Callable[[], Awaitable[None]] | None = None
+        self.before_reading: Callable[[], Awaitable[object]] | None = None
+        self.answered: Gate | None = None
 
     async def authorize(self, command: Authorize) -> Answer:
         self.begun += 1
         await self.go.wait()
-        return await super().authorize(command)
+        answer = await super().authorize(command)
+        if self.answered is not None:
+            await self.answered.wait()
+        return answer
 
     async def get_operation(self, *where: Any, **named: Any) -> Found:
         if self.before_reading is not None:
@@ -157,13 +172,20 @@ async def test_a_repeat_that_is_not_finished_is_never_told_that_nothing_was_sent
     assert len(world.connector.standing(OperationKind.AUTHORIZE)) == 1
 
 
-async def test_a_repeat_that_is_not_finished_is_told_as_one() -> None:
+@pytest.mark.parametrize("answer", [None, LOST], ids=["frozen", "in doubt"])
+@pytest.mark.parametrize("request_id", ["req_1", "req_2"])
+async def test_a_repeat_that_is_not_finished_is_told_as_one(
+    request_id: str, answer: Step | None
+) -> None:
     world = _World()
     world.payments.go.set()
+    if answer is not None:
+        world.connector.steps.append(answer)
     [first] = await world.batch("req_1", waits=True)
+    assert not first.response.HasField("replay")
 
     world.payments.go.clear()
-    [repeat] = await world.batch("req_2", waits=False)
+    [repeat] = await world.batch(request_id, waits=False)
     assert repeat.response.replay == payment_pb2.Replay(replayed=True, first_request_id="req_1")
     repeat.response.ClearField("replay")
     assert repeat == first
@@ -182,6 +204,19 @@ async def test_the_second_of_two_equal_keys_is_told_as_a_repeat_though_it_is_not
     assert second.response.replay == payment_pb2.Replay(replayed=True, first_request_id="req_1")
 
     world.payments.go.set()
+    await world.service.wait_idle()
+
+
+async def test_what_an_unfinished_item_did_itself_is_told_as_no_repeat() -> None:
+    world = _World()
+    answered = world.payments.answered = Gate()
+    world.payments.go.set()
+    world.payments.before_reading = answered.reached.wait
+    [result] = await world.batch("req_1", waits=False)
+    assert result.response.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
+    assert not result.response.HasField("replay")
+
+    answered.opened.set()
     await world.service.wait_idle()
 
 
