@@ -700,7 +700,12 @@ class Applier:
             payment.merchant_id,
             payment.payment_id,
             lambda now, at, new_id: decisions.record_dispute(
-                now, max(0, notification.amount_minor or 0), answer, at, new_id
+                now,
+                received.connector_account_id,
+                max(0, notification.amount_minor or 0),
+                answer,
+                at,
+                new_id,
             ),
         )
         known = decisions.done_elsewhere(aggregate, K.DISPUTE, dispute.dispute_id)

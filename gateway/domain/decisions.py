@@ -640,6 +640,7 @@ def record_elsewhere(
 
 def record_dispute(
     aggregate: Aggregate,
+    connector_account_id: str,
     amount_minor: int,
     answer: ConnectorAnswer,
     at: datetime,
@@ -648,7 +649,8 @@ def record_dispute(
     """A dispute that the PSP tells of: an operation of its origin, PENDING until it is decided,
     SUCCEEDED where the money is gone, FAILED where it stays. A person has to see it, and another
     end than was told before. An amount of another currency than the payment's is told to that
-    person alone.
+    person alone. The account is that of the attempt that was disputed, which another may have
+    followed.
 
     None where it is recorded already, by the PSP's id of it, or where the answer is none.
     """
@@ -663,6 +665,14 @@ def record_dispute(
     reported = str(amount_minor)
     if answer.currency not in ("", payment.currency):
         amount_minor, reported = 0, f"{amount_minor} {answer.currency}"
+    disputed = next(
+        (
+            each
+            for each in authorization.superseded_attempts
+            if each.connector_account_id == connector_account_id
+        ),
+        authorization.attempt,
+    )
     settled = Settled(
         authorization.copy_with(updated_at=at),
         payment.copy_with(version=payment.version + 1, updated_at=at),
@@ -676,7 +686,9 @@ def record_dispute(
         state=state,
         amount_minor=amount_minor,
         currency=payment.currency,
-        attempt=_answered(make_attempt(1, payment.connector, payment.connector_account_id), answer),
+        attempt=_answered(
+            make_attempt(1, disputed.connector, disputed.connector_account_id), answer
+        ),
         parent_operation_id=authorization.operation_id,
         created_at=at,
         updated_at=at,

@@ -2346,6 +2346,25 @@ async def test_a_dispute_is_an_operation_of_the_psps_origin(
     assert payment_of(gateway, payment_id).refunded_minor == 10
 
 
+@pytest.mark.parametrize("number", [1, 2])
+async def test_a_dispute_stands_under_the_account_of_the_attempt_that_it_names(number: int) -> None:
+    gateway, *_, payment_id = await followed_elsewhere(CAPABLE, CAPABLE)
+    connector = "ab"[number - 1]
+    told = gateway.told(
+        N.DISPUTE,
+        None,
+        account=f"acc_{connector}",
+        payment_reference=f"{only(gateway, payment_id, K.AUTHORIZE).operation_id}-{number}",
+        amount_minor=100,
+        currency="EUR",
+        dispute=Dispute("dp_1", DisputeStage.ACTIVE_DISPUTE, DisputeStatus.OPENED),
+    )
+    await gateway.tell(told)
+    attempt = only(gateway, payment_id, K.DISPUTE).attempt
+    assert (attempt.connector, attempt.connector_account_id) == (connector, f"acc_{connector}")
+    assert findings(gateway, payment_id) == []
+
+
 def of_dispute(
     gateway: NotifiedBench, payment_id: str, status: DisputeStatus, after_s: float = 0
 ) -> Received:
