@@ -149,7 +149,8 @@ class Administration:
     ) -> Resolved:
         """End a doubt by a person's decision; the same decision again changes nothing.
 
-        Raises OPERATION_NOT_FOUND, OPERATION_NOT_IN_DOUBT, OUTCOME_NOT_ALLOWED, INVALID_REQUEST.
+        Raises OPERATION_NOT_FOUND, OPERATION_NOT_IN_DOUBT, OPERATION_IN_PROGRESS,
+        OUTCOME_NOT_ALLOWED, INVALID_REQUEST.
         """
         try:
             return await self._resolve(merchant_id, mode, operation_id, decision)

@@ -144,18 +144,18 @@ class Outcomes:
         """End an operation's doubt by a person's decision, whoever owns it: the raised epoch fences
         out a live recoverer, whose answer then is as late as any other. None where the attempt is
         not in doubt any more. A void of a whole charge that took effect bounces its capture first,
-        as recovery does. Raises StoreUnavailable.
+        as recovery does. Raises StoreUnavailable, and GatewayError(OPERATION_IN_PROGRESS) for a
+        void that waits for its authorization.
         """
         operation = found.operation
-        if (
-            operation.kind is OperationKind.VOID
-            and answer.verdict is Verdict.APPROVED
-            and decisions.takes_charge_back(found.payment)
-            and _is_of_doubt(resolution, operation)
-        ):
+        if operation.kind is OperationKind.VOID and _is_of_doubt(resolution, operation):
             aggregate = await self._whole(operation.merchant_id, operation.payment_id)
-            await self.bounce_captures(aggregate, answer)
-            found = await self._present(operation)
+            decisions.check_authorization_ended(aggregate)
+            if answer.verdict is Verdict.APPROVED and decisions.takes_charge_back(
+                aggregate.payment
+            ):
+                await self.bounce_captures(aggregate, answer)
+                found = await self._present(operation)
         while True:
             operation, payment = found.operation, found.payment
             if not _is_of_doubt(resolution, operation):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from gateway.domain import states
-from gateway.domain.errors import Reason, refuse
+from gateway.domain.errors import GatewayError, Reason, refuse
 from gateway.domain.model import (
     Aggregate,
     Attempt,
@@ -214,6 +214,15 @@ def is_unconfirmed(operation: Operation) -> bool:
     releases money, and after a while somebody has to see to it.
     """
     return operation.state is S.PENDING and operation.kind in (K.VOID, K.REVERSAL)
+
+
+def check_authorization_ended(aggregate: Aggregate) -> None:
+    """Raises GatewayError where a void waits for its authorization: until that has ended nobody
+    knows what the void releases.
+    """
+    authorization = _authorization(aggregate)
+    if authorization.state in states.UNFINISHED:
+        raise _in_progress("The void waits for its authorization.", authorization)
 
 
 def takes_charge_back(payment: Payment) -> bool:
@@ -836,16 +845,22 @@ def _check_matrix(kind: K, aggregate: Aggregate) -> Beside:
             # It gives back the whole charge: the refund would be given besides.
             beside = Beside.REFUSED
         if beside is Beside.REFUSED:
-            raise refuse(
-                Reason.OPERATION_IN_PROGRESS,
-                f"No {kind.name} can start beside an unfinished {operation.kind.name}.",
-                operation_id=operation.operation_id,
-                operation_kind=operation.kind.name,
-                operation_state=operation.state.name,
+            raise _in_progress(
+                f"No {kind.name} can start beside an unfinished {operation.kind.name}.", operation
             )
         if beside is Beside.AS_CANCEL_REQUEST:
             result = beside
     return result
+
+
+def _in_progress(text: str, operation: Operation) -> GatewayError:
+    return refuse(
+        Reason.OPERATION_IN_PROGRESS,
+        text,
+        operation_id=operation.operation_id,
+        operation_kind=operation.kind.name,
+        operation_state=operation.state.name,
+    )
 
 
 def _answered(attempt: Attempt, answer: ConnectorAnswer) -> Attempt:

@@ -25,6 +25,7 @@ from gateway.application.ports import (
     Capabilities,
     ClaimOutcome,
     ConnectorRequest,
+    Found,
     Intent,
     IntentResult,
     Lease,
@@ -1805,6 +1806,36 @@ async def test_late_refusal_of_what_a_person_took_for_done_is_recorded_at_once(
     assert (told.kind, told.expected, told.reported) == ("late_refusal", "SUCCEEDED", "DECLINED")
     assert gateway.store.by_key("a").state is S.SUCCEEDED
     assert gateway.store.doubts == {}
+
+
+@pytest.mark.parametrize("outcome", [DoubtOutcome.TOOK_EFFECT, DoubtOutcome.FAILED])
+@pytest.mark.parametrize("method", [CaptureMethod.MANUAL, CaptureMethod.AUTOMATIC])
+async def test_a_person_ends_the_doubt_of_an_authorization_before_the_void_that_waits_for_it(
+    method: CaptureMethod, outcome: DoubtOutcome
+) -> None:
+    gateway = bench(INCAPABLE, LOST)
+    payment_id = await gateway.authorized(capture_method=method)
+    await gateway.payments.void(gateway.void(payment_id))
+
+    async def decide(key: str, outcome: DoubtOutcome, psp_id: str = "") -> Found | None:
+        operation = gateway.store.by_key(key)
+        found = await gateway.store.find_operation(MERCHANT, operation.operation_id)
+        assert found is not None
+        decision = Resolution(1, outcome, psp_id, None, "seen", "key_1")
+        answer = answer_of_person(operation, decision)
+        return await gateway.payments.outcomes.resolve(found, answer, decision)
+
+    error = await refused(Reason.OPERATION_IN_PROGRESS, decide("v", outcome))
+    assert error.metadata["operation_id"] == gateway.store.by_key("a").operation_id
+    assert gateway.store.by_key("v").state is S.PENDING
+    assert await decide("a", DoubtOutcome.TOOK_EFFECT, "tx-1")
+    assert await decide("v", outcome)
+    gone = outcome is DoubtOutcome.TOOK_EFFECT
+    payment = gateway.store.of_payment(payment_id).payment
+    if method is CaptureMethod.MANUAL:
+        assert payment.voided_minor == (100 if gone else 0)
+    else:
+        assert payment.captured_minor == (0 if gone else 100)
 
 
 @pytest.mark.parametrize("capabilities", [CAPABLE, replace(CAPABLE, cancel_by_reference=False)])
