@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -494,15 +494,19 @@ class Payments:
             details=command.details,
             route=plan.note,
         )
-        written = False
-        try:
-            written = await self._write_intent(begun, connector, None) is _WRITTEN
-        finally:
-            if not written:
-                self._routing.give_back(plan, time.monotonic() - started)
-        if written:
+        if await self._is_written(self._write_intent(begun, connector, None), plan, started):
             return await self._perform(command, begun, connector, None, started, plan)
         return await self._duplicate(command)
+
+    async def _is_written(self, write: Awaitable[Stored], plan: Plan, started: float) -> bool:
+        """Write an attempt at the account that was taken; else its place there is given back."""
+        is_written = False
+        try:
+            is_written = await write is _WRITTEN
+        finally:
+            if not is_written:
+                self._routing.give_back(plan, time.monotonic() - started)
+        return is_written
 
     async def _new_follow_up(self, command: FollowUp, again: Operation | None = None) -> Answer:
         """Begin a follow-up by the payment as it is now, anew as often as it changes meanwhile.
@@ -592,13 +596,8 @@ class Payments:
                 connector_account_id=candidate.connector_account_id,
                 route=plan.note,
             )
-            written = False
-            try:
-                written = await self._write_again(found.operation, begun, connector) is _WRITTEN
-            finally:
-                if not written:
-                    self._routing.give_back(plan, time.monotonic() - started)
-            if written:
+            write = self._write_again(found.operation, begun, connector)
+            if await self._is_written(write, plan, started):
                 return await self._perform(command, begun, connector, None, started, plan)
             return await self._duplicate(command)
         except StoreUnavailable as error:
@@ -812,17 +811,14 @@ class Payments:
             connector_account_id=candidate.connector_account_id,
         )
         started = time.monotonic()
-        written = False
+        write = self._write_again(begun.operation, again, connector)
         try:
-            written = await self._write_again(begun.operation, again, connector) is _WRITTEN
+            is_written = await self._is_written(write, plan, started)
         except StoreUnavailable:
             self._observer.outcome_lost(begun.operation)
             raise
-        finally:
-            if not written:
-                self._routing.give_back(plan, time.monotonic() - started)
         # Otherwise somebody changed the payment, as by a void: the answer stands.
-        return (again, connector, started) if written else None
+        return (again, connector, started) if is_written else None
 
     async def _may_reattempt(self, command: Command, plan: Plan) -> bool:
         """Whether the networks' limits let the card be tried again; no where nobody knows."""
