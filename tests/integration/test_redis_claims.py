@@ -309,6 +309,16 @@ async def test_response_beyond_a_limit_is_not_cached_and_leaves_repeats_to_postg
         assert await rig.redis.dbsize() == 0
 
 
+async def test_response_of_the_largest_size_is_cached(own_redis: EmbeddedRedis) -> None:
+    overhead = len(b"R") + 1 + len(FINGERPRINT) + 1 + len("req_1")
+    async with rig_on(own_redis, cache_bytes_max=1_000) as rig:
+        rig.cache(bytes(1_000 - overhead))
+        rig.cache(bytes(1_001 - overhead), "another")
+        await rig.settled()
+        assert (await rig.claim()).outcome is REPLAY
+        assert rig.metrics.dropped == {"TOO_LARGE": 1}
+
+
 @pytest.mark.parametrize("response", [b"", bytes(range(256)) * 40])
 async def test_response_of_any_bytes_comes_back_whole(
     own_redis: EmbeddedRedis, response: bytes
@@ -453,6 +463,24 @@ async def test_redis_without_memory_leaves_the_decision_to_postgresql() -> None:
             await rig.settled()
 
 
+async def test_an_answer_that_a_full_redis_refuses_spoils_no_other_and_opens_no_circuit(
+    own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims_module, "_has_room", lambda _: True)
+    async with rig_on(own_redis) as rig:
+        claimed = await rig.claim("claimed")
+        await rig.redis.config_set("maxmemory", 1)
+        try:
+            rig.cache()
+            rig.claims.release(MERCHANT, "claimed", claimed.nonce)
+            await rig.settled()
+        finally:
+            await rig.redis.config_set("maxmemory", 0)
+        assert rig.metrics.dropped == {"REFUSED": 1}
+        assert rig.metrics.circuit == []
+        assert await rig.keys() == []
+
+
 async def test_answers_leave_the_claims_their_room_in_redis(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -483,6 +511,73 @@ async def test_answers_leave_the_claims_their_room_in_redis(
             # By answers alone: where all is well, nothing is released.
             await until(is_cached)
             assert (await rig.claim()).outcome is REPLAY
+
+
+async def test_without_room_claims_are_released_and_only_answers_dropped(
+    own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims_module, "_has_room", lambda _: False)
+    async with rig_on(own_redis) as rig:
+        claimed = await rig.claim()
+        batches = rig.metrics.batches["redis-settle"]
+        for number in range(2):
+            rig.cache(key=f"answered {number}")
+        rig.claims.release(MERCHANT, KEY, claimed.nonce)
+        await rig.settled()
+        assert rig.metrics.batches["redis-settle"] == batches + 1
+        assert rig.metrics.dropped == {"NO_ROOM": 2}
+        assert await rig.keys() == []
+
+
+async def test_that_answers_are_not_cached_is_logged_once_and_once_that_they_are_again(
+    own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", claims_module.__name__)
+    monkeypatch.setattr(claims_module, "ROOM_LOOK_EVERY_S", 0.0)
+    looks = iter([False, False, True, True])
+    monkeypatch.setattr(claims_module, "_has_room", lambda _: next(looks))
+    async with rig_on(own_redis) as rig:
+        for number in range(4):
+            rig.cache(key=str(number))
+            await rig.settled()
+        assert rig.metrics.dropped == {"NO_ROOM": 2}
+        assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+async def test_redis_that_may_not_be_asked_any_more_is_given_answers_again(
+    own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims_module, "ROOM_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(claims_module, "_has_room", lambda _: False)
+    async with rig_on(own_redis) as rig:
+        rig.cache()
+        await rig.settled()
+        await rig.redis.acl_setuser("default", enabled=True, commands=["-info"])
+        try:
+            rig.cache()
+            await rig.settled()
+            assert (await rig.claim()).outcome is REPLAY
+        finally:
+            await rig.redis.acl_setuser("default", enabled=True, commands=["+info"])
+
+
+async def test_redis_is_asked_for_its_room_once_in_a_while(
+    own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims_module, "ROOM_LOOK_EVERY_S", 3_600.0)
+    async with rig_on(own_redis) as rig:
+        send = rig.claims._client.execute
+        asked: Counter[Any] = Counter()
+
+        async def see(*command: Any, **options: Any) -> Any:
+            asked[command[0]] += 1
+            return await send(*command, **options)
+
+        monkeypatch.setattr(rig.claims._client, "execute", see)
+        for number in range(3):
+            rig.cache(key=str(number))
+            await rig.settled()
+        assert asked == {"INFO": 1, "EVALSHA": 3}
 
 
 @pytest.mark.parametrize(
@@ -529,6 +624,23 @@ async def test_killed_redis_costs_no_claim_a_wait_and_recovers(
         await until(lambda: rig.claims.available)
         assert (await rig.claim()).outcome is NEW  # it started empty
         assert rig.metrics.circuit == [False, True]
+
+
+async def test_a_script_is_sent_so_often_and_no_more(
+    own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However quickly each try fails."""
+    async with rig_on(own_redis) as rig:
+        tries = 0
+
+        async def fail(*_: Any, **__: Any) -> Any:
+            nonlocal tries
+            tries += 1
+            raise RedisAway
+
+        monkeypatch.setattr(rig.claims._client, "execute", fail)
+        assert (await rig.claim()).outcome is UNAVAILABLE
+        assert tries == claims_module.SENDS_MAX
 
 
 async def test_stopped_redis_costs_no_claim_a_wait_and_recovers(
@@ -756,6 +868,19 @@ async def test_full_queues_refuse_without_an_error(own_redis: EmbeddedRedis) -> 
         assert rig.claims.available
 
 
+async def test_every_claim_is_counted_once_whatever_came_of_it(mortal_redis: EmbeddedRedis) -> None:
+    async with rig_on(mortal_redis, queue_max=2) as rig:
+        await asyncio.gather(*(rig.claim(str(number)) for number in range(3)))
+        for key in await rig.keys():
+            await rig.redis.set(key, "X of another time")
+        await asyncio.gather(*(rig.claim(str(number)) for number in range(2)))
+        assert rig.metrics.answered == {NEW: 2, UNAVAILABLE: 1 + 2}
+        mortal_redis.kill()
+        await asyncio.gather(*(rig.claim(str(number)) for number in range(2)))
+        await assert_open(rig)
+        assert rig.metrics.answered == {NEW: 2, UNAVAILABLE: 1 + 2 + 2 + 1}
+
+
 async def test_cancelled_claim_reaches_redis_all_the_same(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
         caller = asyncio.create_task(rig.claim())
@@ -799,6 +924,24 @@ async def test_nobody_asks_for_a_redis_that_is_away_after_close(
         assert probe.cancelled()
 
 
+@pytest.mark.parametrize("name", ["buckets", "claim_life_ms", "cache_life_s", "retry_after_ms"])
+async def test_lives_and_pauses_are_positive(own_redis: EmbeddedRedis, name: str) -> None:
+    with pytest.raises(ValueError, match="are positive"):
+        async with rig_on(own_redis, flush=False, **{name: 0}):
+            pass
+
+
+async def test_keys_of_a_script_are_no_more_than_their_numbers_can_tell(
+    own_redis: EmbeddedRedis,
+) -> None:
+    rows_max = claims_module.ROWS_MAX
+    async with rig_on(own_redis, flush=False, rows_max=rows_max):
+        pass
+    with pytest.raises(ValueError, match="rows_max is at most"):
+        async with rig_on(own_redis, flush=False, rows_max=rows_max + 1):
+            pass
+
+
 async def test_text_that_is_none_is_answered_not_raised(own_redis: EmbeddedRedis) -> None:
     async with rig_on(own_redis) as rig:
         assert (await rig.claim("\ud800")).outcome is UNAVAILABLE
@@ -834,6 +977,16 @@ async def test_a_burst_is_let_in_and_what_is_beyond_is_not_claimed_and_told_when
         # A refused key is free: without a limit it is claimed.
         assert (await rig.claim("refused-0")).outcome is NEW
         assert rig.metrics.answered[RATE_LIMITED] == 3
+
+
+async def test_a_burst_is_let_in_whole_where_its_intervals_are_fractions(
+    own_redis: EmbeddedRedis,
+) -> None:
+    limit = RateLimit(per_s=3.0, burst=6)
+    interval_us = 333_333.333
+    assert sum([interval_us] * limit.burst) > limit.burst * interval_us
+    async with rig_on(own_redis) as rig:
+        assert await rig.outcomes(limit.burst + 1, limit) == [NEW] * limit.burst + [RATE_LIMITED]
 
 
 @pytest.mark.parametrize(("ms", "told_s"), [(0, 0.0), (1, 0.01), (10, 0.01), (11, 0.02)])
@@ -908,6 +1061,17 @@ async def test_each_merchant_of_a_batch_has_its_own_limit_and_most_have_none(
         assert outcomes[1::3] == [NEW] + [RATE_LIMITED] * 3
         assert outcomes[2::3] == [NEW] * 2 + [RATE_LIMITED] * 2
         assert rig.metrics.batches["redis-claim"] == batches + 1
+
+
+async def test_limits_of_more_merchants_than_a_byte_can_tell_are_counted(
+    own_redis: EmbeddedRedis,
+) -> None:
+    limit = SLOW._replace(burst=1)
+    merchants = [f"m_{number}" for number in range(300)]
+    async with rig_on(own_redis, rows_max=len(merchants)) as rig:
+        for outcome in (NEW, RATE_LIMITED):
+            told = await asyncio.gather(*(rig.outcomes(1, limit, each) for each in merchants))
+            assert told == [[outcome]] * len(merchants)
 
 
 async def test_the_gateways_of_one_redis_have_one_limit_together(own_redis: EmbeddedRedis) -> None:

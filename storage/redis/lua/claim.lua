@@ -51,8 +51,7 @@ local function limit_of(i)
     local interval_us = tonumber(ARGV[2 + 2 * number])
     local full_us = interval_us * tonumber(ARGV[3 + 2 * number])
     local key = KEYS[claims_count + number]
-    local stored = redis.pcall('GET', key)
-    local ahead_us = type(stored) == 'string' and (tonumber(stored) or 0) - now_us or 0
+    local ahead_us = (tonumber(redis.pcall('GET', key)) or 0) - now_us
     if ahead_us ~= ahead_us then
       ahead_us = 0 -- not a number
     end
