@@ -73,6 +73,7 @@ if TYPE_CHECKING:
 Transport = Literal["grpcio", "native"]
 TRANSPORTS: tuple[Transport, ...] = ("grpcio", "native")
 MERCHANT, OTHER_MERCHANT = "mer_one", "mer_two"
+DESCRIPTOR = pb.DESCRIPTOR.services_by_name["PaymentService"]
 PATIENCE_S = 60.0
 """How long a test waits for what must happen: a failure, never a measurement."""
 CONNECTIONS, FLUSH_S = 4, 1.0
@@ -223,6 +224,7 @@ class Finished:
     request_id: str
     merchant_id: str
     payment_id: str
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass
@@ -242,7 +244,8 @@ class RecordingObserver:
         payment_id: str,
     ) -> None:
         assert seconds >= 0
-        self.calls.append(Finished(method, code, reason, request_id, merchant_id, payment_id))
+        ids = request_id, merchant_id, payment_id
+        self.calls.append(Finished(method, code, reason, *ids, seconds))
 
 
 class Keys:
@@ -695,6 +698,18 @@ async def test_a_message_too_large_is_refused_for_good_by_the_handler_and_by_the
     assert (await gateway.authorize(authorization())).operation.operation_id
 
 
+@pytest.mark.parametrize("method", [each.name for each in DESCRIPTOR.methods])
+async def test_every_method_refuses_what_is_too_large_and_tells_the_request_s_id(
+    gateway: Running, method: str
+) -> None:
+    call: Any = gateway.channel.stream_stream(f"/{DESCRIPTOR.full_name}/{method}")
+    sent = iter([bytes(LIMITS.message_bytes_max + 1)])
+    told = await refusal(call(sent, metadata=gateway.metadata).read())
+    assert (told.code, told.reason) == (StatusCode.RESOURCE_EXHAUSTED, "MESSAGE_TOO_LARGE")
+    assert told.trailers["x-request-id"]
+    assert gateway.observer.calls[0].request_id == told.trailers["x-request-id"]
+
+
 async def test_a_message_that_unpacks_beyond_the_limit_is_refused(gateway: Running) -> None:
     # A gRPC frame: compressed flag, length, gzip of zeros.
     method: UnaryMethod = gateway.channel.unary_unary(
@@ -818,6 +833,24 @@ async def test_a_bad_item_of_a_batch_spoils_no_other(gateway: Running) -> None:
     assert unpacked(results[1].error)[2].keys() == {"amount.currency_code"}
     methods = [each.method for each in gateway.observer.calls]
     assert methods == ["BatchAuthorizePayments/item"] * 6 + ["BatchAuthorizePayments"]
+
+
+async def test_each_item_is_observed_once_with_what_came_of_it_and_its_ids(
+    gateway: Running,
+) -> None:
+    changed = item("b", "key-a")
+    changed.authorization.amount.amount_minor = 7
+    results = await batch(gateway, item("a"), changed, item("c", merchant_id=OTHER_MERCHANT))
+    payment_id = results[0].response.payment.payment_id
+    *items, call = gateway.observer.calls
+    told = {(each.code, each.reason, each.merchant_id, each.payment_id) for each in items}
+    assert told == {
+        ("OK", "", MERCHANT, payment_id),
+        ("ALREADY_EXISTS", "IDEMPOTENCY_KEY_REUSED", MERCHANT, ""),
+        ("NOT_FOUND", "MERCHANT_NOT_FOUND", "", ""),
+    }
+    assert {each.request_id for each in items} == {call.request_id}
+    assert max(each.seconds for each in items) <= call.seconds
 
 
 async def test_an_item_ref_that_is_card_data_is_refused_and_not_repeated(gateway: Running) -> None:
@@ -1154,6 +1187,16 @@ async def test_a_revoked_key_begins_no_more_items_of_a_message_that_waits_for_ro
         told = await refusal(rest_of(call))
         assert (told.code, told.reason) == (StatusCode.UNAUTHENTICATED, "CREDENTIAL_INVALID")
         assert len(up.payments.finished) == len(up.payments.commands) == window
+
+
+async def test_the_use_cases_are_told_which_authorizations_are_items(gateway: Running) -> None:
+    await gateway.authorize(authorization("one"))
+    await batch(gateway, item("b"))
+    call = open_stream(gateway)
+    await call.write(message(item("s")))
+    await call.read()
+    are_items = {each.idempotency_key: each.item for each in gateway.payments.commands}
+    assert are_items == {"one": False, "key-b": True, "key-s": True}
 
 
 async def test_unary_batch_and_stream_replay_the_same_bytes(gateway: Running) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -251,6 +252,39 @@ async def test_a_batch_does_not_wait_for_a_read_that_does_not_end() -> None:
 
     world.payments.go.set()
     await world.service.wait_idle()
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["caller gone", "no time left"])
+async def test_what_a_batch_reads_and_needs_no_more_is_no_defect(leaves: bool) -> None:
+    """The loop would log it: an exception that nobody asked for."""
+    world = _World()
+    defects: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: defects.append(context))
+    reading, goes_on, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def fail() -> None:
+        reading.set()
+        try:
+            await goes_on.wait()
+        finally:
+            ended.set()
+        raise GatewayError(Reason.STORE_UNAVAILABLE, "away")
+
+    world.payments.before_reading = fail
+    margin_s = 60.0 if leaves else 0.0
+    batch = asyncio.ensure_future(world.batch("req_1", waits=False, margin_s=margin_s))
+    await reading.wait()
+    if leaves:
+        batch.cancel()
+    await asyncio.wait([batch])
+    del batch
+    goes_on.set()
+    world.payments.go.set()
+    await ended.wait()
+    await world.service.wait_idle()
+    gc.collect()
+    assert defects == []
 
 
 async def test_a_margin_takes_half_of_the_time_that_is_left_at_most() -> None:
