@@ -472,11 +472,12 @@ async def test_an_answer_that_a_full_redis_refuses_spoils_no_other_and_opens_no_
         await rig.redis.config_set("maxmemory", 1)
         try:
             rig.cache()
+            rig.cache(key="another")
             rig.claims.release(MERCHANT, "claimed", claimed.nonce)
             await rig.settled()
         finally:
             await rig.redis.config_set("maxmemory", 0)
-        assert rig.metrics.dropped == {"REFUSED": 1}
+        assert rig.metrics.dropped == {"REFUSED": 2}
         assert rig.metrics.circuit == []
         assert await rig.keys() == []
 

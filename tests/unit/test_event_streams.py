@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import pytest
 
+from gateway.application.accounts import MerchantInfo, Principal, Scope
+from gateway.application.admission import AdmissionLimits, open_gates
 from gateway.application.events import (
     CHUNK_EVENTS_MAX,
     ORIGIN,
@@ -22,9 +25,11 @@ from gateway.application.events import (
 )
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import Mode
+from gateway.rpc.events import EventService, StreamLimits
+from gateway.rpc.service import PaymentService, RpcLimits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from gateway.application.events import Cursor
 
@@ -196,3 +201,109 @@ async def test_a_drain_ends_a_stream_within_its_page() -> None:
         with pytest.raises(GatewayError) as ended:
             await anext(stream)
     assert ended.value.reason is Reason.DRAINING
+
+
+# --- the calls ------------------------------------------------------------------------------------
+
+
+class _Caller:
+    """A call's context; its stream is read as long as it is not cut."""
+
+    def __init__(self, organisation_id: str) -> None:
+        self._organisation_id = organisation_id
+        self.told = asyncio.Event()
+        self.is_cut = False
+        self.refusal = ""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str]]:
+        return (("authorization", self._organisation_id),)
+
+    def time_remaining(self) -> float | None:
+        return None
+
+    async def write(self, message: bytes) -> None:
+        del message
+        self.told.set()
+        if self.is_cut:
+            raise RuntimeError("as the transport does where the client has gone")
+
+    async def abort(self, _code: object, _text: str, trailers: Sequence[tuple[str, Any]]) -> None:
+        self.refusal = str(trailers)
+        raise RuntimeError("as the transport does")
+
+
+class _Door:
+    """Authenticator and observer of a PaymentService."""
+
+    def __init__(self) -> None:
+        self.ends: list[str] = []
+
+    def remembered(self, organisation_id: str) -> Principal:
+        merchants = {MERCHANTS[0]: MerchantInfo(MERCHANTS[0])}
+        return Principal("key", organisation_id, frozenset(Scope), Mode.TEST, merchants)
+
+    def rpc_started(self, method: str) -> None:
+        pass
+
+    def rpc_finished(self, method: str, code: str, *told: object) -> None:
+        self.ends.append(code)
+
+
+class _Service:
+    """An EventService of at most 3 streams, 2 for each organisation."""
+
+    def __init__(self) -> None:
+        self.door = _Door()
+        door: Any = self.door
+        self._door = PaymentService(Mock(), door, door, RpcLimits())
+        outbox = _both_in_turn(1)
+        self.events = _streams(outbox, EVERY_MESSAGE)
+        gate = open_gates(AdmissionLimits()).lists
+        self.service = EventService(self._door, gate, self.events, StreamLimits(3, 2))
+
+    async def stream(self, organisation_id: str) -> tuple[_Caller, asyncio.Task[None]]:
+        """One that has been told something, or was refused."""
+        caller = _Caller(organisation_id)
+        context: Any = caller
+        task = asyncio.ensure_future(self.service._serve_stream(b"", context))
+        told = asyncio.ensure_future(caller.told.wait())
+        await asyncio.wait([told, task], return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        return caller, task
+
+
+async def test_there_are_so_many_streams_in_all_and_of_each_organisation() -> None:
+    rig = _Service()
+    tasks = []
+    for organisation_id, is_open in (
+        ("org_1", True),
+        ("org_1", True),
+        ("org_1", False),
+        ("org_2", True),
+        ("org_3", False),
+    ):
+        caller, task = await rig.stream(organisation_id)
+        tasks.append(task)
+        assert task.done() is not is_open
+        assert ("EVENT_STREAMS_TOO_MANY" in caller.refusal) is not is_open
+    assert rig.service.streams == 3
+    rig.service.begin_drain()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("end", ["cancelled", "cut", "drained"])
+async def test_a_stream_leaves_its_place_however_it_ends(end: str) -> None:
+    rig = _Service()
+    caller, task = await rig.stream("org_1")
+    assert rig.service.streams == 1
+    if end == "cancelled":
+        task.cancel()
+    elif end == "cut":
+        caller.is_cut = True
+    else:
+        rig.service.begin_drain()
+    await asyncio.gather(task, return_exceptions=True)
+    assert task.cancelled() is (end != "drained")
+    assert rig.door.ends == ["UNAVAILABLE" if end == "drained" else "CANCELLED"]
+    assert rig.service.streams == 0
+    assert not rig.service._streams
