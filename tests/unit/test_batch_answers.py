@@ -6,6 +6,7 @@ import asyncio
 import gc
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from gateway.application.admission import Admission, AdmissionLimits, open_gates
 from gateway.application.usecases import Payments
 from gateway.domain.errors import GatewayError, Reason
 from gateway.domain.model import Mode, OperationKind
+from gateway.rpc import service as service_module
 from gateway.rpc.conversion import ContractEncoder
 from gateway.rpc.service import PaymentService, RpcLimits
 from tests.memory_store import (
@@ -301,6 +303,36 @@ async def test_a_margin_takes_half_of_the_time_that_is_left_at_most() -> None:
     await letting_go
 
 
+@pytest.mark.parametrize(
+    ("left_s", "waits_s", "reads_s"),
+    [
+        (None, 30.0, 0.5),
+        (1_000.0, 30.0, 0.5),
+        (20.0, 19.0, 0.5),
+        (1.0, 0.5, 0.25),
+    ],
+)
+async def test_a_batch_waits_up_to_its_margin_and_no_longer_than_a_batch_may(
+    monkeypatch: pytest.MonkeyPatch, left_s: float | None, waits_s: float, reads_s: float
+) -> None:
+    waited: list[float | None] = []
+    wait = asyncio.wait
+
+    async def at_once(tasks: Any, *, timeout: float | None = None) -> Any:
+        waited.append(timeout)
+        return await wait(tasks, timeout=0)
+
+    clock = SimpleNamespace(monotonic=lambda: 1_000.0, perf_counter=lambda: 0.0)
+    world = _World()
+    with monkeypatch.context() as patched:
+        patched.setattr(service_module, "time", clock)
+        patched.setattr(asyncio, "wait", at_once)
+        await world.batch("req_1", waits=True, left_s=left_s, margin_s=1.0)
+    assert waited == [waits_s, reads_s]
+    world.payments.go.set()
+    await world.service.wait_idle()
+
+
 async def test_an_item_that_waits_for_an_earlier_one_of_its_key_is_no_work() -> None:
     world = _World()
     await world.batch("req_1", waits=False, items=2)
@@ -334,6 +366,26 @@ async def test_after_so_many_items_others_have_their_turn() -> None:
     task.cancel()
     assert seen[-1] == 500
     assert max(after - before for before, after in pairwise(seen)) <= 50
+
+
+async def test_after_so_many_bytes_that_are_looked_at_others_have_their_turn() -> None:
+    """Texts that may hold a card number are looked at one by one."""
+    world = _World()
+    seen = [0]
+
+    async def other() -> None:
+        while True:
+            seen.append(world.payments.begun)
+            await asyncio.sleep(0)
+
+    world.payments.go.set()
+    task = asyncio.ensure_future(other())
+    suspect = pb.AuthorizePaymentRequest(metadata={f"k{n}": "." * 500 for n in range(10)})
+    suspect.MergeFrom(AUTHORIZATION)
+    await world.batch("req_1", waits=True, items=40, each=suspect, one_key=False)
+    task.cancel()
+    assert seen[-1] == 40
+    assert max(after - before for before, after in pairwise(seen)) <= 2
 
 
 async def test_after_each_item_that_breaks_rules_others_have_their_turn() -> None:
