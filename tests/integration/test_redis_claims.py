@@ -644,6 +644,25 @@ async def test_a_script_is_sent_so_often_and_no_more(
         assert tries == claims_module.SENDS_MAX
 
 
+async def test_redis_that_is_away_is_asked_after_a_pause_only(
+    mortal_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    async def connect() -> None:
+        nonlocal asked
+        asked += 1
+        raise RedisAway
+
+    async with rig_on(mortal_redis, retry_after_ms=HANG_S * 1_000_000) as rig:
+        monkeypatch.setattr(rig.claims._client, "connect", connect)
+        mortal_redis.kill()
+        assert (await rig.claim()).outcome is UNAVAILABLE
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert asked == 0
+
+
 async def test_stopped_redis_costs_no_claim_a_wait_and_recovers(
     mortal_redis: EmbeddedRedis,
 ) -> None:
@@ -927,8 +946,9 @@ async def test_nobody_asks_for_a_redis_that_is_away_after_close(
 
 @pytest.mark.parametrize("name", ["buckets", "claim_life_ms", "cache_life_s", "retry_after_ms"])
 async def test_lives_and_pauses_are_positive(own_redis: EmbeddedRedis, name: str) -> None:
+    none: dict[str, Any] = {name: 0}
     with pytest.raises(ValueError, match="are positive"):
-        async with rig_on(own_redis, flush=False, **{name: 0}):
+        async with rig_on(own_redis, flush=False, **none):
             pass
 
 

@@ -318,8 +318,8 @@ async def test_a_batch_waits_up_to_its_margin_and_no_longer_than_a_batch_may(
     waited: list[float | None] = []
     wait = asyncio.wait
 
-    async def at_once(tasks: Any, *, timeout: float | None = None) -> Any:
-        waited.append(timeout)
+    async def at_once(tasks: Any, **options: float | None) -> Any:
+        waited.append(options["timeout"])
         return await wait(tasks, timeout=0)
 
     clock = SimpleNamespace(monotonic=lambda: 1_000.0, perf_counter=lambda: 0.0)
