@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from gateway.application.accounts import RateLimit
 from gateway.application.ports import ClaimOutcome, ClaimResult
 from storage.batching import LINGER_MS_CAP, NoLaneMetrics
-from storage.redis import Claims, RedisAway, RedisClient
+from storage.redis import Claims, RedisAway, RedisClient, RedisRefused
 from storage.redis import claims as claims_module
 from tests.pumping import pump
 from tests.servers import free_port, redis_server
@@ -596,6 +596,20 @@ def test_answers_are_cached_unless_redis_refuses_soon(told: bytes, has_room: boo
     assert claims_module._has_room(told) is has_room
 
 
+@pytest.mark.parametrize(
+    ("told", "policy"),
+    [
+        (b"maxmemory:100\r\nmaxmemory_policy:allkeys-lru\r\n", "allkeys-lru"),
+        (b"maxmemory:100\r\nmaxmemory_policy:noeviction\r\n", ""),
+        (b"maxmemory:0\r\nmaxmemory_policy:allkeys-lru\r\n", ""),
+        (b"maxmemory_policy:allkeys-lru\r\n", ""),
+        (b"maxmemory:100\r\n", ""),
+    ],
+)
+def test_redis_evicts_by_its_policy_where_its_memory_is_limited(told: bytes, policy: str) -> None:
+    assert claims_module.evicting_policy(told) == policy
+
+
 async def test_redis_that_may_not_be_asked_for_its_memory_is_given_answers(
     own_redis: EmbeddedRedis,
 ) -> None:
@@ -652,6 +666,7 @@ async def test_redis_that_is_away_is_asked_after_a_pause_only(
     async def connect() -> None:
         nonlocal asked
         asked += 1
+        await asyncio.sleep(0)
         raise RedisAway
 
     async with rig_on(mortal_redis, retry_after_ms=HANG_S * 1_000_000) as rig:
@@ -661,6 +676,32 @@ async def test_redis_that_is_away_is_asked_after_a_pause_only(
         for _ in range(100):
             await asyncio.sleep(0)
         assert asked == 0
+
+
+async def test_what_redis_refuses_is_logged_by_its_code_and_never_by_its_text(
+    own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which may quote what was sent."""
+    caplog.set_level("DEBUG", claims_module.__name__)
+    async with rig_on(own_redis) as rig:
+        refusals = iter(["BAD canary", "WORSE canary"])
+        send = rig.claims._client.execute
+
+        async def refuse(*command: Any, **options: Any) -> Any:
+            for refusal in refusals:
+                raise RedisRefused(refusal)
+            return await send(*command, **options)
+
+        monkeypatch.setattr(rig.claims._client, "execute", refuse)
+        await rig.claim()
+        await until(lambda: rig.claims.available)
+        codes = [text for text in caplog.messages if "(" in text]
+        assert [text.partition("(")[2].partition(")")[0] for text in codes] == [
+            "RedisRefused BAD",
+            "RedisRefused WORSE",
+        ]
+        assert "canary" not in caplog.text
+        assert caplog.messages[-1] == "Redis is available again"
 
 
 async def test_stopped_redis_costs_no_claim_a_wait_and_recovers(

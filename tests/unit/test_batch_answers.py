@@ -236,6 +236,20 @@ async def test_an_item_that_ends_while_its_operation_is_read_is_answered_by_its_
     assert result.response.operation.state == payment_pb2.OPERATION_STATE_SUCCEEDED
 
 
+async def test_what_is_finished_is_not_read() -> None:
+    world = _World()
+    read = 0
+
+    async def count() -> None:
+        nonlocal read
+        read += 1
+
+    world.payments.before_reading = count
+    world.payments.go.set()
+    await world.batch("req_1", waits=True, items=3, one_key=False)
+    assert read == 0
+
+
 async def test_a_batch_does_not_wait_for_a_read_that_does_not_end() -> None:
     world = _World()
     ended = asyncio.Event()
