@@ -1003,6 +1003,14 @@ async def test_a_streams_answers_come_as_they_are_ready_and_its_half_close_drain
     assert await call.code() is StatusCode.OK
 
 
+async def test_a_stream_without_a_key_is_refused_before_its_first_message(
+    gateway: Running,
+) -> None:
+    """Or anyone could hold as many as there may be."""
+    told = await refusal(gateway.stub.StreamAuthorizePayments(timeout=PATIENCE_S).read())
+    assert (told.code, told.reason) == (StatusCode.UNAUTHENTICATED, "CREDENTIAL_MISSING")
+
+
 async def test_a_stream_is_not_read_beyond_its_window(gateway: Running) -> None:
     released: asyncio.Queue[None] = asyncio.Queue()
 
