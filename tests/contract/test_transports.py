@@ -546,6 +546,7 @@ async def test_an_unknown_method_is_unimplemented_with_a_reason(gateway: Running
     ):
         told = await refusal(gateway.raw(path)(b"", metadata=gateway.metadata))
         assert (told.code, told.reason) == (StatusCode.UNIMPLEMENTED, "METHOD_NOT_FOUND")
+        assert told.trailers["x-request-id"]
 
 
 # --- who calls ------------------------------------------------------------------------------------

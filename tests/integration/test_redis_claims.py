@@ -309,6 +309,18 @@ async def test_response_beyond_a_limit_is_not_cached_and_leaves_repeats_to_postg
         assert await rig.redis.dbsize() == 0
 
 
+async def test_fingerprint_and_request_id_of_the_largest_size_are_cached(
+    own_redis: EmbeddedRedis,
+) -> None:
+    fingerprint, request_id = bytes(range(255)), "r" * 255
+    async with rig_on(own_redis) as rig:
+        rig.cache(fingerprint=fingerprint, first_request_id=request_id)
+        await rig.settled()
+        assert await rig.claim(fingerprint=fingerprint) == ClaimResult(
+            REPLAY, generation=GENERATION, response=RESPONSE, first_request_id=request_id
+        )
+
+
 async def test_response_of_the_largest_size_is_cached(own_redis: EmbeddedRedis) -> None:
     overhead = len(b"R") + 1 + len(FINGERPRINT) + 1 + len("req_1")
     async with rig_on(own_redis, cache_bytes_max=1_000) as rig:
