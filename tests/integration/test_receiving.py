@@ -135,6 +135,6 @@ async def test_all_else_is_cancelled_at_once(
     task = asyncio.create_task(_receive((operation,)), name=name)
     await eventually(lambda: bool(waiting), "it is waited for")
     task.cancel()
+    assert waiting[0].cancelled()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert waiting[0].cancelled()
