@@ -132,6 +132,31 @@ async def test_a_stream_is_counted_out_once_however_it_ends(
     await service.wait_idle()
 
 
+async def test_a_stream_whose_key_is_being_read_when_the_drain_begins_is_not_read() -> None:
+    known = asyncio.Event()
+
+    class Reading(_Door):
+        def remembered(self, _: object) -> Any:
+            return super().remembered(_) if known.is_set() else None
+
+        async def authenticate(self, presented: object) -> Principal:
+            await known.wait()
+            return super().remembered(presented)
+
+    door: Any = Reading()
+    context: Any = _Context()
+    service = PaymentService(Mock(), door, door, RpcLimits())
+    context.messages.put_nowait(grpc.aio.EOF)
+    stream = asyncio.ensure_future(service._serve_stream(None, context))
+    await asyncio.sleep(0)
+    service.begin_drain()
+    known.set()
+    [ended] = await asyncio.gather(stream, return_exceptions=True)
+    assert isinstance(ended, _Aborted)
+    assert door.ends == [("UNAVAILABLE", "DRAINING")]
+    assert not context.reads.is_set()
+
+
 class _Rig:
     """A service whose calls wait until they are let go."""
 
