@@ -138,3 +138,17 @@ async def test_all_else_is_cancelled_at_once(
     assert waiting[0].cancelled()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def test_what_is_wrapped_already_is_not_wrapped_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cygrpc, "execute_batch", cygrpc.execute_batch)
+    finish_cancelled_receives()
+    wrapped = cygrpc.execute_batch
+    finish_cancelled_receives()
+    assert cygrpc.execute_batch is wrapped
+
+
+def test_a_grpcio_that_is_made_otherwise_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cygrpc, "execute_batch")
+    finish_cancelled_receives()
+    assert not hasattr(cygrpc, "execute_batch")
