@@ -92,6 +92,14 @@ class _Door:
             self.seconds = seconds
 
 
+async def _until_set(event: asyncio.Event, call: asyncio.Future[Any]) -> None:
+    """Until the event is set, or the call has ended without it."""
+    waiting = asyncio.ensure_future(event.wait())
+    await asyncio.wait([waiting, call], return_when=asyncio.FIRST_COMPLETED)
+    waiting.cancel()
+    assert event.is_set()
+
+
 @pytest.mark.parametrize(
     ("end", "raised", "observed"),
     [
@@ -110,7 +118,7 @@ async def test_a_stream_is_counted_out_once_however_it_ends(
     context: Any = _Context()
     service = PaymentService(Mock(), door, door, RpcLimits())
     stream = asyncio.ensure_future(service._serve_stream(None, context))
-    await context.reads.wait()
+    await _until_set(context.reads, stream)
     match end:
         case "half-closed":
             context.messages.put_nowait(grpc.aio.EOF)
@@ -223,7 +231,7 @@ async def test_a_call_is_in_its_gate_until_it_ends_however_that_is(
     rig = _Rig()
     gate = rig.gates.gates()[GATES[method]]
     call = rig.call(method)
-    await rig.begun.wait()
+    await _until_set(rig.begun, call)
     assert (gate.working, gate.in_flight, gate.merchants) == (1, 1, 1)
     if end == "cancelled":
         call.cancel()
