@@ -195,20 +195,19 @@ class _Rig:
         await self._wait()
         return Reply(b"")
 
-    def call(self, method: str) -> asyncio.Future[bytes]:
+    def call(self, method: str, data: bytes = b"") -> asyncio.Future[bytes]:
         context: Any = _Context()
         if method == "ListEventConsumers":
             request = event_service_pb2.ListEventConsumersRequest
             gate, scope = self.gates.lists, Scope.EVENTS_READ
             unary = Unary(self.service, gate, scope, method, request, self._list)
-            return asyncio.ensure_future(unary.serve(b"", context))
+            return asyncio.ensure_future(unary.serve(data, context))
         handler: Any = self.service.method_handlers()[method]
         serve: Callable[..., Coroutine[Any, Any, bytes]] = handler.unary_unary
-        data = b""
         if method == "AuthorizePayment":
-            data = AUTHORIZATION.SerializeToString()
+            data = data or AUTHORIZATION.SerializeToString()
         elif method == "GetPayment":
-            data = pb.GetPaymentRequest(payment_id="pay_1").SerializeToString()
+            data = data or pb.GetPaymentRequest(payment_id="pay_1").SerializeToString()
         return asyncio.ensure_future(serve(data, context))
 
 
@@ -257,3 +256,12 @@ async def test_a_gate_of_reads_is_told_how_long_they_took(
     [(stage, seconds)] = passed
     assert stage is Stage.READ
     assert 0 <= seconds <= rig.door.seconds
+
+
+@pytest.mark.parametrize("method", GATES)
+async def test_what_is_too_large_does_not_get_to_a_gate(method: str) -> None:
+    rig = _Rig()
+    data = bytes(RpcLimits().message_bytes_max + 1)
+    await asyncio.gather(rig.call(method, data), return_exceptions=True)
+    assert rig.door.ends == [("RESOURCE_EXHAUSTED", "MESSAGE_TOO_LARGE")]
+    assert rig.gates.gates()[GATES[method]].admitted == {}

@@ -307,3 +307,15 @@ async def test_a_stream_leaves_its_place_however_it_ends(end: str) -> None:
     assert rig.door.ends == ["UNAVAILABLE" if end == "drained" else "CANCELLED"]
     assert rig.service.streams == 0
     assert not rig.service._streams
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "end"),
+    [(RpcLimits().message_bytes_max + 1, "RESOURCE_EXHAUSTED"), (5, "INVALID_ARGUMENT")],
+)
+async def test_a_request_for_a_stream_is_no_longer_than_any(size_bytes: int, end: str) -> None:
+    rig = _Service()
+    caller: Any = _Caller("org_1")
+    call = rig.service._serve_stream(b"\xff" * size_bytes, caller)
+    await asyncio.gather(call, return_exceptions=True)
+    assert rig.door.ends == [end]
