@@ -279,6 +279,7 @@ def test_codes_after_which_visa_forbids_another_try_are_known_by_their_meaning()
         ('62 = "$payment"', '65 = "$payment"', "no format"),
         ('37 = "$rrn"\n', "", "lacks DE 37"),
         ('approved = ["00", "08", "11", "85"]', 'approved = ["00", "09"]', "something else"),
+        ('partially_approved = ["10"]', 'partially_approved = ["10", "12"]', "something else"),
         ('approved = ["00", "08", "11", "85"]', "approved = []", "approved: .*at least 1"),
         ('amount = "4"', 'balance = "54"', "tell no"),
         ('avs_code = "44:1-1"', 'avs_code = "44-1"', "no place"),

@@ -377,7 +377,8 @@ class Specification:
             raise SpecificationError(f"the message {missing.pop()!r} is missing")
         if "11" not in told.match:
             raise SpecificationError("DE 11 must be among what is matched")
-        if set(told.approved) & {*told.uncertain, *told.rejected, *told.reversal.without_effect}:
+        others = {*told.uncertain, *told.rejected, *told.reversal.without_effect}
+        if others & {*told.approved, *told.partially_approved}:
             raise SpecificationError("a code is approved and something else")
         unknown = set(told.answers) - set(ANSWER_NAMES)
         if unknown:
