@@ -111,7 +111,9 @@ def test_a_part_that_was_authorized_is_called_so() -> None:
         ("99", "51 : Insufficient funds", ResponseCode.INSUFFICIENT_FUNDS),  # a new code of Adyen's
         ("99", "Z9 : New", ResponseCode.DECLINED_OTHER),
         ("6", "51 : Insufficient funds", ResponseCode.EXPIRED_CARD),
-        ("2", "00 : Approved", ResponseCode.DO_NOT_HONOR),  # no approval, whatever is said
+        # No approval, whatever is said.
+        ("2", "00 : Approved", ResponseCode.DO_NOT_HONOR),
+        ("2", "10 : Partial approval", ResponseCode.DO_NOT_HONOR),
     ],
 )
 def test_the_networks_code_leads_where_adyens_says_less(

@@ -204,6 +204,7 @@ def test_authorization_is_told_with_its_reference_amount_and_time() -> None:
     assert notification.reference == REFERENCE
     assert notification.payment_transaction_id == PAYMENT
     assert notification.occurred_at == datetime(2026, 11, 21, tzinfo=UTC)
+    assert answer.currency == "EUR"
     assert (notification.amount_minor, notification.currency) == (1000, "EUR")
     assert answer.verdict is Verdict.APPROVED
     assert answer.connector_transaction_id == PAYMENT
@@ -225,13 +226,26 @@ def test_refused_authorization_tells_why(reason: str, code: str) -> None:
     assert answer.outcome.amount_reported_minor is None
 
 
-def test_refused_authorization_tells_the_networks_code() -> None:
-    more = {"refusalReasonRaw": "51 : Insufficient funds"}
-    answer = told("AUTHORISATION", success="false", reason="Refused", additionalData=more).answer
+@pytest.mark.parametrize(
+    ("reason", "raw", "code"),
+    [
+        ("Refused", "51 : Insufficient funds", ResponseCode.INSUFFICIENT_FUNDS),
+        ("A new reason", "51 : Insufficient funds", ResponseCode.INSUFFICIENT_FUNDS),
+        ("A new reason", "Z9 : New", ResponseCode.DECLINED_OTHER),
+        ("Expired Card", "51 : Insufficient funds", ResponseCode.EXPIRED_CARD),
+        ("Refused", "00 : Approved", ResponseCode.DO_NOT_HONOR),
+    ],
+)
+def test_refused_authorization_tells_the_networks_code(
+    reason: str, raw: str, code: ResponseCode
+) -> None:
+    more = {"refusalReasonRaw": raw}
+    answer = told("AUTHORISATION", success="false", reason=reason, additionalData=more).answer
     assert answer is not None
     assert answer.outcome is not None
-    assert answer.outcome.response_code is ResponseCode.INSUFFICIENT_FUNDS
-    assert (answer.outcome.network_code, answer.outcome.network_code_scheme) == ("51", "visa")
+    assert answer.outcome.response_code is code
+    assert answer.outcome.connector_message == reason
+    assert (answer.outcome.network_code, answer.outcome.network_code_scheme) == (raw[:2], "visa")
 
 
 @pytest.mark.parametrize(
@@ -266,6 +280,25 @@ def test_outcome_of_a_request_is_told_under_its_reference(
     # What an authorization grows by is not told, but what it grows to.
     has_amount = verdict is Verdict.APPROVED and kind in (N.CAPTURE, N.REFUND)
     assert answer.outcome.amount_reported_minor == (1000 if has_amount else None)
+    assert answer.currency == ("EUR" if has_amount else "")
+
+
+@pytest.mark.parametrize(
+    ("success", "code", "message"),
+    [
+        # What is said of a success may be digits of the card.
+        ("true", ResponseCode.APPROVED, ""),
+        ("false", ResponseCode.REJECTED_BY_CONNECTOR, "Insufficient balance"),
+    ],
+)
+def test_outcome_of_a_request_tells_why_it_was_refused(
+    success: str, code: ResponseCode, message: str
+) -> None:
+    answer = told("REFUND", success=success, reason="Insufficient balance").answer
+    assert answer is not None
+    assert answer.outcome is not None
+    assert (answer.outcome.response_code, answer.outcome.connector_message) == (code, message)
+    assert answer.outcome.connector_code == "REFUND"
 
 
 @pytest.mark.parametrize(
@@ -275,6 +308,7 @@ def test_outcome_of_a_request_is_told_under_its_reference(
         ("CANCEL_OR_REFUND", f"{REFERENCE}-reversal", "refund", Verdict.APPROVED),
         ("CANCEL_OR_REFUND", REFERENCE, "cancel", Verdict.APPROVED),
         ("TECHNICAL_CANCEL", REFERENCE, "", Verdict.APPROVED),
+        ("TECHNICAL_CANCEL", REFERENCE, "refund", Verdict.APPROVED),
         ("EXPIRE", REFERENCE, "", Verdict.EXPIRED),
     ],
 )
@@ -299,7 +333,9 @@ def test_reversal_that_refunded_a_payment_in_the_console_is_a_refund() -> None:
     assert notification.amount_minor == 1000
 
 
-@pytest.mark.parametrize("event", ["CANCEL_OR_REFUND", "TECHNICAL_CANCEL", "EXPIRE"])
+@pytest.mark.parametrize(
+    "event", ["CANCEL_OR_REFUND", "TECHNICAL_CANCEL", "EXPIRE", "OFFER_CLOSED"]
+)
 def test_cancellation_without_effect_is_acted_on_by_nobody(event: str) -> None:
     assert told(event, success="false").kind is N.UNKNOWN
 

@@ -144,17 +144,23 @@ def _refused(told: Mapping[str, Any]) -> ConnectorAnswer:
     """A refusal of the issuer, the network or Adyen itself; an `Error` is final too."""
     answer = _answered(told, Verdict.DECLINED)
     code = values.text(told.get("refusalReasonCode"))
-    unified = codes.REFUSALS.get(code, ResponseCode.DECLINED_OTHER)
-    outcome = _outcome(told, unified)
+    network, _ = network_code(told)
+    outcome = _outcome(told, refusal(code, network))
     outcome.connector_code = code or values.text(told.get("resultCode"))
     outcome.connector_message = values.text(told.get("refusalReason"), values.MESSAGE_LENGTH_MAX)
-    if code in codes.GENERIC or code not in codes.REFUSALS:
-        known = schemes.NETWORK_CODES.get(outcome.network_code)
-        if known is not None and known is not ResponseCode.APPROVED:
-            outcome.response_code = known
     _advise(outcome, told, code)
     answer.outcome = outcome
     return answer
+
+
+def refusal(code: str, network: str) -> ResponseCode:
+    """What a refusal means: by Adyen's code, and by the network's where that says more."""
+    unified = codes.REFUSALS.get(code, ResponseCode.DECLINED_OTHER)
+    if code in codes.REFUSALS and code not in codes.GENERIC:
+        return unified
+    known = schemes.NETWORK_CODES.get(network, unified)
+    is_refusal = known not in (ResponseCode.APPROVED, ResponseCode.PARTIALLY_APPROVED)
+    return known if is_refusal else unified
 
 
 def _outcome(told: Mapping[str, Any], response_code: ResponseCode) -> Outcome:

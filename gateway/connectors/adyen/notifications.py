@@ -22,7 +22,7 @@ from gateway.application.notifications import (
     Notification,
     NotificationKind,
 )
-from gateway.connectors import schemes, values
+from gateway.connectors import values
 from gateway.connectors.adyen import answers, codes
 from gateway.connectors.adyen.connector import NAME, REFUND_SUFFIX, REVERSAL_SUFFIX
 from gateway.connectors.base import Unusable
@@ -291,14 +291,10 @@ def _authorization(item: Mapping[str, Any], own_id: str, *, success: bool) -> Co
         return answer
     reason = values.text(item.get("reason"), values.MESSAGE_LENGTH_MAX)
     code = codes.REASONS.get(reason.casefold(), "")
-    outcome.response_code = codes.REFUSALS.get(code, ResponseCode.DECLINED_OTHER)
     outcome.connector_code = code or "AUTHORISATION"
     outcome.connector_message = reason
-    network_code, scheme = answers.network_code(item)
-    outcome.network_code, outcome.network_code_scheme = network_code, scheme
-    known = schemes.NETWORK_CODES.get(network_code)
-    if code in codes.GENERIC and known is not None and known is not ResponseCode.APPROVED:
-        outcome.response_code = known
+    outcome.network_code, outcome.network_code_scheme = answers.network_code(item)
+    outcome.response_code = answers.refusal(code, outcome.network_code)
     return answer
 
 
