@@ -195,6 +195,8 @@ def test_secrets_are_those_of_the_credentials() -> None:
         b"{}",
         b'{"object":"event"}',
         b'{"object":"event","id":"e","livemode":1}',
+        b'{"object":"event","id":"","livemode":true}',
+        b'{"object":"refund","id":"e","livemode":true}',
     ],
 )
 def test_what_is_no_event_is_unusable(body: bytes) -> None:
@@ -253,13 +255,16 @@ def test_each_capture_of_ours_is_told_by_its_reference() -> None:
     assert len({each.event_id for each in (whole, *captures)}) == 3
 
 
-def test_a_capture_from_the_dashboard_has_no_reference_of_its_own() -> None:
-    intent = intent_of(capture_method="manual", amount_received=400)
+@pytest.mark.parametrize(
+    ("charge", "id_"), [("ch_1", "ch_1"), ({"id": "ch_2"}, "ch_2"), (None, "pi_1")]
+)
+def test_a_capture_from_the_dashboard_has_no_reference_of_its_own(charge: object, id_: str) -> None:
+    intent = intent_of(capture_method="manual", amount_received=400, latest_charge=charge)
     [_, capture] = read(event_of("payment_intent.succeeded", intent))
     assert (capture.kind, capture.reference) == (N.CAPTURE, "")
     assert (capture.payment_reference, capture.amount_minor) == (REFERENCE, 400)
     assert capture.answer is not None
-    assert capture.answer.connector_transaction_id == "ch_1"
+    assert capture.answer.connector_transaction_id == id_
 
 
 @pytest.mark.parametrize(
@@ -284,13 +289,23 @@ def test_a_cancelled_payment_is_a_void(reason: str, verdict: Verdict) -> None:
     ],
 )
 def test_a_refund_is_told_with_its_reference_or_its_payment(status: str, verdict: Verdict) -> None:
-    for metadata, reference in (({"gateway_reference": REFERENCE}, REFERENCE), ({}, "")):
+    for metadata, reference in (
+        ({"gateway_reference": REFERENCE}, REFERENCE),
+        ({"gateway_reference": "order-7"}, ""),  # somebody else's
+        ({}, ""),
+    ):
         refund = refund_of(status=status, metadata=metadata)
         [told] = read(event_of("refund.updated", refund))
         assert (told.kind, told.reference) == (N.REFUND, reference)
         assert (told.payment_transaction_id, told.amount_minor) == ("pi_1", 250)
         assert told.answer is not None
         assert (told.answer.verdict, told.answer.connector_transaction_id) == (verdict, "re_1")
+
+
+def test_a_refund_is_told_by_its_reference_where_its_payment_is_not() -> None:
+    refund = refund_of(payment_intent=None, metadata={"gateway_reference": REFERENCE})
+    [told] = read(event_of("refund.updated", refund))
+    assert (told.kind, told.reference, told.payment_transaction_id) == (N.REFUND, REFERENCE, "")
 
 
 @pytest.mark.parametrize(
@@ -358,7 +373,9 @@ def test_a_dispute_is_told_by_its_status(
         ("charge.refunded", {"object": "charge", "id": "ch_1", "refunds": {"data": 5}}),
         ("payment_intent.canceled", intent_of(id={}, status="canceled", cancellation_reason=[])),
         ("payment_intent.succeeded", intent_of(capture_method=[], amount={})),
+        ("refund.created", refund_of(payment_intent=None)),
         ("charge.dispute.created", {"object": "dispute", "id": "dp_1", "status": "brand_new"}),
+        ("charge.dispute.created", {"object": "dispute", "id": "", "status": "lost"}),
     ],
 )
 def test_what_the_gateway_does_not_act_on_is_kept_all_the_same(
