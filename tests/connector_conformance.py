@@ -493,6 +493,7 @@ class Conformance:
         assert second.verdict is self.accepted(kind)
         assert second.connector_transaction_id == first.connector_transaction_id
         assert await psp.effects(request.reference) == 1
+        assert psp.connector.capabilities.idempotent_by_reference
 
     @pytest.mark.parametrize("kind", KINDS)
     async def test_concurrent_requests_with_a_reference_take_effect_once(

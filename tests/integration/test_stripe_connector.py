@@ -82,6 +82,22 @@ async def test_requests_carry_the_pinned_version_the_key_and_the_reference(psp: 
     }
 
 
+@pytest.mark.parametrize(
+    ("channel", "moto"),
+    [
+        ("CHANNEL_MAIL_ORDER", "true"),
+        ("CHANNEL_TELEPHONE_ORDER", "true"),
+        ("CHANNEL_ECOMMERCE", None),
+        ("", None),
+    ],
+)
+async def test_only_an_order_by_mail_or_telephone_is_told_as_one(
+    psp: StripePsp, channel: str, moto: str | None
+) -> None:
+    await send(psp.connector, request_of(fields={"channel": channel}))
+    assert psp.double.forms[-1].get("payment_method_options[card][moto]") == moto
+
+
 async def test_connected_account_is_named(psp: StripePsp) -> None:
     await send(psp.connect(5, stripe_account="acct_1"), request_of())
     assert psp.double.headers[0]["stripe-account"] == "acct_1"

@@ -27,7 +27,7 @@ from gateway.connectors.notifications import (
     NotificationKind,
     UnusableNotification,
 )
-from gateway.domain.model import ConnectorAnswer, Delivery, Verdict
+from gateway.domain.model import ConnectorAnswer, Delivery, ResponseCode, Verdict
 from tests.braintree_double import PRIVATE_KEY as PRIVATE
 from tests.braintree_double import PUBLIC_KEY as PUBLIC
 from tests.braintree_events import about, form, signed
@@ -170,6 +170,14 @@ def test_genuine_payload_that_cannot_be_read_is_refused(xml: str) -> None:
         told(xml)
 
 
+@pytest.mark.parametrize(
+    "within", ["<a>" * DEPTH_MAX + "</a>" * DEPTH_MAX, "<a/>" * ELEMENTS_MAX], ids=["deep", "long"]
+)
+def test_notification_whose_xml_is_too_large_is_refused(within: str) -> None:
+    with pytest.raises(UnusableNotification, match="too large"):
+        told(about("check", within))
+
+
 @pytest.mark.parametrize("encoding", ["utf-7", "idna", "hex", "none-such", "utf-8"])
 def test_declared_encoding_is_not_heeded(encoding: str) -> None:
     xml = f'<?xml version="1.0" encoding="{encoding}"?>{about("check", "<check>true</check>")}'
@@ -201,6 +209,8 @@ def test_settled_transaction_confirms_its_capture() -> None:
     assert (answer.delivery, answer.verdict) == (Delivery.ANSWERED, Verdict.APPROVED)
     assert answer.outcome is not None
     assert answer.outcome.amount_reported_minor == 1000
+    assert answer.outcome.response_code is ResponseCode.APPROVED
+    assert answer.outcome.connector_code == "settled"
 
 
 def test_capture_that_bounces_failed() -> None:
@@ -212,6 +222,7 @@ def test_capture_that_bounces_failed() -> None:
     outcome = answer_of(notification).outcome
     assert outcome is not None
     assert (outcome.connector_code, outcome.amount_reported_minor) == ("4001", None)
+    assert outcome.response_code is ResponseCode.REJECTED_BY_CONNECTOR
 
 
 def answer_of(notification: Notification) -> ConnectorAnswer:
@@ -227,6 +238,8 @@ def test_refund_of_ours_that_bounces_is_told_by_its_reference() -> None:
     assert notification.kind is NotificationKind.REFUND
     assert (notification.reference, notification.payment_reference) == (REFERENCE, "")
     assert answer_of(notification).verdict is Verdict.FAILED
+    # What it is a refund of is not told.
+    assert notification.payment_transaction_id == ""
 
 
 def test_refund_from_the_control_panel_is_one_of_the_payment() -> None:
@@ -244,6 +257,28 @@ def test_refund_within_a_reversal_of_ours_that_bounces_fails_the_reversal() -> N
     # A reversal may be of several refunds: that one was settled says nothing of the others.
     settled = told(about("transaction_settled", transaction(type="credit", order_id=order_id)))
     assert settled.kind is NotificationKind.UNKNOWN
+    # A charge is none, whatever it is called.
+    charge = told(about("transaction_settlement_declined", transaction(order_id=order_id)))
+    assert (charge.kind, charge.reference) == (NotificationKind.CAPTURE, "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "subject"),
+    [
+        ("transaction_disbursed", transaction()),
+        ("transaction_settled", "<dispute><id>d1</id></dispute>"),
+        (
+            "a_new_one",
+            "<dispute><id>d1</id><kind>chargeback</kind><status>open</status></dispute>",
+        ),
+        ("dispute_opened", transaction()),
+    ],
+)
+def test_notification_of_another_kind_or_subject_is_kept_as_unknown(
+    kind: str, subject: str
+) -> None:
+    notification = told(about(kind, subject))
+    assert (notification.kind, notification.event_type) == (NotificationKind.UNKNOWN, kind)
 
 
 @pytest.mark.parametrize("order_id", ["", "order-7", f"x{REFERENCE}"])
@@ -309,6 +344,21 @@ def test_dispute_belongs_to_the_payment_of_its_order_id() -> None:
     assert notification.amount_minor == 500
     assert notification.dispute is not None
     assert notification.dispute.stage is DisputeStage.PRE_ARBITRATION
+
+
+def test_dispute_tells_what_is_disputed_why_and_no_reference_of_somebody_elses() -> None:
+    subject = (
+        "<dispute><id>d1</id><kind>chargeback</kind><status>open</status>"
+        "<amount>5.00</amount><amount-disputed>4.00</amount-disputed>"
+        "<currency-iso-code>EUR</currency-iso-code><reason>fraud</reason>"
+        f"<reason-code>83</reason-code>{transaction(order_id='order-7')}</dispute>"
+    )
+    notification = told(about("dispute_opened", subject))
+    assert notification.payment_reference == ""
+    assert notification.payment_transaction_id == "dHJhbnNhY3Rpb25fYzlnOXozYWI"
+    assert notification.amount_minor == 400
+    assert notification.dispute is not None
+    assert notification.dispute.reason == "83"
 
 
 @pytest.mark.parametrize(
