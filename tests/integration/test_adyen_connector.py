@@ -34,6 +34,7 @@ from tests.adyen_double import (
     adyen_psp,
 )
 from tests.connector_conformance import (
+    Fault,
     found_of,
     is_doubt,
     outcome_of,
@@ -380,6 +381,7 @@ async def test_refused_credentials_fail_the_request(psp: AdyenPsp) -> None:
         (Refused(503, "703", "internal", transient=True), 2),
         (Refused(500, "905", "internal"), 1),  # it says not to repeat
         (Refused(409, "704"), 1),
+        (Refused(422, "704"), 1),  # another one with the key is at work, or was
     ],
 )
 async def test_error_is_repeated_where_adyen_calls_it_transient(
@@ -389,6 +391,13 @@ async def test_error_is_repeated_where_adyen_calls_it_transient(
     answer = await send(psp.connector, request_of())
     assert len(psp.double.requests) == requests
     assert answer.verdict is Verdict.APPROVED if requests == 2 else is_doubt(answer)
+
+
+async def test_refusal_of_a_repeat_says_nothing_of_the_sending_before(psp: AdyenPsp) -> None:
+    psp.way.disturb(Fault.LOST, times=1)
+    psp.double.failures.append(Refused(422, "167"))
+    assert is_doubt(await send(psp.connector, request_of()))
+    assert len(psp.double.requests) == 1
 
 
 async def test_error_that_stays_transient_leaves_a_doubt(psp: AdyenPsp) -> None:

@@ -21,6 +21,7 @@ from gateway.connectors.stripe.connector import (
     StripeConnector,
     widest,
 )
+from gateway.connectors.stripe.kind import usual
 from gateway.domain.errors import Reason
 from gateway.domain.model import (
     AdviceAction,
@@ -96,6 +97,18 @@ async def test_only_an_order_by_mail_or_telephone_is_told_as_one(
 ) -> None:
     await send(psp.connector, request_of(fields={"channel": channel}))
     assert psp.double.forms[-1].get("payment_method_options[card][moto]") == moto
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+async def test_what_an_account_has_not_is_not_asked_for(psp: StripePsp, has_it: bool) -> None:
+    most = widest(Mode.TEST)
+    connector = StripeConnector(psp.client(), SECRET_KEY, most if has_it else usual(most))
+    await send(connector, request_of())
+    for what in ("request_multicapture", "request_incremental_authorization"):
+        told = psp.double.forms[-1].get(f"payment_method_options[card][{what}]")
+        assert told == ("if_available" if has_it else None)
+    await send(connector, request_of(capture=True))
+    assert not [name for name in psp.double.forms[-1] if "request_" in name]
 
 
 async def test_connected_account_is_named(psp: StripePsp) -> None:
@@ -587,6 +600,39 @@ async def test_refused_credentials_fail_the_request(psp: StripePsp) -> None:
     answer = await send(psp.connect(5, secret_key="sk_test_another12345"), request_of())
     assert answer.verdict is Verdict.FAILED
     assert SECRET_KEY not in repr(answer)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (402, {}),  # a proxy's
+        (402, {"type": "api_error"}),
+        (400, {}),
+        (404, {"message": "no such page"}),
+        (400, {"type": "idempotency_error"}),
+        (405, {"type": "invalid_request_error"}),
+        (302, {"type": "invalid_request_error"}),
+    ],
+)
+async def test_status_without_stripes_word_for_it_is_no_refusal(
+    status: int, error: dict[str, str]
+) -> None:
+    async def answered(_: web.Request) -> web.Response:
+        return web.json_response({"error": error}, status=status)
+
+    async with http_server(answered) as url:
+        http = HttpClient(url)
+        connector = StripeConnector(http, SECRET_KEY, widest(Mode.TEST))
+        assert is_doubt(await send(connector, request_of()))
+        await http.close()
+
+
+@pytest.mark.parametrize("kind", [K.AUTHORIZE, K.VERIFY])
+async def test_decline_tells_the_id_of_what_was_declined(psp: StripePsp, kind: K) -> None:
+    token = f"{DECLINE_TOKEN}lost_card"
+    answer = await send(psp.connector, request_of(kind, payment_method_token=token))
+    assert answer.verdict is Verdict.DECLINED
+    assert answer.connector_transaction_id in (psp.double.intents | psp.double.setups)
 
 
 async def test_object_of_the_other_mode_is_no_answer(psp: StripePsp) -> None:

@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from gateway.connectors.adyen import connector as adyen
 from gateway.connectors.base import AccountConnector, Unusable, asking_first, in_steps
+from gateway.connectors.braintree import connector as braintree
 from gateway.connectors.http import MaybeSent, NotSent
+from gateway.connectors.stripe import connector as stripe
 from gateway.domain.errors import Reason
-from gateway.domain.model import ConnectorAnswer, Delivery, OperationKind
+from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind
 from tests.connector_conformance import request_of
 from tests.memory_store import CAPABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
+    from types import ModuleType
 
     from gateway.application.ports import ConnectorRequest
 
@@ -72,6 +76,24 @@ async def test_a_request_was_not_sent_only_where_nothing_can_have_been_written(
 ) -> None:
     answer = await Failing(error, within).send(request_of(), 0.0)
     assert (answer.delivery, answer.reason) == (delivery, reason)
+
+
+@pytest.mark.parametrize(
+    ("psp", "is_cancelled", "is_told"),
+    [(stripe, True, False), (adyen, True, True), (braintree, False, False)],
+)
+def test_recovery_goes_by_what_each_psp_can_be_asked_and_tells(
+    psp: ModuleType, is_cancelled: bool, is_told: bool
+) -> None:
+    """Only Braintree has nothing that makes a reference unusable; only Adyen answers for good what
+    it answered at first.
+    """
+    capabilities = psp.widest(Mode.LIVE)
+    assert capabilities.mode is Mode.LIVE
+    assert capabilities.idempotent_by_reference
+    assert capabilities.query_by_reference
+    assert capabilities.cancel_by_reference == is_cancelled
+    assert capabilities.tells_by_notification == is_told
 
 
 @pytest.mark.parametrize("error", [BUSY, LOST, Unusable()])
