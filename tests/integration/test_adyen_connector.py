@@ -483,6 +483,18 @@ async def test_used_up_key_moves_no_money_and_lets_no_late_request_through(psp: 
         assert len(psp.double.effects) == before
 
 
+@pytest.mark.parametrize("name", ["status", "paymentReference", "reference"])
+async def test_only_a_cancel_of_the_reference_that_was_received_uses_it_up(
+    psp: AdyenPsp, name: str
+) -> None:
+    request = request_of()
+    await psp.connector.query(K.AUTHORIZE, request.reference, request)
+    _, answer = psp.double.keys[request.reference]
+    assert answer is not None
+    answer[1][name] = "other"
+    assert is_doubt(await psp.connector.query(K.AUTHORIZE, request.reference, request))
+
+
 async def test_key_that_is_forgotten_all_the_same_takes_the_payment_back(psp: AdyenPsp) -> None:
     """Keys are promised to be one for a company account; the question cancels even if not."""
     request = request_of()

@@ -59,7 +59,7 @@ from tests.stripe_double import (
     stripe_psp,
 )
 
-K = OperationKind
+K, V = OperationKind, Verdict
 
 
 @pytest_asyncio.fixture
@@ -482,6 +482,43 @@ async def test_search_that_lags_is_no_answer_while_the_reference_is_young(psp: S
     assert found.verdict is Verdict.APPROVED
 
 
+@pytest.mark.parametrize("capture", [False, True])
+async def test_authorization_is_found_by_its_reference_alone(psp: StripePsp, capture: bool) -> None:
+    request = request_of(capture=capture)
+    sent = await send(psp.connector, request)
+    assert await psp.connector.query(K.AUTHORIZE, request.reference) == sent
+    assert await psp.connector.query(K.AUTHORIZE, "op_none-1") is None
+
+
+async def test_what_is_found_and_is_of_the_other_mode_or_another_kind_is_no_answer(
+    psp: StripePsp,
+) -> None:
+    request = request_of()
+    sent = await send(psp.connector, request)
+    psp.double.intents[sent.connector_transaction_id]["livemode"] = True
+    assert is_doubt(await psp.connector.query(K.AUTHORIZE, request.reference, request))
+    refund = await prepared(psp, K.REFUND)
+    await send(psp.connector, refund)
+    for each in psp.double.refunds.values():
+        each["object"] = "charge"
+    assert is_doubt(await psp.connector.query(K.REFUND, refund.reference, refund))
+
+
+@pytest.mark.parametrize("kind", [K.CAPTURE, K.REFUND, K.VOID, K.INCREMENT, K.REVERSAL])
+async def test_what_acts_on_a_payment_cannot_be_asked_about_without_it(
+    psp: StripePsp, kind: K
+) -> None:
+    for request in (None, request_of(kind)):
+        assert is_doubt(await psp.connector.query(kind, "op_none-1", request))
+    assert psp.double.requests == []
+
+
+async def test_verification_that_nobody_knows_the_id_of_is_not_asked_about(psp: StripePsp) -> None:
+    request = request_of(K.VERIFY)
+    assert await psp.connector.query(K.VERIFY, request.reference, request) is None
+    assert psp.double.requests == []
+
+
 async def test_used_key_disproves_what_a_search_has_not_found(psp: StripePsp) -> None:
     request = request_of()
     await send(psp.connector, request)
@@ -625,6 +662,32 @@ async def test_status_without_stripes_word_for_it_is_no_refusal(
         connector = StripeConnector(http, SECRET_KEY, widest(Mode.TEST))
         assert is_doubt(await send(connector, request_of()))
         await http.close()
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+async def test_stripes_own_refusal_of_the_first_sending_is_definite(status: int) -> None:
+    async def answered(_: web.Request) -> web.Response:
+        return web.json_response({"error": {"type": "invalid_request_error"}}, status=status)
+
+    async with http_server(answered) as url:
+        http = HttpClient(url)
+        connector = StripeConnector(http, SECRET_KEY, widest(Mode.TEST))
+        answer = await send(connector, request_of())
+        assert (answer.delivery, answer.verdict) == (Delivery.ANSWERED, Verdict.FAILED)
+        await http.close()
+
+
+@pytest.mark.parametrize(("kind", "verdict"), [(K.VOID, V.APPROVED), (K.CAPTURE, V.FAILED)])
+async def test_only_a_void_is_done_where_the_payment_was_cancelled_before(
+    psp: StripePsp, kind: K, verdict: Verdict
+) -> None:
+    request = await prepared(psp, kind)
+    psp.double.intents[request.target_transaction_id] |= {
+        "status": "canceled",
+        "amount_capturable": 0,
+    }
+    answer = await send(psp.connector, request)
+    assert (answer.delivery, answer.verdict) == (Delivery.ANSWERED, verdict)
 
 
 @pytest.mark.parametrize("kind", [K.AUTHORIZE, K.VERIFY])
