@@ -495,6 +495,21 @@ async def test_only_a_cancel_of_the_reference_that_was_received_uses_it_up(
     assert is_doubt(await psp.connector.query(K.AUTHORIZE, request.reference, request))
 
 
+async def test_answer_to_a_request_of_another_kind_settles_nothing(psp: AdyenPsp) -> None:
+    payment, capture = request_of(), await prepared(psp, K.CAPTURE)
+    for request in (payment, capture):
+        await send(psp.connector, request)
+    (one, paid), (other, received) = (
+        psp.double.keys[each.reference] for each in (payment, capture)
+    )
+    assert paid is not None
+    assert received is not None
+    received[1]["reference"], paid[1]["merchantReference"] = payment.reference, capture.reference
+    psp.double.keys |= {payment.reference: (one, received), capture.reference: (other, paid)}
+    for request in (payment, capture):
+        assert is_doubt(await psp.connector.query(request.kind, request.reference, request))
+
+
 async def test_key_that_is_forgotten_all_the_same_takes_the_payment_back(psp: AdyenPsp) -> None:
     """Keys are promised to be one for a company account; the question cancels even if not."""
     request = request_of()

@@ -59,7 +59,7 @@ from tests.stripe_double import (
     stripe_psp,
 )
 
-K, V = OperationKind, Verdict
+K = OperationKind
 
 
 @pytest_asyncio.fixture
@@ -677,7 +677,9 @@ async def test_stripes_own_refusal_of_the_first_sending_is_definite(status: int)
         await http.close()
 
 
-@pytest.mark.parametrize(("kind", "verdict"), [(K.VOID, V.APPROVED), (K.CAPTURE, V.FAILED)])
+@pytest.mark.parametrize(
+    ("kind", "verdict"), [(K.VOID, Verdict.APPROVED), (K.CAPTURE, Verdict.FAILED)]
+)
 async def test_only_a_void_is_done_where_the_payment_was_cancelled_before(
     psp: StripePsp, kind: K, verdict: Verdict
 ) -> None:
@@ -773,6 +775,7 @@ async def test_payments_reference_is_told_by_its_id(psp: StripePsp) -> None:
     [
         (404, {}),  # a proxy's
         (500, {}),
+        (403, {"error": {"type": "invalid_request_error"}}),
         (200, {"object": "payment_intent", "id": "pi_1", "livemode": True, "metadata": {}}),
         (200, {"object": "payment_intent", "id": "pi_2", "livemode": False, "metadata": {}}),
     ],

@@ -67,11 +67,6 @@ def _is_transient(response: Response) -> bool:
 # --- payments -------------------------------------------------------------------------------------
 
 
-def is_payment(told: Mapping[str, Any]) -> bool:
-    """Whether an answer is one to /payments."""
-    return "resultCode" in told
-
-
 def payment(told: Mapping[str, Any], reference: str, *, can_act: bool) -> ConnectorAnswer:
     """What an answer to /payments says of an authorization or verification.
 

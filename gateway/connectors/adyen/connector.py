@@ -272,7 +272,7 @@ class AdyenConnector(HttpConnector):
             if told.get("status") != "received" or told.get("paymentReference") != reference:
                 raise Unusable
             return not_sent(Reason.REFERENCE_CANCELED)
-        if request is None or answers.is_payment(told) != (request.kind in (K.AUTHORIZE, K.VERIFY)):
+        if request is None:
             raise Unusable
         return self._done(request, told)
 
