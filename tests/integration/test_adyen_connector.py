@@ -569,6 +569,34 @@ async def test_refused_authorization_is_told_by_its_cancellation(psp: AdyenPsp) 
     assert told.verdict is Verdict.DECLINED
 
 
+async def test_verification_that_stands_is_told_by_its_cancellation(psp: AdyenPsp) -> None:
+    request = request_of(K.VERIFY)
+    sent = await send(psp.connector, request)
+    before = len(psp.double.requests)
+    assert await psp.connector.cancel(K.VERIFY, request.reference, request) == sent
+    assert len(psp.double.requests) == before + 1
+
+
+async def test_what_takes_something_back_names_what_it_takes_back(psp: AdyenPsp) -> None:
+    """An authorization as a whole, a capture by its amount."""
+    for kind, endpoint, suffix in (
+        (K.AUTHORIZE, "reversals", "reversal"),
+        (K.CAPTURE, "refunds", "refund"),
+    ):
+        request = await prepared(psp, kind)
+        sent = await send(psp.connector, request)
+        payment_id = request.target_transaction_id or sent.connector_transaction_id
+        told = await psp.connector.cancel(kind, request.reference, request)
+        assert told.verdict is Verdict.PENDING
+        path, key, body = psp.double.requests[-1]
+        assert (path, key) == (
+            f"/v71/payments/{payment_id}/{endpoint}",
+            f"{request.reference}-{suffix}",
+        )
+        amount = {"currency": "EUR", "value": 1000} if kind is K.CAPTURE else None
+        assert body.get("amount") == amount
+
+
 async def test_reversal_goes_to_the_payment_that_is_known_without_asking(psp: AdyenPsp) -> None:
     request = request_of()
     payment_id = (await send(psp.connector, request)).connector_transaction_id

@@ -39,6 +39,7 @@ from gateway.domain.model import (
 from gateway.routing.breakers import is_failure
 from gateway.routing.cascade import Next
 from gateway.routing.cascade import after as cascade_after
+from tests import connector_conformance
 from tests.connector_conformance import (
     found_of,
     is_doubt,
@@ -564,6 +565,45 @@ async def test_doubt_without_its_request_stays_one(psp: StripePsp) -> None:
     assert await psp.held_minor(request.reference) == 1000
 
 
+async def test_refused_or_verified_already_is_told_by_its_cancellation(psp: StripePsp) -> None:
+    declined = request_of(payment_method_token=f"{DECLINE_TOKEN}lost_card")
+    for request, verdict in (
+        (declined, Verdict.DECLINED),
+        (request_of(K.VERIFY), Verdict.APPROVED),
+    ):
+        sent = await send(psp.connector, request)
+        told = await psp.connector.cancel(request.kind, request.reference, request)
+        assert (told.verdict, told) == (verdict, sent)
+
+
+async def test_only_a_repeat_that_stripe_calls_one_tells_what_a_key_did(
+    psp: StripePsp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of(payment_method_token=f"{DECLINE_TOKEN}lost_card")
+    await send(psp.connector, request)
+    monkeypatch.setattr(connector_conformance, "_PASSED_ON", ())
+    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
+
+
+@pytest.mark.parametrize("other", [{"livemode": True}, {"object": "other"}, {"metadata": {}}])
+async def test_only_an_object_of_its_own_occupies_a_key(
+    psp: StripePsp, other: dict[str, Any]
+) -> None:
+    psp.way.alter = lambda told: told.update(other)
+    request = request_of()
+    assert is_doubt(await psp.connector.cancel(K.AUTHORIZE, request.reference, request))
+
+
+@pytest.mark.parametrize("other", [{"livemode": True}, {"object": "other"}, {"id": "seti_other"}])
+async def test_a_verification_is_cancelled_by_its_own_object_alone(
+    psp: StripePsp, other: dict[str, Any]
+) -> None:
+    request = request_of(K.VERIFY)
+    request.target_transaction_id = (await send(psp.connector, request)).connector_transaction_id
+    psp.double.setups[request.target_transaction_id] |= {"status": "requires_action"} | other
+    assert is_doubt(await psp.connector.cancel(K.VERIFY, request.reference, request))
+
+
 @pytest.mark.parametrize("kind", [K.REFUND, K.INCREMENT])
 async def test_what_cannot_be_taken_back_is_left_for_a_query(psp: StripePsp, kind: K) -> None:
     request = await prepared(psp, kind)
@@ -849,6 +889,11 @@ async def test_part_is_given_back_under_one_key(psp: StripePsp) -> None:
     capture = await prepared(psp, K.CAPTURE)
     capture.amount_minor, capture.final = 400, False
     await send(psp.connector, capture)
+    # What else was captured stands.
+    await send(
+        psp.connector,
+        request_of(K.CAPTURE, 600, target_transaction_id=capture.target_transaction_id, final=True),
+    )
     for _ in range(2):
         told = await psp.connector.cancel(K.CAPTURE, capture.reference, capture)
         assert told.verdict is Verdict.CANCELED
