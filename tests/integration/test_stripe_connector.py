@@ -689,6 +689,7 @@ async def test_refused_credentials_fail_the_request(psp: StripePsp) -> None:
         (400, {"type": "idempotency_error"}),
         (405, {"type": "invalid_request_error"}),
         (302, {"type": "invalid_request_error"}),
+        (503, {"type": "api_error", "code": "rate_limit"}),
     ],
 )
 async def test_status_without_stripes_word_for_it_is_no_refusal(
