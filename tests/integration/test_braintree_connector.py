@@ -369,6 +369,32 @@ async def test_limit_of_the_repeat_says_nothing_of_the_first_sending(
     assert await psp.effects(request.reference) == 1
 
 
+@pytest.mark.parametrize(
+    ("first", "is_definite"), [("RESOURCE_LIMIT", True), ("INTERNAL", False), ("", False)]
+)
+async def test_refusal_of_the_repeat_is_the_requests_where_the_first_was_limited(
+    psp: BraintreePsp, monkeypatch: pytest.MonkeyPatch, first: str, is_definite: bool
+) -> None:
+    connector = single(psp)
+    through = connector._request
+    errors = [refused(first) if first else None, refused("VALIDATION")]
+
+    async def one_after_the_other(*args: Any, **more: Any) -> Response:
+        psp.double.error = errors.pop(0)
+        response = await through(*args, **more)
+        if psp.double.error is None:
+            raise MaybeSent(Reason.CONNECTION_LOST)
+        return response
+
+    monkeypatch.setattr(connector, "_request", one_after_the_other)
+    answer = await send(connector, request_of())
+    assert errors == []
+    if is_definite:
+        assert (answer.delivery, answer.verdict) == (Delivery.ANSWERED, Verdict.FAILED)
+    else:
+        assert is_doubt(answer)
+
+
 async def test_document_that_is_not_executed_fails_the_request(
     psp: BraintreePsp, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from gateway.connectors.stripe.amounts import (
     from_stripe,
     to_stripe,
 )
-from gateway.domain.money import CURRENCY_EXPONENTS, is_currency
+from gateway.domain.money import AMOUNT_MINOR_MAX, CURRENCY_EXPONENTS, is_currency
 
 
 @pytest.mark.parametrize(
@@ -63,3 +63,7 @@ def test_currencies_differ_from_iso_4217_where_stripe_says_so_only() -> None:
 def test_fraction_that_iso_4217_has_not_is_no_amount() -> None:
     assert from_stripe(550, "ISK") is None
     assert from_stripe(100, "CLF") is None
+
+
+def test_no_amount_is_taken_beyond_the_largest_that_a_request_may_carry() -> None:
+    assert max(rule.amount_minor_max for rule in RULES.values()) == AMOUNT_MINOR_MAX
