@@ -381,7 +381,7 @@ async def test_refusal_of_the_repeat_is_the_requests_where_the_first_was_limited
 
     async def one_after_the_other(*args: Any, **more: Any) -> Response:
         psp.double.error = errors.pop(0)
-        response = await through(*args, **more)
+        response: Response = await through(*args, **more)
         if psp.double.error is None:
             raise MaybeSent(Reason.CONNECTION_LOST)
         return response

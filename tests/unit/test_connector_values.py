@@ -31,6 +31,47 @@ def test_a_text_is_cut_to_its_length_and_what_is_none_is_empty() -> None:
     assert values.text(None) == values.text(5) == ""
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b"1", b"null", b"{", b'{"a": "\xff"}', b"\x1f\x8b\x08", b"<html>", b"[" * 9999],
+)
+def test_a_body_that_is_no_object_says_nothing(body: bytes) -> None:
+    assert values.json_object(body) == {}
+
+
+def test_a_part_that_is_no_object_says_nothing() -> None:
+    told = {"object": {"a": 1}, "list": [1], "text": "a", "nothing": None}
+    assert values.part(told, "object") == {"a": 1}
+    for name in ("list", "text", "nothing", "missing"):
+        assert values.part(told, name) == {}
+
+
+@pytest.mark.parametrize("value", [None, True, False, "1", 1.0, [], {}, 2**63, -(2**63)])
+def test_an_amount_is_an_integer_that_can_be_one(value: object) -> None:
+    assert values.amount(value) is None
+
+
+def test_an_id_is_kept_as_it_is_or_not_at_all() -> None:
+    longest = "x" * values.IDENTIFIER_LENGTH_MAX
+    for usable in ("pi_1", "a b/c?d", longest):
+        assert values.identifier(usable) == usable
+    for unusable in (None, 5, longest + "x", "a\nb", "\u00e9"):
+        assert values.identifier(unusable) == ""
+
+
+def test_what_a_code_says_is_kept_as_it_is_or_not_at_all() -> None:
+    longest = "x" * values.CODE_DATA_LENGTH_MAX
+    for usable in ("00020101021226890014br.gov.bcb.pix", longest):
+        assert values.code_data(usable) == usable
+    for unusable in (None, 5, longest + "x", "a\nb", f"pay {CARD}"):
+        assert values.code_data(unusable) == ""
+
+
+@pytest.mark.parametrize("value", [None, "5", True, 1e300, -1e300, 10**30])
+def test_a_time_that_is_none_is_not_kept(value: object) -> None:
+    assert values.instant(value) is None
+
+
 def test_an_address_to_send_a_customer_to_is_one_printable_line() -> None:
     assert values.https_url("https://bank.example/a?b=c") == "https://bank.example/a?b=c"
     for other in ("http://bank.example", "https://bank.example/\r\nSet-Cookie: a", "https://\x00"):
