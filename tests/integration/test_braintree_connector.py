@@ -553,6 +553,46 @@ async def test_settled_payment_cannot_be_voided(psp: BraintreePsp) -> None:
     assert outcome_of(answer).connector_code == "91504"
 
 
+# --- questions ------------------------------------------------------------------------------------
+
+
+async def test_verification_is_asked_about_by_its_id_alone(psp: BraintreePsp) -> None:
+    request = await prepared(psp, K.VERIFY)
+    sent = await send(psp.connector, request)
+    before = len(psp.double.requests)
+    assert await psp.connector.query(K.VERIFY, request.reference, request) is None
+    assert len(psp.double.requests) == before
+    request.target_transaction_id = sent.connector_transaction_id
+    assert (await found_of(psp, request)).verdict is Verdict.APPROVED
+    # What has the id may be something else.
+    other = await send(psp.connector, request_of())
+    request.target_transaction_id = other.connector_transaction_id
+    assert is_doubt(await psp.connector.query(K.VERIFY, request.reference, request))
+
+
+@pytest.mark.parametrize("kind", [K.CAPTURE, K.REFUND, K.VOID, K.REVERSAL])
+async def test_what_acts_on_a_payment_cannot_be_asked_about_without_it(
+    psp: BraintreePsp, kind: K
+) -> None:
+    assert is_doubt(await psp.connector.query(kind, "op_none-1"))
+    assert psp.double.requests == []
+
+
+@pytest.mark.parametrize("capture", [False, True])
+async def test_authorization_is_found_by_its_reference_alone(
+    psp: BraintreePsp, capture: bool
+) -> None:
+    request = request_of(capture=capture)
+    sent = await send(psp.connector, request)
+    found = await psp.connector.query(K.AUTHORIZE, request.reference)
+    assert found is not None
+    assert (found.verdict, found.connector_transaction_id) == (
+        Verdict.APPROVED,
+        sent.connector_transaction_id,
+    )
+    assert await psp.connector.query(K.AUTHORIZE, "op_none-1") is None
+
+
 # --- reversals ------------------------------------------------------------------------------------
 
 
