@@ -249,7 +249,7 @@ async def _simulator(url: str) -> Finding:
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(f"{url}/v1/profile") as response,
+            session.get(f"{url.rstrip('/')}/v1/profile") as response,
         ):
             response.raise_for_status()
             return Finding(True, "the PSP simulator answers")

@@ -467,7 +467,7 @@ async def test_doctor_tells_good_from_bad(
         settings = {
             "postgres_dsn": system.dsn,
             "redis_url": system.redis_url,
-            "simulator_url": system.simulator.url,
+            "simulator_url": f"{system.simulator.url}/",  # as the gateway takes it, too
             "listen_address": f"127.0.0.1:{free_port()}",
             "metrics_address": f"127.0.0.1:{free_port()}",
         }
