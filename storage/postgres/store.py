@@ -365,7 +365,7 @@ class PostgresStore:
         async def check(connection: Connection) -> Exception | None:
             return await _check(connection, self._standby_required)
 
-        await self._direct.run(check)
+        await self._direct.run(check, reserved=True)
 
     # --- writes ---
 

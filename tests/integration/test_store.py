@@ -1234,6 +1234,28 @@ async def test_recovery_never_forgets_what_is_unfinished(store: PostgresStore) -
 # --- the server ---
 
 
+async def test_readiness_is_looked_at_however_many_calls_wait_before_it(dsn: str) -> None:
+    """A list that is long is no database that is away."""
+    direct = LaneLimits(connections=1, rows_max=1, queue_max=1)
+    holder = await asyncpg.connect(dsn)
+    try:
+        async with PostgresStore(dsn, direct=direct) as store:
+            async with holder.transaction():
+                await holder.execute("LOCK TABLE organisations IN ACCESS EXCLUSIVE MODE")
+                waiting = []
+                for _ in range(2):  # one holds the connection, one fills the queue
+                    waiting.append(asyncio.ensure_future(store.accounts.list_organisations()))
+                    await asyncio.sleep(0)
+                    await asyncio.sleep(0)
+                with pytest.raises(GatewayError, match="too much to do"):
+                    await store.accounts.list_organisations()
+                look = asyncio.ensure_future(store.check())
+                await asyncio.sleep(0)
+            await asyncio.gather(look, *waiting)
+    finally:
+        await holder.close()
+
+
 async def test_the_store_serves_from_a_durable_database_with_its_schema(
     store: PostgresStore,
 ) -> None:
