@@ -90,6 +90,8 @@ if TYPE_CHECKING:
 
 EVENT_LAG_INTERVAL_S: Final = 10.0
 """How often the events' consumers are looked at."""
+REDIS_LOOK_INTERVAL_S: Final = 10.0
+"""How often Redis is looked at, which otherwise calls alone do."""
 EVENT_CONSUMERS_SHOWN_MAX: Final = 100
 """So many consumers have metrics, those that have not acknowledged for longest."""
 COUNT_INTERVALS: Final = 5
@@ -298,6 +300,7 @@ class Gateway:
             "event-lag",
             refresh_forever("the events' consumers", self._look_at_events, EVENT_LAG_INTERVAL_S),
         )
+        yield "redis", refresh_forever("Redis", self._look_at_redis, REDIS_LOOK_INTERVAL_S)
         yield "loop-lag", sample_lag(self.metrics.loop_lagged)
 
     def _open_applier(self, encoder: ContractEncoder) -> applying.Applier:
@@ -700,6 +703,11 @@ class Gateway:
         lag = self.store.event_lag
         consumers = await lag.consumers(None, None, EVENT_CONSUMERS_SHOWN_MAX)
         self.metrics.event_lag(consumers, await lag.held_back_s())
+
+    async def _look_at_redis(self) -> None:
+        """Find out whether Redis answers, also where no call asks it."""
+        if self.claims.available:
+            await self.claims.start()
 
     async def stop(self) -> None:
         """Drain: refuse new calls, finish what has begun, flush, close. Safe to repeat."""

@@ -178,3 +178,16 @@ async def test_claims_that_live_for_1_ms_leave_one_charge_for_each_key(
     postgres: PostgresForTests, own_redis: EmbeddedRedis, profile: str
 ) -> None:
     await _load(postgres, own_redis, profile, None, claim_life_ms=1)
+
+
+async def test_a_redis_that_is_away_is_told_by_a_metric_also_where_no_call_comes(
+    postgres: PostgresForTests, own_redis: EmbeddedRedis
+) -> None:
+    port = free_port()
+    with running_system(postgres, own_redis) as system:
+        await system.start_gateway(metrics_address=f"127.0.0.1:{port}").serving()
+        assert _redis_is_up(port)
+        await _kill(own_redis)
+        await eventually(lambda: not _redis_is_up(port), "the metric says that Redis is away")
+        own_redis.start()
+        await eventually(lambda: _redis_is_up(port), "the metric says that Redis is back")
