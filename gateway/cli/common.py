@@ -169,6 +169,8 @@ def coroutine(command: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
             fail(_NOT_MIGRATED if _UNDEFINED_TABLE in str(error) else f"{error}")
         except (NotDurable, SchemaError) as error:
             fail(f"{error}")
+        except BrokenPipeError:
+            raise  # as of `| head`: click ends without a word
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
             fail(f"{type(error).__name__}: {error}")
 

@@ -295,6 +295,25 @@ def test_an_organisation_that_there_is_not_is_refused_rather_than_taken_for_an_e
     )
 
 
+def test_a_reader_that_has_read_enough_is_no_error(command_line: CommandLine) -> None:
+    command_line.printed("organisations", "create", "--name", "One")
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-m", "gateway", "organisations", "list"],
+            cwd=command_line.directory,
+            env=_environment(**command_line.settings),
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert ran.stderr == ""
+
+
 def test_a_payment_is_shown_to_its_merchants_id_alone(command_line: CommandLine) -> None:
     payment_id, merchant_id = new_payment_id(), new_merchant_id()
     refused = command_line.refused("payments", "show", payment_id, "--merchant", merchant_id)
