@@ -695,8 +695,7 @@ class Gateway:
         yield "doubts", doubts
         yield "search", search
         yield "outbox", outbox
-        if self.settings.applies_notifications:
-            yield "notifications", notifications
+        yield "notifications", notifications  # also where nobody here applies them
 
     async def _look_at_events(self) -> None:
         """Tell how far the events' consumers are behind."""

@@ -13,12 +13,13 @@ from payments.v1 import payment_service_pb2
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.application.admission import RefusedBy, Work
-from gateway.application.notifications import Receipt
+from gateway.application.notifications import Notification, Receipt, Received
 from gateway.application.ports import ClaimOutcome
 from gateway.domain.errors import Reason
 from gateway.domain.model import Delivery, OperationKind, OperationState, Verdict
 from gateway.telemetry.reference import documented
 from storage.batching import Failure
+from storage.postgres import LaneLimits, PostgresStore
 from tests.chart_scripts import load
 from tests.harness import authorize_request, calling, eventually, new_key, running_system
 from tests.servers import free_port
@@ -207,3 +208,19 @@ async def test_a_payment_is_timed_by_its_stages_and_a_doubt_has_an_age(
             await eventually(shows_the_doubt, "the doubt and its age are shown")
             *_, values = await asyncio.to_thread(scrape, port)
             assert values["gateway_event_loop_lag_seconds_count"] > 0
+
+
+async def test_what_psps_told_is_counted_where_no_gateway_applies_it(
+    postgres: PostgresForTests, redis: EmbeddedRedis
+) -> None:
+    """Or the alert on it would be silent in the one case that nothing mends by itself."""
+    port = free_port()
+    with running_system(postgres, redis) as system:
+        async with PostgresStore(system.dsn, notifications=LaneLimits()) as store:
+            told = Notification("stripe", "evt_1", "charge.refunded")
+            await store.notifications.keep([Received("mer_1", "acc_1", told)])
+        await system.start_gateway(metrics_address=f"127.0.0.1:{port}").serving()
+        await eventually(
+            lambda: scrape(port)[2]["gateway_notifications_pending"] == 1, "it is counted"
+        )
+        assert scrape(port)[2]["gateway_notifications_pending_age_seconds"] > 0
