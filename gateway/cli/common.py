@@ -141,9 +141,9 @@ reason_option = click.option(
 
 
 _NOT_MIGRATED: Final = (
-    "The database lacks a table of this version: run `python -m gateway migrate` first."
+    "The database lacks a table or column of this version: run `python -m gateway migrate` first."
 )
-_UNDEFINED_TABLE: Final = "42P01"  # the SQLSTATE, which the text of a RowRefused names
+_UNDEFINED: Final = ("42P01", "42703")  # the SQLSTATEs, which the text of a RowRefused names
 
 
 def coroutine(command: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
@@ -163,10 +163,11 @@ def coroutine(command: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
             fail(error.message)
         except StoreUnavailable as error:
             fail(f"{error}. See `python -m gateway doctor`.")
-        except asyncpg.UndefinedTableError:
+        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
             fail(_NOT_MIGRATED)
         except RowRefused as error:
-            fail(_NOT_MIGRATED if _UNDEFINED_TABLE in str(error) else f"{error}")
+            lacking = any(code in str(error) for code in _UNDEFINED)
+            fail(_NOT_MIGRATED if lacking else f"{error}")
         except (NotDurable, SchemaError) as error:
             fail(f"{error}")
         except BrokenPipeError:

@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from gateway.cli import main
 from gateway.domain.ids import new_merchant_id, new_payment_id
 from storage.postgres import row_security
-from storage.postgres.migrate import migrate
+from storage.postgres.migrate import migrate, read_migrations
 from tests.harness import calling, eventually, reason_of, running_system
 from tests.servers import free_port
 
@@ -543,6 +543,17 @@ def test_commands_on_a_database_without_the_schema_say_what_to_run(
     assert ran.returncode == 1
     assert "gateway migrate" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+async def test_commands_on_a_schema_before_theirs_say_what_to_run(
+    postgres: PostgresForTests, alone: CommandLine
+) -> None:
+    dsn = postgres.create_database()
+    folder = REPOSITORY / "storage/postgres/migrations"
+    await migrate(dsn, migrations=read_migrations(folder)[:1])
+    ran = await asyncio.to_thread(alone.run, "merchants", "list", postgres_dsn=dsn)
+    assert ran.returncode == 1
+    assert "gateway migrate" in ran.stderr
 
 
 async def test_health_is_0_only_where_calls_are_served(
