@@ -93,8 +93,8 @@ _HEAD: Final = f"""\
 scraper asks for it. Written by `python -m gateway.telemetry.reference`; do not edit.
 
 A counter's `_total` is part of its name here; a histogram has `_bucket` (label `le`), `_count` and
-`_sum`. No label holds anything of a caller, but for the names of consumers of events: methods, codes
-and reasons are those of the contract, connectors those of the configuration. Past a thousand
+`_sum`. No label holds anything of a caller, but for the names of consumers of events: methods,
+codes and reasons are those of the contract, connectors those of the configuration. Past a thousand
 combinations of a metric's labels, further ones are counted as `other`.
 
 One metric tells merchants, where GATEWAY_METRICS_MERCHANTS_MAX says how many:
