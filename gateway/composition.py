@@ -63,7 +63,7 @@ from gateway.rpc.routing import RoutingService
 from gateway.rpc.server import GrpcServer, ServerOptions
 from gateway.rpc.service import Observer, PaymentService, RpcLimits
 from gateway.rpc.tokens import KeyLimits, SigningKeys, TokenRules, TokenVerifier
-from gateway.settings import Settings, algorithms_of, load_settings, split_address
+from gateway.settings import Settings, algorithms_of, load_settings
 from gateway.telemetry.http import MetricsServer
 from gateway.telemetry.logs import loop_exception_handler
 from gateway.telemetry.loop import sample_lag
@@ -945,12 +945,11 @@ async def _prepare_local(settings: Settings, state: LocalState) -> LocalState:
 
 
 def _welcome(settings: Settings, address: str, state: LocalState) -> None:
-    host, port = split_address(settings.metrics_address)
     click.echo(
         f"""
 payment gateway {__version__}
   gRPC      {address} ({settings.transport})
-  metrics   http://{host}:{port}/metrics
+  metrics   http://{settings.metrics_address}/metrics
   PSP       simulator at {settings.simulator_url}, profile {settings.simulator_profile}
   data      {Path(settings.embedded_dir)}
   merchant  {state.merchant_id}

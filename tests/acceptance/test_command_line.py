@@ -16,8 +16,11 @@ import grpc
 import pytest
 from click.testing import CliRunner
 
+from gateway import composition
 from gateway.cli import main
 from gateway.domain.ids import new_merchant_id, new_payment_id
+from gateway.local import LocalState
+from gateway.settings import load_settings
 from storage.postgres import row_security
 from storage.postgres.migrate import migrate, read_migrations
 from tests.harness import calling, eventually, reason_of, running_system
@@ -590,6 +593,13 @@ async def test_run_brings_everything_keeps_its_data_and_ends_what_it_started(
     state = json.loads((tmp_path / ".local/embedded/local.json").read_text())
     port = int(state["postgres_dsn"].rpartition(":")[2].partition("/")[0])
     await eventually(lambda: not _listens(port), "PostgreSQL has ended")
+
+
+def test_run_tells_an_address_of_ipv6_as_browsers_take_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    composition._welcome(load_settings(metrics_address="[::1]:9464"), "[::1]:50051", LocalState())
+    assert "http://[::1]:9464/metrics" in capsys.readouterr().out
 
 
 async def test_run_gives_its_merchant_another_key_where_the_one_before_was_revoked(
