@@ -25,10 +25,12 @@ from gateway.rpc.tls import TlsFiles, TlsFilesUnusable
 from gateway.rpc.tokens import read_key_set
 from gateway.settings import Settings, algorithms_of, split_address
 from storage.postgres import (
+    NO_STANDBY,
     SchemaError,
     check_schema,
     connect_once,
     durability_problems,
+    has_standby,
     row_security,
     unrecorded_tables,
 )
@@ -148,6 +150,8 @@ async def _database(
         yield Finding(False, f"PostgreSQL: {problem}")
     if not problems:
         yield Finding(True, "PostgreSQL keeps what it commits")
+    async for finding in _standby(connection, settings):
+        yield finding
     try:
         await check_schema(connection)
         yield Finding(True, "the schema is the one that this version needs")
@@ -176,6 +180,21 @@ async def _database(
         difference_s <= CLOCK_DIFFERENCE_S_MAX,
         f"this machine's clock is {difference_s:.3f} s from the database's",
     )
+
+
+async def _standby(
+    connection: "asyncpg.Connection[Any]", settings: Settings
+) -> AsyncIterator[Finding]:
+    """What readiness asks of a synchronous standby (docs/standby.md)."""
+    try:
+        confirmed = await has_standby(connection)
+    except TimeoutError:
+        yield Finding(False, "PostgreSQL: no synchronous standby confirms a commit")
+        return
+    if confirmed:
+        yield Finding(True, "a synchronous standby has what PostgreSQL commits")
+    elif settings.postgres_standby_required:
+        yield Finding(False, f"PostgreSQL: {NO_STANDBY}")
 
 
 async def _connections(connection: "asyncpg.Connection[Any]", settings: Settings) -> Finding:

@@ -11,12 +11,20 @@ from storage.postgres.events import OutboxEvents
 from storage.postgres.lanes import LaneLimits
 from storage.postgres.migrate import check_schema, required_version
 from storage.postgres.notifications import Notifications
-from storage.postgres.pool import connect_once, durability, durability_problems, system_generation
+from storage.postgres.pool import (
+    NO_STANDBY,
+    connect_once,
+    durability,
+    durability_problems,
+    has_standby,
+    system_generation,
+)
 from storage.postgres.routing import RoutingRules
 from storage.postgres.routing_controls import RoutingControls
 from storage.postgres.store import PostgresStore, open_reader
 
 __all__ = [
+    "NO_STANDBY",
     "Accounts",
     "ConfigurationChanges",
     "ConnectorAccounts",
@@ -36,6 +44,7 @@ __all__ = [
     "connect_once",
     "durability",
     "durability_problems",
+    "has_standby",
     "open_reader",
     "required_version",
     "system_generation",

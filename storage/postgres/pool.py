@@ -59,6 +59,10 @@ IDLE_IN_TRANSACTION_S_MAX = 10.0
 TRANSACTION_MARGIN_S = 8.0
 """How much longer than an answer is waited for the server lets a transaction last."""
 
+NO_STANDBY = (
+    "synchronous_standby_names is empty, so a committed payment is on one server alone;"
+    " name a standby"
+)
 _REPLICATION_WAIT = "SyncRepWaitForLSN"
 """The function of PostgreSQL that warns of a commit that has not waited for its standbys. The text
 is in the server's language, the SQLSTATE that of every warning."""
@@ -246,10 +250,7 @@ async def durability(connection: Connection, *, standby_required: bool = False) 
     """
     problems = await durability_problems(connection)
     if not await has_standby(connection) and standby_required:
-        problems.append(
-            "synchronous_standby_names is empty, so a committed payment is on one server alone;"
-            " name a standby"
-        )
+        problems.append(NO_STANDBY)
     if problems:
         raise NotDurable(f"PostgreSQL: {'; '.join(problems)}.")
 

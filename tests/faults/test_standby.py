@@ -11,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from payments.v1 import payment_pb2
 
+from gateway import doctor
 from gateway.doctor import examine
 from gateway.local import LocalState
 from gateway.settings import load_settings
@@ -265,3 +266,21 @@ async def _until(caller: Caller, *, serves: bool) -> None:
         async for answer in stub.Watch(health_pb2.HealthCheckRequest()):
             if (answer.status == wanted) is serves:
                 return
+
+
+async def test_the_doctor_says_of_a_standby_what_readiness_asks_of_it(
+    pair: ReplicatedPostgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def found(good: bool, text: str) -> bool:
+        settings = load_settings(postgres_dsn=pair.server.dsn, postgres_standby_required=True)
+        findings = await examine(settings, LocalState())
+        return any(each.good is good and text in each.text for each in findings)
+
+    assert await found(True, "a synchronous standby has what PostgreSQL commits")
+    pair.standby.pause()
+    with monkeypatch.context() as patched:
+        patched.setattr(doctor, "CHECK_TIMEOUT_S", SHORT_S)
+        assert await found(False, "no synchronous standby confirms a commit")
+    pair.standby.resume()
+    pair.commit_alone()
+    assert await found(False, "synchronous_standby_names is empty")
