@@ -343,6 +343,7 @@ class Gateway:
                 connections_max=settings.notifications_connections_max,
                 in_flight_max=settings.notifications_in_flight_max,
                 per_s_max=settings.notifications_per_s_max,
+                stop_s_max=settings.drain_grace_s,
             ),
             self.metrics,
             settings.notifications_address,

@@ -13,6 +13,7 @@ others fail.
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections import Counter
@@ -92,6 +93,8 @@ class ReceiverLimits:
     """Requests worked on at once."""
     per_s_max: int
     """Requests begun in a second, and in one burst."""
+    stop_s_max: float = math.inf
+    """How long `stop` waits for what has begun; never longer than `timeout_s`."""
     retry_after_s: int = 1
     """What a sender who is refused for now is told."""
 
@@ -248,7 +251,8 @@ class Receiver:
         self._server = _Server(
             self._serve, self._limits, partial(self._observer.notification_received, "")
         )
-        self._runner = web.ServerRunner(self._server, shutdown_timeout=self._limits.timeout_s)
+        stop_s = min(self._limits.timeout_s, self._limits.stop_s_max)
+        self._runner = web.ServerRunner(self._server, shutdown_timeout=stop_s)
         await self._runner.setup()
         await listen(
             self._runner, self._host, self._port, backlog=BACKLOG, reuse_port=self._share_port
@@ -262,7 +266,7 @@ class Receiver:
         return port
 
     async def stop(self) -> None:
-        """Finish what has begun, and close the port. Safe to repeat."""
+        """Finish what has begun, within its time, and close the port. Safe to repeat."""
         if self._runner is not None:
             await self._runner.cleanup()
 

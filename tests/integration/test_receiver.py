@@ -369,3 +369,15 @@ async def test_what_has_begun_is_finished_when_the_door_closes() -> None:
         asyncio.get_running_loop().call_later(0.05, door.kept.gate.set)
     assert await call == 200
     assert door.kept.events == ["evt_1"]
+
+
+async def test_the_end_waits_for_what_has_begun_no_longer_than_a_drain_may_take() -> None:
+    """However long a request may: the supervisor and Kubernetes end who takes longer."""
+    async with asyncio.timeout(WAIT_S):
+        async with opened(timeout_s=10 * WAIT_S, stop_s_max=0.1) as door:
+            door.kept.gate = asyncio.Event()
+            call = asyncio.ensure_future(door.post())
+            await door.kept.waiting.acquire()
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await call
+    assert door.kept.events == []
