@@ -23,12 +23,34 @@ SHUTDOWN_S: Final = 1.0
 """How long an answer that is under way at the end is waited for, and then its connection: aiohttp's
 60 s, twice, are more than a process has that drains, and whoever asks may read nothing."""
 
+CONNECTIONS_MAX: Final = 128
+"""Connections held; one more closes the oldest, so that nobody who opens many shuts out a probe."""
+
 _UNCLEAR_VERSION: Final = re.compile(r"version=(?![0-9]{1,9}(?:\.[0-9]{1,9})*\s*(?:[;,]|\Z))")
 
 
 class _Server(web.Server):
+    def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> None:
+        super().__init__(handler)
+        self._held: dict[web.RequestHandler, None] = {}
+        """The connections, the oldest first."""
+
     def __call__(self) -> asyncio.Protocol:  # type: ignore[override]
         return Connection(lambda: None, self, loop=asyncio.get_running_loop(), access_log=None)
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if len(self._held) >= CONNECTIONS_MAX:
+            oldest = next(iter(self._held))
+            del self._held[oldest]
+            oldest.force_close()
+        self._held[handler] = None
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        super().connection_lost(handler, exc)
+        self._held.pop(handler, None)
 
 
 class MetricsServer:

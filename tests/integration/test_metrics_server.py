@@ -105,3 +105,25 @@ async def test_whoever_reads_nothing_does_not_hold_up_the_end(
         async with asyncio.timeout(START_TIMEOUT_S):
             await server.stop()
         writer.close()
+
+
+async def test_one_connection_too_many_closes_the_oldest_and_is_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(http, "CONNECTIONS_MAX", 3)
+    head = b"GET /livez HTTP/1.1\r\nHost: gateway\r\n\r\n"
+    async with _serving() as server, asyncio.timeout(START_TIMEOUT_S):
+        opened = []
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(head)
+            assert b"200" in await reader.readline()
+            opened.append((reader, writer))
+        for reader, _ in opened[:2]:
+            await reader.read()  # to its end
+        for reader, writer in opened[2:]:
+            writer.write(head)
+            await reader.readuntil(b"alive\n")
+            assert b"200" in await reader.readline()
+        for _, writer in opened:
+            writer.close()
