@@ -108,16 +108,19 @@ async def connect(settings: ConnectionSettings, name: str) -> Connection:
 async def connect_once(dsn: str, timeout_s: float, **options: Any) -> Connection:
     """A connection to the primary for what people run, of several hosts as `connect`.
 
-    `options` are asyncpg's. Raises asyncpg's and OSError's errors.
+    `options` are asyncpg's. Raises OSError, asyncpg.PostgresError and asyncpg.InterfaceError.
     """
 
     async def attempt(host: str) -> Connection:
-        connection: Connection = await asyncpg.connect(
-            host,
-            timeout=timeout_s,
-            target_session_attrs=SessionAttribute.read_write,
-            **options,
-        )
+        try:
+            connection: Connection = await asyncpg.connect(
+                host,
+                timeout=timeout_s,
+                target_session_attrs=SessionAttribute.read_write,
+                **options,
+            )
+        except asyncpg.InternalClientError as error:  # a standby, or an answer that is none
+            raise ConnectionError("no host that takes writes") from error
         return connection
 
     return await _first(dsn, attempt)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
+from click.testing import CliRunner
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from payments.v1 import payment_pb2
 
 from gateway import doctor
+from gateway.cli import main
 from gateway.doctor import examine
 from gateway.local import LocalState
 from gateway.settings import load_settings
@@ -196,6 +198,16 @@ async def test_what_people_run_and_a_start_behind_row_security_ask_all_hosts_at_
     about_it = [each for each in findings if each.text.startswith("PostgreSQL")]
     assert about_it
     assert all(each.good for each in about_it), about_it
+
+
+async def test_a_command_that_finds_a_standby_alone_says_so_in_one_line(
+    pair: ReplicatedPostgres,
+) -> None:
+    alone = {"GATEWAY_POSTGRES_DSN": pair.standby.dsn}
+    for command in (["migrate"], ["row-security", "enable"]):
+        ran = await asyncio.to_thread(CliRunner().invoke, main, command, env=alone)
+        assert ran.exit_code == 1
+        assert ran.stderr == "Error: ConnectionError: no host that takes writes\n"
 
 
 async def test_row_security_is_enabled_at_the_primary_whichever_host_is_named_first(
