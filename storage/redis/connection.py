@@ -126,6 +126,8 @@ class RedisClient:
             try:
                 for command in self._address.greeting:
                     await connection.send(_packed(command), by)
+                if self._closed:  # meanwhile
+                    raise RedisAway("the client is closed")
             except BaseException:
                 connection.end()
                 raise

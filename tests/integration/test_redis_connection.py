@@ -210,6 +210,30 @@ async def test_closed_client_ends_what_waits_and_takes_nothing_more(
             await client.execute("PING")
 
 
+async def test_client_that_is_closed_while_it_connects_leaves_no_connection(
+    own_redis: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = RedisClient(own_redis.url, timeout_ms=LONG_MS, connect_timeout_ms=LONG_MS)
+    connect, connected, goes_on = client._address.connect, asyncio.Event(), asyncio.Event()
+
+    async def connect_slowly() -> object:
+        connection = await connect()
+        connected.set()
+        await goes_on.wait()
+        return connection
+
+    monkeypatch.setattr(client._address, "connect", connect_slowly)
+    command = asyncio.ensure_future(client.execute("ECHO", "late"))
+    await connected.wait()
+    await client.close()
+    goes_on.set()
+    with pytest.raises(RedisAway):
+        await command
+    async with asyncio.timeout(HANG_S):
+        while await connections(own_redis):
+            pass
+
+
 async def test_wrong_password_is_refused_and_not_shown(own_redis: EmbeddedRedis) -> None:
     port = urlsplit(own_redis.url).port
     async with client_of(f"redis://:guess@127.0.0.1:{port}/0") as client:
