@@ -252,7 +252,8 @@ class Receiver:
             self._serve, self._limits, partial(self._observer.notification_received, "")
         )
         stop_s = min(self._limits.timeout_s, self._limits.stop_s_max)
-        self._runner = web.ServerRunner(self._server, shutdown_timeout=stop_s)
+        # aiohttp waits for so long twice: before it takes the rest of the body away, and after.
+        self._runner = web.ServerRunner(self._server, shutdown_timeout=stop_s / 2)
         await self._runner.setup()
         await listen(
             self._runner, self._host, self._port, backlog=BACKLOG, reuse_port=self._share_port

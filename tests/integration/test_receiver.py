@@ -11,6 +11,7 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from aiohttp import web_protocol
 
 from gateway.application.notifications import Notification, Receipt, Received
 from gateway.application.ports import StoreUnavailable
@@ -381,3 +382,23 @@ async def test_the_end_waits_for_what_has_begun_no_longer_than_a_drain_may_take(
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await call
     assert door.kept.events == []
+
+
+async def test_the_door_closes_in_the_time_that_a_request_may_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits_s: list[float] = []
+
+    def over_at_once(delay: float) -> asyncio.Timeout:
+        waits_s.append(delay)
+        return asyncio.timeout(0)
+
+    async with opened() as door:
+        door.kept.gate = asyncio.Event()  # it never opens
+        call = asyncio.ensure_future(door.post())
+        async with asyncio.timeout(WAIT_S):
+            await door.kept.waiting.acquire()
+        monkeypatch.setattr(web_protocol, "ceil_timeout", over_at_once)
+    with pytest.raises(asyncio.IncompleteReadError):
+        await call
+    assert 0 < sum(waits_s) <= LIMITS.timeout_s
