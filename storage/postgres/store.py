@@ -28,6 +28,7 @@ from gateway.application.ports import (
     Page,
     Resolution,
     Stored,
+    StoreUnavailable,
 )
 from gateway.domain.model import (
     Aggregate,
@@ -80,6 +81,7 @@ _SEARCH_BEHIND = query("recovery", "search_behind")
 _READ_IN_ORDER = query("recovery", "read_in_order")
 _LOCK_DUE = query("recovery", "lock_due")
 _LEASE = query("recovery", "lease")
+_UNWEIGHED = query("recovery", "unweighed")
 _BEGIN_CANCEL = query("recovery", "begin_cancel")
 _POSTPONE = query("recovery", "postpone")
 _HASTEN = query("recovery", "hasten")
@@ -462,9 +464,13 @@ class PostgresStore:
     async def add_evidence(
         self, operation: Operation, answer: ConnectorAnswer, seen_to: Collection[int] = ()
     ) -> ConnectorAnswer | None:
-        """See Store. Repeated for as long as an outcome is, and as an outcome never refused."""
+        """See Store. Repeated for as long as an outcome is, and as an outcome never refused.
 
-        async def add(connection: Connection) -> ConnectorAnswer | None:
+        What stays and cannot be read, as a newer version's, has no room beside it: then this is
+        unavailable.
+        """
+
+        async def add(connection: Connection) -> str | None:
             kept = await run(
                 connection,
                 _ADD_EVIDENCE,
@@ -477,9 +483,13 @@ class PostgresStore:
                 seen_to=list(seen_to),
                 unfinished=_UNFINISHED,
             )
-            return rows.answer_of(kept[0]["evidence"]) if kept else None
+            return kept[0]["evidence"] if kept else None
 
-        return await self._direct.run(add, reserved=True, retry_s_max=self._outcome_retry_s_max)
+        kept = await self._direct.run(add, reserved=True, retry_s_max=self._outcome_retry_s_max)
+        try:
+            return rows.answer_of(kept)
+        except _UNREADABLE as error:
+            raise StoreUnavailable("evidence of an earlier attempt cannot be read") from error
 
     async def expired(self, limit: int) -> int:
         """See Store. 0 also while another gateway is looking."""
@@ -522,13 +532,24 @@ class PostgresStore:
                 payments = sorted({(each["merchant_id"], each["payment_id"]) for each in leased})
                 # Under the locks: the epochs are those that were just raised, and no others'.
                 aggregates = await _aggregates(connection, _LOAD, payments)
-            by_payment = dict(zip(payments, aggregates, strict=True))
-            leases = (
-                _lease_of(record, by_payment[record["merchant_id"], record["payment_id"]])
-                for record in leased
-            )
-            # What cannot be read holds up nobody, and is looked at again.
-            return [lease for lease in leases if lease is not None]
+                by_payment = dict(zip(payments, aggregates, strict=True))
+                leases, unread = [], []
+                for record in leased:
+                    aggregate = by_payment[record["merchant_id"], record["payment_id"]]
+                    lease = _lease_of(record, aggregate)
+                    if lease is None:
+                        unread.append(record)
+                    else:
+                        leases.append(lease)
+                # What cannot be read holds up nobody, and is looked at again.
+                if unread:
+                    await run(
+                        connection,
+                        _UNWEIGHED,
+                        merchant_id=[record["merchant_id"] for record in unread],
+                        operation_id=[record["operation_id"] for record in unread],
+                    )
+            return leases
 
         return await self._direct.run(take)
 

@@ -60,6 +60,7 @@ from storage.postgres import (
 )
 from storage.postgres.pool import ConnectionSettings, connect
 from storage.postgres.queries import queries, query, run
+from storage.postgres.rows import answer_json
 from storage.postgres.store import DIRECT, FOLLOW_UPS, INTENTS, LOCKED_DUE_MAX, READS
 from tests.servers import fetch, postgres_server
 from tests.store_data import (
@@ -824,6 +825,51 @@ async def test_evidence_that_cannot_be_read_holds_up_no_other_s_recovery(
     assert leased == set(others)
 
 
+@pytest.mark.parametrize("what", ["evidence", "operation"])
+async def test_evidence_that_could_not_be_weighed_outlasts_an_outcome(
+    store: PostgresStore, dsn: str, what: str
+) -> None:
+    """A version that can read it may find in it what must not stand."""
+    intent = authorize()
+    await store.write_intent(intent)
+    assert await store.add_evidence(intent.operation, ANSWER)
+    newer, known = {
+        "evidence": (
+            "evidence = evidence || '{\"verdict\": 99}'",
+            f"evidence = '{answer_json(ANSWER)}'",
+        ),
+        "operation": ("origin = origin + 99", "origin = origin - 99"),
+    }[what]
+    table = {"evidence": "doubts", "operation": "operations"}[what]
+    update = f"UPDATE {table} SET {{}} RETURNING 1"
+    fetch(dsn, update.format(newer))
+    assert await store.lease(10, 0) == []
+    fetch(dsn, update.format(known))
+    operation, payment = await stored(store, intent.operation)
+    change = outcome(operation, payment, S.DECLINED)
+    assert await store.write_change(change) is Stored.WRITTEN
+    [lease] = await store.lease(10, 0)
+    assert lease.evidence == ANSWER
+
+
+async def test_evidence_that_stays_and_cannot_be_read_leaves_no_room_for_now(
+    store: PostgresStore, dsn: str
+) -> None:
+    intent = authorize()
+    await store.write_intent(intent)
+    assert await store.add_evidence(intent.operation, replace(ANSWER, attempt_number=1))
+    change = outcome(intent.operation, intent.payment, S.NOT_SENT)
+    assert await store.write_change(change) is Stored.WRITTEN
+    operation, payment = await stored(store, intent.operation)
+    assert await store.write_change(restarted(operation, payment)) is Stored.WRITTEN
+    operation, _ = await stored(store, intent.operation)
+    fetch(dsn, "UPDATE doubts SET evidence = evidence || '{\"verdict\": 99}' RETURNING 1")
+    second = replace(ANSWER, attempt_number=2)
+    with pytest.raises(StoreUnavailable, match="cannot be read"):
+        await store.add_evidence(operation, second)
+    assert await store.add_evidence(operation, second, seen_to=[1]) == second
+
+
 async def test_a_lease_that_runs_out_is_taken_again_and_the_epoch_raised_again(
     store: PostgresStore, other_store: PostgresStore
 ) -> None:
@@ -1350,6 +1396,7 @@ _EXPECTED_INDEXES = {
     },
     ("recovery", "lock_due"): {"payments_pkey", "doubts_by_account"},
     ("recovery", "lease"): {"doubts_pkey", "operations_pkey"},
+    ("recovery", "unweighed"): {"doubts_pkey"},
     ("recovery", "count_doubts"): {"doubts_check_at", "operations_pkey"},
     ("recovery", "postpone"): {"payments_pkey", "operations_pkey", "doubts_pkey"},
     ("recovery", "begin_cancel"): {"payments_pkey", "operations_pkey", "doubts_pkey"},

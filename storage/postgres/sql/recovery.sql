@@ -234,6 +234,14 @@ SELECT
     clock_timestamp() AS at
 FROM leased;
 
+-- :name unweighed
+-- In the transaction of lease: what it has leased and cannot be read here has been seen by nobody, so
+-- that no outcome removes its evidence before a version that can read it has weighed it.
+UPDATE doubts AS doubt
+SET evidence_leased = false
+FROM unnest(:merchant_id::text[], :operation_id::text[]) AS input (merchant_id, operation_id)
+WHERE doubt.merchant_id = input.merchant_id AND doubt.operation_id = input.operation_id;
+
 -- :name begin_cancel
 -- By the operation's present owner alone.
 UPDATE doubts AS doubt
