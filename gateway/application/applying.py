@@ -537,7 +537,7 @@ class Applier:
         if aggregate is None:
             raise StoreUnavailable("the payment's row is missing")
         authorization = _authorization(aggregate)
-        if named.operation_id != authorization.operation_id:
+        if named.kind not in (K.AUTHORIZE, K.VERIFY, K.REVERSAL):
             number = authorization.attempt.number
         if notification.kind is N.VOID:
             return await self._voided(received, aggregate, number, tries)

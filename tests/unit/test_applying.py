@@ -2011,13 +2011,16 @@ async def test_a_refund_elsewhere_of_a_capture_is_the_payments_whichever_attempt
         APPROVED,
         payment_reference=capture.reference,
         transaction_id="re_1",
-        amount_minor=30,
+        amount_minor=100,
     )
     [applied] = await gateway.tell(told)
     assert applied is not None
     assert applied.result is Result.RECORDED
     assert only(gateway, payment_id, K.REFUND).origin is OperationOrigin.PSP
-    assert payment_of(gateway, payment_id).refunded_reported_minor == 30
+    assert payment_of(gateway, payment_id).refunded_reported_minor == 100
+    with pytest.raises(GatewayError) as refused:
+        await gateway.payments.refund(gateway.refund(payment_id))
+    assert refused.value.reason is Reason.AMOUNT_EXCEEDS_CAPTURED
 
 
 @pytest.mark.parametrize("kind", [N.AUTHORIZATION, N.INCREMENT, N.REVERSAL])
