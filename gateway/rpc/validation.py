@@ -44,6 +44,8 @@ TEXT_CHARACTERS_MAX: Final = 2_048
 """The longest text that the contract's rules allow, but for LONGER_TEXTS."""
 LONGER_TEXTS: Final = {"rules_toml": 65_536}
 """By path, the longest text in characters."""
+TEXTS_CHARACTERS_MAX: Final = 40_000
+"""All texts of a request together, but for LONGER_TEXTS; the contract's rules allow no more."""
 NETWORK_TOKEN_NUMBER: Final = "payment_method.network_token.number"  # noqa: S105 - a field's path
 """Where the number of a network token may stand; it looks like a card number."""
 REQUEST_ID_CHARACTERS_MAX: Final = 128
@@ -326,15 +328,21 @@ def refuse_card_numbers(request: Message, merchant: MerchantInfo | None) -> None
 
     Needed for messages whose bytes are suspect. Raises GatewayError(CARD_DATA_NOT_ALLOWED), or
     INVALID_REQUEST for the character U+0000, which no text of PostgreSQL can hold, and for a text
-    that is longer than any may be: to search it all would keep everybody else waiting.
+    that is longer than any may be, or with those before it longer than all: to search it would keep
+    everybody else waiting.
     """
     _shorten(request)
     exempt = {NETWORK_TOKEN_NUMBER}
     if merchant is not None and merchant.pan_exempt_order_id:
         exempt.add("merchant_order_id")
+    left = TEXTS_CHARACTERS_MAX
     for path, text in _strings(request, ""):
         if len(text) > TEXT_CHARACTERS_MAX and len(text) > LONGER_TEXTS.get(path, 0):
             raise _invalid([Violation(path, "is too long")])
+        if path not in LONGER_TEXTS:
+            left -= len(text)
+            if left < 0:
+                raise _invalid([Violation(path, "is too long, with the texts before it")])
         if "\0" in text:
             raise _invalid([Violation(path, "must not contain the character U+0000")])
         if path not in exempt and contains_pan(text):

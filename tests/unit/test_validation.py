@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any, cast
@@ -595,6 +596,45 @@ def test_a_text_longer_than_any_may_be_is_refused_without_searching_it(
         validation.refuse_card_numbers(request, None)
     assert caught.value.reason is Reason.INVALID_REQUEST
     assert [each.field for each in caught.value.violations] == [path]
+
+
+def test_texts_that_are_longer_together_than_all_may_be_are_refused_without_searching_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searched: list[int] = []
+
+    def search(text: str) -> bool:
+        searched.append(len(text))
+        return False
+
+    monkeypatch.setattr(validation, "contains_pan", search)
+    request = authorization(metadata={f"{n}" + "2 " * 1000: "2 " * 1000 for n in range(50)})
+    assert validation.is_suspect(request.SerializeToString())
+    with pytest.raises(GatewayError) as caught:
+        validation.refuse_card_numbers(request, None)
+    assert caught.value.reason is Reason.INVALID_REQUEST
+    assert [each.field for each in caught.value.violations] == ["metadata"]
+    assert sum(searched) <= validation.TEXTS_CHARACTERS_MAX
+
+
+def test_the_longest_texts_that_the_contract_allows_are_searched_all() -> None:
+    def longest(given_: Any) -> int:
+        pattern = sum(int(most) for most in re.findall(r"\{(?:\d+,)?(\d+)\}", given_.pattern))
+        return max(int(given_.max_len), pattern, *map(len, getattr(given_, "in")), 0)
+
+    for request_ in VALID:
+        total = 0
+        for path, field in descriptors(request_.DESCRIPTOR):
+            if field.type == FieldDescriptor.TYPE_STRING and path not in validation.LONGER_TEXTS:
+                length = longest(field.GetOptions().Extensions[rules.field].string)
+                assert length, path
+                total += length
+            elif field.message_type is not None and field.message_type.GetOptions().map_entry:
+                pairs = field.GetOptions().Extensions[rules.field].map
+                lengths = longest(pairs.keys.string), longest(pairs.values.string)
+                assert all(lengths), path
+                total += pairs.max_pairs * sum(lengths)
+        assert total <= validation.TEXTS_CHARACTERS_MAX, type(request_).__name__
 
 
 def test_no_rule_of_the_contract_allows_a_longer_text_than_is_searched() -> None:
