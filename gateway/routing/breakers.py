@@ -102,7 +102,8 @@ class Report(NamedTuple):
     streak: int = 0
     """OPENED: how often in a row."""
     version: int = 0
-    """CLOSED: the opening that is over. One that came after it stays."""
+    """CLOSED: the opening that is over. One that came after it stays. WANTS_PROBES: the opening
+    that is known, if others were told of it: where there is none any more it is over."""
 
 
 class Shared(NamedTuple):
@@ -517,7 +518,8 @@ class Breakers:
             if key not in taken and (breaker.wanted or is_probing):
                 # The right to probe lapses where no probes are sent.
                 breaker.wanted = False
-                wishes.append(Report(ReportKind.WANTS_PROBES, key, PROBE_RIGHT_S))
+                wish = Report(ReportKind.WANTS_PROBES, key, PROBE_RIGHT_S, version=breaker.version)
+                wishes.append(wish)
         try:
             shared = await exchange.exchange([*news, *wishes])
         except ExchangeUnavailable as error:

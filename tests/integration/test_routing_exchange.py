@@ -7,8 +7,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from gateway.routing.breakers import BreakerKey, ExchangeUnavailable, Report, ReportKind
+from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind, Verdict
+from gateway.routing.breakers import (
+    BreakerKey,
+    BreakerLimits,
+    Breakers,
+    BreakerState,
+    ExchangeUnavailable,
+    Report,
+    ReportKind,
+)
 from gateway.routing.learning import Increment, SegmentKey
+from gateway.routing.model import Candidate, Segment
 from storage.redis import RedisBreakers, RedisClient, RedisCounts
 from tests.servers import free_port
 
@@ -90,6 +100,63 @@ async def test_one_process_at_a_time_may_probe(client: RedisClient, key: str) ->
     (second,) = await other.exchange([WANTS])
     (again,) = await one.exchange([WANTS])
     assert (first.mine, second.mine, again.mine) == (True, False, True)
+
+
+async def test_who_would_probe_what_another_has_closed_opens_nothing(
+    client: RedisClient, key: str
+) -> None:
+    one, other = RedisBreakers(client, key), RedisBreakers(client, key)
+    (opened,) = await one.exchange([Report(ReportKind.OPENED, KEY, 0.0, 1)])
+    closed = Report(ReportKind.CLOSED, KEY, version=opened.version)
+    assert await one.exchange([closed]) == []
+    assert await other.exchange([WANTS._replace(version=opened.version)]) == []
+    # Of what nobody was told, nobody can have closed it.
+    (mine,) = await other.exchange([WANTS])
+    assert mine.mine
+
+
+class Unseen:
+    """Implements BreakerObserver."""
+
+    def breaker_changed(self, key: BreakerKey, state: BreakerState) -> None:
+        """Nobody looks."""
+
+
+async def test_processes_let_a_psp_that_is_well_again_be_well(
+    client: RedisClient, key: str
+) -> None:
+    """What one has found out is not undone by the others' wish to find it out."""
+    now, limits, psp = 0.0, BreakerLimits(), Candidate("psp", "acc_1")
+    processes = [
+        (Breakers(limits, Unseen(), lambda: now), RedisBreakers(client, key)) for _ in range(3)
+    ]
+
+    def call(breakers: Breakers, answer: ConnectorAnswer) -> bool:
+        if breakers.admit(psp, "card") is not None:
+            return False
+        segment, kind = Segment("mer_1", Mode.TEST, "card"), OperationKind.AUTHORIZE
+        breakers.observed(segment, psp, kind, answer, 0.0)
+        return True
+
+    for breakers, exchange in processes:
+        await breakers.synchronize(exchange)
+    for _ in range(limits.calls_min):
+        call(processes[0][0], ConnectorAnswer(Delivery.MAY_HAVE_BEEN_SENT))
+    for breakers, exchange in processes:
+        await breakers.synchronize(exchange)
+    now += limits.pause_s_max
+    # As if so much time had passed there, too.
+    name, told = await client.execute("HGETALL", key)
+    version, _, rest = told.decode().split(" ", 2)
+    await client.execute("HSET", key, name, f"{version} {version} {rest}")
+    well = ConnectorAnswer(Delivery.ANSWERED, Verdict.APPROVED)
+    let_in = []
+    for _ in range(6):
+        now += 1.0
+        for breakers, exchange in processes:
+            let_in.append([call(breakers, well) for _ in range(limits.probes_good)])
+            await breakers.synchronize(exchange)
+    assert all(map(all, let_in[-9:])), let_in
 
 
 async def test_a_field_that_is_none_of_ours_is_removed(client: RedisClient, key: str) -> None:

@@ -307,7 +307,7 @@ async def test_only_the_process_that_was_granted_the_probes_tries() -> None:
     await world.breakers.synchronize(exchange)
     assert world.refusal() is Exclusion.BREAKER_OPEN  # wanted now
     await world.breakers.synchronize(exchange)
-    assert exchange.reports == [Report(ReportKind.WANTS_PROBES, KEY, PROBE_RIGHT_S)]
+    assert exchange.reports == [Report(ReportKind.WANTS_PROBES, KEY, PROBE_RIGHT_S, version=7)]
     exchange.shared = [Shared(KEY, 7, 0.0, 1, True)]
     await world.breakers.synchronize(exchange)
     for _ in range(LIMITS.probes_good):

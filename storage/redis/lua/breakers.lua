@@ -7,7 +7,8 @@
 --             once make one opening, which ends with the longer pause.
 --        'C'  it closed: the opening of this version is over. A later one stays.
 --        'P'  its pause is over, and whoever tells would try it, for so many milliseconds. One
---             process has this right at a time, the first that asks.
+--             process has this right at a time, the first that asks. One that others were not told
+--             of (version 0) is an opening from then on; another that is not there has closed.
 --
 -- A field holds the version, the end of the pause by the server's clock in milliseconds, the streak,
 -- the end of the right to try, and whose it is. Times are told as what is left of them: no other
@@ -73,8 +74,10 @@ for i = 3, #ARGV, 5 do
       redis.call('HDEL', key, name)
     end
   elseif kind == 'P' then
-    it = it or { version = now, ends = now, streak = streak, lease = 0, owner = '' }
-    if it.ends <= now and (it.lease <= now or it.owner == who) then
+    if not it and version == 0 then
+      it = { version = now, ends = now, streak = streak, lease = 0, owner = '' }
+    end
+    if it and it.ends <= now and (it.lease <= now or it.owner == who) then
       it.lease, it.owner = now + span_ms, who
       write(name, it)
     end
