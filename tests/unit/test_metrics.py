@@ -85,7 +85,11 @@ def test_a_cascade_is_counted_by_its_reason_and_what_came_of_it() -> None:
 # --- series ---------------------------------------------------------------------------------------
 
 
-@given(st.lists(st.floats(0, 4) | st.sampled_from((0.5, 1.0, 2.5)), max_size=9))
+_EXACTLY_ADDED = st.integers(0, 4096).map(lambda number: number / 1024)
+"""Python adds floats more exactly from 3.12 on where it adds many at once: not these."""
+
+
+@given(st.lists(_EXACTLY_ADDED | st.sampled_from((0.5, 1.0, 2.5)), max_size=9))
 def test_a_histogram_renders_as_that_of_the_client_library(values: list[float]) -> None:
     bounds = (0.5, 1, 2.5)
     ours = series.Histogram("wait", "A wait.", bounds, "lane")
