@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import pytest
+from payments.v1 import event_service_pb2
 
 from gateway.application.accounts import MerchantInfo, Principal, Scope
 from gateway.application.admission import AdmissionLimits, open_gates
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
     from gateway.application.events import Cursor
 
+HANG_S = 30.0
+"""A wait that takes so long hangs; no rule is tested by this time."""
 MERCHANTS = [f"mer_{number}" for number in range(20)]
 
 
@@ -237,10 +240,12 @@ class _Door:
 
     def __init__(self) -> None:
         self.ends: list[str] = []
+        self.reached = MERCHANTS[:2]
 
     def remembered(self, organisation_id: str) -> Principal:
-        merchants = {MERCHANTS[0]: MerchantInfo(MERCHANTS[0])}
-        return Principal("key", organisation_id, frozenset(Scope), Mode.TEST, merchants)
+        merchants = {each: MerchantInfo(each) for each in self.reached}
+        scopes = frozenset({Scope.EVENTS_READ})
+        return Principal("key", organisation_id, scopes, Mode.TEST, merchants)
 
     def rpc_started(self, method: str) -> None:
         pass
@@ -261,11 +266,14 @@ class _Service:
         gate = open_gates(AdmissionLimits()).lists
         self.service = EventService(self._door, gate, self.events, StreamLimits(3, 2))
 
-    async def stream(self, organisation_id: str) -> tuple[_Caller, asyncio.Task[None]]:
+    async def stream(
+        self, organisation_id: str, **fields: Any
+    ) -> tuple[_Caller, asyncio.Task[None]]:
         """One that has been told something, or was refused."""
         caller = _Caller(organisation_id)
         context: Any = caller
-        task = asyncio.ensure_future(self.service._serve_stream(b"", context))
+        data = event_service_pb2.StreamEventsRequest(**fields).SerializeToString()
+        task = asyncio.ensure_future(self.service._serve_stream(data, context))
         told = asyncio.ensure_future(caller.told.wait())
         await asyncio.wait([told, task], return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
@@ -307,6 +315,17 @@ async def test_a_stream_leaves_its_place_however_it_ends(end: str) -> None:
     assert rig.door.ends == ["UNAVAILABLE" if end == "drained" else "CANCELLED"]
     assert rig.service.streams == 0
     assert not rig.service._streams
+
+
+async def test_a_stream_of_a_merchant_ends_where_its_key_reaches_it_no_more() -> None:
+    rig = _Service()
+    caller, task = await rig.stream("org_1", merchant_id=MERCHANTS[0])
+    assert not task.done()
+    rig.door.reached = MERCHANTS[1:2]
+    await asyncio.wait([task], timeout=HANG_S)
+    assert task.done()
+    assert "MERCHANT_NOT_FOUND" in caller.refusal
+    await asyncio.gather(task, return_exceptions=True)
 
 
 @pytest.mark.parametrize(
