@@ -418,6 +418,17 @@ def test_merchant_with_a_slow_psp_leaves_room_for_others() -> None:
     assert gate.in_flight <= limits.in_flight_max
 
 
+@pytest.mark.parametrize("in_flight_max", [8, 80])
+def test_a_lone_merchant_leaves_an_eighth_to_newcomers(in_flight_max: int) -> None:
+    limits = replace(LIMITS, working_max=1, working_min=1, in_flight_max=in_flight_max)
+    gate = Gate(limits, STAGES, clock=lambda: 0.0)
+    assert enter(gate, "mer_slow", gate.leave) == in_flight_max * 7 / 8
+    assert enter(gate, "mer_other", gate.leave) == in_flight_max / 8
+    assert gate.in_flight == in_flight_max
+    with pytest.raises(GatewayError):
+        gate.admit("mer_third", Work.PAYMENT)
+
+
 def test_merchant_below_its_share_enters_where_one_above_is_refused() -> None:
     limits = replace(LIMITS, working_max=40, working_min=4)
     gate = Gate(limits, STAGES, clock=lambda: 0.0)
