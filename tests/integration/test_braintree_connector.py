@@ -283,6 +283,18 @@ async def test_duplicate_of_what_is_not_told_is_a_doubt_and_no_decline(
     assert await psp.effects(request.reference) == 1
 
 
+async def test_search_that_finds_only_the_duplicate_tells_of_no_decline(psp: BraintreePsp) -> None:
+    psp.double.heeds_keys = False
+    psp.way.disturb(Fault.RESET, times=1)
+    request = request_of()
+    first = (await send(psp.connector, request)).connector_transaction_id
+    assert (await found_of(psp, request)).connector_transaction_id == first
+    # The search lags, and has not found the first one yet.
+    del psp.double.nodes[first]
+    assert len(psp.double.nodes) == 1
+    assert await psp.connector.query(K.AUTHORIZE, request.reference, request) is None
+
+
 async def test_what_two_transactions_hold_under_one_reference_is_told(psp: BraintreePsp) -> None:
     request = request_of()
     await send(psp.connector, request)
@@ -614,6 +626,26 @@ async def test_reversal_of_a_charge_leaves_nothing(
     assert await psp.held_minor(charge.reference) == 0
     found = await found_of(psp, reversal)
     assert found.verdict is Verdict.APPROVED
+
+
+@pytest.mark.parametrize(
+    ("mutation", "made", "other"),
+    [
+        ("voidTransaction", "transaction", {"status": "AUTHORIZED"}),
+        ("voidTransaction", "transaction", {"id": "another"}),
+        ("refundTransaction", "refund", {"status": "PROCESSOR_DECLINED"}),
+        ("refundTransaction", "refund", {"amount": {"value": "9.99", "currencyCode": "EUR"}}),
+        ("refundTransaction", "refund", {"refundedTransaction": {"id": "another"}}),
+    ],
+)
+async def test_reversal_that_did_something_else_stays_open(
+    psp: BraintreePsp, mutation: str, made: str, other: dict[str, Any]
+) -> None:
+    target = (await send(psp.connector, request_of(capture=True))).connector_transaction_id
+    psp.double.settles = mutation == "refundTransaction"
+    psp.way.alter = lambda told: told["data"][mutation][made].update(other)
+    reversal = request_of(K.REVERSAL, target_transaction_id=target)
+    assert is_doubt(await send(psp.connector, reversal))
 
 
 async def test_reversal_of_several_captures_leaves_nothing(psp: BraintreePsp) -> None:
