@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from gateway.connectors.adyen import connector as adyen
-from gateway.connectors.base import AccountConnector, Unusable, asking_first, in_steps
+from gateway.connectors.base import (
+    AccountConnector,
+    Call,
+    HttpConnector,
+    Unusable,
+    asking_first,
+    in_steps,
+    sendable,
+)
 from gateway.connectors.braintree import connector as braintree
-from gateway.connectors.http import MaybeSent, NotSent
+from gateway.connectors.http import HttpClient, MaybeSent, NotSent, Response
 from gateway.connectors.stripe import connector as stripe
 from gateway.domain.errors import Reason
 from gateway.domain.model import ConnectorAnswer, Delivery, Mode, OperationKind
@@ -108,3 +117,47 @@ async def test_a_question_or_cancellation_that_fails_leaves_the_doubt_that_it_is
     for answer in told:
         assert answer is not None
         assert (answer.delivery, answer.reason) == (SENT_MAYBE, error.reason)
+
+
+class Recorded(HttpConnector):
+    """One that notes how long its requests may take."""
+
+    def __init__(self) -> None:
+        http = HttpClient("http://127.0.0.1:1")
+        super().__init__("recorded", http, CAPABLE, {}, repeat_pause_s=0.0)
+        self.times: list[tuple[float, float]] = []
+        self.keys: list[str | None] = []
+
+        async def noted(*_: object, **more: Any) -> Response:
+            self.times.append((more["send_before"], more["answer_before"]))
+            self.keys.append(more["headers"].get("Idempotency-Key"))
+            return Response(200, b"")
+
+        http.request = noted  # type: ignore[method-assign]
+
+    async def _send(self, request: ConnectorRequest, send_before: float) -> ConnectorAnswer:
+        raise AssertionError
+
+
+async def test_a_request_has_the_answers_time_unless_another_is_given() -> None:
+    connector = Recorded()
+    now = time.monotonic()
+    await connector._request("GET", "/")
+    await connector._post(Call("/", b""), "key", 1.0, 2.0)
+    (send_before, answer_before), given = connector.times
+    assert send_before == answer_before >= now + CAPABLE.answer_timeout_s
+    assert given == (1.0, 2.0)
+    assert connector.keys == [None, "key"]
+
+
+@pytest.mark.parametrize(
+    ("currency", "reason"),
+    [("EUR", Reason.AMOUNT_NOT_SUPPORTED), ("XTS", Reason.CURRENCY_NOT_SUPPORTED)],
+)
+def test_what_cannot_be_written_is_not_sent_for_its_amount_or_its_currency(
+    currency: str, reason: Reason
+) -> None:
+    with pytest.raises(NotSent) as raised:
+        sendable(None, currency, {"EUR"})
+    assert raised.value.reason is reason
+    assert sendable(0, currency, {"EUR"}) == 0
