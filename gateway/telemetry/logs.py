@@ -312,7 +312,7 @@ class QueueWriter(logging.Handler):
         super().__init__()
         self.setFormatter(JsonFormatter())
         self.lines_dropped = 0
-        """Lines that were not written for lack of room, since the start."""
+        """Lines that were not written for lack of room, here or on a disk, since the start."""
         self._write = write
         self._lines_queued_max = lines_queued_max
         self._lines: SimpleQueue[str | None] = SimpleQueue()
@@ -350,15 +350,20 @@ class QueueWriter(logging.Handler):
                 while len(lines) < _LINES_PER_WRITE_MAX:
                     lines.append(self._lines.get_nowait())
             ending = None in lines
-            if self.lines_dropped > self._drops_told:
-                lines.append(self._drop_line())
-            data = "".join(f"{line}\n" for line in lines if line is not None)
-            if data:
-                with contextlib.suppress(OSError, ValueError):  # a closed stderr ends no process
-                    self._write(data.encode("utf-8"))
+            texts = [line for line in lines if line is not None]
+            dropped = self.lines_dropped
+            if dropped > self._drops_told:
+                texts.append(self._drop_line(dropped - self._drops_told))
+            if not texts:
+                continue
+            try:
+                self._write("".join(f"{text}\n" for text in texts).encode("utf-8"))
+            except (OSError, ValueError):  # a full disk, or a closed stderr, ends no process
+                self.lines_dropped += len(lines) - lines.count(None)
+            else:
+                self._drops_told = dropped
 
-    def _drop_line(self) -> str:
-        dropped, self._drops_told = self.lines_dropped - self._drops_told, self.lines_dropped
+    def _drop_line(self, dropped: int) -> str:
         record = _log.makeRecord(
             __name__,
             logging.WARNING,

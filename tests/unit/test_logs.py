@@ -2,6 +2,7 @@
 # ruff: noqa: RUF001 - digits of other scripts are what is tested
 
 import asyncio
+import errno
 import itertools
 import json
 import logging
@@ -470,3 +471,28 @@ def test_a_token_is_redacted_with_what_it_is_joined_to() -> None:
     assert redact("eyJhbGciOiJIUzI1NiJ9 without a second part") == (
         "eyJhbGciOiJIUzI1NiJ9 without a second part"
     )
+
+
+def test_lines_that_a_full_disk_did_not_take_are_told_once_it_takes_some() -> None:
+    written, tried = bytearray(), threading.Semaphore(0)
+    full = True
+
+    def write(data: bytes) -> None:
+        try:
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.extend(data)
+        finally:
+            tried.release()
+
+    writer = QueueWriter(write)
+    record = logging.LogRecord("t", logging.INFO, "", 0, "m", (), None)
+    for _ in range(2):
+        writer.handle(record)
+        tried.acquire()
+    full = False
+    writer.handle(record)
+    writer.close()
+    lines = [json.loads(line) for line in written.decode().splitlines()]
+    assert [line["message"] for line in lines] == ["m", "log lines were dropped"]
+    assert lines[-1]["lines_dropped"] == 2
