@@ -96,7 +96,7 @@ EVENT_CONSUMERS_SHOWN_MAX: Final = 100
 """So many consumers have metrics, those that have not acknowledged for longest."""
 COUNT_INTERVALS: Final = 5
 """What waits in the database is counted so many times as seldom as readiness looks at it."""
-CLOSE_S_MAX: Final = 4.0
+CLOSE_S_MAX: Final = 3.0
 """How long the end of the gateway waits, after its graces, for what PostgreSQL has yet to take: a
 part of `gateway.workers.STOP_MARGIN_S`. Outcomes alone would be tried for longer."""
 LEARNING_INTERVALS: Final = 5

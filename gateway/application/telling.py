@@ -15,6 +15,9 @@ BATCH_MAX: Final = 100
 PAUSE_S: Final = 1.0
 """Between two tries where they cannot be stored."""
 
+FLUSH_S_MAX: Final = 2.0
+"""How long `flush` takes at most: the end of the gateway waits for it."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -57,10 +60,11 @@ class Telling:
 
     async def flush(self) -> None:
         """Store what waits yet, once `run` was cancelled, as far as that can be done now."""
-        with suppress(GatewayError, StoreUnavailable):
-            while batch := self._taken or self._more():
-                await self._keep(batch)
-                self._taken = []
+        with suppress(GatewayError, StoreUnavailable, TimeoutError):
+            async with asyncio.timeout(FLUSH_S_MAX):
+                while batch := self._taken or self._more():
+                    await self._keep(batch)
+                    self._taken = []
 
     def _more(self) -> list[Received]:
         batch: list[Received] = []

@@ -16,6 +16,8 @@ from gateway.domain.errors import GatewayError, Reason
 
 pytestmark = pytest.mark.unit
 
+LONG_S = 30.0
+
 
 def received(number: int) -> Received:
     return Received("mer_1", "acc_1", Notification("iso8583", f"evt_{number}", "0110"))
@@ -121,3 +123,17 @@ async def test_what_is_too_much_is_dropped_with_a_warning(
     await told.flush()
     assert store.kept == [["evt_0"]]
     assert "is dropped" in caplog.text
+
+
+async def test_the_end_does_not_wait_for_a_database_that_says_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def keep(_: Sequence[Received]) -> int:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(telling, "FLUSH_S_MAX", 0.01)
+    told = Telling(keep, 10)
+    told.tell(received(1))
+    async with asyncio.timeout(LONG_S):
+        await told.flush()
