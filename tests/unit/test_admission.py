@@ -429,6 +429,15 @@ def test_a_lone_merchant_leaves_an_eighth_to_newcomers(in_flight_max: int) -> No
         gate.admit("mer_third", Work.PAYMENT)
 
 
+def test_a_newcomer_s_first_call_enters_where_it_is_no_more_than_an_equal_share() -> None:
+    limits = replace(LIMITS, working_max=1, working_min=1, in_flight_max=8)
+    gate = Gate(limits, STAGES, clock=lambda: 0.0)
+    for merchant, calls in (("mer_1", 3), ("mer_2", 2), ("mer_3", 2), ("mer_4", 1)):
+        for _ in range(calls):
+            gate.admit(merchant, Work.PAYMENT)
+            gate.leave(merchant)
+
+
 def test_merchant_below_its_share_enters_where_one_above_is_refused() -> None:
     limits = replace(LIMITS, working_max=40, working_min=4)
     gate = Gate(limits, STAGES, clock=lambda: 0.0)

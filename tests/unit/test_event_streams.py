@@ -230,6 +230,9 @@ class _Caller:
         if self.is_cut:
             raise RuntimeError("as the transport does where the client has gone")
 
+    def set_trailing_metadata(self, trailers: object) -> None:
+        pass
+
     async def abort(self, _code: object, _text: str, trailers: Sequence[tuple[str, Any]]) -> None:
         self.refusal = str(trailers)
         raise RuntimeError("as the transport does")
@@ -315,6 +318,15 @@ async def test_a_stream_leaves_its_place_however_it_ends(end: str) -> None:
     assert rig.door.ends == ["UNAVAILABLE" if end == "drained" else "CANCELLED"]
     assert rig.service.streams == 0
     assert not rig.service._streams
+
+
+async def test_a_stream_to_what_is_there_now_is_answered_and_leaves_its_place() -> None:
+    rig = _Service()
+    _, task = await rig.stream("org_1", until_current=True)
+    await task
+    assert rig.door.ends == ["OK"]
+    assert rig.service.streams == 0
+    await rig._door.wait_idle()
 
 
 async def test_a_stream_of_a_merchant_ends_where_its_key_reaches_it_no_more() -> None:
