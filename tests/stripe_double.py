@@ -413,6 +413,8 @@ class StripeDouble(KeyedDouble[tuple[str, str, str]]):
             "metadata": _metadata(form),
         }
         self.refunds[refund["id"]] = refund
+        # "Whether the charge has been fully refunded" (Charges).
+        intent["latest_charge"]["refunded"] = amount == left
         return refund
 
     def _setup(self, form: Form, key: str) -> dict[str, Any]:

@@ -886,6 +886,23 @@ async def test_what_is_left_is_given_back_once_whatever_error_stripe_keeps(psp: 
     assert [refund["amount"] for refund in psp.double.refunds.values()] == [1000]
 
 
+async def test_charge_that_was_given_back_as_a_whole_is_not_told_as_one_that_stands(
+    psp: StripePsp,
+) -> None:
+    request = request_of(capture=True)
+    sent = await send(psp.connector, request)
+    refund = request_of(K.REFUND, 400, target_transaction_id=sent.connector_transaction_id)
+    await send(psp.connector, refund)
+    assert (await found_of(psp, request)).verdict is Verdict.APPROVED
+    await psp.connector.cancel(K.AUTHORIZE, request.reference, request)
+    for request.target_transaction_id in ("", sent.connector_transaction_id):
+        found = await found_of(psp, request)
+        assert (found.verdict, found.connector_transaction_id) == (
+            Verdict.CANCELED,
+            sent.connector_transaction_id,
+        )
+
+
 async def test_part_is_given_back_under_one_key(psp: StripePsp) -> None:
     capture = await prepared(psp, K.CAPTURE)
     capture.amount_minor, capture.final = 400, False

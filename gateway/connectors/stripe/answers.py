@@ -99,7 +99,7 @@ def authorization(intent: Mapping[str, Any], *, captured: bool | None) -> Connec
         case "requires_capture" if captured is not True:
             held = amount_of(intent, "amount_capturable") + amount_of(intent, "amount_received")
             return _approved(intent, minor(held, currency))
-        case "succeeded":
+        case "succeeded" if part(intent, "latest_charge").get("refunded") is not True:
             # Captured later, and perhaps not wholly: authorized was the whole.
             name = "amount_received" if captured else "amount"
             return _approved(intent, minor(amount_of(intent, name), currency))
@@ -107,7 +107,7 @@ def authorization(intent: Mapping[str, Any], *, captured: bool | None) -> Connec
             return _answered(intent, Verdict.PENDING)
         case "requires_action":
             return _action(intent)
-        case "canceled":
+        case "canceled" | "succeeded":  # or all of it was given back
             expired = values.text(intent.get("cancellation_reason")) in _EXPIRED_REASONS
             return _answered(intent, Verdict.EXPIRED if expired else Verdict.CANCELED)
         case "requires_payment_method" | "requires_confirmation" if part(
