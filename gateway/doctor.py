@@ -284,10 +284,9 @@ def _address(name: str, address: str, *, runs: bool) -> Finding:
         try:
             probe.bind((host, port))
         except OSError as error:
-            if runs and error.errno == errno.EADDRINUSE:
+            taken = error.errno == errno.EADDRINUSE
+            if runs and taken:
                 return Finding(True, f"GATEWAY_{name.upper()} {address}: a gateway runs there")
-            return Finding(
-                False,
-                f"GATEWAY_{name.upper()} {address}: {error.strerror}; does a gateway run already?",
-            )
+            hint = "; does a gateway run already?" if taken else ""
+            return Finding(False, f"GATEWAY_{name.upper()} {address}: {error.strerror}{hint}")
     return Finding(True, f"GATEWAY_{name.upper()} {address} is free")

@@ -44,3 +44,10 @@ async def test_a_database_that_stops_answering_is_found_bad_after_what_was_found
     about_it = [each for each in findings if each.text.startswith("PostgreSQL")]
     assert [each.good for each in about_it] == [True, True, False]
     assert about_it[-1].text.startswith("PostgreSQL: TimeoutError")
+
+
+async def test_an_address_that_this_host_does_not_have_is_not_said_to_be_taken() -> None:
+    elsewhere = "192.0.2.1:50051"  # of no host (RFC 5737)
+    findings = await examine(load_settings(listen_address=elsewhere), LocalState())
+    [bad] = [each.text for each in findings if elsewhere in each.text and not each.good]
+    assert bad == f"GATEWAY_LISTEN_ADDRESS {elsewhere}: Cannot assign requested address"
