@@ -438,6 +438,31 @@ def test_a_newcomer_s_first_call_enters_where_it_is_no_more_than_an_equal_share(
             gate.leave(merchant)
 
 
+def test_at_the_bound_of_all_calls_a_merchant_has_an_equal_share_and_no_more() -> None:
+    limits = replace(LIMITS, working_max=1, working_min=1, in_flight_max=81)
+    gate = Gate(limits, STAGES, clock=lambda: 0.0)
+    for merchant, calls in (("mer_1", 45), ("mer_2", 25)):
+        for _ in range(calls):
+            gate.admit(merchant, Work.PAYMENT)
+            gate.leave(merchant)
+    # A third of it: as if one more merchant were about to come.
+    assert enter(gate, "mer_2", gate.leave) == 27 - 25
+
+
+@pytest.mark.parametrize(
+    ("working_max", "inside", "enters"), [(8, (4, 1, 1, 1, 1), 1), (8, (8,), 4), (2, (1, 1), 0)]
+)
+def test_at_the_limit_a_newcomer_has_an_equal_share_and_no_more(
+    working_max: int, inside: tuple[int, ...], enters: int
+) -> None:
+    limits = replace(LIMITS, working_max=working_max, working_min=1)
+    gate = Gate(limits, STAGES, clock=lambda: 0.0)
+    for number, calls in enumerate(inside):
+        for _ in range(calls):
+            gate.admit(f"mer_{number}", Work.PAYMENT)
+    assert enter(gate, "mer_new") == enters
+
+
 def test_merchant_below_its_share_enters_where_one_above_is_refused() -> None:
     limits = replace(LIMITS, working_max=40, working_min=4)
     gate = Gate(limits, STAGES, clock=lambda: 0.0)
