@@ -17,6 +17,7 @@ from gateway.application.admission import (
     FAIR_EXCESS,
     JITTER_STEPS,
     PRESSURE_LEVELS,
+    TICK_S_MAX,
     AdmissionLimits,
     Gate,
     GateLimits,
@@ -608,6 +609,33 @@ def test_pauses_are_positive_spread_few_and_longer_under_more_pressure() -> None
     assert len(set(light)) > JITTER_STEPS / 2
     assert sum(heavy) / len(heavy) > 2 * sum(light) / len(light)
     assert len(set(light + heavy)) <= JITTER_STEPS * (PRESSURE_LEVELS + 1)
+
+
+@pytest.mark.parametrize(
+    ("pressure", "doublings"),
+    [(0.0, 0), (1.0, 0), (1.9, 0), (2.0, 1), (3.9, 1), (4.0, 2), (64.0, 6), (1e9, PRESSURE_LEVELS)],
+)
+def test_the_mean_pause_doubles_with_the_pressure_so_often_and_no_more(
+    pressure: float, doublings: int
+) -> None:
+    gate = Gate(LIMITS, STAGES, uniform=lambda: 0.5)
+    gate._pressure = pressure
+    assert gate._pause_s() == LIMITS.retry_after_s * 2**doublings
+
+
+@pytest.mark.parametrize("refused", [0, 1, 3, 30])
+def test_the_pressure_is_how_many_calls_come_for_each_that_enters(refused: int) -> None:
+    now = 0.0
+    limits = replace(LIMITS, working_max=1, working_min=1)
+    gate = Gate(limits, STAGES, clock=lambda: now)
+    for _ in range(200):
+        now += TICK_S_MAX
+        gate.admit("mer_1", Work.PAYMENT)
+        for _ in range(refused):
+            with pytest.raises(GatewayError):
+                gate.admit("mer_1", Work.PAYMENT)
+        gate.release("mer_1")
+    assert gate._pressure == pytest.approx(1 + refused)
 
 
 def test_what_is_refused_is_counted_by_its_bound() -> None:
