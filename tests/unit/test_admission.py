@@ -14,9 +14,11 @@ from typing import Any, Final
 import pytest
 
 from gateway.application.admission import (
+    BASE_WINDOW_S,
     FAIR_EXCESS,
     JITTER_STEPS,
     PRESSURE_LEVELS,
+    TICK_S,
     TICK_S_MAX,
     AdmissionLimits,
     Gate,
@@ -271,6 +273,27 @@ def test_queue_that_does_not_grow_is_an_overload_only_beyond_the_larger_target(
     assert gate.engaged is is_overload
 
 
+def test_what_is_taken_unhindered_is_the_least_of_one_window_to_two() -> None:
+    now = 1_000.0
+    gate = Gate(LIMITS, STAGES, clock=lambda: now)
+
+    def pass_for(seconds: float, stage_s: float) -> None:
+        nonlocal now
+        until = now + seconds
+        while now < until:
+            now += TICK_S_MAX
+            for stage in STAGES:
+                gate.passed(stage, stage_s)
+            gate.admit("mer_1", Work.PAYMENT)
+            gate.release("mer_1")
+
+    pass_for(1.0, 0.001)
+    pass_for(BASE_WINDOW_S, 0.002)
+    assert gate.base_s == pytest.approx(0.003)
+    pass_for(BASE_WINDOW_S, 0.002)
+    assert gate.base_s == pytest.approx(0.006)
+
+
 def test_time_without_calls_does_not_change_what_is_taken_for_unhindered() -> None:
     gateway = simulate()
     gateway.arrive(1000, until=1)
@@ -354,6 +377,23 @@ def test_limit_goes_off_where_no_call_came_for_long() -> None:
     gateway.run()
     assert gateway.refused(2.0) > 0
     assert gateway.refused(60.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("engaged", "stage_s", "tick_s"),
+    [(False, 0.125, TICK_S), (True, 0.001, TICK_S), (True, 0.125, 0.375), (True, 8.0, TICK_S_MAX)],
+)
+def test_under_overload_a_tick_takes_as_long_as_what_it_controls_up_to_its_most(
+    engaged: bool, stage_s: float, tick_s: float
+) -> None:
+    now = 0.0
+    gate = Gate(LIMITS, STAGES, clock=lambda: now)
+    gate.engaged = engaged
+    for stage in STAGES:
+        gate.passed(stage, stage_s)
+    now = TICK_S_MAX
+    gate.admit("mer_1", Work.PAYMENT)
+    assert gate._next_tick == now + tick_s
 
 
 def test_stages_that_have_become_slower_for_good_are_not_refused_for_ever() -> None:
