@@ -15,8 +15,10 @@ import pytest
 
 from gateway.application.admission import (
     BASE_WINDOW_S,
+    CALM_TICKS,
     FAIR_EXCESS,
     JITTER_STEPS,
+    PATIENCE_TICKS,
     PRESSURE_LEVELS,
     TICK_S,
     TICK_S_MAX,
@@ -271,6 +273,31 @@ def test_queue_that_does_not_grow_is_an_overload_only_beyond_the_larger_target(
         if gate.engaged:
             break
     assert gate.engaged is is_overload
+
+
+def test_an_overload_begins_with_its_limit_and_does_not_end_with_its_first_calm() -> None:
+    now = 0.0
+    gate = Gate(LIMITS, STAGES, clock=lambda: now)
+    gate._calm_ticks = CALM_TICKS  # as the last one left it
+
+    def tick(stage_s: float) -> None:
+        nonlocal now
+        now += 2 * TICK_S_MAX
+        for stage in STAGES:
+            gate.passed(stage, stage_s)
+        while gate.working:
+            gate.release("mer_1")
+        gate.admit("mer_1", Work.PAYMENT)
+
+    tick(0.001)
+    while not gate.engaged:
+        assert now < 10 * PATIENCE_TICKS
+        for _ in range(100):
+            gate.admit("mer_1", Work.PAYMENT)
+        tick(1.0)
+    assert gate.limit == LIMITS.working_min
+    tick(0.001)
+    assert gate.engaged
 
 
 def test_what_is_taken_unhindered_is_the_least_of_one_window_to_two() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
@@ -163,6 +164,38 @@ async def test_a_stream_whose_key_is_being_read_when_the_drain_begins_is_not_rea
     assert isinstance(ended, _Aborted)
     assert door.ends == [("UNAVAILABLE", "DRAINING")]
     assert not context.reads.is_set()
+
+
+async def test_a_stream_s_items_that_are_looked_at_let_others_have_their_turn() -> None:
+    """Texts that may hold a card number are looked at one by one."""
+    begun, seen = 0, [0]
+
+    async def authorize(_: object) -> Answer:
+        nonlocal begun
+        begun += 1
+        return Answer(b"", False, "", "")
+
+    async def other() -> None:
+        while True:
+            seen.append(begun)
+            await asyncio.sleep(0)
+
+    request = pb.StreamAuthorizePaymentsRequest()
+    for number in range(40):
+        authorization = request.items.add(item_ref=str(number)).authorization
+        authorization.MergeFrom(AUTHORIZATION)
+        for key in range(10):
+            authorization.metadata[f"k{key}"] = "." * 500
+    door: Any = _Door()
+    context: Any = _Context()
+    service = PaymentService(Mock(authorize=authorize), door, door, RpcLimits())
+    context.messages.put_nowait(request.SerializeToString())
+    context.messages.put_nowait(grpc.aio.EOF)
+    others = asyncio.ensure_future(other())
+    await service._serve_stream(None, context)
+    others.cancel()
+    assert begun == 40
+    assert max(after - before for before, after in pairwise(seen)) <= 2
 
 
 class _Rig:
