@@ -300,6 +300,33 @@ def test_an_overload_begins_with_its_limit_and_does_not_end_with_its_first_calm(
     assert gate.engaged
 
 
+@pytest.mark.parametrize(
+    ("stage_s", "refuses", "ends"),
+    [(0.0001, False, True), (0.0001, True, False), (1.0, False, False)],
+)
+def test_an_overload_ends_after_so_many_ticks_in_time_that_refused_nobody(
+    stage_s: float, refuses: bool, ends: bool
+) -> None:
+    now = 0.0
+    gate = Gate(replace(LIMITS, working_min=1), STAGES, clock=lambda: now)
+    gate.engaged = True
+    gate.admit("mer_1", Work.PAYMENT)
+    for _ in range(CALM_TICKS):
+        assert gate.engaged
+        gate.limit = 2.0  # whatever it became
+        if refuses:
+            gate.admit("mer_1", Work.PAYMENT)
+            with pytest.raises(GatewayError):
+                gate.admit("mer_1", Work.PAYMENT)
+            gate.release("mer_1")
+        now += 2 * TICK_S_MAX
+        for stage in STAGES:
+            gate.passed(stage, stage_s)
+        gate.release("mer_1")
+        gate.admit("mer_1", Work.PAYMENT)
+    assert gate.engaged is not ends
+
+
 def test_what_is_taken_unhindered_is_the_least_of_one_window_to_two() -> None:
     now = 1_000.0
     gate = Gate(LIMITS, STAGES, clock=lambda: now)
