@@ -303,6 +303,9 @@ class HttpClient:
             if not connection.made:
                 self._connecting -= 1
                 self._place_free()
+            elif connection.closed:
+                # Given up in the turn of the loop that made it, it is not told its end by uvloop.
+                self.lost(connection)
         if self._closed:
             connection.abort()
         return connection

@@ -327,6 +327,26 @@ async def test_handshake_takes_the_place_of_one_connection(ca_file: str, clients
         await asyncio.gather(*posts, return_exceptions=True)
 
 
+async def test_connection_given_up_as_it_is_made_leaves_its_place(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(OK) as (port, _):
+        client = clients(f"http://localhost:{port}", Limits(connections_max=1))
+        made = http._Connection.connection_made
+
+        def give_up(connection: http._Connection, transport: asyncio.BaseTransport) -> None:
+            made(connection, transport)
+            call.cancel()
+
+        monkeypatch.setattr(http._Connection, "connection_made", give_up)
+        call = asyncio.create_task(post(client))
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        monkeypatch.undo()
+        async with asyncio.timeout(WAIT_S):
+            assert (await post(client)).status == 200
+
+
 async def test_answer_cut_off_in_tls_leaves_a_doubt(
     ca: trustme.CA, ca_file: str, clients: Clients
 ) -> None:
